@@ -1,0 +1,1 @@
+"""Source → plan → execute → verify → publish: the part that moves bytes."""

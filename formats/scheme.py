@@ -1,0 +1,162 @@
+"""What a loader must know about one converted module: the `quantization_config` part of the contract.
+
+`config.json` of a converted repo holds
+
+    "quantization_config": {
+      "quant_method": "xpuquant", "format_version": 1, "layout": "xpu",
+      "schemes": [{"layout": "int4_linear", "group_size": 64, "symmetric": true, ...,
+                   "modules": ["model.layers.{0-31}.self_attn.q_proj", ...]}]}
+
+A module not named is not quantized. Names are exact: `{0-31}` and `{0,2,5-7}` stand for decimal
+numbers, nothing else is a pattern, so that `mlp.gate` can never hit `mlp.gate_up_proj`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from xpuquant.errors import DamagedError
+
+QUANT_METHOD = "xpuquant"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, order=True)
+class Scheme:
+    """How one module is stored. Notation: weight `[N, K]` = [out, in].
+
+    layout       file of `formats/` that holds the contract: `int4_linear`, `int4_experts`, `fp8_linear`,
+                 `fp8_experts`, `mxfp4_linear`, `mxfp4_experts`, `mxfp8_linear`, `mxfp8_experts`
+    granularity  what one scale covers: `group` (along K), `tensor`, `channel` (one per n), `block`
+    group_size   elements of K per scale (`group`, and the K side of `block`); 0 otherwise
+    block_n      rows of N per scale (`block`); 0 otherwise
+    scale_dtype  safetensors label of the stored scales (`U8` holds E8M0 exponents)
+    symmetric    False: a `qzeros` tensor holds the true zero points (int4 linear only)
+    act_order    True: a `g_idx` tensor holds the permutation to apply to the activations
+    input_scale  True: a static activation scale is stored (fp8 linear only)
+    bias         True: experts carry `gate_up_proj_bias` and `down_proj_bias`
+    interleaved  True: rows of `gate_up_proj` alternate gate, up (gpt-oss); False: all gate, then all up
+    """
+
+    layout: str
+    granularity: str = "group"
+    group_size: int = 0
+    block_n: int = 0
+    scale_dtype: str = "BF16"
+    symmetric: bool = True
+    act_order: bool = False
+    input_scale: bool = False
+    bias: bool = False
+    interleaved: bool = False
+
+    @property
+    def experts(self) -> bool:
+        """Whether the module is a stack of experts (3-D tensors) rather than one linear."""
+        return self.layout.endswith("_experts")
+
+    def label(self) -> str:
+        """A short name for tables: `int4_linear g64 asymmetric act-order`."""
+        size = {"group": f"g{self.group_size}", "block": f"{self.block_n}x{self.group_size}"}
+        words = [self.layout, size.get(self.granularity, self.granularity)]
+        words += ["asymmetric"] * (not self.symmetric) + ["act-order"] * self.act_order
+        words += ["interleaved"] * self.interleaved
+        return " ".join(words)
+
+
+def expand(pattern: str) -> list[str]:
+    """All names a compact exact pattern stands for, in order.
+
+    >>> expand("layers.{0-1}.mlp.{7}")
+    ['layers.0.mlp.7', 'layers.1.mlp.7']
+    """
+    names = [""]
+    for literal, braced in re.findall(r"([^{}]+)|\{([^{}]*)\}", pattern):
+        if literal:
+            names = [name + literal for name in names]
+            continue
+        numbers: list[int] = []
+        for part in braced.split(","):
+            low, dash, high = part.partition("-")
+            if not low.isdecimal() or (dash and not high.isdecimal()):
+                raise DamagedError(f"config.json: '{{{braced}}}' in '{pattern}' is not a list of numbers")
+            numbers += range(int(low), int(high) + 1) if dash else [int(low)]
+        if len(names) * len(numbers) > 10_000_000:
+            raise DamagedError(f"config.json: '{pattern}' stands for too many modules")
+        names = [f"{name}{number}" for name in names for number in numbers]
+    return names
+
+
+def compact(names: Iterable[str]) -> list[str]:
+    """The fewest-lines list of patterns for `names`; `expand` over it gives exactly `names` back.
+
+    Only the first number of a name is folded (the layer): one pattern per kind of module.
+    """
+    families: dict[tuple[str, str], list[int]] = {}
+    patterns: list[str] = []
+    for name in names:
+        match = re.match(r"(.*?(?:^|\.))(0|[1-9]\d*)((?:\.|$).*)", name)
+        if match is None:
+            patterns.append(name)
+        else:
+            families.setdefault((match[1], match[3]), []).append(int(match[2]))
+    for (head, tail), numbers in families.items():
+        patterns.append(f"{head}{{{_ranges(sorted(set(numbers)))}}}{tail}")
+    return sorted(patterns)
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def to_config(modules: Mapping[str, Scheme], producer: str) -> dict[str, Any]:
+    """`quantization_config` for `modules` (output module name → scheme)."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, scheme in modules.items():
+        by_scheme.setdefault(scheme, []).append(name)
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "layout": "xpu",
+        "producer": producer,
+        "schemes": [
+            {**asdict(scheme), "modules": compact(names)} for scheme, names in sorted(by_scheme.items())
+        ],
+    }
+
+
+def from_config(config: Mapping[str, Any]) -> dict[str, Scheme]:
+    """Module name → scheme, from a converted repo's `quantization_config`.
+
+    Raises:
+        DamagedError: not ours, written by a newer format, or naming a module twice.
+    """
+    if config.get("quant_method") != QUANT_METHOD:
+        raise DamagedError(f"quant_method is {config.get('quant_method')!r}, not {QUANT_METHOD!r}")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DamagedError(
+            f"the repo has format_version {version!r}, this xpuquant reads {FORMAT_VERSION}: "
+            "pip install -U xpuquant, or convert again"
+        )
+    known = {field.name for field in fields(Scheme)}
+    modules: dict[str, Scheme] = {}
+    for entry in config.get("schemes", ()):
+        extra = set(entry) - known - {"modules"}
+        if extra:
+            raise DamagedError(f"quantization_config: unknown scheme key {sorted(extra)[0]!r}")
+        scheme = Scheme(**{key: value for key, value in entry.items() if key in known})
+        for pattern in entry["modules"]:
+            for name in expand(pattern):
+                if name in modules:
+                    raise DamagedError(f"quantization_config names '{name}' twice")
+                modules[name] = scheme
+    return modules

@@ -1,0 +1,53 @@
+"""The error tree. Each class is one exit code; each message is one line that names the fix.
+
+Library code raises these; only the command line prints them.
+"""
+
+
+class XpuquantError(Exception):
+    """Base of everything a user can cause or meet. Never raised itself."""
+
+    exit_code = 1
+
+
+class VerificationError(XpuquantError):
+    """The output does not decode to what the source decodes to, or a kernel disagrees. Exit 1."""
+
+    exit_code = 1
+
+
+class UsageError(XpuquantError):
+    """Wrong arguments, or an input that no XPU kernel can serve. Exit 2."""
+
+    exit_code = 2
+
+
+class UnsupportedError(UsageError):
+    """The checkpoint is sound, but some modules have no exact XPU layout. Exit 2."""
+
+
+class DamagedError(XpuquantError):
+    """The input contradicts itself: truncated, missing or misshapen tensors. Exit 3."""
+
+    exit_code = 3
+
+
+class EnvironmentFault(XpuquantError):
+    """Disk, network, permissions, or an extra that is not installed. Exit 4."""
+
+    exit_code = 4
+
+
+class Interrupted(XpuquantError):
+    """Stopped by the user; the same command resumes. Exit 130."""
+
+    exit_code = 130
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """`text` made safe to print on one terminal line.
+
+    Names come from strangers' files: control characters and terminal escapes are shown, not sent.
+    """
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text).replace("\n", " "))
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
