@@ -1,0 +1,115 @@
+"""What a reader may see of a source checkpoint: its config, its headers, and a peek at small tensors.
+
+A reader never opens a file. Whoever made the `Checkpoint` (convert/source.py, a Hub source, a test) decides
+where `peek` gets its bytes from, or that it cannot (None).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xpuquant.formats.dtypes import BITS, nbytes, numpy_dtype
+from xpuquant.formats.safetensors import Tensor
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A box of one tensor along one axis: the unit in which source bytes are read.
+
+    axis 0 is one run of bytes; axis 1 of a `[R, C]` tensor is R runs of `(stop - start)` elements.
+    """
+
+    tensor: Tensor
+    start: int
+    stop: int
+    axis: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.tensor.shape)
+        shape[self.axis] = self.stop - self.start
+        return tuple(shape)
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.tensor.dtype, self.shape)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Byte runs in the file, (absolute offset, length), in order."""
+        per_element = BITS[self.tensor.dtype]
+        if self.axis == 0:
+            row = nbytes(self.tensor.dtype, self.tensor.shape[1:])
+            return [(self.tensor.begin + self.start * row, (self.stop - self.start) * row)]
+        rows, columns = self.tensor.shape
+        pitch, length = columns * per_element // 8, (self.stop - self.start) * per_element // 8
+        first = self.tensor.begin + self.start * per_element // 8
+        if length == pitch:
+            return [(first, rows * pitch)]
+        return [(first + row * pitch, length) for row in range(rows)]
+
+
+def whole(tensor: Tensor) -> Slice:
+    """The slice that is the whole tensor (a 0-d tensor counts as one element)."""
+    return Slice(tensor if tensor.shape else _as_vector(tensor), 0, tensor.shape[0] if tensor.shape else 1)
+
+
+def rows(tensor: Tensor, start: int, stop: int) -> Slice:
+    """Rows `start:stop` of axis 0."""
+    return Slice(tensor, start, stop)
+
+
+def columns(tensor: Tensor, start: int, stop: int) -> Slice:
+    """Columns `start:stop` of a 2-D tensor."""
+    return Slice(tensor, start, stop, axis=1)
+
+
+def _as_vector(tensor: Tensor) -> Tensor:
+    return Tensor(tensor.name, tensor.dtype, (1,), tensor.file, tensor.begin, tensor.end)
+
+
+def as_array(part: Slice, data: bytes | bytearray | memoryview | Array) -> Array:
+    """The bytes of a slice as an array of its dtype and shape (no copy)."""
+    flat = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+    if BITS[part.tensor.dtype] < 8:
+        return flat
+    return flat.view(numpy_dtype(part.tensor.dtype)).reshape(part.shape)
+
+
+def _cannot_peek(tensor: Tensor) -> Array | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Headers and config of a source.
+
+    config        `config.json`
+    quantization  the quantization config, wherever it was found; empty when there is none
+    tensors       name → tensor, in file order
+    peek          a small tensor's values, or None where reading it would cost a download
+    notes         what was odd about the files (unindexed shards, config files that disagree)
+    """
+
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    peek: Callable[[Tensor], Array | None] = _cannot_peek
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def method(self) -> str:
+        """`quant_method`, lower case; empty when the config names none."""
+        method = self.quantization.get("quant_method") or self.quantization.get("method") or ""
+        return str(method).lower()
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of a (possibly multimodal) config."""
+        text = self.config.get("text_config")
+        return text if isinstance(text, dict) else self.config

@@ -1,0 +1,112 @@
+"""The meaning of a stored weight, whatever the packing: integers, scales, and which scale covers what.
+
+Both ends of a conversion decode to this form, by code that does not share the fast path; a conversion is exact
+when `difference` finds none. Equality is of integers and of float values, never closeness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# The eight magnitudes of E2M1 (OCP Microscaling Formats v1.0, section 5.3.3); code = sign << 3 | index.
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Rows `[n, K]` of a weight, in the source's column order.
+
+    number  what a code means: `int` (code minus zero point), `e2m1` (a nibble), `e4m3`/`e5m2` (a byte),
+            `float` (an unquantized value, widened)
+    codes   `[n, K]`: int8 or int16 for `int`, uint8 for the float codes, a float for `float`
+    scale   `[A, B]` multipliers, in the dtype they are stored in (E8M0 as its ml_dtypes type)
+    row     `[n]`: row of `scale` that covers weight row n
+    col     `[K]`: column of `scale` that covers weight column k
+    """
+
+    number: str
+    codes: Array
+    scale: Array
+    row: Array
+    col: Array
+
+    def elements(self) -> Array:
+        """float64 `[n, K]`: the codes as numbers, before scaling."""
+        if self.number == "e2m1":
+            return _E2M1[self.codes]
+        if self.number in ("e4m3", "e5m2"):
+            import ml_dtypes
+
+            kind = ml_dtypes.float8_e4m3fn if self.number == "e4m3" else ml_dtypes.float8_e5m2
+            return self.codes.view(kind).astype(np.float64)
+        return self.codes.astype(np.float64)
+
+    def values(self) -> Array:
+        """float64 `[n, K]`: what the layer multiplies by. Exact: 8 + 24 significant bits fit in 53."""
+        scale = self.scale.astype(np.float64)
+        return self.elements() * scale[self.row][:, self.col]
+
+
+def subtract_zeros(codes: Array, zeros: Array | None, bits: int, col: Array) -> Array:
+    """`[n, K]` codes minus zero points: int8 up to 4 bits, int16 above.
+
+    Args:
+        codes: uint8 `[n, K]`.
+        zeros: uint8 `[n, G]`, the true zero points, or None for a symmetric weight (2^(bits-1)).
+        col: `[K]` group of each column.
+    """
+    wide = np.int8 if bits <= 4 else np.int16
+    if zeros is None:
+        return codes.astype(wide) - wide(1 << (bits - 1))
+    return codes.astype(wide) - zeros.astype(wide)[:, col]
+
+
+def difference(expected: Decoded, actual: Decoded, scale_dtype: Any = None) -> str | None:
+    """None when both mean the same; otherwise one line on the first place where they do not.
+
+    Args:
+        expected: the decoded source.
+        actual: the decoded output.
+        scale_dtype: dtype the conversion was asked to round the scales to; None for as in the source.
+    """
+    if expected.number != actual.number or expected.codes.shape != actual.codes.shape:
+        return (
+            f"source is {expected.number} {list(expected.codes.shape)}, "
+            f"output {actual.number} {list(actual.codes.shape)}"
+        )
+    same = expected.codes == actual.codes
+    if expected.number == "float":
+        # A NaN that stayed a NaN is the same value.
+        same |= np.isnan(expected.codes) & np.isnan(actual.codes)
+    if not same.all():
+        n, k = np.argwhere(~same)[0]
+        wrong = same.size - int(np.count_nonzero(same))
+        return (
+            f"code [{n}, {k}] is {actual.codes[n, k]}, source has {expected.codes[n, k]} "
+            f"({wrong} of {same.size} differ)"
+        )
+    return _scale_difference(expected, actual, scale_dtype)
+
+
+def _scale_difference(expected: Decoded, actual: Decoded, scale_dtype: Any) -> str | None:
+    # Scales are compared once per pair of (source scale, output scale) that meet in some element,
+    # not once per element: a regrouped or expanded scale grid meets in few distinct pairs.
+    row_pairs = np.unique(np.stack([expected.row, actual.row]), axis=1)
+    col_pairs = np.unique(np.stack([expected.col, actual.col]), axis=1)
+    want = expected.scale if scale_dtype is None else expected.scale.astype(scale_dtype)
+    want64 = want[row_pairs[0]][:, col_pairs[0]].astype(np.float64)
+    have64 = actual.scale[row_pairs[1]][:, col_pairs[1]].astype(np.float64)
+    same = want64.view(np.uint64) == have64.view(np.uint64)
+    same |= np.isnan(want64) & np.isnan(have64)
+    if same.all():
+        return None
+    a, b = np.argwhere(~same)[0]
+    return (
+        f"scale [{row_pairs[1][a]}, {col_pairs[1][b]}] is {have64[a, b]!r}, source has {want64[a, b]!r} "
+        f"({same.size - int(np.count_nonzero(same))} of {same.size} differ)"
+    )

@@ -1,0 +1,109 @@
+"""What the config of a GPTQ checkpoint says about one module. Tensors overrule all of it but the zero points."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xpuquant.errors import UnsupportedError, UsageError, one_line
+from xpuquant.formats.checkpoint import Checkpoint
+
+_V1, _V2, _PLANAR = "gptq", "gptq_v2", "gptq_p"
+_ROTATIONS = ("rotation", "rotation_config", "spinquant_config")
+
+
+@dataclass(frozen=True)
+class GptqConfig:
+    """bits, group_size (-1: one group of K), sym (None: not said), desc_act; zeros_minus_one: the label says v1;
+    planar: bit planes."""
+
+    bits: int
+    group_size: int
+    sym: bool | None
+    desc_act: bool
+    zeros_minus_one: bool
+    planar: bool
+
+
+def gptq_config(checkpoint: Checkpoint, module: str) -> GptqConfig:
+    """The config's claims about `module`, `dynamic` overrides applied.
+
+    Raises:
+        UnsupportedError: another packing under GPTQ's tensor names.
+        UsageError: a value of the wrong type.
+    """
+    config = checkpoint.quantization
+    for key in _ROTATIONS:
+        if config.get(key):
+            raise UnsupportedError(f"the config asks for an online rotation ('{key}'), which no kernel here applies")
+    if _number(config, "pack_dtype", "int32") not in ("int32", "torch.int32"):
+        raise UnsupportedError(one_line(f"pack_dtype is {config['pack_dtype']!r}; only int32 words are known"))
+    label = _label(config)
+    merged = {**config, **_dynamic(config.get("dynamic"), module)}
+    return GptqConfig(
+        bits=_integer(merged, ("bits", "w_bit", "wbits"), 4),
+        group_size=_integer(merged, ("group_size", "q_group_size"), -1),
+        sym=_symmetry(merged),
+        desc_act=bool(merged.get("desc_act", False)),
+        zeros_minus_one=label == _V1,
+        planar=label == _PLANAR,
+    )
+
+
+def _label(config: Mapping[str, Any]) -> str:
+    if config.get("is_marlin_format"):
+        raise UnsupportedError("the tensors are in Marlin's tile order (is_marlin_format)")
+    if "round" in str(config.get("quant_method", "")).lower():
+        from xpuquant.formats.autoround import gptq_label
+
+        return gptq_label(config)
+    label = str(config.get("checkpoint_format") or config.get("format") or _V1).lower()
+    if label not in (_V1, _V2, _PLANAR):
+        raise UnsupportedError(one_line(f"checkpoint_format '{label}' is not known; known: gptq, gptq_v2, gptq_p"))
+    return label
+
+
+def _dynamic(rules: Any, module: str) -> Mapping[str, Any]:
+    """GPTQModel's per-module overrides: `-:regex` (not quantized) first, then the first `+:regex` that matches.
+    A module that is quantized after all is what its tensors say, so negative rules override nothing."""
+    if not isinstance(rules, Mapping):
+        return {}
+    for rule, override in rules.items():
+        pattern = rule.removeprefix("+:")
+        if rule.startswith("-:") or not isinstance(override, Mapping):
+            continue
+        if _matches(pattern, module):
+            return override
+    return {}
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise UsageError(one_line(f"config: '{pattern}' is not a regular expression ({error})")) from None
+
+
+def _symmetry(config: Mapping[str, Any]) -> bool | None:
+    if isinstance(config.get("sym"), bool | int):
+        return bool(config["sym"])
+    if isinstance(config.get("zero_point"), bool):
+        return not config["zero_point"]
+    return None
+
+
+def _number(config: Mapping[str, Any], key: str, default: str) -> str:
+    return str(config.get(key) or default)
+
+
+def _integer(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
+    for key in keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(one_line(f"config: '{key}' is {value!r}, want a number"))
+        return value
+    return default

@@ -1,0 +1,171 @@
+"""The safetensors container: read a header, build a header. Tensor bytes are never touched here.
+
+    8 bytes   N, little-endian u64
+    N bytes   JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}
+    rest      tensor bytes; offsets count from here, cover it without holes or overlap
+
+The rules are those of `safetensors/src/tensor.rs`. Files come from strangers, so every one is checked before
+anything is allocated from it, and each breach names the file and the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from xpuquant.errors import DamagedError, one_line
+from xpuquant.formats.dtypes import BITS
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation; about 10^6 tensors."""
+
+PREFIX_BYTES = 8
+METADATA_KEY = "__metadata__"
+_MAX_DIMS = 32
+_MAX_ELEMENTS = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a file: where its bytes lie and what they are.
+
+    dtype  safetensors label (`I32`, `BF16`, `F8_E4M3`, ...)
+    file   name of the shard, relative to the repo
+    begin  absolute offset of the first byte in the file; `end` is one past the last
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+def header_length(prefix: bytes, file: str, file_size: int) -> int:
+    """Bytes of the JSON header, from the first 8 bytes of a file of `file_size` bytes.
+
+    Raises:
+        DamagedError: the file is too short or the length cannot be right.
+    """
+    if len(prefix) < PREFIX_BYTES:
+        _damaged(file, f"has {file_size} bytes, too few for a safetensors header")
+    length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        _damaged(file, f"claims a header of {length} bytes; it is not a safetensors file, or is damaged")
+    if length > file_size - PREFIX_BYTES:
+        _damaged(file, f"is truncated inside its header ({file_size} bytes, header needs {length + 8})")
+    return length
+
+
+def parse_header(header: bytes, file: str, file_size: int) -> dict[str, Tensor]:
+    """Name → tensor of one file, in file order.
+
+    Args:
+        header: the JSON bytes.
+        file: shard name, used in messages and in the result.
+        file_size: bytes of the whole file.
+
+    Raises:
+        DamagedError: anything the format forbids, or a file shorter than its header promises.
+    """
+    entries = _load_json(header, file)
+    data_start = PREFIX_BYTES + len(header)
+    tensors = [
+        _tensor(name, entry, file, data_start) for name, entry in entries.items() if name != METADATA_KEY
+    ]
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    position = data_start
+    for tensor in tensors:
+        if tensor.begin != position:
+            what = "overlaps the tensor before it" if tensor.begin < position else "leaves a hole before it"
+            _damaged(file, f"tensor '{tensor.name}' {what}")
+        position = tensor.end
+    if position > file_size:
+        _damaged(
+            file,
+            f"is truncated: {file_size} bytes, its header promises {position} "
+            f"(tensor '{tensors[-1].name}' is cut); download it again",
+        )
+    if position < file_size:
+        _damaged(file, f"has {file_size - position} bytes after its last tensor")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a file (prefix and header), padded so that the data starts 8-byte aligned.
+
+    Args:
+        tensors: (name, dtype label, shape, bytes), in file order.
+        metadata: `__metadata__`; `{"format": "pt"}` is what Transformers insists on.
+    """
+    header: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % PREFIX_BYTES)
+    return len(text).to_bytes(PREFIX_BYTES, "little") + text
+
+
+def _load_json(header: bytes, file: str) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in table if names.count(name) > 1)
+            _damaged(file, f"names '{twice}' twice in its header")
+        return table
+
+    def no_constant(text: str) -> NoReturn:
+        _damaged(file, f"has {text} in its header")
+
+    try:
+        entries = json.loads(
+            header.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        _damaged(file, f"has a header that is not JSON ({type(error).__name__}: {error})")
+    if not isinstance(entries, dict):
+        _damaged(file, "has a header that is not a JSON object")
+    return entries
+
+
+def _tensor(name: str, entry: Any, file: str, data_start: int) -> Tensor:
+    if not name or not name.isprintable():
+        _damaged(file, f"has a tensor name with control characters: '{name}'")
+    if not isinstance(entry, dict):
+        _damaged(file, f"tensor '{name}' has no description")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        _damaged(file, f"tensor '{name}' has unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(_is_count(size) for size in shape):
+        _damaged(file, f"tensor '{name}' has no valid shape: {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(at) for at in offsets):
+        _damaged(file, f"tensor '{name}' has no valid data_offsets: {offsets!r}")
+    count = math.prod(shape)
+    if count > _MAX_ELEMENTS or any(size > _MAX_ELEMENTS for size in shape):
+        _damaged(file, f"tensor '{name}' has an impossible shape {shape!r}")
+    begin, end = offsets
+    bits = count * BITS[dtype]
+    if bits % 8:
+        _damaged(file, f"tensor '{name}' ({dtype} {shape}) does not end on a byte")
+    if end - begin != bits // 8:
+        _damaged(file, f"tensor '{name}' is {dtype} {shape}, {bits // 8} bytes, but takes {end - begin}")
+    return Tensor(name, dtype, tuple(shape), file, data_start + begin, data_start + end)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_ELEMENTS
+
+
+def _damaged(file: str, what: str) -> NoReturn:
+    raise DamagedError(one_line(f"{file}: {what}"))

@@ -1,0 +1,124 @@
+"""One quantized matrix of a source checkpoint in normal form: what a reader yields, what a layout takes.
+
+A `Weight` holds no data. It names the source slices each part needs and turns their arrays into the normal form,
+so that the plan knows every byte that will be read before one is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from xpuquant.formats.checkpoint import Slice
+from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.safetensors import Tensor
+
+Array = np.ndarray[Any, Any]
+Load = Callable[[Slice], Array]
+"""Reads one slice: how decode code gets its bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight(ABC):
+    """A quantized `[N, K]` matrix of the source.
+
+    name     module name, without the tensor suffix (`model.layers.0.mlp.down_proj`)
+    format   the reader's name, for reports
+    tensors  every source tensor that belongs to the matrix and is used up by converting it
+    bias     the matrix's slice of a stacked bias tensor (gpt-oss); ordinary biases are `name.bias`
+    facts    what was decided and from what, for the report (`zero points: minus one (v1), from the words`)
+    """
+
+    name: str
+    format: str
+    N: int
+    K: int
+    tensors: tuple[Tensor, ...]
+    facts: tuple[str, ...] = ()
+    bias: Slice | None = None
+
+    number: ClassVar[str]
+    """What an element is: see `Decoded.number`."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """Short description for tables: `int4 g64 asymmetric`."""
+
+    @abstractmethod
+    def decode(self, load: Load, start: int, stop: int) -> Decoded:
+        """Rows `start:stop`, by the plain definition of the format (not the conversion's fast path)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntWeight(Weight):
+    """Integer codes with one scale per group of columns: GPTQ, AWQ, AutoRound, compressed-tensors.
+
+    bits        width of a stored code
+    group_size  columns of one group in the source; K for channel-wise. The last group may be short.
+    symmetric   every zero point is 2^(bits-1), whatever the config says
+    order       real act-order: `[K]` source column of each stored column, groups contiguous; None otherwise
+    groups_of   real act-order: `[K]` group of each source column; None otherwise
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: str
+    order: Array | None = field(default=None, compare=False)
+    groups_of: Array | None = field(default=None, compare=False)
+
+    number: ClassVar[str] = "int"
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, G = ceil(K / group_size)."""
+        return -(-self.K // self.group_size)
+
+    @property
+    def kind(self) -> str:
+        size = "channel" if self.group_size == self.K else f"g{self.group_size}"
+        order = " act-order" if self.order is not None else ""
+        return f"int{self.bits} {size} {'symmetric' if self.symmetric else 'asymmetric'}{order}"
+
+    @abstractmethod
+    def word_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        """Slices that `words` needs for rows `start:stop`."""
+
+    @abstractmethod
+    def words(self, arrays: Sequence[Array], out: Array, start: int) -> None:
+        """Fill `out`, uint32 `[n, K/8]`, with u4 codes of rows `start:start+n`, from the arrays of
+        `word_inputs(start, start+n)`: nibble j of word i is column 8i+j of the stored order (`order` applied). A value is `nibble - zero`, with zero 8 where symmetric or where
+        the source has fewer than 4 bits (codes are widened to q - z + 8)."""
+
+    @abstractmethod
+    def scale_inputs(self) -> tuple[Slice, ...]:
+        """Slices that `scales` needs."""
+
+    @abstractmethod
+    def scales(self, arrays: Sequence[Array]) -> Array:
+        """`[G, N]` in the source's scale dtype (a view where possible)."""
+
+    def zero_inputs(self) -> tuple[Slice, ...]:
+        """Slices that `zeros` needs; none for a weight whose output needs no zero points."""
+        raise NotImplementedError
+
+    def zeros(self, arrays: Sequence[Array]) -> Array:
+        """uint8 `[G, N]`: the true zero points of 4-bit asymmetric codes."""
+        raise NotImplementedError
+
+    @property
+    def widened(self) -> bool:
+        """Fewer than 4 bits: the words hold q - z + 8, so the output is symmetric whatever z was."""
+        return self.bits < 4
+
+
+def column_groups(weight: IntWeight) -> Array:
+    """`[K]` group of each source column."""
+    if weight.groups_of is not None:
+        return weight.groups_of
+    return np.arange(weight.K) // weight.group_size
