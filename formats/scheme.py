@@ -126,7 +126,8 @@ def to_config(modules: Mapping[str, Scheme], producer: str) -> dict[str, Any]:
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "layout": "xpu",
-        "producer": producer,
+        # vLLM reads `producer` of every quantized model and expects a mapping with a name.
+        "producer": {"name": producer},
         "schemes": [
             {**asdict(scheme), "modules": compact(names)} for scheme, names in sorted(by_scheme.items())
         ],
