@@ -1,0 +1,212 @@
+"""The XPU layouts as torch tensors: what a module holds, what it means, and how it is computed.
+
+Shared by the vLLM plugin and the Transformers quantizer. On an Intel GPU a layer runs in the kernels of
+vllm-xpu-kernels, on the stored bytes as they are. Elsewhere its weight is decoded (never kept) and
+multiplied: slow, and good enough to try a converted repo on any machine.
+
+Notation: weight `[N, K]` = [out, in], g = group size, E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from xpuquant.formats.scheme import Scheme
+
+# E2M1 by code, OCP Microscaling Formats (MX) v1.0, section 5.3.3.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Activations as wide as these have grouped or dense XPU kernels.
+XPU_ACTIVATIONS = (torch.float16, torch.bfloat16)
+
+
+class Stored(NamedTuple):
+    """One tensor of a module as it lies in the file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def scale_dtype(scheme: Scheme) -> torch.dtype:
+    """The dtype of the stored scales (uint8 carries E8M0 exponents)."""
+    return _FLOATS.get(scheme.scale_dtype, torch.uint8)
+
+
+def linear_tensors(scheme: Scheme, N: int, K: int) -> dict[str, Stored]:
+    """Suffix → tensor of one quantized linear (the bias, which stays as it was, is not listed)."""
+    scale = scale_dtype(scheme)
+    if scheme.layout == "int4_linear":
+        groups = K // scheme.group_size
+        tensors = {"qweight": Stored((N, K // 8), torch.int32), "scales": Stored((groups, N), scale)}
+        if not scheme.symmetric:
+            tensors["qzeros"] = Stored((groups, N // 8), torch.int32)
+        if scheme.act_order:
+            tensors["g_idx"] = Stored((K,), torch.int32)
+        return tensors
+    if scheme.layout == "mxfp4_linear":
+        return {
+            "weight": Stored((N, K // 2), torch.uint8),
+            "weight_scale": Stored((K // scheme.group_size, N), torch.uint8),
+        }
+    if scheme.layout == "mxfp8_linear":
+        shape: tuple[int, ...] = (K // scheme.group_size, N)
+    elif scheme.granularity == "block":
+        shape = (K // scheme.group_size, N // scheme.block_n)
+    else:
+        shape = (N,) if scheme.granularity == "channel" else (1,)
+    tensors = {"weight": Stored((N, K), torch.float8_e4m3fn), "weight_scale": Stored(shape, scale)}
+    if scheme.input_scale:
+        tensors["input_scale"] = Stored((1,), torch.float32)
+    return tensors
+
+
+def expert_tensors(scheme: Scheme, E: int, H: int, I: int) -> dict[str, Stored]:
+    """Name → tensor of a stack of experts."""
+    packed = scheme.layout in ("int4_experts", "mxfp4_experts")
+    tensors: dict[str, Stored] = {}
+    for name, N, K in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
+        if packed:
+            tensors[name] = Stored((E, N, K // 2), torch.uint8)
+        else:
+            tensors[name] = Stored((E, K, N), torch.float8_e4m3fn)
+        shape: tuple[int, ...] = (E, N, K // scheme.group_size) if scheme.group_size else (E,)
+        if scheme.granularity == "block":
+            shape = (E, K // scheme.group_size, N // scheme.block_n)
+        tensors[f"{name}_scale"] = Stored(shape, scale_dtype(scheme))
+        if scheme.bias:
+            tensors[f"{name}_bias"] = Stored((E, N), torch.bfloat16)
+    return tensors
+
+
+def _nibbles(words: torch.Tensor) -> torch.Tensor:
+    """Nibbles along the last dimension, lowest first: `[..., n]` bytes → uint8 `[..., 2n]`."""
+    octets = words.view(torch.uint8)
+    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
+
+
+def _grouped(values: torch.Tensor, scale: torch.Tensor, block_n: int = 1) -> torch.Tensor:
+    """`values [N, K]` times `scale [K/g, N/block_n]`, spread over its groups; float32."""
+    N, K = values.shape
+    groups = scale.shape[0]
+    spread = scale.t().float().reshape(-1, 1, groups, 1)
+    return (values.float().view(N // block_n, block_n, groups, K // groups) * spread).view(N, K)
+
+
+def _powers(exponents: torch.Tensor) -> torch.Tensor:
+    return exponents.view(torch.float8_e8m0fnu).float()
+
+
+def dequantize(scheme: Scheme, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The weight `[N, K]` of a linear, or of one expert, in the column order it is stored in.
+
+    Args:
+        scheme: how it is stored.
+        tensors: suffix → stored tensor; for an expert `weight` and `weight_scale`, its slices of the
+            stacked tensors.
+        dtype: of the result; computed in float32 and rounded once.
+    """
+    layout = scheme.layout
+    if layout == "int4_linear":
+        codes = _nibbles(tensors["qweight"]).to(torch.int8)
+        groups = tensors["scales"].shape[0]
+        N, K = codes.shape
+        zeros = 8
+        if not scheme.symmetric:
+            zeros = _nibbles(tensors["qzeros"]).to(torch.int8).t().unsqueeze(-1)
+        values = (codes.view(N, groups, K // groups) - zeros).view(N, K)
+        return _grouped(values, tensors["scales"]).to(dtype)
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    if layout == "int4_experts":
+        signed = (_nibbles(weight) ^ 8).to(torch.int8) - 8
+        return _grouped(signed, scale.t()).to(dtype)
+    if layout in ("mxfp4_linear", "mxfp4_experts"):
+        values = torch.tensor(_E2M1, device=weight.device)[_nibbles(weight).int()]
+        return _grouped(values, _powers(scale if layout == "mxfp4_linear" else scale.t())).to(dtype)
+    if scheme.experts:
+        weight = weight.t()
+    if layout.startswith("mxfp8"):
+        return _grouped(weight, _powers(scale if layout == "mxfp8_linear" else scale.t())).to(dtype)
+    if scheme.granularity == "block":
+        return _grouped(weight, scale, weight.shape[0] // scale.shape[1]).to(dtype)
+    return (weight.float() * scale.float().reshape(-1, 1)).to(dtype)
+
+
+def linear(
+    scheme: Scheme,
+    tensors: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x · Wᵀ (+ bias)`, `x` `[..., K]` in the order of the model's features; dtype of `x`."""
+    if scheme.act_order:
+        x = x.index_select(-1, tensors["g_idx"])
+    if x.device.type == "xpu":
+        from xpuquant.xpu import linear as run
+
+        return run(scheme, tensors, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
+    return F.linear(x, dequantize(scheme, tensors, x.dtype), bias)
+
+
+def activate(name: str, gate_up: torch.Tensor, interleaved: bool, limit: float | None = None) -> torch.Tensor:
+    """The gated activation between the two matrices of an expert: `[M, 2I]` → `[M, I]`.
+
+    Computed in float32 and rounded once, as vLLM's fused activations do. `swigluoai` is gpt-oss's, with
+    its constants 1.702 and 7.
+    """
+    wide = gate_up.float()
+    gate, up = (wide[:, 0::2], wide[:, 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    if name.startswith("swigluoai"):
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(gate_up.dtype)
+    if limit:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if name == "silu":
+        return (F.silu(gate) * up).to(gate_up.dtype)
+    if name in ("gelu", "gelu_tanh", "gelu_pytorch_tanh"):
+        return (F.gelu(gate, approximate="none" if name == "gelu" else "tanh") * up).to(gate_up.dtype)
+    raise NotImplementedError(f"xpuquant computes no '{name}' experts: silu, gelu, gelu_tanh or swigluoai")
+
+
+def experts(
+    scheme: Scheme,
+    tensors: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    activation: str,
+    limit: float | None = None,
+) -> torch.Tensor:
+    """The routed sum over experts, one expert decoded at a time.
+
+    Args:
+        tensors: the names of `expert_tensors`.
+        x: `[M, H]`.
+        weights: routing weights `[M, k]`.
+        ids: the chosen experts `[M, k]`, as indices into the stack; negative: not on this rank.
+
+    Returns:
+        `[M, H]` in the dtype of `x`, summed in float32.
+    """
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        rows, slots = (ids == expert).nonzero(as_tuple=True)
+        gate_up = _expert_linear(scheme, tensors, "gate_up_proj", expert, x[rows])
+        hidden = activate(activation, gate_up, scheme.interleaved, limit)
+        out = _expert_linear(scheme, tensors, "down_proj", expert, hidden)
+        total.index_add_(0, rows, out.float() * weights[rows, slots].float().unsqueeze(-1))
+    return total.to(x.dtype)
+
+
+def _expert_linear(
+    scheme: Scheme, tensors: Mapping[str, torch.Tensor], name: str, expert: int, x: torch.Tensor
+) -> torch.Tensor:
+    stored = {"weight": tensors[name][expert], "weight_scale": tensors[f"{name}_scale"][expert]}
+    bias = tensors.get(f"{name}_bias")
+    return F.linear(x, dequantize(scheme, stored, x.dtype), None if bias is None else bias[expert].to(x.dtype))

@@ -1,0 +1,131 @@
+"""`quantization_config` with `quant_method: xpuquant`, as vLLM asks for it: which method for which layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import WeightsMapper
+
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
+from xpuquant.vllm import versions
+
+# How vLLM fuses layers, where a model does not say it itself.
+_FUSED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
+# Two names for one thing: Transformers calls Mixtral's block `mlp`, its published checkpoints and vLLM do not.
+ALIASES = ((".block_sparse_moe.", ".mlp."),)
+
+
+class XpuquantConfig(QuantizationConfig):
+    """Exact module names → scheme, in the names of the repo and in vLLM's."""
+
+    def __init__(self, stored: dict[str, Scheme]) -> None:
+        super().__init__()
+        self.stored = stored
+        # vLLM's module name → the repo's; models with other names than the repo's add theirs.
+        self.names = {name: name for name in stored}
+        self.mapper = WeightsMapper()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> XpuquantConfig:
+        """Raises one line for a wrong version of vLLM, of the kernels, or of the format."""
+        versions.check()
+        return cls(from_config(config))
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        # The default drops every `g_idx`; here it is a permutation that the layer needs.
+        return WeightsMapper()
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.mapper = hf_to_vllm_mapper
+        self.names |= {theirs: name for name in self.stored if (theirs := self.mapped(name)) is not None}
+
+    def mapped(self, name: str) -> str | None:
+        """vLLM's name of a module or tensor of the repo, before layers are fused."""
+        mapped: str | None = self.mapper.map_name(name)
+        return mapped
+
+    def name_of(self, prefix: str) -> str | None:
+        """The repo's name of an unfused layer, by vLLM's; None where it is not quantized."""
+        for candidate in (prefix, *(prefix.replace(theirs, ours) for theirs, ours in ALIASES)):
+            if candidate in self.names:
+                return self.names[candidate]
+        return None
+
+    def scheme_of(self, prefix: str) -> Scheme | None:
+        """The scheme of an unfused layer, by vLLM's name; None where it is not quantized."""
+        name = self.name_of(prefix)
+        return None if name is None else self.stored[name]
+
+    def members(self, prefix: str) -> list[str]:
+        """The layers of the repo that vLLM fuses into `prefix`; itself where it fuses nothing."""
+        parent, _, last = prefix.rpartition(".")
+        fused = self.packed_modules_mapping.get(last) or _FUSED.get(last)
+        if self.scheme_of(prefix) is not None or not fused:
+            return [prefix]
+        return [f"{parent}.{member}" if parent else member for member in fused]
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Raises UnsupportedError, in one line, where fused layers do not share a scheme."""
+        if isinstance(layer, RoutedExperts):
+            from xpuquant.vllm.experts import XpuquantExpertsMethod
+
+            scheme = self.scheme_of(prefix)
+            return None if scheme is None else XpuquantExpertsMethod(scheme, prefix, layer.moe_config)
+        if isinstance(layer, ParallelLMHead) and self.scheme_of(prefix) is not None:
+            from xpuquant.vllm.linear import XpuquantHeadMethod
+
+            return XpuquantHeadMethod(self.schemes(prefix)[0], prefix)
+        if not isinstance(layer, LinearBase):
+            return None
+        schemes = self.schemes(prefix)
+        if not schemes:
+            return UnquantizedLinearMethod()
+        from xpuquant.vllm.linear import XpuquantLinearMethod
+
+        return XpuquantLinearMethod(schemes[0], prefix)
+
+    def schemes(self, prefix: str) -> list[Scheme]:
+        """One scheme for a layer as vLLM builds it, or none."""
+        found = {name: self.scheme_of(name) for name in self.members(prefix)}
+        # The dtype of stored scales does not matter: they are cast to the serving dtype while copied.
+        kinds = {scheme and replace(scheme, scale_dtype="") for scheme in found.values()}
+        if len(kinds) > 1:
+            shown = ", ".join(f"{n.rpartition('.')[2]} {s.label() if s else 'unquantized'}" for n, s in found.items())
+            raise UnsupportedError(f"vLLM fuses layers that are stored differently in {prefix}: {shown}")
+        return [scheme for scheme in found.values() if scheme is not None][:1]
+
+
+def register() -> None:
+    """Idempotent: vLLM calls plugins more than once in one process."""
+    from vllm.model_executor.layers import quantization
+
+    if QUANT_METHOD not in quantization.QUANTIZATION_METHODS:
+        register_quantization_config(QUANT_METHOD)(XpuquantConfig)

@@ -1,0 +1,157 @@
+"""Routed experts: the stored stacks as parameters, filled slice by slice from the file's own tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from xpuquant import layers
+from xpuquant.errors import DamagedError, UnsupportedError
+from xpuquant.formats.scheme import Scheme
+
+
+class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """One method for every expert layout. Parameters have the names of the file's tensors."""
+
+    def __init__(self, scheme: Scheme, prefix: str, moe: FusedMoEConfig) -> None:
+        super().__init__(moe)
+        self.scheme = scheme
+        self.prefix = prefix
+        self.kernel: Any = None
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Raises UnsupportedError, in one line, for what no XPU kernel takes."""
+        scheme, E, H, I = self.scheme, num_experts, hidden_size, intermediate_size_per_partition
+        unpadded = extra.get("unpadded_hidden_size") or H
+        if unpadded != H or getattr(layer, "apply_router_weight_on_input", False):
+            raise UnsupportedError(f"{self.prefix}: padded hidden sizes and router weights on the input have no kernel")
+        for step in {scheme.group_size, scheme.block_n} - {0}:
+            if I % step:
+                raise UnsupportedError(
+                    f"{self.prefix}: {I} intermediate features on each rank are no multiple of {step}; "
+                    "use a smaller --tensor-parallel-size or --enable-expert-parallel"
+                )
+        for name, stored in layers.expert_tensors(scheme, E, H, I).items():
+            dtype = stored.dtype
+            if name.endswith("_bias") or (name.endswith("_scale") and scheme.layout == "int4_experts"):
+                # The grouped GEMM reads scales and biases as the activations' dtype, whatever they are.
+                dtype = params_dtype
+            elif name.endswith("_scale") and dtype.is_floating_point:
+                dtype = torch.float32
+            param = Parameter(torch.empty(stored.shape, dtype=dtype), requires_grad=False)
+            set_weight_attrs(param, {"weight_loader": _only_whole})
+            layer.register_parameter(name, param)
+
+    def load(self, layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+        """Copy this rank's part of the stored tensor `name` (all experts, all rows) into its parameter.
+
+        `tensor` may be a view of a mapped file: the bytes of other ranks' experts are then never read.
+        """
+        param: torch.Tensor = getattr(layer, name).data
+        moe = self.moe.moe_parallel_config
+        experts = range(tensor.shape[0])
+        if layer.expert_map is not None:
+            experts = layer.expert_map_manager.get_local_expert_ids()
+        for pieces in self._cuts(name, tensor, param, moe.tp_rank, moe.tp_size):
+            target, source = pieces
+            if len(experts) == tensor.shape[0] == target.shape[0]:
+                target.copy_(source)
+                continue
+            for expert in experts:
+                target[layer.expert_map_manager.map_global_to_local(expert)].copy_(source[expert])
+        if name == "down_proj_bias" and moe.tp_rank > 0:
+            param.zero_()  # the ranks' outputs are summed
+
+    def _cuts(
+        self, name: str, tensor: torch.Tensor, param: torch.Tensor, rank: int, ranks: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(part of the parameter, part of the stored tensor) pairs that this rank copies."""
+        dim = self._cut_dim(name)
+        if dim is None or ranks == 1:
+            pairs = [(param, tensor)]
+        elif name.startswith("down_proj") or self.scheme.interleaved:
+            size = param.shape[dim]
+            pairs = [(param, tensor.narrow(dim, rank * size, size))]
+        else:
+            # Gate rows, then up rows: a rank takes its share of either.
+            size, half = param.shape[dim] // 2, tensor.shape[dim] // 2
+            pairs = [
+                (param.narrow(dim, i * size, size), tensor.narrow(dim, i * half + rank * size, size))
+                for i in range(2)
+            ]
+        if any(target.shape[1:] != source.shape[1:] for target, source in pairs):
+            raise DamagedError(
+                f"{self.prefix}.{name} has shape {list(tensor.shape)}, which does not fit config.json"
+            )
+        return pairs
+
+    def _cut_dim(self, name: str) -> int | None:
+        """The dimension of a stored tensor along which tensor parallelism cuts I; None: nowhere."""
+        first = name.startswith("gate_up_proj")
+        if name.endswith("_bias"):
+            return 1 if first else None
+        rows_first = self.scheme.layout in ("int4_experts", "mxfp4_experts")
+        if name.endswith("_scale"):
+            if self.scheme.granularity == "tensor":
+                return None
+            rows_first = self.scheme.granularity != "block"
+        return 1 if first == rows_first else 2
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig | None:
+        return None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing to do: what was loaded is what the kernel reads."""
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`[M, H]` → `[M, H]`; this rank's part of the sum."""
+        tensors = {name: p for name, p in layer.named_parameters(recurse=False) if name.startswith(_STACKS)}
+        activation, limit = layer.activation.value, layer.swiglu_limit
+        if x.device.type != "xpu":
+            ids = topk_ids.long()
+            if layer.expert_map is not None:
+                ids = torch.where(ids < 0, ids, layer.expert_map[ids.clamp(min=0)].long())
+            return layers.experts(self.scheme, tensors, x, topk_weights, ids, activation, limit)
+        moe = self.moe
+        if self.kernel is None:
+            from xpuquant.xpu import fused_moe
+
+            self.kernel = fused_moe(
+                self.scheme, tensors, topk_ids.shape[1], activation, limit,
+                moe.ep_rank, moe.ep_size, layer.expert_map,
+            )  # fmt: skip
+        if moe.ep_size > 1:
+            # -1 (a padding row's route) must become an expert that another rank owns.
+            elsewhere = layer.global_num_experts - 1 if moe.ep_rank == 0 else 0
+            topk_ids = torch.where(topk_ids < 0, elsewhere, topk_ids)
+        out = torch.empty_like(x)
+        self.kernel.apply(output=out, hidden_states=x, topk_weights=topk_weights, topk_ids=topk_ids)
+        return out
+
+
+_STACKS = ("gate_up_proj", "down_proj")
+
+
+def _only_whole(param: Parameter, loaded: torch.Tensor, *_: Any, **__: Any) -> None:
+    raise DamagedError("experts of an xpuquant repo are loaded whole; this vLLM model loader offered a part of them")

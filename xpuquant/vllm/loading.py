@@ -1,0 +1,156 @@
+"""From the weight stream into the model: experts by whole stacks, the rest by vLLM, and nothing missing.
+
+vLLM's model loaders treat stacked expert tensors in four ways: some split them, some take only names of
+single experts, some permute them, and some drop them without a word. So stacks are taken out of the
+stream here and written into their layer directly. vLLM checks no missing weights where a model is
+quantized; this module does, by name.
+
+The hook is `BaseModelLoader.create_model`, the one place that every load format passes: the new model's
+`load_weights` is wrapped where the model is quantized by us, and nothing else is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from xpuquant.errors import DamagedError, one_line
+from xpuquant.formats.scheme import Scheme
+from xpuquant.layers import expert_tensors, linear_tensors
+from xpuquant.vllm.config import ALIASES, XpuquantConfig
+from xpuquant.vllm.experts import XpuquantExpertsMethod
+
+_FIX = "convert again, or download the repo again"
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class Intake:
+    """Watches one load: which tensors came, which parameters they filled."""
+
+    def __init__(self, model: torch.nn.Module, config: XpuquantConfig) -> None:
+        self.model = model
+        self.config = config
+        self.experts: dict[str, tuple[str, torch.nn.Module]] = {}
+        for name, layer in model.named_modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, XpuquantExpertsMethod):
+                stored = config.name_of(method.prefix)
+                assert stored is not None, "the method was made from it"
+                self.experts[stored] = (name, layer)
+        self.seen: set[str] = set()
+        self.filled: set[str] = set()
+        # Mixtral's block has two names; vLLM's model loader knows one.
+        self.renames = [
+            (ours, theirs) for theirs, ours in ALIASES if any(theirs in name for name, _ in self.experts.values())
+        ]
+
+    def stream(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """`weights` without the stacks of experts, which go into their layers.
+
+        Raises:
+            DamagedError: a tensor of a quantized module that the config does not announce, or of a dtype
+                that a copy would silently convert.
+        """
+        for name, tensor in weights:
+            self.seen.add(name)
+            module, _, suffix = name.rpartition(".")
+            scheme = self.config.stored.get(module)
+            if scheme is None:
+                if suffix in _ONLY_QUANTIZED:
+                    raise DamagedError(
+                        f"{one_line(name)} belongs to no module that config.json lists as quantized; {_FIX}"
+                    )
+            elif suffix != "bias" or scheme.experts:
+                _check(name, suffix, scheme, tensor)
+            if module not in self.experts:
+                for stored, known in self.renames:
+                    name = name.replace(stored, known)
+                yield name, tensor
+                continue
+            prefix, layer = self.experts[module]
+            layer.quant_method.load(layer, suffix, tensor)
+            self.filled.add(f"{prefix}.{suffix}")
+
+    def finish(self, loaded: set[str] | None) -> None:
+        """Raise DamagedError, in one line, where a tensor or a parameter is missing."""
+        wanted = {f"{module}.{suffix}" for module, scheme in self.config.stored.items() for suffix in names_of(scheme)}
+        missing = sorted(wanted - self.seen) or self._unfused()
+        if not missing and loaded is not None:
+            parameters = {name for name, param in self.model.named_parameters() if param.numel()}
+            missing = sorted(parameters - loaded - self.filled)
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise DamagedError(f"tensor {one_line(missing[0])}{more} is missing from the repo; {_FIX}")
+
+    def _unfused(self) -> list[str]:
+        """Members of fused layers whose siblings came without them: vLLM would leave their rows as they are."""
+        came: dict[str, set[str]] = {}
+        for name in self.seen:
+            module, _, suffix = (self.config.mapped(name) or name).rpartition(".")
+            came.setdefault(module, set()).add(suffix)
+        missing = set()
+        for layer in self.model.modules():
+            members = self.config.members(layer.prefix) if isinstance(layer, LinearBase) else []
+            suffixes = set[str]().union(*(came.get(member, ()) for member in members))
+            missing |= {f"{member}.{suffix}" for member in members for suffix in suffixes - came.get(member, set())}
+        return sorted(missing)
+
+
+def names_of(scheme: Scheme) -> set[str]:
+    """The suffixes of the tensors that a module of this scheme has, besides a linear's bias."""
+    sizes = (1, 1, 1) if scheme.experts else (1, 1)
+    return set(expert_tensors(scheme, *sizes) if scheme.experts else linear_tensors(scheme, *sizes))
+
+
+# Suffixes that nothing but a quantized module has.
+_ONLY_QUANTIZED = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_scale"})
+
+
+def _check(name: str, suffix: str, scheme: Scheme, tensor: torch.Tensor) -> None:
+    unit = expert_tensors(scheme, 1, 1, 1) if scheme.experts else linear_tensors(scheme, 1, 1)
+    if suffix not in unit:
+        raise DamagedError(f"tensor {one_line(name)} is not part of a module stored as {scheme.label()}; {_FIX}")
+    wanted = unit[suffix].dtype
+    casts = tensor.dtype.is_floating_point and wanted.is_floating_point and "weight" != suffix
+    if tensor.dtype != wanted and not (casts and tensor.dtype.itemsize > 1 and wanted.itemsize > 1):
+        raise DamagedError(f"tensor {one_line(name)} is {tensor.dtype}, the format wants {wanted}; {_FIX}")
+
+
+def guard(model: torch.nn.Module, config: XpuquantConfig) -> None:
+    """Put an `Intake` before `model.load_weights`; only the first load must be complete."""
+    inner: Callable[..., set[str] | None] = model.load_weights
+    complete = False
+
+    @wraps(inner)
+    def load_weights(weights: Weights, *args: Any, **kwargs: Any) -> set[str] | None:
+        nonlocal complete
+        intake = Intake(model, config)
+        loaded = inner(intake.stream(weights), *args, **kwargs)
+        if not complete:
+            intake.finish(loaded)
+            complete = True
+        return None if loaded is None else loaded | intake.filled
+
+    model.load_weights = load_weights  # type: ignore[assignment]
+
+
+def register() -> None:
+    """Wrap `BaseModelLoader.create_model`, once."""
+    inner = BaseModelLoader.create_model
+    if hasattr(inner, "_xpuquant"):
+        return
+
+    @wraps(inner)
+    def create_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        model: torch.nn.Module = inner(self, vllm_config, *args, **kwargs)
+        if isinstance(vllm_config.quant_config, XpuquantConfig):
+            guard(model, vllm_config.quant_config)
+        return model
+
+    create_model._xpuquant = True  # type: ignore[attr-defined]
+    BaseModelLoader.create_model = create_model
