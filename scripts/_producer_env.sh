@@ -14,7 +14,7 @@ _requirements() {
         gguf)      echo "torch==2.13.0 transformers==4.57.6 accelerate gguf sentencepiece protobuf" ;;
         gptqmodel) echo "torch==2.14.1 torchvision gptqmodel==7.7.0" ;;
         autoround) echo "torch==2.13.0 auto-round==0.16.1" ;;
-        llmc)      echo "torch==2.13.0 torchvision llmcompressor==0.14.0.1" ;;
+        llmc)      echo "torch==2.13.0 llmcompressor==0.14.0.1" ;;
         *)         echo "no producer environment is called $1" >&2; return 1 ;;
     esac
 }
