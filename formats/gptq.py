@@ -22,10 +22,10 @@ from xpuquant.formats.decoded import Decoded, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.gptq_config import GptqConfig, gptq_config
 from xpuquant.formats.gptq_zeros import measure_zeros, true_zeros
-from xpuquant.formats.nibbles import pack_nibbles, transpose_words, unpack_planar, unpack_rows
+from xpuquant.formats.nibbles import transpose_words, unpack_planar, unpack_rows
 from xpuquant.formats.reader import Parts, need
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weight import Array, IntWeight, Load, Weight, column_groups
+from xpuquant.formats.weight import CACHED_CODES, Array, IntWeight, Weight, column_groups, row_blocks
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -54,15 +54,10 @@ class GptqWeight(IntWeight):
         if self.bits == 4 and self.order is None:
             transpose_words(packed, out)
             return
-        codes = self._codes(packed)
-        if self.widened:
-            zeros: Array | np.uint8 = np.uint8(1 << (self.bits - 1))
-            if not self.symmetric:
-                zeros = self.zeros(arrays[1:]).T[start : start + len(codes), column_groups(self)]
-            codes = codes + np.uint8(8) - zeros
-        if self.order is not None:
-            codes = codes[:, self.order]
-        out[...] = pack_nibbles(codes)
+        zeros = None if self.symmetric or not self.widened else self.zeros(arrays[1:]).T[start:]
+        for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+            codes = self._codes(packed[:, first:last])
+            out[first:last] = self.pack(codes, None if zeros is None else zeros[first:last])
 
     def scale_inputs(self) -> tuple[Slice, ...]:
         return (whole(self.scale),)
@@ -77,8 +72,12 @@ class GptqWeight(IntWeight):
     def zeros(self, arrays: Sequence[Array]) -> Array:
         return true_zeros(arrays[0], self.bits, self.N, self.plus_one, self.planar)
 
-    def decode(self, load: Load, start: int, stop: int) -> Decoded:
-        packed = load(columns(self.qweight, start, stop)).view(np.uint32)
+    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        inputs = (columns(self.qweight, start, stop), columns(self.scale, start, stop))
+        return inputs if self.symmetric else inputs + self.zero_inputs()
+
+    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
+        packed = arrays[0].view(np.uint32)
         if 32 % self.bits:
             codes = self._codes(packed)
         else:
@@ -89,12 +88,9 @@ class GptqWeight(IntWeight):
                 rows[...] = ((packed >> np.uint32(j * self.bits)) & mask)[: len(rows)]
             codes = by_column.T
         col = column_groups(self)
-        zeros = None
-        if not self.symmetric:
-            zeros = self.zeros([load(part) for part in self.zero_inputs()]).T[start:stop]
+        zeros = None if self.symmetric else self.zeros(arrays[2:]).T[start:stop]
         values = subtract_zeros(codes, zeros, self.bits, col)
-        scale = load(columns(self.scale, start, stop)).T
-        return Decoded("int", values, scale, np.arange(stop - start), col)
+        return Decoded("int", values, arrays[1].T, np.arange(stop - start), col)
 
     def _codes(self, packed: Array) -> Array:
         """uint8 `[n, K]` from words `[ceil(K*b/32), n]`."""
@@ -180,11 +176,13 @@ def _groups(
     values = checkpoint.peek(g_idx)
     if values is None:
         if config.desc_act and G > 1:
-            raise UnsupportedError(f"{g_idx.name} decides the column order and cannot be read from headers alone")
+            raise UnsupportedError(
+                f"{g_idx.name} decides the column order and cannot be read from headers alone"
+            )
         return size, None, None, "columns in order, as the config says"
     groups = values.astype(np.int64)
     groups = np.where(groups < 0, groups + G, groups)
-    if groups.size and not (0 <= groups.min() and groups.max() < G):
+    if groups.size and not (groups.min() >= 0 and groups.max() < G):
         raise DamagedError(f"{g_idx.name} names group {groups.max()} of {G}")
     if np.array_equal(groups, trivial):
         said = ", although desc_act is true" if config.desc_act else ""

@@ -37,9 +37,13 @@ def gptq_config(checkpoint: Checkpoint, module: str) -> GptqConfig:
     config = checkpoint.quantization
     for key in _ROTATIONS:
         if config.get(key):
-            raise UnsupportedError(f"the config asks for an online rotation ('{key}'), which no kernel here applies")
+            raise UnsupportedError(
+                f"the config asks for an online rotation ('{key}'), which no kernel here applies"
+            )
     if _number(config, "pack_dtype", "int32") not in ("int32", "torch.int32"):
-        raise UnsupportedError(one_line(f"pack_dtype is {config['pack_dtype']!r}; only int32 words are known"))
+        raise UnsupportedError(
+            one_line(f"pack_dtype is {config['pack_dtype']!r}; only int32 words are known")
+        )
     label = _label(config)
     merged = {**config, **_dynamic(config.get("dynamic"), module)}
     return GptqConfig(
@@ -61,7 +65,9 @@ def _label(config: Mapping[str, Any]) -> str:
         return gptq_label(config)
     label = str(config.get("checkpoint_format") or config.get("format") or _V1).lower()
     if label not in (_V1, _V2, _PLANAR):
-        raise UnsupportedError(one_line(f"checkpoint_format '{label}' is not known; known: gptq, gptq_v2, gptq_p"))
+        raise UnsupportedError(
+            one_line(f"checkpoint_format '{label}' is not known; known: gptq, gptq_v2, gptq_p")
+        )
     return label
 
 

@@ -60,7 +60,9 @@ def measure_zeros(
         lie = f"; the config says {label}" if measured != label else ""
         return ZeroPoints(True, low == middle - 1, f"symmetric, zero points {measured}, from the words{lie}")
     if low == high == middle - config.zeros_minus_one:
-        return ZeroPoints(True, config.zeros_minus_one, "symmetric, from the words, although the config says not")
+        return ZeroPoints(
+            True, config.zeros_minus_one, "symmetric, from the words, although the config says not"
+        )
     return ZeroPoints(False, config.zeros_minus_one, f"asymmetric, zero points {label}, as the config says")
 
 

@@ -46,7 +46,9 @@ def runs(weight: IntWeight) -> list[tuple[int, int]]:
     return [(int(groups[start]), int(length)) for start, length in zip(starts, lengths, strict=True)]
 
 
-def regroup(weight: IntWeight, sizes: Sequence[int] | None = None, also: Iterable[int] = ()) -> Regrouping | None:
+def regroup(
+    weight: IntWeight, sizes: Sequence[int] | None = None, also: Iterable[int] = ()
+) -> Regrouping | None:
     """The coarsest exact grouping a kernel can take, or None.
 
     Args:

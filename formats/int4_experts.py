@@ -34,12 +34,11 @@ from xpuquant.formats.layout import (
     OutTensor,
     Piece,
     Stored,
-    row_blocks,
 )
 from xpuquant.formats.nibbles import NIBBLES_PER_WORD, SIGN_FLIP, unpack_nibbles
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.stacks import Interleave, part_rows, stored_matrices
-from xpuquant.formats.weight import IntWeight
+from xpuquant.formats.weight import IntWeight, row_blocks
 
 GROUP_SIZES = (32, 64, 128, 256)
 N_MULTIPLE = 8
@@ -78,7 +77,9 @@ class Int4Experts:
                 if weight.order is not None:
                     return "act-order experts have no XPU kernel (the grouped GEMM has no g_idx)"
                 if weight.N % N_MULTIPLE or weight.K % GROUP_SIZES[0]:
-                    return f"{role} is [{weight.N}, {weight.K}]; the grouped GEMM needs N % 8 == 0, K % 32 == 0"
+                    return (
+                        f"{role} is [{weight.N}, {weight.K}]; the grouped GEMM needs N % 8 == 0, K % 32 == 0"
+                    )
         if _group_size(stack) is None:
             return f"no group size of {list(GROUP_SIZES)} divides the groups of all experts"
         return None
@@ -95,7 +96,9 @@ class Int4Experts:
             shape = (stack.experts, N)
             words = [piece for e in range(stack.experts) for piece in _word_pieces(stack, roles, e)]
             tensors.append(OutTensor(f"{stack.name}.{out}", "U8", (*shape, K // 2), tuple(words)))
-            scales = [piece for e in range(stack.experts) for piece in _scale_pieces(stack, roles, e, size, dtype)]
+            scales = [
+                piece for e in range(stack.experts) for piece in _scale_pieces(stack, roles, e, size, dtype)
+            ]
             tensors.append(OutTensor(f"{stack.name}.{out}_scale", dtype, (*shape, K // size), tuple(scales)))
             if stack.biases:
                 tensors.append(_bias(stack, out, roles, N))
@@ -119,12 +122,16 @@ class Int4Experts:
         for part in ("gate_up_proj", "down_proj"):
             weight, scale = stored.tensors[part], stored.tensors[f"{part}_scale"]
             if weight.dtype != "U8" or len(weight.shape) != 3:
-                raise DamagedError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, want U8 [E, N, K/2]")
+                raise DamagedError(
+                    f"{weight.name} is {weight.dtype} {list(weight.shape)}, want U8 [E, N, K/2]"
+                )
             E, N, half = weight.shape
             if scale.shape != (E, N, half * 2 // stored.scheme.group_size):
                 raise DamagedError(f"{scale.name} has shape {list(scale.shape)}, weight {list(weight.shape)}")
             if scale.dtype != stored.scheme.scale_dtype:
-                raise DamagedError(f"{scale.name} is {scale.dtype}, config.json says {stored.scheme.scale_dtype}")
+                raise DamagedError(
+                    f"{scale.name} is {scale.dtype}, config.json says {stored.scheme.scale_dtype}"
+                )
         return stored_matrices(stored, packed=2)
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
@@ -135,8 +142,8 @@ class Int4Experts:
         col = np.arange(matrix.K) // stored.scheme.group_size
         return Decoded("int", codes, scale, np.arange(stop - start), col)
 
-    def layer(self, stored: Stored, matrix: Matrix) -> dict[str, Array]:
-        part, rows = part_rows(stored, matrix, 0, matrix.N)
+    def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
+        part, rows = part_rows(stored, matrix, start, stop)
         arrays = {"weight": rows(part), "weight_scale": rows(f"{part}_scale")}
         return arrays | ({"bias": rows(f"{part}_bias")} if stored.scheme.bias else {})
 
@@ -148,7 +155,12 @@ def _word_pieces(stack: ExpertStack, roles: tuple[str, ...], expert: int) -> lis
         gate, up = members
         blocks = row_blocks(gate.N, 2 * row_bytes, NIBBLES_PER_WORD)
         return [
-            _interleaved((gate.word_inputs(a, b), up.word_inputs(a, b)), (SignedWords(gate, a), SignedWords(up, a)), b - a, row_bytes)
+            _interleaved(
+                (gate.word_inputs(a, b), up.word_inputs(a, b)),
+                (SignedWords(gate, a), SignedWords(up, a)),
+                b - a,
+                row_bytes,
+            )
             for a, b in blocks
         ]
     return [
@@ -158,13 +170,17 @@ def _word_pieces(stack: ExpertStack, roles: tuple[str, ...], expert: int) -> lis
     ]
 
 
-def _scale_pieces(stack: ExpertStack, roles: tuple[str, ...], expert: int, size: int, dtype: str) -> list[Piece]:
+def _scale_pieces(
+    stack: ExpertStack, roles: tuple[str, ...], expert: int, size: int, dtype: str
+) -> list[Piece]:
     members = [_weights(stack, role)[expert] for role in roles]
     row_bytes = nbytes(dtype, (members[0].K // size,))
     makes = [Scales(weight, _regroup(weight, size), dtype, transposed=True) for weight in members]
     if len(members) == 2 and stack.interleaved:
         gate, up = members
-        return [_interleaved((gate.scale_inputs(), up.scale_inputs()), (makes[0], makes[1]), gate.N, row_bytes)]
+        return [
+            _interleaved((gate.scale_inputs(), up.scale_inputs()), (makes[0], makes[1]), gate.N, row_bytes)
+        ]
     return [
         Piece(weight.scale_inputs(), weight.N * row_bytes, make)
         for weight, make in zip(members, makes, strict=True)
@@ -191,7 +207,9 @@ def _interleaved(
     rows: int,
     row_bytes: int,
 ) -> Piece:
-    return Piece(inputs[0] + inputs[1], 2 * rows * row_bytes, Interleave(makes[0], makes[1], len(inputs[0]), rows))
+    return Piece(
+        inputs[0] + inputs[1], 2 * rows * row_bytes, Interleave(makes[0], makes[1], len(inputs[0]), rows)
+    )
 
 
 def _stack(module: Module) -> ExpertStack:

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpuquant.errors import DamagedError
+from xpuquant.formats.checkpoint import columns, rows, whole
 from xpuquant.formats.decoded import Decoded, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS, numpy_dtype
-from xpuquant.formats.checkpoint import columns, rows
 from xpuquant.formats.groups import Regrouping, regroup
-from xpuquant.formats.layout import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored, row_blocks
+from xpuquant.formats.layout import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
 from xpuquant.formats.nibbles import NIBBLES_PER_WORD, pack_nibbles, unpack_nibbles
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weight import IntWeight
+from xpuquant.formats.weight import IntWeight, row_blocks
 
 K_MULTIPLE = 32
 
@@ -105,7 +105,11 @@ class Int4Linear:
         N, K, G = weight.N, weight.K, weight.K // groups.size
         dtype = scale_dtype or weight.scale_dtype
         words = tuple(
-            Piece(weight.word_inputs(start, stop), (stop - start) * K // 2, Words(weight, start))
+            Piece(
+                weight.word_inputs(start, stop),
+                (stop - start) * K // 2,
+                None if weight.verbatim else Words(weight, start),
+            )
             for start, stop in row_blocks(N, K // 2, NIBBLES_PER_WORD)
         )
         scale_bytes = G * N * numpy_dtype(dtype).itemsize
@@ -145,9 +149,13 @@ class Int4Linear:
         wanted = {"scales": (G, N), "qzeros": (G, N // NIBBLES_PER_WORD), "g_idx": (K,)}
         for suffix, tensor in stored.tensors.items():
             if suffix in wanted and tensor.shape != wanted[suffix]:
-                raise DamagedError(f"{tensor.name} has shape {list(tensor.shape)}, want {list(wanted[suffix])}")
+                raise DamagedError(
+                    f"{tensor.name} has shape {list(tensor.shape)}, want {list(wanted[suffix])}"
+                )
         if scales.dtype != stored.scheme.scale_dtype or scales.dtype not in FLOATS:
-            raise DamagedError(f"{scales.name} is {scales.dtype}, config.json says {stored.scheme.scale_dtype}")
+            raise DamagedError(
+                f"{scales.name} is {scales.dtype}, config.json says {stored.scheme.scale_dtype}"
+            )
         return [Matrix("linear", N, K)]
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
@@ -170,8 +178,15 @@ class Int4Linear:
         scale = stored.load(columns(stored.tensors["scales"], start, stop)).T
         return Decoded("int", values, scale, np.arange(stop - start), col)
 
-    def layer(self, stored: Stored, matrix: Matrix) -> dict[str, Array]:
-        return {suffix: stored.array(suffix) for suffix in self.suffixes(stored.scheme)}
+    def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
+        first, last = start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD)
+        parts = {
+            "qweight": lambda tensor: rows(tensor, start, stop),
+            "scales": lambda tensor: columns(tensor, start, stop),
+            "qzeros": lambda tensor: columns(tensor, first, last),
+            "g_idx": whole,
+        }
+        return {suffix: stored.load(parts[suffix](tensor)) for suffix, tensor in stored.tensors.items()}
 
 
 def _weight(module: Module) -> IntWeight:

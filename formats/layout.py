@@ -8,7 +8,7 @@ its bytes, so that a plan is complete before a weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,13 +19,9 @@ from xpuquant.formats.decoded import Decoded
 from xpuquant.formats.dtypes import nbytes, numpy_dtype
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weight import Weight
+from xpuquant.formats.weight import Weight, row_blocks
 
 Array = np.ndarray[Any, Any]
-
-PIECE_BYTES = 16 << 20
-"""Output bytes made at once. Bounds the memory of a conversion (a few pieces per worker); large enough that
-the strided reads of a `[K/8, N]` source are kilobytes long."""
 
 Make = Callable[[Sequence[Array], Array], None]
 """Fills the piece's bytes (flat uint8 `out`) from the arrays of its inputs."""
@@ -158,16 +154,10 @@ class Layout(Protocol):
         """Rows `start:stop` of a matrix, in source column order, by the plain definition of the layout."""
         ...
 
-    def layer(self, stored: Stored, matrix: Matrix) -> dict[str, Array]:
-        """The arrays a kernel takes for one matrix, by role: see `kernels.Layer`."""
+    def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
+        """The arrays a kernel takes for rows `start:stop` of one matrix (multiples of 8), by role: see
+        `kernels.Layer`."""
         ...
-
-
-def row_blocks(N: int, row_bytes: int, multiple: int = 1, limit: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
-    """Cut N rows into blocks of at most about `limit` bytes, a multiple of `multiple` rows each."""
-    step = max(multiple, limit // max(row_bytes, 1) // multiple * multiple)
-    for start in range(0, N, step):
-        yield start, min(start + step, N)
 
 
 def copied(tensor: Tensor, name: str | None = None) -> OutTensor:

@@ -123,11 +123,15 @@ def _check_method(checkpoint: Checkpoint, known: tuple[Reader, ...]) -> None:
         raise UsageError("this repo is already converted; use it as it is, or `xpuquant verify` it")
     if checkpoint.method and checkpoint.method not in methods:
         raise UsageError(
-            one_line(f"quant_method '{checkpoint.method}' is not supported; known: {', '.join(sorted(methods))}")
+            one_line(
+                f"quant_method '{checkpoint.method}' is not supported; known: {', '.join(sorted(methods))}"
+            )
         )
 
 
-def need(parts: Parts, suffix: str, name: str, *, dtype: str | None = None, dims: int | None = None) -> Tensor:
+def need(
+    parts: Parts, suffix: str, name: str, *, dtype: str | None = None, dims: int | None = None
+) -> Tensor:
     """A tensor a module must have.
 
     Raises:

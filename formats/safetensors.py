@@ -99,7 +99,9 @@ def parse_header(header: bytes, file: str, file_size: int) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> bytes:
     """The first bytes of a file (prefix and header), padded so that the data starts 8-byte aligned.
 
     Args:

@@ -51,9 +51,7 @@ def stored_matrices(stored: Stored, packed: int = 1) -> list[Matrix]:
     ]
 
 
-def part_rows(
-    stored: Stored, matrix: Matrix, start: int, stop: int
-) -> tuple[str, Callable[[str], Array]]:
+def part_rows(stored: Stored, matrix: Matrix, start: int, stop: int) -> tuple[str, Callable[[str], Array]]:
     """Where rows `start:stop` of a matrix lie: the tensor's suffix, and a function that reads the same rows of a
     tensor that shares its row order (the weight, its scale, its bias)."""
     part = "down_proj" if matrix.role == "down" else "gate_up_proj"

@@ -7,7 +7,7 @@ so that the plan knows every byte that will be read before one is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,11 +15,26 @@ import numpy as np
 
 from xpuquant.formats.checkpoint import Slice
 from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.nibbles import pack_nibbles
 from xpuquant.formats.safetensors import Tensor
 
 Array = np.ndarray[Any, Any]
-Load = Callable[[Slice], Array]
-"""Reads one slice: how decode code gets its bytes."""
+
+PIECE_BYTES = 16 << 20
+"""Output bytes made at once. Bounds the memory of a conversion (a few pieces per worker); large enough that
+the strided reads of a `[K/8, N]` source are kilobytes long."""
+
+CACHED_CODES = 1 << 18
+"""Codes unpacked to bytes at once, where there is no direct path: a few such arrays fit the second-level cache."""
+
+
+def row_blocks(
+    N: int, row_bytes: int, multiple: int = 1, limit: int = PIECE_BYTES
+) -> Iterator[tuple[int, int]]:
+    """Cut N rows into blocks of about `limit` bytes at most, each a multiple of `multiple` rows but the last."""
+    step = max(multiple, limit // max(row_bytes, 1) // multiple * multiple)
+    for start in range(0, N, step):
+        yield start, min(start + step, N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +65,13 @@ class Weight(ABC):
         """Short description for tables: `int4 g64 asymmetric`."""
 
     @abstractmethod
-    def decode(self, load: Load, start: int, stop: int) -> Decoded:
-        """Rows `start:stop`, by the plain definition of the format (not the conversion's fast path)."""
+    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        """Slices that `decode` needs for rows `start:stop`."""
+
+    @abstractmethod
+    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
+        """Rows `start:stop` from the arrays of `decode_inputs(start, stop)`, by the plain definition of the
+        format (not the conversion's fast path)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +105,11 @@ class IntWeight(Weight):
         order = " act-order" if self.order is not None else ""
         return f"int{self.bits} {size} {'symmetric' if self.symmetric else 'asymmetric'}{order}"
 
+    @property
+    def verbatim(self) -> bool:
+        """The single input of `words` already is the words, so its bytes can be copied."""
+        return False
+
     @abstractmethod
     def word_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
         """Slices that `words` needs for rows `start:stop`."""
@@ -92,8 +117,11 @@ class IntWeight(Weight):
     @abstractmethod
     def words(self, arrays: Sequence[Array], out: Array, start: int) -> None:
         """Fill `out`, uint32 `[n, K/8]`, with u4 codes of rows `start:start+n`, from the arrays of
-        `word_inputs(start, start+n)`: nibble j of word i is column 8i+j of the stored order (`order` applied). A value is `nibble - zero`, with zero 8 where symmetric or where
-        the source has fewer than 4 bits (codes are widened to q - z + 8)."""
+        `word_inputs(start, start+n)`: nibble j of word i is column 8i+j of the stored order (`order` applied).
+
+        A value is `nibble - zero`, with zero 8 where symmetric, and where the source has fewer than 4 bits
+        (its codes are widened to q - z + 8).
+        """
 
     @abstractmethod
     def scale_inputs(self) -> tuple[Slice, ...]:
@@ -110,6 +138,18 @@ class IntWeight(Weight):
     def zeros(self, arrays: Sequence[Array]) -> Array:
         """uint8 `[G, N]`: the true zero points of 4-bit asymmetric codes."""
         raise NotImplementedError
+
+    def pack(self, codes: Array, zeros: Array | None) -> Array:
+        """u4 words `[n, K/8]` from codes in source order: widened and put into stored order.
+
+        Args:
+            codes: uint8 `[n, K]`.
+            zeros: uint8 `[n, G]` zero points of the same rows, for an asymmetric weight that is widened.
+        """
+        if self.widened:
+            middle = np.uint8(1 << (self.bits - 1))
+            codes = codes + np.uint8(8) - (middle if zeros is None else zeros[:, column_groups(self)])
+        return pack_nibbles(codes if self.order is None else codes[:, self.order])
 
     @property
     def widened(self) -> bool:

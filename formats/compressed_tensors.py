@@ -1,0 +1,234 @@
+"""Reader for compressed-tensors `pack-quantized` (llm-compressor, AutoRound's llm_compressor export).
+
+    P.weight_packed      int32 [N, P(K)]   offset-binary codes (signed + 2^(b-1)), packed along K
+    P.weight_scale             [N, G], [N, 1] or [1]
+    P.weight_zero_point  int32 [P(N), G]   packed along N; int8 [N, G] signed before 0.9.4; absent where symmetric
+    P.weight_shape       int64 [2]         N, K: the only exact source of K
+    P.weight_g_idx       int32 [K]         actorder "group", 0.6 to 0.18: columns stay in source order
+
+P(x) is ceil(x*b/32) since 0.18 (a dense bit stream) and ceil(x / (32//b)) before (no value straddles a word); they
+differ for 3, 5, 6, 7 bits, and only the shape tells which
+(compressed_tensors/compressors/pack_quantized/helpers.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xpuquant.errors import DamagedError, UnsupportedError
+from xpuquant.formats.checkpoint import Checkpoint, Slice, rows, whole
+from xpuquant.formats.compressed_tensors_config import METHODS, WeightArgs, check_supported, weight_args
+from xpuquant.formats.decoded import Decoded, subtract_zeros
+from xpuquant.formats.dtypes import FLOATS
+from xpuquant.formats.nibbles import unpack_nibbles, unpack_rows
+from xpuquant.formats.reader import Parts, need
+from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.weight import CACHED_CODES, Array, IntWeight, Weight, column_groups, row_blocks
+
+
+def packed_words(count: int, bits: int, padded: bool) -> int:
+    """Words that `count` codes take."""
+    return -(-count // (32 // bits)) if padded else -(-count * bits // 32)
+
+
+def unpack(words: Array, bits: int, count: int, padded: bool) -> Array:
+    """uint8 `[n, count]` from uint32 `[n, P(count)]`, offset-binary as stored."""
+    if not padded:
+        return unpack_rows(words, bits, count)
+    fields = unpack_rows(np.ascontiguousarray(words).reshape(-1, 1), bits, 32 // bits)
+    return fields.reshape(len(words), -1)[:, :count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight(IntWeight):
+    """A `pack-quantized` module. `padded`: no code straddles a word (before 0.18)."""
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    padded: bool
+
+    @property
+    def verbatim(self) -> bool:
+        return self.bits == 4 and self.order is None
+
+    def word_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        codes = rows(self.packed, start, stop)
+        return (codes, *self.zero_inputs()) if self.widened and not self.symmetric else (codes,)
+
+    def words(self, arrays: Sequence[Array], out: Array, start: int) -> None:
+        packed = arrays[0].view(np.uint32)
+        if self.verbatim:
+            out[...] = packed
+            return
+        zeros = None if self.symmetric or not self.widened else self.zeros(arrays[1:]).T[start:]
+        for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+            codes = unpack(packed[first:last], self.bits, self.K, self.padded)
+            out[first:last] = self.pack(codes, None if zeros is None else zeros[first:last])
+
+    def scale_inputs(self) -> tuple[Slice, ...]:
+        return (whole(self.scale),)
+
+    def scales(self, arrays: Sequence[Array]) -> Array:
+        return np.broadcast_to(arrays[0].reshape(-1, self.groups), (self.N, self.groups)).T
+
+    def zero_inputs(self) -> tuple[Slice, ...]:
+        assert self.zero_point is not None, "an asymmetric weight has zero points"
+        return (whole(self.zero_point),)
+
+    def zeros(self, arrays: Sequence[Array]) -> Array:
+        return _true_zeros(arrays[0], self.bits, self.N, self.padded)
+
+    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        inputs = (rows(self.packed, start, stop), *self.scale_inputs())
+        return inputs if self.symmetric else inputs + self.zero_inputs()
+
+    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
+        packed = arrays[0]
+        if self.bits == 4:
+            codes = unpack_nibbles(packed.view(np.uint8))[:, : self.K]
+        else:
+            codes = unpack(packed.view(np.uint32), self.bits, self.K, self.padded)
+        col = column_groups(self)
+        zeros = None if self.symmetric else self.zeros(arrays[2:]).T[start:stop]
+        values = subtract_zeros(codes, zeros, self.bits, col)
+        return Decoded("int", values, self.scales(arrays[1:2]).T[start:stop], np.arange(stop - start), col)
+
+
+def _true_zeros(stored: Array, bits: int, N: int, padded: bool) -> Array:
+    """uint8 `[G, N]` offset-binary zero points, from either generation of storage."""
+    if stored.dtype == np.int8:
+        signed = np.broadcast_to(stored.reshape(-1, stored.shape[-1]), (N, stored.shape[-1]))
+        return (signed.T + np.int8(1 << (bits - 1))).astype(np.uint8)
+    return unpack(np.ascontiguousarray(stored.T).view(np.uint32), bits, N, padded)
+
+
+class PackQuantized:
+    name = "compressed-tensors"
+    methods = METHODS
+    suffixes = frozenset(
+        {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}
+    )
+
+    def claims(self, parts: Parts) -> bool:
+        return "weight_packed" in parts and parts["weight_packed"].dtype == "I32"
+
+    def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
+        check_supported(checkpoint)
+        packed = need(parts, "weight_packed", name, dtype="I32", dims=2)
+        scale = need(parts, "weight_scale", name)
+        zero_point, g_idx = parts.get("weight_zero_point"), parts.get("weight_g_idx")
+        if scale.dtype not in FLOATS:
+            raise DamagedError(f"{scale.name} is {scale.dtype}, want one of {', '.join(FLOATS)}")
+        candidates = weight_args(checkpoint, name)
+        if not candidates:
+            raise UnsupportedError("no group of the config describes it, so its bits are unknown")
+        N = packed.shape[0]
+        K = _in_features(checkpoint, name, parts, N)
+        fits = [args for args in candidates if _fits(args, packed, scale, K)]
+        if not fits:
+            raise DamagedError(f"{packed.name} {list(packed.shape)} with scales {list(scale.shape)} is not "
+                               f"what the config describes ({candidates[0]})")  # fmt: skip
+        args = fits[0]
+        K = K or packed.shape[1] * 32 // args.bits
+        G = scale.shape[1] if len(scale.shape) == 2 else 1
+        if scale.shape[:1] not in ((), (1,), (N,)):
+            raise DamagedError(f"{scale.name} has {scale.shape[0]} rows, {packed.name} has {N}")
+        group_size = args.group_size if args.group_size and -(-K // args.group_size) == G else -(-K // G)
+        order, groups_of = _act_order(checkpoint, g_idx, K, group_size)
+        padded = packed.shape[1] != packed_words(K, args.bits, padded=False)
+        symmetric, fact = _symmetric(checkpoint, args, name, N, G, padded, zero_point)
+        return [
+            PackedWeight(
+                name=name,
+                format=self.name,
+                N=N,
+                K=K,
+                tensors=tuple(parts[suffix] for suffix in parts if suffix in self.suffixes),
+                facts=(f"{args.bits}-bit, {'padded' if padded else 'dense'} packing, from the shapes", fact),
+                bits=args.bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                scale_dtype=scale.dtype,
+                order=order,
+                groups_of=groups_of,
+                packed=packed,
+                scale=scale,
+                zero_point=zero_point,
+                padded=padded,
+            )
+        ]
+
+
+def _in_features(checkpoint: Checkpoint, name: str, parts: Parts, N: int) -> int | None:
+    """K from `weight_shape`, or None where it is absent or cannot be read from headers."""
+    tensor = parts.get("weight_shape")
+    shape = None if tensor is None else checkpoint.peek(tensor)
+    if shape is None:
+        return None
+    values = [int(value) for value in shape.reshape(-1)]
+    if len(values) != 2 or values[0] != N or values[1] <= 0:
+        raise DamagedError(f"{name}.weight_shape says {values}, weight_packed has {N} rows")
+    return values[1]
+
+
+def _fits(args: WeightArgs, packed: Tensor, scale: Tensor, K: int | None) -> bool:
+    if args.type != "int" or not 1 <= args.bits <= 8:
+        return False
+    columns = K or packed.shape[1] * 32 // args.bits
+    if packed.shape[1] not in (packed_words(columns, args.bits, p) for p in (False, True)):
+        return False
+    groups = scale.shape[1] if len(scale.shape) == 2 else 1
+    return groups == (-(-columns // args.group_size) if args.group_size else 1)
+
+
+def _act_order(
+    checkpoint: Checkpoint, g_idx: Tensor | None, K: int, group_size: int
+) -> tuple[Array | None, Array | None]:
+    if g_idx is None:
+        return None, None
+    values = checkpoint.peek(g_idx)
+    if values is None:
+        raise UnsupportedError(f"{g_idx.name} decides the column order and cannot be read from headers alone")
+    if values.shape != (K,):
+        raise DamagedError(f"{g_idx.name} has shape {list(values.shape)}, want [{K}]")
+    groups = values.astype(np.int64)
+    # -1 marks "not used"; compressed-tensors itself ignores the tensor then.
+    if (groups < 0).any() or np.array_equal(groups, np.arange(K) // group_size):
+        return None, None
+    if groups.max() >= -(-K // group_size):
+        raise DamagedError(f"{g_idx.name} names group {groups.max()} of {-(-K // group_size)}")
+    return np.argsort(groups, kind="stable"), groups
+
+
+def _symmetric(
+    checkpoint: Checkpoint,
+    args: WeightArgs,
+    name: str,
+    N: int,
+    G: int,
+    padded: bool,
+    zero_point: Tensor | None,
+) -> tuple[bool, str]:
+    if zero_point is None:
+        # Up to 0.9.2 all-zero zero points were dropped even from asymmetric files: the same thing.
+        return True, "symmetric: no weight_zero_point"
+    wanted = [(N, G)] if zero_point.dtype == "I8" else [(packed_words(N, args.bits, padded), G)]
+    if zero_point.dtype not in ("I8", "I32") or (zero_point.shape not in wanted and zero_point.shape != (1,)):
+        raise DamagedError(
+            f"{zero_point.name} is {zero_point.dtype} {list(zero_point.shape)}, want {wanted[0]}"
+        )
+    stored = checkpoint.peek(zero_point)
+    if stored is None:
+        return args.symmetric, "zero points as the config says"
+    zeros = _true_zeros(stored, args.bits, N, padded)
+    if (zeros == 1 << (args.bits - 1)).all():
+        return True, "symmetric, from the zero points"
+    lie = ", although the config says symmetric" if args.symmetric else ""
+    return False, f"asymmetric, from the zero points{lie}"
+
+
+READER = PackQuantized()

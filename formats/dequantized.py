@@ -1,0 +1,58 @@
+"""Layout of a module that was asked to be dequantized: plain bf16, under the names of the unquantized model.
+
+    P.weight  BF16 [N, K]
+
+Values are rounded to nearest even from the exact product of code and scale. Only used with `--on-unsupported
+dequantize`; it is the one lossy step, so plan, card and report name every module that took it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.layout import Array, Conversion, ExpertStack, Module, OutTensor, Piece
+from xpuquant.formats.weight import CACHED_CODES, Weight, row_blocks
+
+DTYPE = "BF16"
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Fills rows of bf16 values, from row `start` on."""
+
+    weight: Weight
+    start: int
+
+    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
+        target = out.view(numpy_dtype(DTYPE)).reshape(-1, self.weight.K)
+        decoded = self.weight.decode(arrays, self.start, self.start + len(target))
+        # float32 holds the product of an 8-bit code and an 11- or 8-bit scale exactly, so this rounds once.
+        target[...] = decoded.values().astype(np.float32)
+
+
+def convert(module: Module, reason: str) -> Conversion:
+    """Every matrix of a module as its own bf16 tensor."""
+    weights = (
+        [weight for role in module.weights.values() for weight in role]
+        if isinstance(module, ExpertStack)
+        else [module.weight]
+    )
+    tensors = [
+        OutTensor(
+            f"{weight.name}.weight",
+            DTYPE,
+            (weight.N, weight.K),
+            tuple(
+                Piece(
+                    weight.decode_inputs(start, stop), (stop - start) * weight.K * 2, Rounded(weight, start)
+                )
+                for start, stop in row_blocks(weight.N, weight.K, limit=4 * CACHED_CODES)
+            ),
+        )
+        for weight in weights
+    ]
+    return Conversion(module.name, None, tuple(tensors), (f"dequantized to bf16: {reason}",))
