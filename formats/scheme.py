@@ -103,6 +103,9 @@ def compact(names: Iterable[str]) -> list[str]:
         else:
             families.setdefault((match[1], match[3]), []).append(int(match[2]))
     for (head, tail), numbers in families.items():
+        if len(set(numbers)) == 1:
+            patterns.append(f"{head}{numbers[0]}{tail}")
+            continue
         patterns.append(f"{head}{{{_ranges(sorted(set(numbers)))}}}{tail}")
     return sorted(patterns)
 

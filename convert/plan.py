@@ -1,0 +1,221 @@
+"""The plan of a conversion: headers in, every output byte's place and origin out. Pure; no weight is read.
+
+Peak memory, progress in bytes, disk-space checks, resume and `--shard i/n` are all properties of this one object.
+The same source and options give the same plan, and the same plan the same bytes, whoever executes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xpuquant.convert.options import Options
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats import dequantized
+from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.experts import expert_of, modules
+from xpuquant.formats.layout import Conversion, ExpertStack, Module, OutTensor, copied
+from xpuquant.formats.reader import Reading, read
+from xpuquant.formats.registry import layouts
+from xpuquant.formats.safetensors import Tensor, build_header
+from xpuquant.formats.scheme import FORMAT_VERSION, compact, to_config
+from xpuquant.formats.weight import Weight
+
+_METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """A quantized module of the source and what becomes of it."""
+
+    source: Module
+    conversion: Conversion
+
+    @property
+    def weights(self) -> list[tuple[str, int | None, Weight]]:
+        """(role, expert, weight) of every matrix."""
+        if isinstance(self.source, ExpertStack):
+            return [
+                (role, expert, weight)
+                for role, members in self.source.weights.items()
+                for expert, weight in enumerate(members)
+            ]
+        return [("linear", None, self.source.weight)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.conversion.tensors)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: `header` first, then `tensors` in order, without gaps."""
+
+    name: str
+    header: bytes
+    tensors: tuple[OutTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, and from what.
+
+    modules    every quantized module
+    passed     tensors that keep their bytes
+    shards     the output files
+    notes      what was odd about the source
+    """
+
+    options: Options
+    modules: tuple[PlannedModule, ...]
+    passed: tuple[Tensor, ...]
+    shards: tuple[Shard, ...]
+    notes: tuple[str, ...]
+    read_bytes: int
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def dequantized(self) -> tuple[PlannedModule, ...]:
+        return tuple(module for module in self.modules if module.conversion.scheme is None)
+
+    def quantization_config(self, producer: str) -> dict[str, Any]:
+        """The contract's part of config.json."""
+        schemes = {m.conversion.name: m.conversion.scheme for m in self.modules}
+        return to_config({name: scheme for name, scheme in schemes.items() if scheme is not None}, producer)
+
+    def index(self) -> dict[str, Any]:
+        """model.safetensors.index.json."""
+        weight_map = {tensor.name: shard.name for shard in self.shards for tensor in shard.tensors}
+        total = sum(tensor.nbytes for shard in self.shards for tensor in shard.tensors)
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+    def digest(self, fingerprint: str) -> str:
+        """Identifies plan and source: two runs with equal digests write equal bytes."""
+        summary = {
+            "format_version": FORMAT_VERSION,
+            "options": self.options.as_dict(),
+            "source": fingerprint,
+            "shards": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in self.shards},
+            "inputs": {
+                tensor.name: [
+                    [[part.tensor.file, part.tensor.begin, part.start, part.stop, part.axis] for part in piece.inputs]
+                    for piece in tensor.pieces
+                ]
+                for shard in self.shards
+                for tensor in shard.tensors
+            },
+        }
+        return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Plan a conversion.
+
+    Raises:
+        UsageError: not a quantized checkpoint, or an unknown method.
+        UnsupportedError: modules that no kernel takes, each with its reason, unless they are to be dequantized.
+        DamagedError: tensors that are missing or contradict each other.
+    """
+    reading = read(checkpoint)
+    planned, refused = _conversions(checkpoint, reading, options)
+    if refused:
+        raise UnsupportedError(refusal(refused, readable=not reading.refused))
+    used = {bias.tensor.name for module in planned if isinstance(module.source, ExpertStack)
+            and module.conversion.scheme for slices in module.source.biases.values() for bias in slices}  # fmt: skip
+    passed = tuple(tensor for tensor in reading.rest if tensor.name not in used)
+    shards = _shards(_in_source_order(planned, passed), options.max_shard_bytes)
+    read_bytes = sum(
+        part.nbytes for shard in shards for tensor in shard.tensors for piece in tensor.pieces for part in piece.inputs
+    )
+    return Plan(options, tuple(planned), passed, shards, checkpoint.notes, read_bytes)
+
+
+def refusal(refused: Mapping[str, str], readable: bool) -> str:
+    """One line for modules that cannot be converted: reasons, with the modules of each as compact patterns."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        by_reason.setdefault(reason, []).append(name)
+    listed = "; ".join(f"{reason}: {', '.join(compact(names))}" for reason, names in by_reason.items())
+    fix = ". Pass --on-unsupported dequantize to store them as bf16" if readable else ""
+    return f"{len(refused)} modules have no exact XPU layout: {listed}{fix}"
+
+
+def _conversions(
+    checkpoint: Checkpoint, reading: Reading, options: Options
+) -> tuple[list[PlannedModule], dict[str, str]]:
+    known = layouts()
+    planned: list[PlannedModule] = []
+    refused = dict(reading.refused)
+    for module in modules(checkpoint, [w for w in reading.weights if not _beside_refused(w, refused)]):
+        layout = next((layout for layout in known.values() if layout.takes(module)), None)
+        reason = layout.refuses(module) if layout is not None else f"{kind_of(module)} has no XPU kernel"
+        if layout is not None and reason is None:
+            planned.append(PlannedModule(module, layout.convert(module, options.scale_dtype)))
+        elif options.on_unsupported == "dequantize":
+            planned.append(PlannedModule(module, dequantized.convert(module, reason or "")))
+        else:
+            refused[module.name] = reason or ""
+    return planned, refused
+
+
+def _beside_refused(weight: Weight, refused: Mapping[str, str]) -> bool:
+    """Whether a sibling expert cannot be read: the stack is refused with it, not reported as incomplete."""
+    mine = expert_of(weight.name)
+    return mine is not None and any(
+        (other := expert_of(name)) is not None and other[0] == mine[0] for name in refused
+    )
+
+
+def kind_of(module: Module) -> str:
+    """What a module's weights are, for tables and refusals."""
+    if isinstance(module, ExpertStack):
+        kinds = dict.fromkeys(weight.kind for members in module.weights.values() for weight in members)
+        return " + ".join(kinds) + " experts"
+    return module.weight.kind
+
+
+def _in_source_order(planned: Iterable[PlannedModule], passed: Iterable[Tensor]) -> list[OutTensor]:
+    """Output tensors in the order of their first source byte, so that reading goes forward and layers stay
+    together."""
+    placed: list[tuple[tuple[str, int], list[OutTensor]]] = []
+    for module in planned:
+        first = min((tensor.file, tensor.begin) for _, _, weight in module.weights for tensor in weight.tensors)
+        placed.append((first, list(module.conversion.tensors)))
+    placed += [((tensor.file, tensor.begin), [copied(tensor)]) for tensor in passed]
+    placed.sort(key=lambda entry: entry[0])
+    return [tensor for _, tensors in placed for tensor in tensors]
+
+
+def _shards(tensors: Sequence[OutTensor], max_bytes: int) -> tuple[Shard, ...]:
+    total = sum(tensor.nbytes for tensor in tensors)
+    # Even shards: the same number of files, none of them a stub.
+    target = total / max(1, -(-total // max_bytes))
+    filled: list[list[OutTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if filled[-1] and (size + tensor.nbytes > max_bytes or size >= target):
+            filled.append([])
+            size = 0
+        filled[-1].append(tensor)
+        size += tensor.nbytes
+    return tuple(
+        _shard(f"model-{i:05}-of-{len(filled):05}.safetensors" if len(filled) > 1 else "model.safetensors", members)
+        for i, members in enumerate(filled, 1)
+    )
+
+
+def _shard(name: str, tensors: Iterable[OutTensor]) -> Shard:
+    # Tensors whose length is no multiple of 8 go last, so that every other one stays aligned.
+    ordered = tuple(sorted(tensors, key=lambda tensor: tensor.nbytes % 8 != 0))
+    header = build_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), _METADATA)
+    return Shard(name, header, ordered)
