@@ -49,8 +49,12 @@ class Backend(Protocol):
         """None where the backend runs on this machine; otherwise why not and what would change that."""
         ...
 
-    def refuses(self, scheme: Scheme, N: int, K: int) -> str | None:
-        """None where the backend can compute this scheme and shape here; otherwise the reason."""
+    def refuses(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str | None:
+        """None where the backend can compute this scheme and shape here; otherwise the reason.
+
+        Args:
+            activation: safetensors label of the dtype of `x`: "BF16", "F16" or "F32".
+        """
         ...
 
     def linear(self, layer: Layer, x: Array) -> Array:
@@ -64,6 +68,20 @@ class Backend(Protocol):
             float32 `[M, N]`: the kernel's output, widened.
         """
         ...
+
+
+def tolerance(activation: str, K: int) -> float:
+    """The largest relative Frobenius error against float64 that arithmetic alone explains.
+
+    16-bit activations round the output, the widened weight and (where the kernel casts them) the scales
+    once each: up to 2^-8 together in bfloat16, 2^-10 in float16. In float32 the K additions dominate; their
+    rounding errors, 2^-24 each, add up like a random walk. docs/kernels.md has what was measured.
+
+    Args:
+        activation: safetensors label of the dtype of `x`.
+        K: in features.
+    """
+    return {"BF16": 2.0**-8, "F16": 2.0**-10}.get(activation, 2.0**-24 * K**0.5)
 
 
 _MODULES = ("reference", "onednn", "vllm_xpu", "ipex", "ark", "torch_native")

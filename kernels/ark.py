@@ -1,0 +1,101 @@
+"""ARK, the CPU and XPU kernels of auto-round (package `auto-round-lib`, module `auto_round_kernel`).
+
+Its `QuantLinear` takes the stored int4 tensors (transposed words, true zero points) and repacks them into a
+blob of its own, so the reading of the bits and the arithmetic, float32 on a CPU, are both ARK's
+(`auto_round_kernel/qlinear.py`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from xpuquant.errors import EnvironmentFault, UnsupportedError
+from xpuquant.formats.scheme import Scheme
+from xpuquant.kernels import Array, Layer
+
+
+@cache
+def _qlinear() -> Any:
+    """ARK's module of layer classes.
+
+    Raises:
+        EnvironmentFault: not installed, or built for another Python or processor.
+    """
+    try:
+        import auto_round_kernel
+        from auto_round_kernel import qlinear
+    except ImportError as error:
+        raise EnvironmentFault(f"{error}: pip install 'xpuquant[ark]'") from None
+    if getattr(auto_round_kernel, "cpu_lib", None) is None:
+        raise EnvironmentFault("auto-round-lib's CPU library does not load on this machine")
+    return qlinear
+
+
+class Ark:
+    """auto-round's CPU kernels. Its XPU kernels read 16-bit scales and no zero points: not used here."""
+
+    name = "ark"
+
+    def unavailable(self) -> str | None:
+        try:
+            _qlinear()
+        except EnvironmentFault as error:
+            return str(error)
+        return None
+
+    def refuses(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str | None:
+        missing = self.unavailable()
+        if missing is not None:
+            return missing
+        if scheme.layout.startswith("int4"):
+            return None
+        # Its QuantLinearFP8 accepts FP8 and MXFP8 on a CPU, and leaves the output zero or unwritten.
+        return f"ARK's CPU library computes int4 only, not {scheme.layout}"
+
+    def linear(self, layer: Layer, x: Array) -> Array:
+        """`x · Wᵀ (+ bias)`, float32 `[M, N]`: ARK widens 16-bit activations to float32.
+
+        Raises:
+            UnsupportedError: see `refuses`.
+        """
+        import torch
+
+        from xpuquant.kernels._torch import tensor, widened
+
+        reason = self.refuses(layer.scheme, layer.N, layer.K)
+        if reason is not None:
+            raise UnsupportedError(reason)
+        if layer.scheme.act_order:
+            x = x[:, layer.tensors["g_idx"]]
+        module = _int4(layer)
+        if "bias" in layer.tensors:
+            module.bias = tensor(layer.tensors["bias"].astype(np.float32))
+        module.post_init()
+        with torch.inference_mode():
+            return widened(module(tensor(x.astype(np.float32))))
+
+
+def _int4(layer: Layer) -> Any:
+    import torch
+
+    from xpuquant.kernels._torch import tensor
+
+    tensors, scheme = layer.tensors, layer.scheme
+    if scheme.experts:
+        words = (tensors["weight"] ^ np.uint8(0x88)).view(np.int32)  # signed → unsigned
+        scales = tensors["weight_scale"].T
+    else:
+        words, scales = tensors["qweight"], tensors["scales"]
+    size = (4, scheme.group_size, scheme.symmetric, layer.K, layer.N, False)
+    module = _qlinear().QuantLinear(*size, weight_dtype=torch.float32)
+    module.qweight = tensor(words.T)
+    module.scales = tensor(scales.astype(np.float32))
+    if not scheme.symmetric:
+        module.qzeros = tensor(tensors["qzeros"])
+    return module
+
+
+BACKEND = Ark()

@@ -1,0 +1,115 @@
+"""Intel Extension for PyTorch: `IPEXWeightOnlyQuantizedLinear.from_weight`, on the CPU or an XPU.
+
+It takes GPTQ tensors: qweight `[K/8, N]`, scales `[K/g, N]`, qzeros `[K/g, N/8]` with each zero point minus
+one (it adds the one back and lets 16 wrap to 0, so a true zero point of 0 survives as a stored 15). Its last
+release, 2.8, needs torch 2.8: it lives in an environment of its own (scripts/test-ipex).
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from xpuquant.errors import EnvironmentFault, UnsupportedError
+from xpuquant.formats.dtypes import label_of
+from xpuquant.formats.scheme import Scheme
+from xpuquant.kernels import Array, Layer
+
+
+@cache
+def _quantization() -> Any:
+    """IPEX's module of quantized layers.
+
+    Raises:
+        EnvironmentFault: not installed, or not for this torch.
+    """
+    own = "run scripts/test-ipex, which makes an environment with torch 2.8 for it"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from intel_extension_for_pytorch.llm import quantization
+    except ImportError as error:
+        raise EnvironmentFault(f"{str(error).splitlines()[0]}: {own}") from None
+    except SystemExit:  # its way to say that torch has another version
+        raise EnvironmentFault(f"intel-extension-for-pytorch does not fit this torch: {own}") from None
+    return quantization
+
+
+def _device() -> str:
+    import torch
+
+    return "xpu" if torch.xpu.is_available() else "cpu"
+
+
+class Ipex:
+    """IPEX's weight-only int4 linear."""
+
+    name = "ipex"
+
+    def unavailable(self) -> str | None:
+        try:
+            _quantization()
+        except EnvironmentFault as error:
+            return str(error)
+        return None
+
+    def refuses(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str | None:
+        missing = self.unavailable()
+        if missing is not None:
+            return missing
+        if scheme.layout not in ("int4_linear", "int4_experts"):
+            return f"IPEX has no weight-only kernel for {scheme.layout}"
+        if activation != "BF16":
+            return f"IPEX's int4 linear computes in BF16 whatever it is given: {activation} would say no more"
+        if N % 8:
+            return f"IPEX packs zero points eight to a word: N={N} must be a multiple of 8"
+        return None
+
+    def linear(self, layer: Layer, x: Array) -> Array:
+        """`x · Wᵀ (+ bias)`, float32 `[M, N]`.
+
+        Raises:
+            UnsupportedError: see `refuses`.
+        """
+        import torch
+
+        from xpuquant.kernels._torch import tensor, widened
+
+        scheme, tensors = layer.scheme, layer.tensors
+        reason = self.refuses(scheme, layer.N, layer.K, label_of(x.dtype))
+        if reason is not None:
+            raise UnsupportedError(reason)
+        if scheme.act_order:
+            x = x[:, tensors["g_idx"]]
+        if scheme.experts:
+            words = (tensors["weight"] ^ np.uint8(0x88)).view(np.int32)  # signed → unsigned
+            scales = tensors["weight_scale"].T
+        else:
+            words, scales = tensors["qweight"], tensors["scales"]
+        zeros, g = _minus_one(layer), scheme.group_size
+        if g == layer.K:  # it drops a dimension of one: halve the group, exactly
+            scales, zeros, g = scales.repeat(2, axis=0), zeros.repeat(2, axis=0), g // 2
+        device, quantization = _device(), _quantization()
+        bias = tensor(tensors["bias"].astype(x.dtype), device) if "bias" in tensors else None
+        module = quantization.IPEXWeightOnlyQuantizedLinear.from_weight(
+            tensor(words.T, device), tensor(scales, device), tensor(zeros, device), layer.K, layer.N, None,
+            bias, g, None, quantization.QuantMethod.GPTQ_GEMM, quantization.QuantDtype.INT4,
+        )  # fmt: skip
+        with torch.inference_mode():
+            return widened(module(tensor(x, device)))
+
+
+def _minus_one(layer: Layer) -> Array:
+    """int32 `[K/g, N/8]`: each nibble one less, 0 becoming 15; no borrow from the next."""
+    if layer.scheme.symmetric:
+        return np.full((layer.K // layer.scheme.group_size, layer.N // 8), 0x77777777, np.int32)
+    octets = np.ascontiguousarray(layer.tensors["qzeros"]).view(np.uint8)
+    low, high = (octets - 1) & 15, ((octets >> 4) - 1) & 15
+    stored: Array = (low | high << 4).astype(np.uint8).view(np.int32)
+    return stored
+
+
+BACKEND = Ipex()

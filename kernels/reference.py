@@ -1,0 +1,105 @@
+"""The truth: float64, straight from the definition of each stored layout. numpy only.
+
+Sources: the on-disk contract in docs; OCP Microscaling Formats 1.0 for E2M1 elements and E8M0 scales. Written
+apart from `formats/` on purpose: it is what the conversion is checked against.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from xpuquant.formats.scheme import Scheme
+from xpuquant.kernels import Array, Layer
+
+# OCP MX 1.0, table 5: E2M1 by its code, sign in the high bit.
+_E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_E2M1 = np.concatenate([_E2M1, -_E2M1])
+
+
+def dequantize(layer: Layer) -> Array:
+    """float64 `[N, K]`: the weight, with its columns in the source's order.
+
+    Every product code × scale is exact in float64. A code or scale that is NaN stays NaN.
+    """
+    tensors = layer.tensors
+    if layer.scheme.layout == "int4_linear":
+        stored = _int4_linear(layer)
+    else:
+        weight = tensors["weight"]
+        if weight.dtype != np.uint8:
+            codes = weight.astype(np.float64)
+            codes = codes.T if layer.scheme.experts else codes
+        elif layer.scheme.layout == "int4_experts":
+            codes = (_nibbles(weight) ^ 8).astype(np.float64) - 8
+        else:
+            codes = _E2M1[_nibbles(weight)]
+        stored = codes * _scales(layer.scheme, layer.N, layer.K, tensors["weight_scale"])
+    if "g_idx" not in tensors:
+        return stored
+    source = np.empty_like(stored)
+    source[:, tensors["g_idx"]] = stored  # column j was made to meet activation g_idx[j]
+    return source
+
+
+def matmul(weight: Array, x: Array, bias: Array | None = None) -> Array:
+    """float64 `[M, N]` = `x · weightᵀ (+ bias)`.
+
+    Args:
+        weight: float64 `[N, K]`.
+        x: activations `[M, K]`, any float type.
+        bias: `[N]`, any float type.
+    """
+    product: Array = x.astype(np.float64) @ weight.T
+    return product if bias is None else product + bias.astype(np.float64)
+
+
+def _nibbles(packed: Array) -> Array:
+    """uint8 `[rows, 2·columns]`: the nibbles of each byte, low one first."""
+    octets = np.ascontiguousarray(packed).view(np.uint8)
+    return np.stack([octets & 15, octets >> 4], axis=-1).reshape(len(octets), -1)
+
+
+def _int4_linear(layer: Layer) -> Array:
+    """(nibble − zero point) × scale, `[N, K]` in stored order."""
+    repeats = layer.K // layer.tensors["scales"].shape[0]
+    zeros = _nibbles(layer.tensors["qzeros"]) if "qzeros" in layer.tensors else np.array(8)
+    zeros = np.repeat(zeros.astype(np.float64), repeats, axis=0) if zeros.ndim else zeros
+    scales = np.repeat(layer.tensors["scales"].astype(np.float64), repeats, axis=0)
+    return (_nibbles(layer.tensors["qweight"]) - zeros.T) * scales.T
+
+
+def _scales(scheme: Scheme, N: int, K: int, scale: Array) -> Array:
+    """float64 multipliers that broadcast over `[N, K]`."""
+    if scale.dtype == np.uint8:  # E8M0: a power of two; 255 is NaN
+        values = np.where(scale == 255, np.nan, np.exp2(scale.astype(np.float64) - 127))
+    else:
+        values = scale.astype(np.float64)
+    if scheme.granularity == "tensor":
+        return values.reshape(1, 1)
+    if scheme.granularity == "channel":
+        return values.reshape(N, 1)
+    if scheme.granularity == "block":
+        return values.repeat(scheme.group_size, axis=0).repeat(scheme.block_n, axis=1)[:K, :N].T
+    rows_are_n = scheme.layout in ("int4_experts", "mxfp4_experts", "mxfp8_experts")
+    return (values if rows_are_n else values.T).repeat(scheme.group_size, axis=1)
+
+
+class Reference:
+    """float64 on the stored layer: runs everything, everywhere; slow."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def refuses(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str | None:
+        return None
+
+    def linear(self, layer: Layer, x: Array) -> Array:
+        result: np.ndarray[Any, Any] = matmul(dequantize(layer), x, layer.tensors.get("bias"))
+        return result.astype(np.float32)
+
+
+BACKEND = Reference()

@@ -1,0 +1,45 @@
+"""IPEX reads the converted int4 tensors. Runs in an environment of its own: scripts/test-ipex."""
+
+from __future__ import annotations
+
+import itertools
+
+import kernel_layers as hand
+import numpy as np
+import pytest
+
+from xpuquant.kernels import tolerance
+from xpuquant.kernels.ipex import BACKEND
+
+
+@pytest.fixture(autouse=True)
+def _installed():
+    missing = BACKEND.unavailable()
+    if missing is not None:
+        pytest.skip(missing)
+
+
+@pytest.mark.parametrize("case", [case for case in hand.CASES if case.startswith("int4")])
+def test_ipex_agrees_with_float64(case):
+    for (layer, weight), M in itertools.product(hand.layers(case), (1, 2, 8, 64)):
+        x = hand.activations(M, layer.K, "BF16")
+        difference = hand.error(BACKEND.linear(layer, x), hand.expected(weight, x, layer))
+        assert difference < tolerance("BF16", layer.K)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 8, 15])
+def test_every_true_zero_point_survives_gptq_s_minus_one(zero):
+    layer, _ = hand.int4_linear(32, 64, 32, scale="BF16", symmetric=False)
+    layer.tensors["qzeros"][:] = hand.pack_words(np.full((2, 32), zero))
+    layer.tensors["qweight"][:] = 0x76543210
+    layer.tensors["scales"][:] = 1
+    x = np.eye(64, dtype=hand.DTYPES["BF16"])[:8]
+    assert BACKEND.linear(layer, x)[:, 0].tolist() == [code - zero for code in range(8)]
+
+
+def test_swapped_nibbles_are_noticed():
+    layer, weight = hand.int4_linear(96, 256, 64)
+    octets = layer.tensors["qweight"].view(np.uint8)
+    octets[:] = octets >> 4 | octets << 4
+    x = hand.activations(8, 256, "BF16")
+    assert hand.error(BACKEND.linear(layer, x), hand.expected(weight, x, layer)) > 0.1
