@@ -92,7 +92,10 @@ def execute(
         if shard.name in done:
             progress(shard.nbytes)
     streams = min(len(waiting), max(1, jobs // _WORKERS_PER_STREAM))
-    with ThreadPoolExecutor(jobs, "convert") as workers, ThreadPoolExecutor(max(1, streams), "shard") as owners:
+    with (
+        ThreadPoolExecutor(jobs, "convert") as workers,
+        ThreadPoolExecutor(max(1, streams), "shard") as owners,
+    ):
         stop = threading.Event()
 
         def write(shard: Shard) -> tuple[str, Finished]:

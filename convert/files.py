@@ -76,7 +76,9 @@ def list_files(folder: Path) -> list[str]:
                     continue
                 target = entry.resolve()
                 if entry.is_symlink() and not (target.is_relative_to(root) or target.is_relative_to(blobs)):
-                    raise UsageError(one_line(f"{entry}: is a link out of the folder; copy the file in instead"))
+                    raise UsageError(
+                        one_line(f"{entry}: is a link out of the folder; copy the file in instead")
+                    )
                 if entry.is_file():
                     names.append(entry.relative_to(folder).as_posix())
     except OSError as error:
@@ -136,7 +138,9 @@ def quantization_config(
     if merged and not merged.get("quant_method") and "config_groups" in merged:
         merged["quant_method"] = "compressed-tensors"
     if merged and not merged.get("quant_method") and others:
-        merged["quant_method"] = "awq" if "zero_point" in merged or merged.get("version") == "gemm" else "gptq"
+        merged["quant_method"] = (
+            "awq" if "zero_point" in merged or merged.get("version") == "gemm" else "gptq"
+        )
     return merged, notes
 
 
@@ -198,7 +202,9 @@ def _complete(present: Iterable[str]) -> None:
         have = {int(other[1]) for other, _ in numbered if other[2] == match[2]}
         missing = set(range(1, int(match[2]) + 1)) - have if int(match[2]) < 100_000 else set()
         if missing:
-            raise DamagedError(f"shard {min(missing)} of {int(match[2])} is missing beside {name}; download it again")
+            raise DamagedError(
+                f"shard {min(missing)} of {int(match[2])} is missing beside {name}; download it again"
+            )
 
 
 def _refuse_pickles(names: Iterable[str]) -> None:

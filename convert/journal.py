@@ -54,7 +54,9 @@ class Journal:
         except OSError:
             os.close(self._lock_fd)
             self._lock_fd = None
-            raise UsageError(f"{self.out}: another conversion is writing there; wait for it or choose another") from None
+            raise UsageError(
+                f"{self.out}: another conversion is writing there; wait for it or choose another"
+            ) from None
         return self
 
     def __exit__(
@@ -82,23 +84,38 @@ class Journal:
             self._clear()
             self._append({"plan": digest})
             return {}
+        if (self.out / PROVENANCE).exists():
+            # Stopped while publishing: unload the half-published repo before its shards are taken back.
+            (self.out / "config.json").unlink(missing_ok=True)
         done: dict[str, Finished] = {}
         for line in lines[1:]:
+            name = str(line["shard"])
             finished = Finished(str(line["sha256"]), int(str(line["nbytes"])))
-            if file_sha256(self.folder / str(line["shard"])) == finished.sha256:
-                done[str(line["shard"])] = finished
+            if not (self.folder / name).exists() and (self.out / name).exists():
+                (self.out / name).replace(self.folder / name)
+            if file_sha256(self.folder / name) == finished.sha256:
+                done[name] = finished
         return done
 
     def finish(self, shard: str, finished: Finished) -> None:
         """Note a complete shard."""
         self._append({"shard": shard, "sha256": finished.sha256, "nbytes": finished.nbytes})
 
-    def publish(self, files: list[str]) -> None:
-        """Move staged files into OUT in the given order (config.json last) and drop the staging folder."""
+    def publish(self, files: list[str], config: bytes) -> None:
+        """Move staged files into OUT, then write config.json, then drop the staging folder.
+
+        A run stopped in between finds the moved files gone from the staging folder and makes them again.
+        """
         for name in files:
             target = self.out / name
             target.parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).replace(target)
+        staged = self.folder / "config.json.new"
+        with staged.open("wb") as file:
+            file.write(config)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(self.out / "config.json")
         shutil.rmtree(self.folder)
 
     def _lines(self) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""What a conversion was asked to do. The same object builds the plan, is kept in the journal, and stands in the card."""
+"""What a conversion was asked to do: builds the plan, is kept in the journal, stands in the card."""
 
 from __future__ import annotations
 
@@ -14,8 +14,25 @@ LAYOUTS = ("xpu",)
 ON_UNSUPPORTED = ("refuse", "dequantize")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_DTYPES = {"float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16", "float32": "F32", "fp32": "F32"}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+_DTYPES = {
+    "float16": "F16",
+    "fp16": "F16",
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+    "float32": "F32",
+    "fp32": "F32",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,9 @@ class Options:
         if self.layout not in LAYOUTS:
             raise UsageError(f"--layout {self.layout}: want one of {', '.join(LAYOUTS)}")
         if self.on_unsupported not in ON_UNSUPPORTED:
-            raise UsageError(f"--on-unsupported {self.on_unsupported}: want one of {', '.join(ON_UNSUPPORTED)}")
+            raise UsageError(
+                f"--on-unsupported {self.on_unsupported}: want one of {', '.join(ON_UNSUPPORTED)}"
+            )
         if self.scale_dtype is not None and self.scale_dtype not in FLOATS:
             raise UsageError(f"--scale-dtype {self.scale_dtype}: want float16, bfloat16 or float32")
         if self.max_shard_bytes < 1:

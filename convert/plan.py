@@ -108,7 +108,10 @@ class Plan:
             "shards": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in self.shards},
             "inputs": {
                 tensor.name: [
-                    [[part.tensor.file, part.tensor.begin, part.start, part.stop, part.axis] for part in piece.inputs]
+                    [
+                        [part.tensor.file, part.tensor.begin, part.start, part.stop, part.axis]
+                        for part in piece.inputs
+                    ]
                     for piece in tensor.pieces
                 ]
                 for shard in self.shards
@@ -135,7 +138,11 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     passed = tuple(tensor for tensor in reading.rest if tensor.name not in used)
     shards = _shards(_in_source_order(planned, passed), options.max_shard_bytes)
     read_bytes = sum(
-        part.nbytes for shard in shards for tensor in shard.tensors for piece in tensor.pieces for part in piece.inputs
+        part.nbytes
+        for shard in shards
+        for tensor in shard.tensors
+        for piece in tensor.pieces
+        for part in piece.inputs
     )
     return Plan(options, tuple(planned), passed, shards, checkpoint.notes, read_bytes)
 
@@ -189,7 +196,9 @@ def _in_source_order(planned: Iterable[PlannedModule], passed: Iterable[Tensor])
     together."""
     placed: list[tuple[tuple[str, int], list[OutTensor]]] = []
     for module in planned:
-        first = min((tensor.file, tensor.begin) for _, _, weight in module.weights for tensor in weight.tensors)
+        first = min(
+            (tensor.file, tensor.begin) for _, _, weight in module.weights for tensor in weight.tensors
+        )
         placed.append((first, list(module.conversion.tensors)))
     placed += [((tensor.file, tensor.begin), [copied(tensor)]) for tensor in passed]
     placed.sort(key=lambda entry: entry[0])
@@ -209,7 +218,10 @@ def _shards(tensors: Sequence[OutTensor], max_bytes: int) -> tuple[Shard, ...]:
         filled[-1].append(tensor)
         size += tensor.nbytes
     return tuple(
-        _shard(f"model-{i:05}-of-{len(filled):05}.safetensors" if len(filled) > 1 else "model.safetensors", members)
+        _shard(
+            f"model-{i:05}-of-{len(filled):05}.safetensors" if len(filled) > 1 else "model.safetensors",
+            members,
+        )
         for i, members in enumerate(filled, 1)
     )
 

@@ -1,0 +1,179 @@
+"""The command line. Each command gathers its arguments, calls the library, and hands an `Answer` to the sink.
+
+Exit codes: 0 ok, 1 failed verification, 2 usage or unconvertible, 3 damaged input, 4 environment, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from xpuquant.errors import EnvironmentFault, Interrupted, XpuquantError
+
+INTERNAL_ERROR = 70
+"""sysexits.h EX_SOFTWARE: a bug of ours, not of the user's input."""
+
+app = typer.Typer(
+    name="xpuquant",
+    help="Convert quantized LLM checkpoints, once and exactly, into the layouts Intel GPU kernels read.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DEFAULT_JOBS = max(1, min(8, len(os.sched_getaffinity(0))))
+"""A worker per core; beyond 8 the disk is the limit."""
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Jobs = Annotated[int, typer.Option(min=1, max=256, help="Workers (default: one per core, at most 8).")]
+SourceName = Annotated[str, typer.Argument(metavar="SRC", help="Folder with a quantized checkpoint.")]
+LayoutName = Annotated[str, typer.Option("--layout", help="Layout to write: xpu.")]
+OnUnsupported = Annotated[
+    str, typer.Option(help="Modules no XPU kernel takes: refuse, or dequantize them to bf16 (lossy).")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        from xpuquant import __version__
+
+        sys.stdout.write(f"xpuquant {__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    source: SourceName,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="Folder to write (default: SRC-xpu).")
+    ] = None,
+    layout: LayoutName = "xpu",
+    scale_dtype: Annotated[
+        str, typer.Option(help="keep the source's, or round scales to float16, bfloat16, float32.")
+    ] = "keep",
+    on_unsupported: OnUnsupported = "refuse",
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file, e.g. 5GB or 512MiB.")] = "5GB",
+    jobs: Jobs = DEFAULT_JOBS,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Check every value of the output.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in OUT.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Convert, verify and write a ready-to-load repo. Run it again to resume after an interruption."""
+    from xpuquant.convert import conversion, summary
+    from xpuquant.convert.options import Options, parse_dtype, parse_size
+    from xpuquant.convert.output import Output
+    from xpuquant.convert.plan import make_plan
+    from xpuquant.convert.source import open_source
+
+    options = Options(layout, parse_dtype(scale_dtype), on_unsupported, parse_size(max_shard_size))
+    output = Output(as_json)
+    opened = open_source(source)
+    if dry_run:
+        output.answer(summary.planned(make_plan(opened.checkpoint, options), opened, jobs))
+        return
+    target = out or conversion.default_output(source, layout)
+    with output.progress() as progress:
+        result = conversion.convert(
+            opened,
+            target,
+            options,
+            jobs=jobs,
+            verify=verify,
+            force=force,
+            reporter=progress,
+            command=command_line(),
+        )
+    output.answer(summary.converted(result))
+
+
+def command_line() -> str:
+    """The command as typed, for the card."""
+    import shlex
+
+    return shlex.join(["xpuquant", *sys.argv[1:]])
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code. Errors become one line on standard error."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code: Any = app(args=list(arguments), standalone_mode=False)
+    except Exception as error:
+        return _failed(error)
+    except KeyboardInterrupt:
+        return _failed(Interrupted("interrupted; run the same command again to resume"))
+    return code if isinstance(code, int) else 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _failed(error: Exception) -> int:
+    from xpuquant.convert.output import Output
+
+    shown, code = explain(error)
+    Output().error(shown)
+    if os.environ.get("XPUQUANT_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    return code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """(one line, exit code) for any exception."""
+    for kind, sentence in _SENTENCES:
+        if isinstance(error, kind):
+            return sentence(error)
+    hint = "please report it; XPUQUANT_TRACEBACK=1 shows where"
+    return f"internal error: {type(error).__name__}: {error} ({hint})", INTERNAL_ERROR
+
+
+def _click(error: Any) -> tuple[str, int]:
+    text = error.format_message() if hasattr(error, "format_message") else "aborted"
+    return text, 2 if hasattr(error, "format_message") else Interrupted.exit_code
+
+
+def _sentences() -> list[tuple[type[Exception], Callable[[Any], tuple[str, int]]]]:
+    # typer carried click as a dependency and now as its own copy; its errors know their base either way.
+    base = next(
+        kind for kind in typer.BadParameter.__mro__ if kind.__name__ in ("ClickException", "TyperException")
+    )
+    return [
+        (XpuquantError, lambda error: (str(error), error.exit_code)),
+        (base, _click),
+        (
+            typer.Abort,
+            lambda error: ("interrupted; run the same command again to resume", Interrupted.exit_code),
+        ),
+        (MemoryError, lambda error: ("out of memory; try --jobs 1", EnvironmentFault.exit_code)),
+        (
+            OSError,
+            lambda error: (
+                f"{error.filename or 'I/O'}: {error.strerror or error}",
+                EnvironmentFault.exit_code,
+            ),
+        ),
+        (ImportError, lambda error: (f"{error}; is the extra installed?", EnvironmentFault.exit_code)),
+    ]
+
+
+_SENTENCES = _sentences()

@@ -1,0 +1,78 @@
+"""A converted repo as it lies on disk: which modules it holds, checked against its own config and headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xpuquant.convert.files import find_files
+from xpuquant.convert.shards import ShardReader
+from xpuquant.errors import DamagedError, UsageError, one_line
+from xpuquant.formats.layout import Layout, Stored
+from xpuquant.formats.registry import layouts
+from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
+
+
+class Repo:
+    """The tensors of a converted repo, as the headers on disk say.
+
+    modules  name → stored module
+    plain    tensors that belong to no quantized module
+    """
+
+    def __init__(self, folder: Path, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.reader = ShardReader(folder, shards)
+        self.tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            for name, tensor in self.reader.header(shard).items():
+                if name in self.tensors:
+                    raise DamagedError(one_line(f"'{name}' is in both {self.tensors[name].file} and {shard}"))
+                self.tensors[name] = tensor
+        known = layouts()
+        used: set[str] = set()
+        self.modules: dict[str, Stored] = {}
+        for name, scheme in from_config(quantization).items():
+            layout = known.get(scheme.layout)
+            if layout is None:
+                raise DamagedError(one_line(f"config.json: unknown layout '{scheme.layout}' of {name}"))
+            tensors = self._module_tensors(name, scheme, layout)
+            used |= {tensor.name for tensor in tensors.values()}
+            self.modules[name] = Stored(name, scheme, tensors, self.reader.read)
+        self.plain = {name: tensor for name, tensor in self.tensors.items() if name not in used}
+
+    def layout(self, stored: Stored) -> Layout:
+        """The layout of a stored module."""
+        return layouts()[stored.scheme.layout]
+
+    def _module_tensors(self, name: str, scheme: Scheme, layout: Layout) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for suffix in layout.suffixes(scheme):
+            if f"{name}.{suffix}" not in self.tensors:
+                raise DamagedError(one_line(f"{name}.{suffix} is missing; config.json says {scheme.label()}"))
+            tensors[suffix] = self.tensors[f"{name}.{suffix}"]
+        return tensors
+
+
+def open_repo(folder: Path) -> Repo:
+    """Open a finished repo by its index and config.json.
+
+    Raises:
+        UsageError: not a converted repo. DamagedError: files that contradict each other.
+    """
+    found = find_files(folder)
+    if found.quantization.get("quant_method") != QUANT_METHOD:
+        raise UsageError(one_line(f"{folder}: was not converted by xpuquant (quant_method is "
+                                  f"{found.quantization.get('quant_method')!r})"))  # fmt: skip
+    repo = Repo(folder, found.shards, found.quantization)
+    for name, shard in (found.index or {}).items():
+        held = repo.tensors.get(name)
+        if held is None or held.file != shard:
+            raise DamagedError(one_line(f"the index puts '{name}' into {shard}, which does not hold it"))
+    if found.index is not None:
+        for name, tensor in repo.tensors.items():
+            if name not in found.index:
+                raise DamagedError(one_line(f"{tensor.file} holds '{name}', which the index does not list"))
+    return repo
