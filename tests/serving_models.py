@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
 from xpuquant.formats.scheme import Scheme, to_config
 
 VOCAB = 512
@@ -22,7 +23,7 @@ Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two model folders: `converted` in the XPU layout, `plain` its dequantized twin in bf16."""
+    """Two model folders: `converted` in the XPU layout, `plain` its dequantized twin (exact values, in float32)."""
 
     converted: Path
     plain: Path
@@ -38,11 +39,11 @@ def grouped(weight: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def int4(weight: torch.Tensor, scheme: Scheme) -> Packed:
-    """Linear: qweight, scales, qzeros, g_idx; the columns of an act-order layer are shuffled by a fixed seed."""
+    """Linear: qweight, scales, qzeros, g_idx. Act-order shuffles by N: q and k differ, gate and up agree."""
     N, K = weight.shape
     order = torch.arange(K)
     if scheme.act_order:
-        order = torch.randperm(K, generator=torch.Generator().manual_seed(K))
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(N))
     groups = grouped(weight[:, order], scheme.group_size)
     if scheme.symmetric:
         scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
@@ -76,7 +77,9 @@ def int4_expert(weight: torch.Tensor, scheme: Scheme) -> Packed:
 
 def _power(groups: torch.Tensor, largest: int) -> torch.Tensor:
     """E8M0 byte so that the group's largest value has the format's largest exponent (`largest`)."""
-    return (torch.floor(torch.log2(groups.abs().amax(-1).clamp(min=2.0**-100))) - largest + 127).to(torch.uint8)
+    return (torch.floor(torch.log2(groups.abs().amax(-1).clamp(min=2.0**-100))) - largest + 127).to(
+        torch.uint8
+    )
 
 
 def mxfp4(weight: torch.Tensor, scheme: Scheme) -> Packed:
@@ -88,7 +91,9 @@ def mxfp4(weight: torch.Tensor, scheme: Scheme) -> Packed:
     signed = (code | (groups < 0).long() << 3).reshape(weight.shape).to(torch.uint8)
     if scheme.experts:
         return {"": nibbles(signed), "_scale": exponent}, values.reshape(weight.shape)
-    return {"weight": nibbles(signed), "weight_scale": exponent.t().contiguous()}, values.reshape(weight.shape)
+    return {"weight": nibbles(signed), "weight_scale": exponent.t().contiguous()}, values.reshape(
+        weight.shape
+    )
 
 
 def mxfp8(weight: torch.Tensor, scheme: Scheme) -> Packed:
@@ -149,7 +154,17 @@ EXPERTS: dict[str, Scheme] = {
     "mxfp4": Scheme("mxfp4_experts", group_size=32, scale_dtype="U8"),
     "mxfp8": Scheme("mxfp8_experts", group_size=32, scale_dtype="U8"),
 }
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss")
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+)
 MOE = FAMILIES[4:]
 
 
@@ -165,7 +180,7 @@ def tiny(family: str) -> torch.nn.Module:
     }  # fmt: skip
     moe = {"moe_intermediate_size": 128, "num_experts_per_tok": 2}
     mla = {
-        "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 64, "qk_rope_head_dim": 32,
+        "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
         "qk_nope_head_dim": 64, "v_head_dim": 64, "n_routed_experts": 8, "n_shared_experts": 1,
         "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
     }  # fmt: skip
@@ -175,7 +190,7 @@ def tiny(family: str) -> torch.nn.Module:
         "qwen3_moe": {"head_dim": 64, "num_experts": 8, "decoder_sparse_step": 1, **moe},
         "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
         "deepseek_v2": {**moe, **mla, "topk_method": "greedy"},
-        "deepseek_v3": {**moe, **mla},
+        "deepseek_v3": {**moe, **mla, "topk_method": "noaux_tc"},
         "gpt_oss": {
             "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 128,
             "layer_types": ["sliding_attention", "full_attention"],
@@ -199,7 +214,7 @@ def write(folder: Path, family: str, scheme: Scheme, experts: Scheme | None = No
     pair = Pair(folder / "converted", folder / "plain")
     model = tiny(family)
     model.save_pretrained(pair.plain)
-    plain = load_file(pair.plain / "model.safetensors")
+    plain = {name: tensor.float() for name, tensor in load_file(pair.plain / "model.safetensors").items()}
     converted: dict[str, torch.Tensor] = {}
     modules: dict[str, Scheme] = {}
     stacks: dict[str, dict[str, torch.Tensor]] = {}
@@ -212,9 +227,9 @@ def write(folder: Path, family: str, scheme: Scheme, experts: Scheme | None = No
             modules[module] = scheme if scheme.group_size >= 0 else _whole(scheme, tensor)
             tensors, values = PACK[scheme.layout](tensor, modules[module])
             converted |= {f"{module}.{suffix}": t for suffix, t in tensors.items()}
-            plain[name] = values.bfloat16()
+            plain[name] = values
         else:
-            converted[name] = tensor
+            converted[name] = tensor.bfloat16()
     for stack, parts in stacks.items():
         assert experts is not None
         modules[stack] = _pack_stack(stack, parts, experts, plain, converted)
@@ -257,23 +272,21 @@ def _pack_stack(
     gathered: dict[str, list[torch.Tensor]] = {}
     for e in range(E):
         for out, sources in (("gate_up_proj", names[:2]), ("down_proj", names[2:])):
-            if fused:
-                weight = parts[out][e].t()
-            else:
-                weight = torch.cat([parts[f"{e}.{source}.weight"] for source in sources])
+            matrices = [parts[out][e].t()] if fused else [parts[f"{e}.{source}.weight"] for source in sources]
+            weight = torch.cat(matrices)
             tensors, values = PACK[scheme.layout](weight, scheme)
             for suffix, tensor in tensors.items():
                 gathered.setdefault(out + suffix, []).append(tensor)
             if fused:
-                plain[f"{stack}.{out}"][e] = values.t().bfloat16()
+                plain[f"{stack}.{out}"][e] = values.t()
                 continue
             for source, part in zip(sources, values.chunk(len(sources)), strict=True):
-                plain[f"{stack}.{e}.{source}.weight"] = part.bfloat16()
+                plain[f"{stack}.{e}.{source}.weight"] = part
     for name, tensors_of in gathered.items():
         stacked = torch.stack(tensors_of)
         converted[f"{stack}.{name}"] = stacked.reshape(E) if stacked.shape == (E, 1) else stacked
     for name in ("gate_up_proj_bias", "down_proj_bias") if fused else ():
-        converted[f"{stack}.{name}"] = parts[name]
+        converted[f"{stack}.{name}"] = parts[name].bfloat16()
     return scheme
 
 

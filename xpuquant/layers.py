@@ -9,7 +9,7 @@ Notation: weight `[N, K]` = [out, in], g = group size, E experts, H hidden, I in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -115,7 +115,7 @@ def dequantize(scheme: Scheme, tensors: Mapping[str, torch.Tensor], dtype: torch
         codes = _nibbles(tensors["qweight"]).to(torch.int8)
         groups = tensors["scales"].shape[0]
         N, K = codes.shape
-        zeros = 8
+        zeros: torch.Tensor | int = 8
         if not scheme.symmetric:
             zeros = _nibbles(tensors["qzeros"]).to(torch.int8).t().unsqueeze(-1)
         values = (codes.view(N, groups, K // groups) - zeros).view(N, K)
@@ -152,7 +152,7 @@ def linear(
     return F.linear(x, dequantize(scheme, tensors, x.dtype), bias)
 
 
-def activate(name: str, gate_up: torch.Tensor, interleaved: bool, limit: float | None = None) -> torch.Tensor:
+def gated(name: str, gate_up: torch.Tensor, interleaved: bool, limit: float | None = None) -> torch.Tensor:
     """The gated activation between the two matrices of an expert: `[M, 2I]` → `[M, I]`.
 
     Computed in float32 and rounded once, as vLLM's fused activations do. `swigluoai` is gpt-oss's, with
@@ -178,8 +178,7 @@ def experts(
     x: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
-    activation: str,
-    limit: float | None = None,
+    activate: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """The routed sum over experts, one expert decoded at a time.
 
@@ -188,18 +187,16 @@ def experts(
         x: `[M, H]`.
         weights: routing weights `[M, k]`.
         ids: the chosen experts `[M, k]`, as indices into the stack; negative: not on this rank.
+        activate: the gated activation, `[m, 2I]` → `[m, I]`.
 
     Returns:
         `[M, H]` in the dtype of `x`, summed in float32.
     """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in ids.unique().tolist():
-        if expert < 0:
-            continue
+    for expert in sorted(set(ids.flatten().tolist()) - {-1}):
         rows, slots = (ids == expert).nonzero(as_tuple=True)
         gate_up = _expert_linear(scheme, tensors, "gate_up_proj", expert, x[rows])
-        hidden = activate(activation, gate_up, scheme.interleaved, limit)
-        out = _expert_linear(scheme, tensors, "down_proj", expert, hidden)
+        out = _expert_linear(scheme, tensors, "down_proj", expert, activate(gate_up))
         total.index_add_(0, rows, out.float() * weights[rows, slots].float().unsqueeze(-1))
     return total.to(x.dtype)
 
@@ -209,4 +206,6 @@ def _expert_linear(
 ) -> torch.Tensor:
     stored = {"weight": tensors[name][expert], "weight_scale": tensors[f"{name}_scale"][expert]}
     bias = tensors.get(f"{name}_bias")
-    return F.linear(x, dequantize(scheme, stored, x.dtype), None if bias is None else bias[expert].to(x.dtype))
+    return F.linear(
+        x, dequantize(scheme, stored, x.dtype), None if bias is None else bias[expert].to(x.dtype)
+    )

@@ -26,7 +26,9 @@ def check_kernels() -> None:
     try:
         found = version("vllm-xpu-kernels")
     except PackageNotFoundError:
-        raise EnvironmentFault(f"vllm-xpu-kernels is not installed: pip install 'vllm-xpu-kernels>={wanted}'") from None
+        raise EnvironmentFault(
+            f"vllm-xpu-kernels is not installed: pip install 'vllm-xpu-kernels>={wanted}'"
+        ) from None
     if tuple(int(part) for part in found.split("+")[0].split(".")[:3] if part.isdecimal()) < OLDEST_KERNELS:
         raise EnvironmentFault(
             f"vllm-xpu-kernels {found} is too old for xpuquant: pip install 'vllm-xpu-kernels>={wanted}'"
@@ -97,7 +99,7 @@ def fused_moe(
     if scheme.layout == "mxfp4_experts":
         w13, w2 = w13.view(torch.float4_e2m1fn_x2), w2.view(torch.float4_e2m1fn_x2)
     if scheme.layout == "int4_experts":
-        w13.xpu_fused_moe = True
+        w13.xpu_fused_moe = True  # type: ignore[attr-defined]
     moe = XpuFusedMoe(
         w13=w13,
         w13_scales=tensors["gate_up_proj_scale"].data,

@@ -11,7 +11,11 @@ import os
 import sys
 import traceback
 
-PROMPTS = [[1, 17, 33, 250, 99, 4, 311, 8], [1, 400, 12, 12, 75], [1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]]
+PROMPTS = [
+    [1, 17, 33, 250, 99, 4, 311, 8],
+    [1, 400, 12, 12, 75],
+    [1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17],
+]
 
 
 def main() -> None:
@@ -29,6 +33,7 @@ def main() -> None:
     )  # fmt: skip
     for model in job["models"]:
         report: dict[str, object] = {"model": model}
+        llm = None
         try:
             llm = LLM(
                 model, enforce_eager=True, dtype=job.get("dtype", "bfloat16"), max_model_len=256,
@@ -43,11 +48,14 @@ def main() -> None:
                 [step[token].logprob for step, token in zip(out.logprobs, out.token_ids, strict=True)]
                 for out in outputs
             ]
-            del llm
         except Exception as problem:
             traceback.print_exc()
+            traceback.clear_frames(problem.__traceback__)
             report["error"] = f"{type(problem).__name__}: {problem}"
         print("REPORT " + json.dumps(report), flush=True)
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
         gc.collect()
         cleanup_dist_env_and_memory()
 

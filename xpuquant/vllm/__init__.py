@@ -19,7 +19,10 @@ def register() -> None:
         from xpuquant.vllm.versions import supported, vllm_version
 
         logging.getLogger("vllm.xpuquant").warning(
-            "xpuquant is not active: it supports vLLM %s, this is %s (%s)", supported(), vllm_version(), missing
+            "xpuquant is not active: it supports vLLM %s, this is %s (%s)",
+            supported(),
+            vllm_version(),
+            missing,
         )
         return
     config.register()

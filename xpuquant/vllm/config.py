@@ -27,7 +27,7 @@ _FUSED = {
 ALIASES = ((".block_sparse_moe.", ".mlp."),)
 
 
-class XpuquantConfig(QuantizationConfig):
+class XpuquantConfig(QuantizationConfig):  # type: ignore[misc]
     """Exact module names → scheme, in the names of the repo and in vLLM's."""
 
     def __init__(self, stored: dict[str, Scheme]) -> None:
@@ -118,7 +118,9 @@ class XpuquantConfig(QuantizationConfig):
         # The dtype of stored scales does not matter: they are cast to the serving dtype while copied.
         kinds = {scheme and replace(scheme, scale_dtype="") for scheme in found.values()}
         if len(kinds) > 1:
-            shown = ", ".join(f"{n.rpartition('.')[2]} {s.label() if s else 'unquantized'}" for n, s in found.items())
+            shown = ", ".join(
+                f"{n.rpartition('.')[2]} {s.label() if s else 'unquantized'}" for n, s in found.items()
+            )
             raise UnsupportedError(f"vLLM fuses layers that are stored differently in {prefix}: {shown}")
         return [scheme for scheme in found.values() if scheme is not None][:1]
 

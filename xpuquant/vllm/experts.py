@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -37,7 +38,9 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         scheme, E, H, I = self.scheme, num_experts, hidden_size, intermediate_size_per_partition
         unpadded = extra.get("unpadded_hidden_size") or H
         if unpadded != H or getattr(layer, "apply_router_weight_on_input", False):
-            raise UnsupportedError(f"{self.prefix}: padded hidden sizes and router weights on the input have no kernel")
+            raise UnsupportedError(
+                f"{self.prefix}: padded hidden sizes and router weights on the input have no kernel"
+            )
         for step in {scheme.group_size, scheme.block_n} - {0}:
             if I % step:
                 raise UnsupportedError(
@@ -55,7 +58,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             set_weight_attrs(param, {"weight_loader": _only_whole})
             layer.register_parameter(name, param)
 
-    def load(self, layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    def load(self, layer: Any, name: str, tensor: torch.Tensor) -> None:
         """Copy this rank's part of the stored tensor `name` (all experts, all rows) into its parameter.
 
         `tensor` may be a view of a mapped file: the bytes of other ranks' experts are then never read.
@@ -110,15 +113,15 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             rows_first = self.scheme.granularity != "block"
         return 1 if first == rows_first else 2
 
-    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig | None:
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         return None
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Nothing to do: what was loaded is what the kernel reads."""
 
     def apply(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
@@ -132,7 +135,8 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             ids = topk_ids.long()
             if layer.expert_map is not None:
                 ids = torch.where(ids < 0, ids, layer.expert_map[ids.clamp(min=0)].long())
-            return layers.experts(self.scheme, tensors, x, topk_weights, ids, activation, limit)
+            gate = partial(layers.gated, activation, interleaved=self.scheme.interleaved, limit=limit)
+            return layers.experts(self.scheme, tensors, x, topk_weights, ids, gate)
         moe = self.moe
         if self.kernel is None:
             from xpuquant.xpu import fused_moe
@@ -154,4 +158,6 @@ _STACKS = ("gate_up_proj", "down_proj")
 
 
 def _only_whole(param: Parameter, loaded: torch.Tensor, *_: Any, **__: Any) -> None:
-    raise DamagedError("experts of an xpuquant repo are loaded whole; this vLLM model loader offered a part of them")
+    raise DamagedError(
+        "experts of an xpuquant repo are loaded whole; this vLLM model loader offered a part of them"
+    )

@@ -37,7 +37,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -49,9 +49,9 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         scheme, K = self.scheme, input_size_per_partition
         sizes, N = output_partition_sizes, sum(output_partition_sizes)
         self.sizes = sizes
-        self.gather = scheme.act_order and K < input_size
+        self.gather = scheme.act_order and input_size > K
         # A group as long as the whole K stays one group on every rank.
-        whole = scheme.group_size == input_size and K < input_size
+        whole = scheme.group_size == input_size and input_size > K
         group = K if whole else scheme.group_size
         if group and K % group:
             raise UnsupportedError(
@@ -78,20 +78,20 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             data = torch.empty((len(sizes),) if scalar else stored.shape, dtype=dtype)
             layer.register_parameter(suffix, _parameter(scheme, suffix, data, scalar, whole, loader))
 
-    def _create_g_idx(self, layer: torch.nn.Module, members: int, K: int) -> None:
+    def _create_g_idx(self, layer: Any, members: int, K: int) -> None:
         """One permutation per fused member; on one rank a slice of it, with indices into the whole K."""
 
         def load(param: Parameter, loaded: torch.Tensor, shard: str | int | None = None) -> None:
             if loaded.shape[0] != K:
                 loaded = loaded.narrow(0, layer.tp_rank * K, K)
-            row = _SHARDS.get(shard, shard) if isinstance(shard, str) else shard
-            param.data[slice(None) if row is None else row].copy_(loaded)
+            row = _SHARDS[shard] if isinstance(shard, str) else shard
+            (param.data if row is None else param.data[row]).copy_(loaded)
 
         g_idx = Parameter(torch.empty(members, K, dtype=torch.int32), requires_grad=False)
         set_weight_attrs(g_idx, {"weight_loader": load})
         layer.register_parameter("g_idx", g_idx)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Nothing moves: parameters lose their loaders, and fused scalars become a scale per row."""
         scheme = self.scheme
         for suffix, param in list(layer.named_parameters(recurse=False)):
@@ -100,11 +100,13 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if scheme.layout == "fp8_linear" and scheme.granularity == "tensor" and len(self.sizes) > 1:
             # Every member has a scale of its own; one scale per row is exact where one for all is not.
             sizes = torch.tensor(self.sizes, device=layer.weight_scale.device)
-            layer.weight_scale = Parameter(layer.weight_scale.data.repeat_interleave(sizes), requires_grad=False)
+            layer.weight_scale = Parameter(
+                layer.weight_scale.data.repeat_interleave(sizes), requires_grad=False
+            )
             self.scheme = replace(scheme, granularity="channel")
         self.parts = self._split(layer) if scheme.act_order else None
 
-    def _split(self, layer: torch.nn.Module) -> list[dict[str, torch.Tensor]] | None:
+    def _split(self, layer: Any) -> list[dict[str, torch.Tensor]] | None:
         """Per-member tensors where fused members are permuted differently; else one shared `g_idx`.
 
         The weight's rows are views; only the scales and zero points of each member are copied, because the
@@ -124,7 +126,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             start += size
         return parts
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x [..., K] · Wᵀ (+ bias)`."""
         scheme = self.scheme
         if self.gather:
@@ -139,26 +141,30 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 class XpuquantHeadMethod(XpuquantLinearMethod):
     """A quantized `lm_head`, whose rows vLLM pads and shards its own way."""
 
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **extra: Any) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **extra: Any) -> None:
         super().create_weights(layer, *sizes, **extra)
         indices = layer.shard_indices
         start = indices.org_vocab_start_index
         size = indices.org_vocab_end_index - start
 
-        def load(param: Parameter, loaded: torch.Tensor) -> None:
+        def load(param: Any, loaded: torch.Tensor) -> None:
             dim = getattr(param, "output_dim", None)
             if dim is None:
                 param.data.copy_(loaded)
                 return
             factor = param.packed_factor if getattr(param, "packed_dim", None) == dim else 1
             param.data.zero_()
-            param.data.narrow(dim, 0, size // factor).copy_(loaded.narrow(dim, start // factor, size // factor))
+            param.data.narrow(dim, 0, size // factor).copy_(
+                loaded.narrow(dim, start // factor, size // factor)
+            )
 
         for param in layer.parameters(recurse=False):
             param.weight_loader = load
 
 
-def _parameter(scheme: Scheme, suffix: str, data: torch.Tensor, scalar: bool, whole: bool, loader: Any) -> Parameter:
+def _parameter(
+    scheme: Scheme, suffix: str, data: torch.Tensor, scalar: bool, whole: bool, loader: Any
+) -> Any:
     """The vLLM parameter class that shards one stored tensor; dimensions are those of `linear_tensors`."""
     if scalar:
         data.fill_(torch.finfo(torch.float32).min)

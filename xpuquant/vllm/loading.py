@@ -35,7 +35,7 @@ class Intake:
     def __init__(self, model: torch.nn.Module, config: XpuquantConfig) -> None:
         self.model = model
         self.config = config
-        self.experts: dict[str, tuple[str, torch.nn.Module]] = {}
+        self.experts: dict[str, tuple[str, Any]] = {}
         for name, layer in model.named_modules():
             method = getattr(layer, "quant_method", None)
             if isinstance(method, XpuquantExpertsMethod):
@@ -46,7 +46,9 @@ class Intake:
         self.filled: set[str] = set()
         # Mixtral's block has two names; vLLM's model loader knows one.
         self.renames = [
-            (ours, theirs) for theirs, ours in ALIASES if any(theirs in name for name, _ in self.experts.values())
+            (ours, theirs)
+            for theirs, ours in ALIASES
+            if any(theirs in name for name, _ in self.experts.values())
         ]
 
     def stream(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -78,7 +80,11 @@ class Intake:
 
     def finish(self, loaded: set[str] | None) -> None:
         """Raise DamagedError, in one line, where a tensor or a parameter is missing."""
-        wanted = {f"{module}.{suffix}" for module, scheme in self.config.stored.items() for suffix in names_of(scheme)}
+        wanted = {
+            f"{module}.{suffix}"
+            for module, scheme in self.config.stored.items()
+            for suffix in names_of(scheme)
+        }
         missing = sorted(wanted - self.seen) or self._unfused()
         if not missing and loaded is not None:
             parameters = {name for name, param in self.model.named_parameters() if param.numel()}
@@ -97,7 +103,9 @@ class Intake:
         for layer in self.model.modules():
             members = self.config.members(layer.prefix) if isinstance(layer, LinearBase) else []
             suffixes = set[str]().union(*(came.get(member, ()) for member in members))
-            missing |= {f"{member}.{suffix}" for member in members for suffix in suffixes - came.get(member, set())}
+            missing |= {
+                f"{member}.{suffix}" for member in members for suffix in suffixes - came.get(member, set())
+            }
         return sorted(missing)
 
 
@@ -114,14 +122,16 @@ _ONLY_QUANTIZED = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_sca
 def _check(name: str, suffix: str, scheme: Scheme, tensor: torch.Tensor) -> None:
     unit = expert_tensors(scheme, 1, 1, 1) if scheme.experts else linear_tensors(scheme, 1, 1)
     if suffix not in unit:
-        raise DamagedError(f"tensor {one_line(name)} is not part of a module stored as {scheme.label()}; {_FIX}")
+        raise DamagedError(
+            f"tensor {one_line(name)} is not part of a module stored as {scheme.label()}; {_FIX}"
+        )
     wanted = unit[suffix].dtype
-    casts = tensor.dtype.is_floating_point and wanted.is_floating_point and "weight" != suffix
+    casts = tensor.dtype.is_floating_point and wanted.is_floating_point and suffix != "weight"
     if tensor.dtype != wanted and not (casts and tensor.dtype.itemsize > 1 and wanted.itemsize > 1):
         raise DamagedError(f"tensor {one_line(name)} is {tensor.dtype}, the format wants {wanted}; {_FIX}")
 
 
-def guard(model: torch.nn.Module, config: XpuquantConfig) -> None:
+def guard(model: Any, config: XpuquantConfig) -> None:
     """Put an `Intake` before `model.load_weights`; only the first load must be complete."""
     inner: Callable[..., set[str] | None] = model.load_weights
     complete = False
@@ -136,7 +146,7 @@ def guard(model: torch.nn.Module, config: XpuquantConfig) -> None:
             complete = True
         return None if loaded is None else loaded | intake.filled
 
-    model.load_weights = load_weights  # type: ignore[assignment]
+    model.load_weights = load_weights
 
 
 def register() -> None:
