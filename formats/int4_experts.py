@@ -19,14 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpuquant.errors import DamagedError
-from xpuquant.formats.checkpoint import Slice
 from xpuquant.formats.decoded import Decoded
-from xpuquant.formats.dtypes import nbytes, numpy_dtype
+from xpuquant.formats.dtypes import nbytes
 from xpuquant.formats.groups import Regrouping, regroup
 from xpuquant.formats.int4_linear import Scales
 from xpuquant.formats.layout import (
     Array,
-    Cast,
     Conversion,
     ExpertStack,
     Matrix,
@@ -37,7 +35,7 @@ from xpuquant.formats.layout import (
 )
 from xpuquant.formats.nibbles import NIBBLES_PER_WORD, SIGN_FLIP, unpack_nibbles
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.stacks import Interleave, part_rows, stored_matrices
+from xpuquant.formats.stacks import bias_tensor, interleaved, part_rows, stored_matrices, upper_roles
 from xpuquant.formats.weight import IntWeight, row_blocks
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -90,7 +88,7 @@ class Int4Experts:
         assert size is not None, "convert follows refuses"
         dtype = scale_dtype or _weights(stack, "down")[0].scale_dtype
         tensors: list[OutTensor] = []
-        for out, roles in (("gate_up_proj", _upper(stack)), ("down_proj", ("down",))):
+        for out, roles in (("gate_up_proj", upper_roles(stack)), ("down_proj", ("down",))):
             members = [_weights(stack, role) for role in roles]
             N, K = sum(weights[0].N for weights in members), members[0][0].K
             shape = (stack.experts, N)
@@ -101,7 +99,7 @@ class Int4Experts:
             ]
             tensors.append(OutTensor(f"{stack.name}.{out}_scale", dtype, (*shape, K // size), tuple(scales)))
             if stack.biases:
-                tensors.append(_bias(stack, out, roles, N))
+                tensors.append(bias_tensor(stack, out, roles))
         scheme = Scheme(
             layout=self.name,
             group_size=size,
@@ -155,7 +153,7 @@ def _word_pieces(stack: ExpertStack, roles: tuple[str, ...], expert: int) -> lis
         gate, up = members
         blocks = row_blocks(gate.N, 2 * row_bytes, NIBBLES_PER_WORD)
         return [
-            _interleaved(
+            interleaved(
                 (gate.word_inputs(a, b), up.word_inputs(a, b)),
                 (SignedWords(gate, a), SignedWords(up, a)),
                 b - a,
@@ -179,37 +177,12 @@ def _scale_pieces(
     if len(members) == 2 and stack.interleaved:
         gate, up = members
         return [
-            _interleaved((gate.scale_inputs(), up.scale_inputs()), (makes[0], makes[1]), gate.N, row_bytes)
+            interleaved((gate.scale_inputs(), up.scale_inputs()), (makes[0], makes[1]), gate.N, row_bytes)
         ]
     return [
         Piece(weight.scale_inputs(), weight.N * row_bytes, make)
         for weight, make in zip(members, makes, strict=True)
     ]
-
-
-def _bias(stack: ExpertStack, out: str, roles: tuple[str, ...], N: int) -> OutTensor:
-    dtype = stack.biases["down"][0].tensor.dtype
-    item = numpy_dtype(dtype).itemsize
-    pieces: list[Piece] = []
-    for e in range(stack.experts):
-        slices = [stack.biases[role][e] for role in roles]
-        if len(slices) == 2 and stack.interleaved:
-            casts = (Cast(dtype), Cast(dtype))
-            pieces.append(_interleaved(((slices[0],), (slices[1],)), casts, N // 2, item))
-        else:
-            pieces += [Piece((part,), part.shape[-1] * item, Cast(dtype)) for part in slices]
-    return OutTensor(f"{stack.name}.{out}_bias", dtype, (stack.experts, N), tuple(pieces))
-
-
-def _interleaved(
-    inputs: tuple[tuple[Slice, ...], tuple[Slice, ...]],
-    makes: tuple[SignedWords | Scales | Cast, SignedWords | Scales | Cast],
-    rows: int,
-    row_bytes: int,
-) -> Piece:
-    return Piece(
-        inputs[0] + inputs[1], 2 * rows * row_bytes, Interleave(makes[0], makes[1], len(inputs[0]), rows)
-    )
 
 
 def _stack(module: Module) -> ExpertStack:
@@ -219,10 +192,6 @@ def _stack(module: Module) -> ExpertStack:
 
 def _weights(stack: ExpertStack, role: str) -> list[IntWeight]:
     return [weight for weight in stack.weights[role] if isinstance(weight, IntWeight)]
-
-
-def _upper(stack: ExpertStack) -> tuple[str, ...]:
-    return tuple(role for role in stack.weights if role != "down")
 
 
 def _group_size(stack: ExpertStack) -> int | None:

@@ -1,5 +1,5 @@
-"""Stacked experts on disk: which rows of `gate_up_proj` and `down_proj` are which matrix. Shared by the expert
-layouts that store `[E, N, ...]` rows."""
+"""Stacked experts on disk: which rows of `gate_up_proj` and `down_proj` are which matrix, and how pieces fill them.
+Shared by the expert layouts that store `[E, N, ...]` rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpuquant.formats.checkpoint import Slice
-from xpuquant.formats.layout import Array, Make, Matrix, Stored
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.layout import Array, Cast, ExpertStack, Make, Matrix, OutTensor, Piece, Stored
 from xpuquant.formats.safetensors import Tensor
 
 
@@ -34,6 +35,40 @@ class Interleave:
             half = np.empty(out.size // 2, np.uint8)
             make(mine, half)
             pairs[:, side] = half.reshape(self.rows, -1)
+
+
+def upper_roles(stack: ExpertStack) -> tuple[str, ...]:
+    """The roles that make up `gate_up_proj`: gate and up, or the one that already is both."""
+    return tuple(role for role in stack.weights if role != "down")
+
+
+def interleaved(
+    inputs: tuple[tuple[Slice, ...], tuple[Slice, ...]], makes: tuple[Make, Make], rows: int, row_bytes: int
+) -> Piece:
+    """A piece whose rows alternate: the first row of gate, the first of up, the second of gate, ...
+
+    Args:
+        inputs: of gate, of up.
+        makes: fill `rows` rows of `row_bytes` each.
+    """
+    even, odd = makes
+    return Piece(inputs[0] + inputs[1], 2 * rows * row_bytes, Interleave(even, odd, len(inputs[0]), rows))
+
+
+def bias_tensor(stack: ExpertStack, part: str, roles: tuple[str, ...]) -> OutTensor:
+    """`gate_up_proj_bias` `[E, 2I]` or `down_proj_bias` `[E, H]`, in the row order of the weights."""
+    dtype = stack.biases["down"][0].tensor.dtype
+    item = numpy_dtype(dtype).itemsize
+    pieces: list[Piece] = []
+    for e in range(stack.experts):
+        slices = [stack.biases[role][e] for role in roles]
+        if len(slices) == 2 and stack.interleaved:
+            casts = (Cast(dtype), Cast(dtype))
+            pieces.append(interleaved(((slices[0],), (slices[1],)), casts, slices[0].shape[-1], item))
+        else:
+            pieces += [Piece((bias,), bias.shape[-1] * item, Cast(dtype)) for bias in slices]
+    N = sum(stack.weights[role][0].N for role in roles)
+    return OutTensor(f"{stack.name}.{part}_bias", dtype, (stack.experts, N), tuple(pieces))
 
 
 def stored_matrices(stored: Stored, packed: int = 1) -> list[Matrix]:
