@@ -5,6 +5,7 @@ One file per backend. A backend is any object with the four members of `Backend`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -81,7 +82,7 @@ def tolerance(activation: str, K: int) -> float:
         activation: safetensors label of the dtype of `x`.
         K: in features.
     """
-    return {"BF16": 2.0**-8, "F16": 2.0**-10}.get(activation, 2.0**-24 * K**0.5)
+    return {"BF16": 2.0**-8, "F16": 2.0**-10}.get(activation, 2.0**-24 * math.sqrt(K))
 
 
 _MODULES = ("reference", "onednn", "vllm_xpu", "ipex", "ark", "torch_native")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,20 @@ def _quantization() -> Any:
     """
     own = "run scripts/test-ipex, which makes an environment with torch 2.8 for it"
     try:
+        release = metadata.version("intel-extension-for-pytorch")
+        torch_release = metadata.version("torch")
+    except metadata.PackageNotFoundError as error:
+        raise EnvironmentFault(f"{error.name} is not installed: {own}") from None
+    if release.split(".")[:2] != torch_release.split(".")[:2]:  # its import would end the process
+        raise EnvironmentFault(
+            f"intel-extension-for-pytorch {release} is not for torch {torch_release}: {own}"
+        )
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from intel_extension_for_pytorch.llm import quantization
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise EnvironmentFault(f"{str(error).splitlines()[0]}: {own}") from None
-    except SystemExit:  # its way to say that torch has another version
-        raise EnvironmentFault(f"intel-extension-for-pytorch does not fit this torch: {own}") from None
     return quantization
 
 
