@@ -1,0 +1,60 @@
+"""The package as it is installed: one import package, light start, no stray top-level names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONSAFEPATH": "1"} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd="/")
+
+
+@pytest.mark.parametrize("name", ["convert", "formats", "kernels"])
+def test_folders_are_not_importable_by_their_bare_names(name: str) -> None:
+    run = python(f"import xpuquant.{name}; import {name}")
+    assert run.returncode == 1
+    assert f"No module named '{name}'" in run.stderr
+
+
+def test_start_is_light() -> None:
+    """`--help` in half a second: what costs more is imported by the command that needs it."""
+    code = "import sys; from xpuquant.convert.cli import run; run(['--help']); print(*sys.modules, sep='\\n')"
+    loaded = set(python(code).stdout.splitlines())
+    assert not loaded & {"torch", "transformers", "vllm", "safetensors", "huggingface_hub", "numpy"}
+
+
+def test_conversion_needs_no_torch() -> None:
+    """Importing torch takes longer than converting a gigabyte."""
+    code = "import sys; import xpuquant.convert.conversion; print(*sys.modules, sep='\\n')"
+    assert not set(python(code).stdout.splitlines()) & {"torch", "transformers", "huggingface_hub"}
+
+
+def test_module_and_version() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "xpuquant", "--version"], capture_output=True, text=True, cwd="/",
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (run.returncode, run.stdout) == (0, f"xpuquant {version}\n")
+
+
+def test_wheel_holds_one_package(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"xpuquant"}
+    for module in ("convert/cli.py", "formats/gptq.py", "kernels/reference.py", "py.typed", "__main__.py"):
+        assert f"xpuquant/{module}" in names
