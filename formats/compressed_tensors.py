@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from sys import intern
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from xpuquant.formats.checkpoint import Checkpoint, Slice, rows, whole
 from xpuquant.formats.compressed_tensors_config import METHODS, WeightArgs, check_supported, weight_args
 from xpuquant.formats.decoded import Decoded, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.nibbles import unpack_nibbles, unpack_rows
+from xpuquant.formats.nibbles import pack_nibbles, spread_words, unpack_nibbles, unpack_rows
 from xpuquant.formats.reader import Parts, need
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weight import CACHED_CODES, Array, IntWeight, Weight, column_groups, row_blocks
@@ -43,31 +44,13 @@ def unpack(words: Array, bits: int, count: int, padded: bool) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedWeight(IntWeight):
-    """A `pack-quantized` module. `padded`: no code straddles a word (before 0.18)."""
+class ScaledInts(IntWeight):
+    """What the packed and the unpacked form share: scales and zero points. `padded`: no code straddles a word
+    (before 0.18)."""
 
-    packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
     padded: bool
-
-    @property
-    def verbatim(self) -> bool:
-        return self.bits == 4 and self.order is None
-
-    def word_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        codes = rows(self.packed, start, stop)
-        return (codes, *self.zero_inputs()) if self.widened and not self.symmetric else (codes,)
-
-    def words(self, arrays: Sequence[Array], out: Array, start: int) -> None:
-        packed = arrays[0].view(np.uint32)
-        if self.verbatim:
-            out[...] = packed
-            return
-        zeros = None if self.symmetric or not self.widened else self.zeros(arrays[1:]).T[start:]
-        for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
-            codes = unpack(packed[first:last], self.bits, self.K, self.padded)
-            out[first:last] = self.pack(codes, None if zeros is None else zeros[first:last])
 
     def scale_inputs(self) -> tuple[Slice, ...]:
         return (whole(self.scale),)
@@ -80,7 +63,39 @@ class PackedWeight(IntWeight):
         return (whole(self.zero_point),)
 
     def zeros(self, arrays: Sequence[Array]) -> Array:
-        return _true_zeros(arrays[0], self.bits, self.N, self.padded)
+        return true_zeros(arrays[0], self.bits, self.N, self.padded)
+
+    def decoded(self, codes: Array, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
+        """Rows `start:stop` from offset-binary codes `[n, K]` and the arrays of `scale_inputs` and `zero_inputs`."""
+        col = column_groups(self)
+        zeros = None if self.symmetric else self.zeros(arrays[1:]).T[start:stop]
+        values = subtract_zeros(codes, zeros, self.bits, col)
+        return Decoded("int", values, self.scales(arrays[:1]).T[start:stop], np.arange(stop - start), col)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight(ScaledInts):
+    """A `pack-quantized` module."""
+
+    packed: Tensor
+
+    @property
+    def verbatim(self) -> bool:
+        return self.bits == 4 and not self.act_order
+
+    def code_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        return (rows(self.packed, start, stop),)
+
+    def code_words(self, arrays: Sequence[Array], out: Array) -> None:
+        packed = arrays[0].view(np.uint32)
+        if self.bits == 4:
+            out[...] = packed
+            return
+        for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+            if self.bits in (2, 3) and not self.padded:
+                spread_words(packed[first:last].T, self.bits, out[first:last].T)
+            else:
+                out[first:last] = pack_nibbles(unpack(packed[first:last], self.bits, self.K, self.padded))
 
     def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
         inputs = (rows(self.packed, start, stop), *self.scale_inputs())
@@ -92,17 +107,16 @@ class PackedWeight(IntWeight):
             codes = unpack_nibbles(packed.view(np.uint8))[:, : self.K]
         else:
             codes = unpack(packed.view(np.uint32), self.bits, self.K, self.padded)
-        col = column_groups(self)
-        zeros = None if self.symmetric else self.zeros(arrays[2:]).T[start:stop]
-        values = subtract_zeros(codes, zeros, self.bits, col)
-        return Decoded("int", values, self.scales(arrays[1:2]).T[start:stop], np.arange(stop - start), col)
+        return self.decoded(codes, arrays[1:], start, stop)
 
 
-def _true_zeros(stored: Array, bits: int, N: int, padded: bool) -> Array:
+def true_zeros(stored: Array, bits: int, N: int, padded: bool) -> Array:
     """uint8 `[G, N]` offset-binary zero points, from either generation of storage."""
     if stored.dtype == np.int8:
         signed = np.broadcast_to(stored.reshape(-1, stored.shape[-1]), (N, stored.shape[-1]))
-        return (signed.T + np.int8(1 << (bits - 1))).astype(np.uint8)
+        return (signed.T.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    if stored.shape == (1,):
+        return np.full((1, N), stored[0] + (1 << (bits - 1)), np.uint8)
     return unpack(np.ascontiguousarray(stored.T).view(np.uint32), bits, N, padded)
 
 
@@ -127,20 +141,23 @@ class PackQuantized:
         if not candidates:
             raise UnsupportedError("no group of the config describes it, so its bits are unknown")
         N = packed.shape[0]
-        K = _in_features(checkpoint, name, parts, N)
-        fits = [args for args in candidates if _fits(args, packed, scale, K)]
+        stated = _in_features(checkpoint, name, parts, N)
+        fits = [
+            (args, K)
+            for args in candidates
+            if args.type == "int"
+            and (K := stated or _implied(args, packed, scale))
+            and groups_fit(args, scale, N, K)
+            and _words_fit(args.bits, packed, K)
+        ]
         if not fits:
             raise DamagedError(f"{packed.name} {list(packed.shape)} with scales {list(scale.shape)} is not "
                                f"what the config describes ({candidates[0]})")  # fmt: skip
-        args = fits[0]
-        K = K or packed.shape[1] * 32 // args.bits
-        G = scale.shape[1] if len(scale.shape) == 2 else 1
-        if scale.shape[:1] not in ((), (1,), (N,)):
-            raise DamagedError(f"{scale.name} has {scale.shape[0]} rows, {packed.name} has {N}")
-        group_size = args.group_size if args.group_size and -(-K // args.group_size) == G else -(-K // G)
-        order, groups_of = _act_order(checkpoint, g_idx, K, group_size)
+        args, K = fits[0]
+        group_size = args.group_size or K
+        groups_of = _act_order(checkpoint, g_idx, K, group_size)
         padded = packed.shape[1] != packed_words(K, args.bits, padded=False)
-        symmetric, fact = _symmetric(checkpoint, args, name, N, G, padded, zero_point)
+        symmetric, fact = measure_zeros(checkpoint, args, N, -(-K // group_size), padded, zero_point)
         return [
             PackedWeight(
                 name=name,
@@ -148,12 +165,15 @@ class PackQuantized:
                 N=N,
                 K=K,
                 tensors=tuple(parts[suffix] for suffix in parts if suffix in self.suffixes),
-                facts=(f"{args.bits}-bit, {'padded' if padded else 'dense'} packing, from the shapes", fact),
+                facts=(
+                    intern(f"{args.bits}-bit, {'padded' if padded else 'dense'} packing, from the shapes"),
+                    fact,
+                    *["act-order, from the values of weight_g_idx"] * (groups_of is not None),
+                ),
                 bits=args.bits,
                 group_size=group_size,
                 symmetric=symmetric,
                 scale_dtype=scale.dtype,
-                order=order,
                 groups_of=groups_of,
                 packed=packed,
                 scale=scale,
@@ -175,21 +195,27 @@ def _in_features(checkpoint: Checkpoint, name: str, parts: Parts, N: int) -> int
     return values[1]
 
 
-def _fits(args: WeightArgs, packed: Tensor, scale: Tensor, K: int | None) -> bool:
-    if args.type != "int" or not 1 <= args.bits <= 8:
-        return False
-    columns = K or packed.shape[1] * 32 // args.bits
-    if packed.shape[1] not in (packed_words(columns, args.bits, p) for p in (False, True)):
-        return False
-    groups = scale.shape[1] if len(scale.shape) == 2 else 1
-    return groups == (-(-columns // args.group_size) if args.group_size else 1)
+def _implied(args: WeightArgs, packed: Tensor, scale: Tensor) -> int | None:
+    """K without `weight_shape`: what fills the words, where codes do; else whole groups."""
+    if 32 % args.bits == 0:
+        return packed.shape[1] * 32 // args.bits
+    return args.group_size * scale.shape[1] if args.group_size and len(scale.shape) == 2 else None
 
 
-def _act_order(
-    checkpoint: Checkpoint, g_idx: Tensor | None, K: int, group_size: int
-) -> tuple[Array | None, Array | None]:
+def _words_fit(bits: int, packed: Tensor, K: int) -> bool:
+    return 1 <= bits <= 8 and packed.shape[1] in (packed_words(K, bits, padded) for padded in (False, True))
+
+
+def groups_fit(args: WeightArgs, scale: Tensor, N: int, K: int) -> bool:
+    """Whether scales `[N, G]`, `[N, 1]` or `[1]` are what the config describes for a weight `[N, K]`."""
+    G = -(-K // args.group_size) if args.group_size else 1
+    return scale.shape == (N, G) or (G == 1 and scale.shape in ((), (1,), (1, 1), (N,)))
+
+
+def _act_order(checkpoint: Checkpoint, g_idx: Tensor | None, K: int, group_size: int) -> Array | None:
+    """Group of each column, or None where they are in order."""
     if g_idx is None:
-        return None, None
+        return None
     values = checkpoint.peek(g_idx)
     if values is None:
         raise UnsupportedError(f"{g_idx.name} decides the column order and cannot be read from headers alone")
@@ -198,33 +224,32 @@ def _act_order(
     groups = values.astype(np.int64)
     # -1 marks "not used"; compressed-tensors itself ignores the tensor then.
     if (groups < 0).any() or np.array_equal(groups, np.arange(K) // group_size):
-        return None, None
+        return None
     if groups.max() >= -(-K // group_size):
         raise DamagedError(f"{g_idx.name} names group {groups.max()} of {-(-K // group_size)}")
-    return np.argsort(groups, kind="stable"), groups
+    return groups.astype(np.min_scalar_type(-(-K // group_size)))
 
 
-def _symmetric(
-    checkpoint: Checkpoint,
-    args: WeightArgs,
-    name: str,
-    N: int,
-    G: int,
-    padded: bool,
-    zero_point: Tensor | None,
+def measure_zeros(
+    checkpoint: Checkpoint, args: WeightArgs, N: int, G: int, padded: bool, zero_point: Tensor | None
 ) -> tuple[bool, str]:
+    """(symmetric, how that was decided).
+
+    Raises:
+        DamagedError: zero points of another shape than the scales'.
+    """
     if zero_point is None:
         # Up to 0.9.2 all-zero zero points were dropped even from asymmetric files: the same thing.
         return True, "symmetric: no weight_zero_point"
     wanted = [(N, G)] if zero_point.dtype == "I8" else [(packed_words(N, args.bits, padded), G)]
     if zero_point.dtype not in ("I8", "I32") or (zero_point.shape not in wanted and zero_point.shape != (1,)):
         raise DamagedError(
-            f"{zero_point.name} is {zero_point.dtype} {list(zero_point.shape)}, want {wanted[0]}"
+            f"{zero_point.name} is {zero_point.dtype} {list(zero_point.shape)}, want {list(wanted[0])}"
         )
     stored = checkpoint.peek(zero_point)
     if stored is None:
         return args.symmetric, "zero points as the config says"
-    zeros = _true_zeros(stored, args.bits, N, padded)
+    zeros = true_zeros(stored, args.bits, N, padded)
     if (zeros == 1 << (args.bits - 1)).all():
         return True, "symmetric, from the zero points"
     lie = ", although the config says symmetric" if args.symmetric else ""

@@ -13,6 +13,7 @@ from typing import Any
 
 from xpuquant.errors import UnsupportedError, UsageError, one_line
 from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.gptq_config import overridden
 
 METHODS = frozenset({"compressed-tensors", "compressed_tensors"})
 
@@ -60,9 +61,12 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
     config = checkpoint.quantization
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping):
-        return [_args(config, None)] if "bits" in config else []
+        return [_args(overridden(config, module), None)] if "bits" in config else []
     ranked: list[tuple[int, str, WeightArgs]] = []
-    for group in groups.values():
+    for name, group in groups.items():
+        if isinstance(group, list):
+            # {preset: targets}, the short form of a group.
+            group = {"weights": _preset(str(name)), "targets": group}
         if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
             continue
         args = _args(group["weights"], group.get("format") or config.get("format"))
@@ -71,6 +75,30 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
             if rank is not None:
                 ranked.append((rank, str(target), args))
     return [args for _, _, args in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def _preset(name: str) -> Mapping[str, Any] | None:
+    """Weights of one of the library's named schemes (compressed_tensors/quantization/quant_scheme.py)."""
+    upper = name.upper()
+    if upper in ("W8A8", "INT8"):
+        return {"num_bits": 8, "strategy": "channel"}
+    integers = re.fullmatch(r"W([1-8])A(?:FP)?\d+(_ASYM)?", upper)
+    if integers:
+        return {
+            "num_bits": int(integers[1]),
+            "group_size": 128,
+            "strategy": "group",
+            "symmetric": not integers[2],
+        }
+    strategies = {"FP8": "tensor", "FP8_DYNAMIC": "channel", "FP8_BLOCK": "block"}
+    if upper in strategies:
+        return {"num_bits": 8, "type": "float", "strategy": strategies[upper], "block_structure": [128, 128]}
+    mx = re.fullmatch(r"MXFP([468])(A\d+|XFP8)?", upper)
+    if mx:
+        return {"num_bits": int(mx[1]), "type": "float", "strategy": "group", "group_size": 32}
+    if upper in ("NVFP4", "NVFP4A16"):
+        return {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    return None
 
 
 def _rank(target: str, module: str) -> int | None:

@@ -95,4 +95,5 @@ def _biases(checkpoint: Checkpoint, weights: Sequence[Weight]) -> tuple[Slice, .
 
 def _bias_tensor(checkpoint: Checkpoint, weight: Weight) -> Slice | None:
     tensor = checkpoint.tensors.get(f"{weight.name}.bias")
-    return whole(tensor) if tensor is not None else None
+    # A reader that used the bias up has found it to be a dummy.
+    return whole(tensor) if tensor is not None and tensor not in weight.tensors else None

@@ -4,6 +4,7 @@
     P.qzeros   int32 [G, ceil(N*b/32)]   zero points packed along N
     P.scales         [G, N]
     P.g_idx    int32 [K]                 group of each row; absent from most AutoRound files
+    P.bias           [N]                 where the model has one; AutoGPTQ wrote zeros where it has not
 
 `W[n, k] = scales[g, n] * (q[k, n] - z[g, n])` with g = g_idx[k]. Two conventions for the zero points: v1 stores
 z - 1, v2 stores z; `formats/gptq_zeros.py` tells them apart.
@@ -13,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from sys import intern
 
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
+from xpuquant.formats.architecture import has_bias, in_features
 from xpuquant.formats.checkpoint import Checkpoint, Slice, columns, whole
 from xpuquant.formats.decoded import Decoded, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.gptq_config import GptqConfig, gptq_config
 from xpuquant.formats.gptq_zeros import measure_zeros, true_zeros
-from xpuquant.formats.nibbles import transpose_words, unpack_planar, unpack_rows
+from xpuquant.formats.groups import source_group_size
+from xpuquant.formats.nibbles import pack_nibbles, spread_words, transpose_words, unpack_planar, unpack_rows
 from xpuquant.formats.reader import Parts, need
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weight import CACHED_CODES, Array, IntWeight, Weight, column_groups, row_blocks
@@ -44,20 +48,22 @@ class GptqWeight(IntWeight):
     plus_one: bool
     planar: bool
 
-    def word_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        codes = columns(self.qweight, start, stop)
-        # Zero points are packed along N in fields that may straddle words: they are read whole.
-        return (codes, *self.zero_inputs()) if self.widened and not self.symmetric else (codes,)
+    def code_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        return (columns(self.qweight, start, stop),)
 
-    def words(self, arrays: Sequence[Array], out: Array, start: int) -> None:
-        packed = arrays[0].view(np.uint32)
-        if self.bits == 4 and self.order is None:
+    def code_words(self, arrays: Sequence[Array], out: Array) -> None:
+        # Rows past K are padding (AutoRound, model-free).
+        packed = arrays[0].view(np.uint32)[: self.K * self.bits // 32]
+        if self.bits == 4:
             transpose_words(packed, out)
             return
-        zeros = None if self.symmetric or not self.widened else self.zeros(arrays[1:]).T[start:]
         for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
-            codes = self._codes(packed[:, first:last])
-            out[first:last] = self.pack(codes, None if zeros is None else zeros[first:last])
+            if self.bits == 2 or (self.bits == 3 and not self.planar):
+                spread = np.empty((out.shape[1], last - first), np.uint32)
+                spread_words(packed[:, first:last], self.bits, spread)
+                transpose_words(spread, out[first:last])
+            else:
+                out[first:last] = pack_nibbles(self._codes(packed[:, first:last]))
 
     def scale_inputs(self) -> tuple[Slice, ...]:
         return (whole(self.scale),)
@@ -105,7 +111,7 @@ class Gptq:
 
     def claims(self, parts: Parts) -> bool:
         qweight, scales = parts.get("qweight"), parts.get("scales")
-        if qweight is None or len(qweight.shape) != 2:
+        if qweight is None or len(qweight.shape) != 2 or qweight.dtype == "I16":
             return False
         # AWQ packs N, so its qweight is narrower than its scales; GPTQ's is as wide.
         return scales is None or len(scales.shape) != 2 or qweight.shape[1] == scales.shape[1]
@@ -121,26 +127,24 @@ class Gptq:
         G, N = scales.shape
         if qweight.shape[1] != N:
             raise DamagedError(f"{qweight.name} has {qweight.shape[1]} columns, {scales.name} has {N}")
-        bits = _bits(config, name, N, qzeros)
-        K = g_idx.shape[0] if g_idx is not None else qweight.shape[0] * 32 // bits
-        if qweight.shape[0] != -(-K * bits // 32):
-            raise DamagedError(f"{qweight.name} has {qweight.shape[0]} rows, {bits}-bit codes of K={K} need "
-                               f"{-(-K * bits // 32)}")  # fmt: skip
-        group_size, order, groups_of, order_fact = _groups(checkpoint, config, name, K, G, g_idx)
+        bits = _bits(config, N, qweight, qzeros, g_idx)
+        K, padding = _in_features(checkpoint, config, name, bits, qweight, g_idx)
+        group_size, groups_of, order_fact = _groups(checkpoint, config, name, K, G, g_idx)
         zeros = measure_zeros(checkpoint, config, name, bits, N, G, qzeros)
+        bias, bias_fact = _dummy_bias(checkpoint, name)
+        facts = (f"{bits}-bit, from the shapes", padding, order_fact, zeros.fact, bias_fact)
         return [
             GptqWeight(
                 name=name,
                 format=self.name,
                 N=N,
                 K=K,
-                tensors=tuple(part for part in (qweight, scales, qzeros, g_idx) if part is not None),
-                facts=(f"{bits}-bit, from the shapes", order_fact, zeros.fact),
+                tensors=tuple(part for part in (qweight, scales, qzeros, g_idx, bias) if part is not None),
+                facts=tuple(intern(fact) for fact in facts if fact),
                 bits=bits,
                 group_size=group_size,
                 symmetric=zeros.symmetric,
                 scale_dtype=scales.dtype,
-                order=order,
                 groups_of=groups_of,
                 qweight=qweight,
                 scale=scales,
@@ -151,56 +155,83 @@ class Gptq:
         ]
 
 
-def _bits(config: GptqConfig, name: str, N: int, qzeros: Tensor | None) -> int:
-    """Width of a code: from the width of qzeros, which holds N of them; from the config where that is absent
-    or says too little (tiny N)."""
-    if qzeros is None:
-        return config.bits
-    width = qzeros.shape[1]
-    fits = [bits for bits in WIDTHS if width in (-(-N * bits // 32), N // 32 * bits)]
-    if not fits:
-        raise DamagedError(f"{qzeros.name} is {width} words wide; no width of code fits N={N}")
+def _bits(config: GptqConfig, N: int, qweight: Tensor, qzeros: Tensor | None, g_idx: Tensor | None) -> int:
+    """Width of a code: qzeros hold N of them in a row, and qweight g_idx's K in a column. The config decides where
+    these are absent or N is too small to tell."""
+    fits = list(WIDTHS)
+    if qzeros is not None:
+        width = qzeros.shape[1]
+        # Old packers dropped the fields of a last, partial word.
+        fits = [bits for bits in fits if width in (-(-N * bits // 32), N // 32 * bits)]
+        if not fits:
+            raise DamagedError(f"{qzeros.name} is {width} words wide; no width of code fits N={N}")
+    if g_idx is not None:
+        K, height = g_idx.shape[0], qweight.shape[0]
+        fits = [bits for bits in fits if height == -(-K * bits // 32)]
+        if not fits:
+            raise DamagedError(f"{qweight.name} has {height} rows, which no width of code gives for K={K}")
     return config.bits if config.bits in fits else fits[0]
+
+
+def _in_features(
+    checkpoint: Checkpoint, config: GptqConfig, name: str, bits: int, qweight: Tensor, g_idx: Tensor | None
+) -> tuple[int, str]:
+    """(K, fact). AutoRound's model-free export pads K to whole groups, inside qweight; only the architecture knows."""
+    if g_idx is not None:
+        return g_idx.shape[0], ""
+    packed = qweight.shape[0] * 32 // bits
+    size = config.group_size
+    real = in_features(checkpoint, name)
+    if real is not None and size > 0 and packed - size < real < packed and packed % size == 0:
+        return real, f"K={real} of {packed} packed columns, from the architecture: the rest is padding"
+    return packed, ""
 
 
 def _groups(
     checkpoint: Checkpoint, config: GptqConfig, name: str, K: int, G: int, g_idx: Tensor | None
-) -> tuple[int, Array | None, Array | None, str]:
-    """(group size, act-order permutation, group of each column, the fact); the middle two None where trivial."""
-    size = _group_size(config, name, K, G)
-    trivial = np.arange(K) // size
+) -> tuple[int, Array | None, str]:
+    """(group size, group of each column or None where they are in order, the fact)."""
+    size = source_group_size(config.group_size, K, G)
+    if size is None:
+        raise DamagedError(f"{name}.scales has {G} groups, which no group size of K={K} gives")
     if g_idx is None:
         if config.desc_act and G > 1:
             raise DamagedError(f"{name}.g_idx is missing, but the config says desc_act (act-order)")
-        return size, None, None, "no g_idx: columns in order"
+        return size, None, "no g_idx: columns in order"
     values = checkpoint.peek(g_idx)
     if values is None:
         if config.desc_act and G > 1:
             raise UnsupportedError(
                 f"{g_idx.name} decides the column order and cannot be read from headers alone"
             )
-        return size, None, None, "columns in order, as the config says"
-    groups = values.astype(np.int64)
-    groups = np.where(groups < 0, groups + G, groups)
+        return size, None, "columns in order, as the config says"
+    groups = np.where(values < 0, values + G, values)
     if groups.size and not (groups.min() >= 0 and groups.max() < G):
-        raise DamagedError(f"{g_idx.name} names group {groups.max()} of {G}")
-    if np.array_equal(groups, trivial):
-        said = ", although desc_act is true" if config.desc_act else ""
-        return size, None, None, f"g_idx is trivial: dropped{said}"
-    runs = np.flatnonzero(np.diff(groups))
-    if len(runs) < G and np.array_equal(groups, np.sort(groups)):
-        # In order, but with another group size than the config and G suggest.
-        raise DamagedError(f"{g_idx.name} has unequal groups; K={K}, {G} groups")
-    return size, np.argsort(groups, kind="stable"), groups, "act-order, from the values of g_idx"
+        raise DamagedError(f"{g_idx.name} names group {values[(groups < 0) | (groups >= G)][0]} of {G}")
+    if np.array_equal(groups, np.arange(K) // size):
+        said = ", although desc_act is true" if config.desc_act and G > 1 else ""
+        return size, None, f"g_idx is trivial: dropped{said}"
+    if np.array_equal(groups, np.arange(K) // (first := int(np.count_nonzero(groups == 0)) or 1)):
+        return (
+            first,
+            None,
+            f"g_idx is trivial: dropped; groups of {first}, the config says {config.group_size}",
+        )
+    said = "" if config.desc_act else ", although the config does not say desc_act"
+    return size, groups.astype(np.min_scalar_type(G)), f"act-order, from the values of g_idx{said}"
 
 
-def _group_size(config: GptqConfig, name: str, K: int, G: int) -> int:
-    claimed = config.group_size if 0 < config.group_size <= K else K
-    if -(-K // claimed) == G:
-        return claimed
-    if K % G == 0:
-        return K // G
-    raise DamagedError(f"{name}.scales has {G} groups, which no group size of K={K} gives")
+def _dummy_bias(checkpoint: Checkpoint, name: str) -> tuple[Tensor | None, str]:
+    """A bias to drop: all zeros, on a linear whose architecture has none. Loaders do not know such a tensor."""
+    bias = checkpoint.tensors.get(f"{name}.bias")
+    if bias is None or has_bias(checkpoint, name) is not False:
+        return None, ""
+    values = checkpoint.peek(bias)
+    if values is None:
+        return None, "the architecture has no bias here: passed through unseen"
+    if values.any():
+        return None, "the architecture has no bias here, but it is not zero: kept"
+    return bias, "a bias of zeros the architecture does not have: dropped"
 
 
 READER = Gptq()

@@ -17,7 +17,7 @@ _ROTATIONS = ("rotation", "rotation_config", "spinquant_config")
 @dataclass(frozen=True)
 class GptqConfig:
     """bits, group_size (-1: one group of K), sym (None: not said), desc_act; zeros_minus_one: the label says v1;
-    planar: bit planes."""
+    planar: bit planes; writer: `auto-round`, `gptqmodel`, or empty where the config does not say."""
 
     bits: int
     group_size: int
@@ -25,6 +25,7 @@ class GptqConfig:
     desc_act: bool
     zeros_minus_one: bool
     planar: bool
+    writer: str
 
 
 def gptq_config(checkpoint: Checkpoint, module: str) -> GptqConfig:
@@ -35,25 +36,49 @@ def gptq_config(checkpoint: Checkpoint, module: str) -> GptqConfig:
         UsageError: a value of the wrong type.
     """
     config = checkpoint.quantization
-    for key in _ROTATIONS:
-        if config.get(key):
-            raise UnsupportedError(
-                f"the config asks for an online rotation ('{key}'), which no kernel here applies"
-            )
+    check_no_rotation(config)
     if _number(config, "pack_dtype", "int32") not in ("int32", "torch.int32"):
         raise UnsupportedError(
             one_line(f"pack_dtype is {config['pack_dtype']!r}; only int32 words are known")
         )
     label = _label(config)
-    merged = {**config, **_dynamic(config.get("dynamic"), module)}
+    merged = overridden(config, module)
     return GptqConfig(
-        bits=_integer(merged, ("bits", "w_bit", "wbits"), 4),
-        group_size=_integer(merged, ("group_size", "q_group_size"), -1),
-        sym=_symmetry(merged),
+        bits=integer(merged, ("bits", "w_bit", "wbits"), 4),
+        group_size=integer(merged, ("group_size", "q_group_size"), -1),
+        sym=symmetry(merged),
         desc_act=bool(merged.get("desc_act", False)),
         zeros_minus_one=label == _V1,
         planar=label == _PLANAR,
+        writer=_writer(config),
     )
+
+
+def check_no_rotation(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError where the activations would have to be rotated at run time."""
+    for key in _ROTATIONS:
+        if config.get(key):
+            raise UnsupportedError(
+                f"the config asks for an online rotation ('{key}'), which no kernel here applies"
+            )
+
+
+def overridden(config: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """The config with what it says about one module (`dynamic`, AutoRound's `extra_config`) laid over it."""
+    from xpuquant.formats.autoround import module_overrides
+
+    return {**config, **_dynamic(config.get("dynamic"), module), **module_overrides(config, module)}
+
+
+def _writer(config: Mapping[str, Any]) -> str:
+    """Who packed the file: writers differ in how they store a zero point of 0 minus one."""
+    if "round" in str(config.get("quant_method", "")).lower() or config.get("autoround_version"):
+        return "auto-round"
+    meta = config.get("meta")
+    quantizer = str(meta.get("quantizer") if isinstance(meta, Mapping) else "").lower()
+    if "round" in quantizer or "round" in str(config.get("provider", "")).lower():
+        return "auto-round"
+    return "gptqmodel" if "gptqmodel" in quantizer else ""
 
 
 def _label(config: Mapping[str, Any]) -> str:
@@ -92,7 +117,8 @@ def _matches(pattern: str, module: str) -> bool:
         raise UsageError(one_line(f"config: '{pattern}' is not a regular expression ({error})")) from None
 
 
-def _symmetry(config: Mapping[str, Any]) -> bool | None:
+def symmetry(config: Mapping[str, Any]) -> bool | None:
+    """`sym`, or AWQ's `zero_point` negated; None where the config does not say."""
     if isinstance(config.get("sym"), bool | int):
         return bool(config["sym"])
     if isinstance(config.get("zero_point"), bool):
@@ -104,7 +130,8 @@ def _number(config: Mapping[str, Any], key: str, default: str) -> str:
     return str(config.get(key) or default)
 
 
-def _integer(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
+def integer(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
+    """The first of `keys` that the config has. Raises UsageError where it is no number."""
     for key in keys:
         value = config.get(key)
         if value is None:

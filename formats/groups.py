@@ -35,12 +35,25 @@ class Regrouping:
         return scales if self.source is None else scales[np.array(self.source)]
 
 
+def source_group_size(claimed: int, K: int, G: int) -> int | None:
+    """Columns per group where K columns have G groups: what the config claims if that gives G (the last group may
+    be short), else K/G. None where neither does.
+
+    Args:
+        claimed: the config's group size; -1, 0 or more than K for one group of K.
+    """
+    size = claimed if 0 < claimed <= K else K
+    if -(-K // size) == G:
+        return size
+    return K // G if G and K % G == 0 else None
+
+
 def runs(weight: IntWeight) -> list[tuple[int, int]]:
     """(source group, columns) of each run of stored columns that shares a group, in stored order."""
-    if weight.order is None:
+    if not weight.act_order:
         full, last = divmod(weight.K, weight.group_size)
         return [(g, weight.group_size) for g in range(full)] + [(full, last)] * (last > 0)
-    groups = column_groups(weight)[weight.order]
+    groups = np.sort(column_groups(weight))
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     lengths = np.diff(np.append(starts, weight.K))
     return [(int(groups[start]), int(length)) for start, length in zip(starts, lengths, strict=True)]

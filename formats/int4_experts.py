@@ -72,7 +72,7 @@ class Int4Experts:
                     return f"{weight.bits}-bit integers have no XPU kernel ({role} of the experts)"
                 if not weight.symmetric and not weight.widened:
                     return "asymmetric experts have no XPU kernel (the grouped GEMM has no zero points)"
-                if weight.order is not None:
+                if weight.act_order:
                     return "act-order experts have no XPU kernel (the grouped GEMM has no g_idx)"
                 if weight.N % N_MULTIPLE or weight.K % GROUP_SIZES[0]:
                     return (
@@ -99,7 +99,7 @@ class Int4Experts:
             ]
             tensors.append(OutTensor(f"{stack.name}.{out}_scale", dtype, (*shape, K // size), tuple(scales)))
             if stack.biases:
-                tensors.append(bias_tensor(stack, out, roles))
+                tensors.append(bias_tensor(stack, out))
         scheme = Scheme(
             layout=self.name,
             group_size=size,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpuquant.errors import DamagedError
+from xpuquant.formats.architecture import is_embedding
 from xpuquant.formats.checkpoint import columns, rows, whole
 from xpuquant.formats.decoded import Decoded, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS, numpy_dtype
@@ -76,8 +77,9 @@ class Order:
     weight: IntWeight
 
     def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        assert self.weight.order is not None
-        out.view(np.int32)[...] = self.weight.order
+        order = self.weight.order
+        assert order is not None
+        out.view(np.int32)[...] = order
 
 
 class Int4Linear:
@@ -88,6 +90,8 @@ class Int4Linear:
 
     def refuses(self, module: Module) -> str | None:
         weight = _weight(module)
+        if is_embedding(module.name):
+            return "an embedding is looked up, not multiplied: no XPU kernel reads quantized rows"
         if weight.bits > 4:
             return f"{weight.bits}-bit integers have no XPU kernel"
         if weight.K % K_MULTIPLE:
@@ -125,7 +129,7 @@ class Int4Linear:
         if not _symmetric(weight):
             zeros = Piece(weight.zero_inputs(), G * N // 2, Zeros(weight, groups))
             tensors.append(OutTensor(f"{module.name}.qzeros", "I32", (G, N // NIBBLES_PER_WORD), (zeros,)))
-        if weight.order is not None:
+        if weight.act_order:
             order = Piece((), 4 * K, Order(weight))
             tensors.append(OutTensor(f"{module.name}.g_idx", "I32", (K,), (order,)))
         scheme = Scheme(
@@ -133,7 +137,7 @@ class Int4Linear:
             group_size=groups.size,
             scale_dtype=dtype,
             symmetric=_symmetric(weight),
-            act_order=weight.order is not None,
+            act_order=weight.act_order,
         )
         return Conversion(module.name, scheme, tuple(tensors), weight.facts)
 

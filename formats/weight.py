@@ -15,7 +15,7 @@ import numpy as np
 
 from xpuquant.formats.checkpoint import Slice
 from xpuquant.formats.decoded import Decoded
-from xpuquant.formats.nibbles import pack_nibbles
+from xpuquant.formats.nibbles import NIBBLE_ONES, NIBBLES_PER_WORD, permute_nibbles
 from xpuquant.formats.safetensors import Tensor
 
 Array = np.ndarray[Any, Any]
@@ -81,15 +81,13 @@ class IntWeight(Weight):
     bits        width of a stored code
     group_size  columns of one group in the source; K for channel-wise. The last group may be short.
     symmetric   every zero point is 2^(bits-1), whatever the config says
-    order       real act-order: `[K]` source column of each stored column, groups contiguous; None otherwise
-    groups_of   real act-order: `[K]` group of each source column; None otherwise
+    groups_of   real act-order: `[K]` group of each source column; None where columns are in order
     """
 
     bits: int
     group_size: int
     symmetric: bool
     scale_dtype: str
-    order: Array | None = field(default=None, compare=False)
     groups_of: Array | None = field(default=None, compare=False)
 
     number: ClassVar[str] = "int"
@@ -100,10 +98,27 @@ class IntWeight(Weight):
         return -(-self.K // self.group_size)
 
     @property
+    def order(self) -> Array | None:
+        """Real act-order: `[K]` source column of each stored column, groups contiguous; None otherwise.
+
+        Derived each time: a plan holds the groups of a hundred thousand matrices, as small integers.
+        """
+        return None if self.groups_of is None else np.argsort(self.groups_of, kind="stable")
+
+    @property
+    def act_order(self) -> bool:
+        return self.groups_of is not None
+
+    @property
     def kind(self) -> str:
         size = "channel" if self.group_size == self.K else f"g{self.group_size}"
-        order = " act-order" if self.order is not None else ""
+        order = " act-order" if self.act_order else ""
         return f"int{self.bits} {size} {'symmetric' if self.symmetric else 'asymmetric'}{order}"
+
+    @property
+    def widened(self) -> bool:
+        """Fewer than 4 bits: the words hold q - z + 8, so the output is symmetric whatever z was."""
+        return self.bits < 4
 
     @property
     def verbatim(self) -> bool:
@@ -111,10 +126,19 @@ class IntWeight(Weight):
         return False
 
     @abstractmethod
-    def word_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        """Slices that `words` needs for rows `start:stop`."""
+    def code_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        """Slices that `code_words` needs for rows `start:stop`."""
 
     @abstractmethod
+    def code_words(self, arrays: Sequence[Array], out: Array) -> None:
+        """Fill `out`, uint32 `[n, K/8]`, with the codes as they are, in source order: nibble j of word i is
+        column 8i+j. Only called for at most 4 bits and K a multiple of 32."""
+
+    def word_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        """Slices that `words` needs for rows `start:stop`."""
+        inputs = self.code_inputs(start, stop)
+        return (*inputs, *self.zero_inputs()) if self.widened and not self.symmetric else inputs
+
     def words(self, arrays: Sequence[Array], out: Array, start: int) -> None:
         """Fill `out`, uint32 `[n, K/8]`, with u4 codes of rows `start:start+n`, from the arrays of
         `word_inputs(start, start+n)`: nibble j of word i is column 8i+j of the stored order (`order` applied).
@@ -122,6 +146,20 @@ class IntWeight(Weight):
         A value is `nibble - zero`, with zero 8 where symmetric, and where the source has fewer than 4 bits
         (its codes are widened to q - z + 8).
         """
+        self.code_words(arrays, out)
+        order = self.order
+        if order is not None:
+            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+                permute_nibbles(out[first:last], order)
+        if self.widened:
+            # Groups are whole words by now, and q + 8 - z fits its nibble: no carry between the eight of a word.
+            if self.symmetric:
+                out += NIBBLE_ONES * np.uint32(8 - (1 << (self.bits - 1)))
+            else:
+                inputs = len(self.code_inputs(start, start + len(out)))
+                zeros = self.zeros(arrays[inputs:])[:, start : start + len(out)].T
+                columns = column_groups(self) if order is None else column_groups(self)[order]
+                out += (NIBBLE_ONES * (8 - zeros).astype(np.uint32))[:, columns[::NIBBLES_PER_WORD]]
 
     @abstractmethod
     def scale_inputs(self) -> tuple[Slice, ...]:
@@ -131,30 +169,13 @@ class IntWeight(Weight):
     def scales(self, arrays: Sequence[Array]) -> Array:
         """`[G, N]` in the source's scale dtype (a view where possible)."""
 
+    @abstractmethod
     def zero_inputs(self) -> tuple[Slice, ...]:
-        """Slices that `zeros` needs; none for a weight whose output needs no zero points."""
-        raise NotImplementedError
+        """Slices that `zeros` needs. Only called where asymmetric."""
 
+    @abstractmethod
     def zeros(self, arrays: Sequence[Array]) -> Array:
-        """uint8 `[G, N]`: the true zero points of 4-bit asymmetric codes."""
-        raise NotImplementedError
-
-    def pack(self, codes: Array, zeros: Array | None) -> Array:
-        """u4 words `[n, K/8]` from codes in source order: widened and put into stored order.
-
-        Args:
-            codes: uint8 `[n, K]`.
-            zeros: uint8 `[n, G]` zero points of the same rows, for an asymmetric weight that is widened.
-        """
-        if self.widened:
-            middle = np.uint8(1 << (self.bits - 1))
-            codes = codes + np.uint8(8) - (middle if zeros is None else zeros[:, column_groups(self)])
-        return pack_nibbles(codes if self.order is None else codes[:, self.order])
-
-    @property
-    def widened(self) -> bool:
-        """Fewer than 4 bits: the words hold q - z + 8, so the output is symmetric whatever z was."""
-        return self.bits < 4
+        """uint8 `[G, N]`: the true zero points. Only called where asymmetric."""
 
 
 def column_groups(weight: IntWeight) -> Array:
