@@ -1,0 +1,192 @@
+"""What is loaded is what was stored, where it was put; what is not whole is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from serving_models import EXPERTS, SCHEMES, write
+from xpuquant.errors import DamagedError, EnvironmentFault, UnsupportedError
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def load() -> Any:
+    from vllm_plugin_loading import load
+
+    return load
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of our layers' parameters whose memory is elsewhere after `process_weights_after_loading`."""
+    from vllm.model_executor.model_loader import base_loader
+
+    process = base_loader.process_weights_after_loading
+    names: list[str] = []
+
+    def places(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+        return {
+            f"{name}.{suffix}": (param.data_ptr(), param.numel())
+            for name, layer in model.named_modules()
+            if type(getattr(layer, "quant_method", None)).__name__.startswith("Xpuquant")
+            for suffix, param in layer.named_parameters(recurse=False)
+        }
+
+    def watched(model: torch.nn.Module, *args: Any) -> None:
+        before = places(model)
+        assert before
+        process(model, *args)
+        after = places(model)
+        names.extend(name for name in before if before[name] != after.get(name))
+
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", watched)
+    return names
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_linear_moves(scheme: str, tmp_path: Path, load: Any, moved: list[str]) -> None:
+    model = load(write(tmp_path, "llama", SCHEMES[scheme]).converted)
+    weights = [name for name, _ in model.named_parameters() if name.endswith(("qweight", "proj.weight"))]
+    assert len(weights) == 2 * 4
+    # The scale of each fused member becomes one per row, and one shared permutation stays of the members'.
+    small = ("weight_scale",) if scheme == "fp8-tensor" else ("g_idx",)
+    assert [name for name in moved if not name.endswith(small)] == []
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_no_expert_moves(experts: str, tmp_path: Path, load: Any, moved: list[str]) -> None:
+    pair = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS[experts])
+    model = load(pair.converted)
+    assert moved == []
+    stored = load_file(pair.converted / "model.safetensors")
+    for name in ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale"):
+        held = model.model.layers[1].mlp.experts.routed_experts.get_parameter(name)
+        wanted = stored[f"model.layers.1.mlp.experts.{name}"]
+        assert held.shape == wanted.shape
+        assert torch.equal(held.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def edit(folder: Path, change: Callable[[Tensors], object]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+LAYER = "model.layers.1"
+MISSING = [
+    ("llama", f"{LAYER}.self_attn.k_proj.qweight"),
+    ("llama", f"{LAYER}.mlp.down_proj.qzeros"),
+    ("llama", f"{LAYER}.input_layernorm.weight"),
+    ("llama", "model.embed_tokens.weight"),
+    ("llama", "lm_head.weight"),
+    ("qwen2", f"{LAYER}.self_attn.v_proj.bias"),
+    ("qwen3_moe", f"{LAYER}.mlp.experts.down_proj_scale"),
+    ("qwen3_moe", f"{LAYER}.mlp.gate.weight"),
+    ("mixtral", f"{LAYER}.block_sparse_moe.experts.gate_up_proj"),
+    ("deepseek_v3", f"{LAYER}.mlp.experts.down_proj"),
+    ("deepseek_v3", f"{LAYER}.mlp.gate.e_score_correction_bias"),
+    ("deepseek_v3", f"{LAYER}.self_attn.kv_a_proj_with_mqa.scales"),
+    ("gpt_oss", f"{LAYER}.mlp.experts.gate_up_proj_bias"),
+    ("gpt_oss", f"{LAYER}.self_attn.sinks"),
+    ("gpt_oss", f"{LAYER}.self_attn.q_proj.bias"),
+]
+
+
+@pytest.mark.parametrize(("family", "tensor"), MISSING)
+def test_refuses_a_missing_tensor(family: str, tensor: str, tmp_path: Path, load: Any) -> None:
+    experts = None if family in ("llama", "qwen2") else EXPERTS["int4"]
+    folder = write(tmp_path, family, SCHEMES["int4-asym"], experts).converted
+    with pytest.raises(DamagedError) as refusal:
+        load(edit(folder, lambda tensors: tensors.pop(tensor)))
+    message = str(refusal.value)
+    assert "is missing from the repo" in message
+    assert "\n" not in message
+    # Fused layers are named as vLLM knows them, where the repo's own name is not known any more.
+    assert tensor.split(".")[-1] in message
+
+
+EXTRA = {
+    f"{LAYER}.mlp.down_proj.g_idx": torch.zeros(256, dtype=torch.int32),
+    f"{LAYER}.self_attn.rotary.qweight": torch.zeros(8, 8, dtype=torch.int32),
+    f"{LAYER}.mlp.down_proj.qweight_extra": torch.zeros(4),
+    f"{LAYER}.mlp.unheard_of": torch.zeros(4),
+}
+
+
+@pytest.mark.parametrize("tensor", EXTRA)
+def test_refuses_an_extra_tensor(tensor: str, tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"]).converted
+    with pytest.raises(ValueError if "unheard" in tensor else DamagedError, match=tensor.split(".")[-1]):
+        load(edit(folder, lambda tensors: tensors.update({tensor: EXTRA[tensor]})))
+
+
+def test_refuses_bytes_of_another_dtype(tmp_path: Path, load: Any) -> None:
+    """A copy into the parameter would convert e5m2 to e4m3 without a word."""
+    folder = write(tmp_path, "llama", SCHEMES["fp8-channel"]).converted
+    name = f"{LAYER}.mlp.down_proj.weight"
+    with pytest.raises(DamagedError, match="float8_e5m2, the format wants torch.float8_e4m3fn"):
+        load(edit(folder, lambda t: t.update({name: t[name].float().to(torch.float8_e5m2)})))
+
+
+def test_refuses_a_stack_of_another_shape(tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS["int4"]).converted
+    name = f"{LAYER}.mlp.experts.down_proj"
+    with pytest.raises(DamagedError, match="does not fit config.json"):
+        load(edit(folder, lambda t: t.update({name: t[name][:, :128].contiguous()})))
+
+
+def reconfigure(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_refuses_a_newer_format(tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"]).converted
+    with pytest.raises(DamagedError, match="format_version 2, this xpuquant reads 1"):
+        load(reconfigure(folder, lambda q: q.update(format_version=2)))
+
+
+def test_refuses_fused_layers_that_differ(tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"]).converted
+
+    def drop(quantization: dict[str, Any]) -> None:
+        modules = quantization["schemes"][0]["modules"]
+        modules[:] = [pattern for pattern in modules if not pattern.endswith("q_proj")]
+
+    with pytest.raises(UnsupportedError, match="qkv_proj: q_proj unquantized, k_proj int4_linear g32"):
+        load(reconfigure(folder, drop))
+
+
+@pytest.mark.parametrize("version", ["0.31.1", "0.34.0", "0.40.2+xpu"])
+def test_names_the_wrong_vllm(version: str, tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xpuquant.vllm import versions
+
+    monkeypatch.setattr(versions, "vllm_version", lambda: version)
+    with pytest.raises(EnvironmentFault, match=f"vLLM {version.replace('+', '.')} is not supported.*0.32 to 0.33"):
+        load(write(tmp_path, "llama", SCHEMES["int4"]).converted)
+
+
+@pytest.mark.parametrize(("version", "complaint"), [("0.1.14.1", "0.1.14.1 is too old"), (None, "not installed")])
+def test_names_the_wrong_kernels(version: str | None, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    from xpuquant.xpu import check_kernels
+
+    def found(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", found)
+    with pytest.raises(EnvironmentFault, match=complaint):
+        check_kernels()
