@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from xpuquant.convert.files import find_files
 from xpuquant.convert.shards import ShardReader
 from xpuquant.errors import DamagedError, UsageError, one_line
-from xpuquant.formats.checkpoint import Array, Checkpoint, Slice
+from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array, whole
 from xpuquant.formats.safetensors import Tensor
 
 
@@ -106,6 +108,18 @@ class LocalSource:
 
     def check_unchanged(self) -> None:
         self._shards.check_unchanged()
+
+
+def read_slice(source: Source, part: Slice) -> Array:
+    """A slice as an array of its dtype and shape."""
+    out = np.empty(part.nbytes, np.uint8)
+    source.read_into(part, out)
+    return as_array(part, out)
+
+
+def read_all(source: Source, tensor: Tensor) -> Array:
+    """A whole tensor."""
+    return read_slice(source, whole(tensor)).reshape(tensor.shape)
 
 
 def merge_header(
