@@ -83,16 +83,7 @@ class GptqWeight(IntWeight):
         return inputs if self.symmetric else inputs + self.zero_inputs()
 
     def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
-        packed = arrays[0].view(np.uint32)
-        if 32 % self.bits:
-            codes = self._codes(packed)
-        else:
-            per_word, mask = 32 // self.bits, np.uint32((1 << self.bits) - 1)
-            by_column = np.empty((self.K, stop - start), np.uint8)
-            for j in range(per_word):
-                rows = by_column[j::per_word]
-                rows[...] = ((packed >> np.uint32(j * self.bits)) & mask)[: len(rows)]
-            codes = by_column.T
+        codes = self._codes(arrays[0].view(np.uint32))
         col = column_groups(self)
         zeros = None if self.symmetric else self.zeros(arrays[2:]).T[start:stop]
         values = subtract_zeros(codes, zeros, self.bits, col)

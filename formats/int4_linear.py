@@ -178,7 +178,7 @@ class Int4Linear:
             if not np.array_equal(np.sort(order), np.arange(matrix.K)):
                 raise DamagedError(f"{stored.name}.g_idx is not a permutation of 0..{matrix.K - 1}")
             inverse = np.argsort(order)
-            values, col = values[:, inverse], col[inverse]
+            values, col = np.take(values, inverse, axis=1), col[inverse]
         scale = stored.load(columns(stored.tensors["scales"], start, stop)).T
         return Decoded("int", values, scale, np.arange(stop - start), col)
 

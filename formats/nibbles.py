@@ -121,11 +121,11 @@ def unpack_rows(words: Array, bits: int, count: int) -> Array:
         count: values per row.
     """
     if 32 % bits == 0:
-        per_word = 32 // bits
-        shifts = np.arange(0, 32, bits, dtype=np.uint32)
-        mask = np.uint32((1 << bits) - 1)
-        values = ((words[:, :, None] >> shifts) & mask).astype(np.uint8)
-        return values.reshape(len(words), -1)[:, : min(count, words.shape[1] * per_word)]
+        values, width = np.ascontiguousarray(words).view(np.uint8), 8
+        while width > bits:
+            width //= 2
+            values = _halves(values, width)
+        return values[:, :count]
     # Values may straddle words: view each row as 64-bit windows starting at the value's word.
     at = np.arange(count) * bits
     word, shift = at // 32, (at % 32).astype(np.uint64)
@@ -173,7 +173,13 @@ def pack_nibbles(values: Array) -> Array:
 
 def unpack_nibbles(packed: Array) -> Array:
     """uint8 `[n, 2m]` from bytes `[n, m]`: low nibble first."""
-    out = np.empty((*packed.shape, 2), np.uint8)
-    np.bitwise_and(packed, 15, out=out[..., 0])
-    np.right_shift(packed, 4, out=out[..., 1])
-    return out.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+    return _halves(packed, 4)
+
+
+def _halves(packed: Array, bits: int) -> Array:
+    """uint8 `[n, 2m]` from bytes `[n, m]` that hold two fields of `bits` each, the low one first."""
+    # A byte spread over a little-endian pair of bytes is two fields in order; no store is strided.
+    pairs = packed.astype("<u2")
+    np.bitwise_or(pairs, pairs << np.uint16(8 - bits), out=pairs)
+    np.bitwise_and(pairs, np.uint16(0x0101 * ((1 << bits) - 1)), out=pairs)
+    return pairs.view(np.uint8)
