@@ -103,6 +103,25 @@ def convert(
     output.answer(summary.converted(result))
 
 
+@app.command()
+def inspect(
+    source: SourceName,
+    on_unsupported: OnUnsupported = "refuse",
+    tp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tensor-parallel sizes to check (repeatable).")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What is it, will it convert, how big, which kernel per module: from headers only."""
+    from xpuquant.convert import inspect as inspection
+    from xpuquant.convert.options import Options
+    from xpuquant.convert.output import Output
+    from xpuquant.convert.source import open_source
+
+    options = Options(on_unsupported=on_unsupported)
+    Output(as_json).answer(inspection.inspect(open_source(source), options, tuple(tp or (2, 4, 8))))
+
+
 def command_line() -> str:
     """The command as typed, for the card."""
     import shlex

@@ -129,8 +129,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         UnsupportedError: modules that no kernel takes, each with its reason, unless they are to be dequantized.
         DamagedError: tensors that are missing or contradict each other.
     """
-    reading = read(checkpoint)
-    planned, refused = _conversions(checkpoint, reading, options)
+    planned, refused, reading = survey(checkpoint, options)
     if refused:
         raise UnsupportedError(refusal(refused, readable=not reading.refused))
     used = {bias.tensor.name for module in planned if isinstance(module.source, ExpertStack)
@@ -157,9 +156,9 @@ def refusal(refused: Mapping[str, str], readable: bool) -> str:
     return f"{len(refused)} modules have no exact XPU layout: {listed}{fix}"
 
 
-def _conversions(
-    checkpoint: Checkpoint, reading: Reading, options: Options
-) -> tuple[list[PlannedModule], dict[str, str]]:
+def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule], dict[str, str], Reading]:
+    """What every module would become: (convertible ones, module → reason for the others, the reading)."""
+    reading = read(checkpoint)
     known = layouts()
     planned: list[PlannedModule] = []
     refused = dict(reading.refused)
@@ -172,7 +171,7 @@ def _conversions(
             planned.append(PlannedModule(module, dequantized.convert(module, reason or "")))
         else:
             refused[module.name] = reason or ""
-    return planned, refused
+    return planned, refused, reading
 
 
 def _beside_refused(weight: Weight, refused: Mapping[str, str]) -> bool:
