@@ -8,15 +8,20 @@ Families spell the same three matrices differently, on disk:
     gpt-oss native               mlp.experts.{gate_up_proj, down_proj}_blocks, 3-D (its reader yields one per expert)
 
 so they are recognised by suffix, not by architecture.
+
+gpt-oss has one fused matrix whose rows alternate gate, up. Producers that split it by expert either undo that (gate
+the even rows, up the odd) or halve it as it is; see `halved`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from xpuquant.errors import DamagedError
+from xpuquant.errors import DamagedError, UnsupportedError, one_line
 from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
+from xpuquant.formats.joined import join
 from xpuquant.formats.layout import ExpertStack, Linear, Module
 from xpuquant.formats.weight import Weight
 
@@ -37,6 +42,28 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
 def is_interleaved(checkpoint: Checkpoint) -> bool:
     """gpt-oss's activation reads gate and up from alternating rows; every other family from two halves."""
     return checkpoint.text_config.get("model_type") == "gpt_oss"
+
+
+def halved(checkpoint: Checkpoint) -> bool | None:
+    """Whether gpt-oss's `gate_proj` and `up_proj` are the first and second half of the alternating rows, rather than
+    the even and odd ones; None where it cannot be known.
+
+    Nothing in the tensors tells. llm-compressor writes them, and pins the compressed-tensors whose version is in the
+    config: 0.10 and 0.11 (0.14 to 0.16) and 0.14 (0.19 and later) undo the alternation, 0.12 and 0.13 (0.17.1 to
+    0.18) halve it. AutoRound undoes it (auto_round/modeling/fused_moe/gpt_oss.py).
+    """
+    config = checkpoint.quantization
+    if checkpoint.method not in ("compressed-tensors", "compressed_tensors"):
+        return False
+    if str(config.get("provider") or "").startswith("auto-round"):
+        return False
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("version") or ""))
+    if match is None:
+        return None
+    version = tuple(int(number or 0) for number in match.groups())
+    if (0, 17, 1) <= version < (0, 19):
+        return True
+    return False if (0, 14) <= version < (0, 17) or version >= (0, 19) else None
 
 
 def modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:
@@ -79,7 +106,35 @@ def _stack(checkpoint: Checkpoint, name: str, members: Mapping[tuple[str, int], 
     biases = {role: slices for role in weights if (slices := _biases(checkpoint, weights[role]))}
     if biases and set(biases) != set(weights):
         raise DamagedError(f"{name}: only {', '.join(sorted(biases))} matrices have biases")
+    if is_interleaved(checkpoint) and "gate" in weights:
+        weights = _in_order(checkpoint, name, weights)
     return ExpertStack(name, weights, biases, is_interleaved(checkpoint))
+
+
+def _in_order(
+    checkpoint: Checkpoint, name: str, weights: Mapping[str, tuple[Weight, ...]]
+) -> dict[str, tuple[Weight, ...]]:
+    """gpt-oss's roles as they are meant: gate and up, or the fused matrix that the two halves were.
+
+    Raises:
+        UnsupportedError: which of the two cannot be known.
+    """
+    version = checkpoint.quantization.get("version")
+    halves = halved(checkpoint)
+    if halves is None:
+        raise UnsupportedError(one_line(
+            f"{name}: whether gate_proj and up_proj alternate or are halves depends on the llm-compressor that wrote "
+            f"them, and version {version!r} in the config does not tell; quantize the model again"
+        ))  # fmt: skip
+    if not halves:
+        said = "gate_proj is the even rows of the fused axis, up_proj the odd"
+        fact = said if version is None else f"{said}: compressed-tensors {version}"
+        gate = tuple(replace(weight, facts=(*weight.facts, fact)) for weight in weights["gate"])
+        return {**weights, "gate": gate}
+    fact = f"gate_proj and up_proj are halves of the alternating rows (compressed-tensors {version}): joined again"
+    pairs = zip(weights["gate"], weights["up"], strict=True)
+    fused = tuple(join(f"{name}.{e}.gate_up_proj", gate, up, fact) for e, (gate, up) in enumerate(pairs))
+    return {"gate_up": fused, "down": weights["down"]}
 
 
 def _biases(checkpoint: Checkpoint, weights: Sequence[Weight]) -> tuple[Slice, ...]:

@@ -99,17 +99,28 @@ def read(checkpoint: Checkpoint) -> Reading:
     used = {tensor.name for weight in weights for tensor in weight.tensors}
     rest = tuple(tensor for tensor in checkpoint.tensors.values() if tensor.name not in used)
     if not weights and not refused:
-        raise UsageError(
-            f"nothing is quantized: config.json says '{checkpoint.method}', but no tensor is packed or scaled"
-        )
+        keys = ("packing_format", "checkpoint_format", "format", "version", "quantization_status")
+        said = [f"{key} {checkpoint.quantization[key]!r}" for key in keys if checkpoint.quantization.get(key)]
+        also = f" ({', '.join(said)})" if said else ""
+        raise UsageError(one_line(
+            f"nothing is quantized: config.json says '{checkpoint.method}'{also}, but no tensor is packed or scaled"
+        ))  # fmt: skip
     return Reading(tuple(weights), refused, rest)
 
 
 _PLAIN = frozenset({"F16", "BF16", "F32", "F64"})
 
+_PLAIN_NAMES = frozenset(
+    {"weight", "scale", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
+)
+"""Suffixes that some format uses for quantized tensors, and unquantized models for float ones: fused experts, a
+norm's `scale`."""
+
 
 def _looks_quantized(parts: Parts) -> bool:
-    return any(suffix != "weight" for suffix in parts) or parts["weight"].dtype not in _PLAIN
+    return any(
+        tensor.dtype not in _PLAIN or suffix not in _PLAIN_NAMES for suffix, tensor in parts.items()
+    )
 
 
 def _check_method(checkpoint: Checkpoint, known: tuple[Reader, ...]) -> None:

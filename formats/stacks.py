@@ -55,19 +55,21 @@ def interleaved(
     return Piece(inputs[0] + inputs[1], 2 * rows * row_bytes, Interleave(even, odd, len(inputs[0]), rows))
 
 
-def bias_tensor(stack: ExpertStack, part: str, roles: tuple[str, ...]) -> OutTensor:
+def bias_tensor(stack: ExpertStack, part: str) -> OutTensor:
     """`gate_up_proj_bias` `[E, 2I]` or `down_proj_bias` `[E, H]`, in the row order of the weights."""
+    roles = tuple(role for role in stack.biases if (role == "down") == (part == "down_proj"))
     dtype = stack.biases["down"][0].tensor.dtype
     item = numpy_dtype(dtype).itemsize
     pieces: list[Piece] = []
     for e in range(stack.experts):
         slices = [stack.biases[role][e] for role in roles]
-        if len(slices) == 2 and stack.interleaved:
+        # Gate and up that were joined to one matrix are in its order already.
+        if len(slices) == 2 and stack.interleaved and "gate_up" not in stack.weights:
             casts = (Cast(dtype), Cast(dtype))
             pieces.append(interleaved(((slices[0],), (slices[1],)), casts, slices[0].shape[-1], item))
         else:
             pieces += [Piece((bias,), bias.shape[-1] * item, Cast(dtype)) for bias in slices]
-    N = sum(stack.weights[role][0].N for role in roles)
+    N = sum(stack.biases[role][0].shape[-1] for role in roles)
     return OutTensor(f"{stack.name}.{part}_bias", dtype, (stack.experts, N), tuple(pieces))
 
 

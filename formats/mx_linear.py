@@ -1,0 +1,96 @@
+"""What the MXFP4 and MXFP8 linear layouts share: codes as they come, exponents turned on their side.
+
+P.weight        [N, K], or uint8 [N, K/2]
+P.weight_scale  uint8 [K/32, N]   E8M0: 2^(byte - 127), 255 is NaN (OCP Microscaling Formats v1.0, section 5.4.1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xpuquant.errors import DamagedError
+from xpuquant.formats.checkpoint import columns, rows
+from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.float_weight import E8M0, MX_GROUP, FloatWeight, Scales
+from xpuquant.formats.fp8_linear import check_tensor
+from xpuquant.formats.layout import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
+from xpuquant.formats.nibbles import unpack_nibbles
+from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.weight import row_blocks
+
+
+@dataclass(frozen=True)
+class MxLinear:
+    """A layout of MX linears.
+
+    name      of the layout
+    elements  dtype label of the stored codes → `Decoded.number`
+    packed    columns per stored element
+    """
+
+    name: str
+    elements: dict[str, str]
+    packed: int
+
+    def takes(self, module: Module) -> bool:
+        weight = module.weight if isinstance(module, Linear) else None
+        return isinstance(weight, FloatWeight) and weight.is_mx and weight.dtype in self.elements
+
+    def refuses(self, module: Module) -> str | None:
+        weight = _weight(module)
+        return f"K={weight.K} is not a multiple of {MX_GROUP}" if weight.K % MX_GROUP else None
+
+    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
+        """Exponents stay exponents whatever `scale_dtype` says."""
+        weight = _weight(module)
+        N, width, G = weight.N, weight.K // self.packed, weight.K // MX_GROUP
+        codes = tuple(
+            Piece((weight.code_rows(start, stop),), (stop - start) * width)
+            for start, stop in row_blocks(N, width)
+        )
+        scales = Piece((weight.scale_rows(0, N),), G * N, Scales(weight, 1, MX_GROUP, "U8"))
+        tensors = (
+            OutTensor(f"{module.name}.weight", weight.dtype, (N, width), codes),
+            OutTensor(f"{module.name}.weight_scale", "U8", (G, N), (scales,)),
+        )
+        scheme = Scheme(layout=self.name, group_size=MX_GROUP, scale_dtype="U8")
+        return Conversion(module.name, scheme, tensors, weight.facts)
+
+    def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        return ("weight", "weight_scale")
+
+    def matrices(self, stored: Stored) -> list[Matrix]:
+        weight = stored.tensors["weight"]
+        if weight.dtype not in self.elements or len(weight.shape) != 2:
+            raise DamagedError(
+                f"{weight.name} is {weight.dtype} {list(weight.shape)}, want {' or '.join(self.elements)} [N, K]"
+            )
+        N, K = weight.shape[0], weight.shape[1] * self.packed
+        check_tensor(stored.tensors["weight_scale"], "U8", (K // MX_GROUP, N))
+        return [Matrix("linear", N, K)]
+
+    def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
+        weight = stored.tensors["weight"]
+        codes = stored.load(rows(weight, start, stop)).view(np.uint8)
+        exponents = stored.load(columns(stored.tensors["weight_scale"], start, stop))
+        return Decoded(
+            self.elements[weight.dtype],
+            unpack_nibbles(codes) if self.packed == 2 else codes,
+            exponents.view(numpy_dtype(E8M0)).T,
+            np.arange(stop - start),
+            np.arange(matrix.K) // MX_GROUP,
+        )
+
+    def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
+        return {
+            "weight": stored.load(rows(stored.tensors["weight"], start, stop)),
+            "weight_scale": stored.load(columns(stored.tensors["weight_scale"], start, stop)),
+        }
+
+
+def _weight(module: Module) -> FloatWeight:
+    assert isinstance(module, Linear) and isinstance(module.weight, FloatWeight)
+    return module.weight
