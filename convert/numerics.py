@@ -8,7 +8,7 @@ kernels take different paths there (one was right for one request and wrong for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from xpuquant.convert.exactness import read
 from xpuquant.convert.plan import Plan
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.source import Source
+from xpuquant.formats.dtypes import FLOATS, numpy_dtype
 from xpuquant.formats.layout import Matrix, Stored
 from xpuquant.formats.weight import Weight
 from xpuquant.kernels import Array, Backend, Layer
@@ -78,9 +79,15 @@ def check_kernels(plan: Plan, source: Source, repo: Repo, backends: Sequence[Bac
 def _check(
     weight: Weight, source: Source, repo: Repo, stored: Stored, matrix: Matrix, backends: Sequence[Backend]
 ) -> Iterator[Agreement]:
-    start = max(0, (matrix.N - SAMPLE_ROWS) // 2) // 8 * 8
+    # A block of scales cannot be cut; everything else is stored by eights at the most.
+    step = max(8, stored.scheme.block_n)
+    start = max(0, (matrix.N - SAMPLE_ROWS) // 2) // step * step
     stop = min(matrix.N, start + SAMPLE_ROWS)
     decoded = weight.decode([read(source, part) for part in weight.decode_inputs(start, stop)], start, stop)
+    if stored.scheme.scale_dtype in FLOATS:
+        # Scales that were rounded because the user asked for it are the truth from then on; `exactness` has
+        # compared the rounding itself.
+        decoded = replace(decoded, scale=decoded.scale.astype(numpy_dtype(stored.scheme.scale_dtype)))
     truth = decoded.values()
     layer = Layer(
         stored.scheme, stop - start, matrix.K, repo.layout(stored).layer(stored, matrix, start, stop)
