@@ -119,6 +119,9 @@ class Gptq:
         if qweight.shape[1] != N:
             raise DamagedError(f"{qweight.name} has {qweight.shape[1]} columns, {scales.name} has {N}")
         bits = _bits(config, N, qweight, qzeros, g_idx)
+        if config.planar:
+            _check_planar(bits, qweight.name, qweight.shape[0])
+            _check_planar(bits, f"{name}.qzeros", qzeros.shape[1] if qzeros is not None else 0)
         K, padding = _in_features(checkpoint, config, name, bits, qweight, g_idx)
         group_size, groups_of, order_fact = _groups(checkpoint, config, name, K, G, g_idx)
         zeros = measure_zeros(checkpoint, config, name, bits, N, G, qzeros)
@@ -162,6 +165,11 @@ def _bits(config: GptqConfig, N: int, qweight: Tensor, qzeros: Tensor | None, g_
         if not fits:
             raise DamagedError(f"{qweight.name} has {height} rows, which no width of code gives for K={K}")
     return config.bits if config.bits in fits else fits[0]
+
+
+def _check_planar(bits: int, name: str, words: int) -> None:
+    if 32 % bits and words % bits:
+        raise DamagedError(f"{name} has {words} words, no whole number of planar blocks ({bits} words each)")
 
 
 def _in_features(

@@ -54,7 +54,7 @@ def transpose_nibbles(source: Array, out: Array, rows: Sequence[int]) -> None:
             bottom = min(top + _BLOCK_ROWS, height)
             # Eight rows at a time are an 8 x 8 matrix of nibbles; three rounds of swapping halves transpose
             # it (Warren, Hacker's Delight, section 7-3), all of a tile's matrices at once.
-            words = np.ascontiguousarray(blocks[top:bottom, :, left:right].swapaxes(0, 1))
+            words = blocks[top:bottom, :, left:right].swapaxes(0, 1).copy()
             words = words.reshape(2, 2, 2, bottom - top, right - left)
             spare = np.empty_like(words[0])
             _swap_halves(words[0], words[1], 16, 0x0000FFFF, spare)

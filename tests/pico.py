@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from xpuquant.convert.exactness import check_exact
@@ -22,9 +23,14 @@ from xpuquant.convert.options import Options
 from xpuquant.convert.plan import Plan, make_plan
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.source import LocalSource, open_source
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats.checkpoint import whole
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
+
+DOWN = "model.layers.0.mlp.down_proj"
+Q = "model.layers.0.self_attn.q_proj"
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -92,14 +98,33 @@ def stream(values: list[int], bits: int, word_bits: int | None = None) -> list[i
     ]
 
 
+def planar_stream(values: list[int], bits: int) -> list[int]:
+    """32-bit words of GPTQModel's planar packing: each 32 values as bit planes, low plane first."""
+    packed: list[int] = []
+    for at in range(0, len(values), 32):
+        low = 0
+        for width in {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}[bits]:
+            packed += stream(
+                [int(value) >> low & ((1 << width) - 1) for value in values[at : at + 32]], width
+            )
+            low += width
+    return packed
+
+
 def words(rows: list[list[int]]) -> Array:
     """int32 from rows of unsigned words."""
     return np.array(rows, np.uint32).view(np.int32)
 
 
-def gptq(weight: Ints, *, v1: bool = True, g_idx: bool = True) -> Tensors:
+def gptq(weight: Ints, *, v1: bool = True, g_idx: bool = True, planar: bool = False) -> Tensors:
     """GPTQ tensors as GPTQModel writes them: v1 subtracts one from whole words (3-bit: from each field)."""
     b, top = weight.bits, 1 << weight.bits
+    if planar:
+        packed, columns = (
+            [planar_stream(list(run), b) for run in runs] for runs in (weight.zeros, weight.codes)
+        )
+        tensors = {"qweight": words(columns).T.copy(), "qzeros": words(packed), "scales": weight.scales}
+        return tensors | {"g_idx": weight.groups.astype(np.int32)}
     columns = [stream(list(column), b) for column in weight.codes]
     zeros = weight.zeros.astype(int)
     if v1 and 32 % b:
@@ -170,7 +195,9 @@ def awq_config(**keys: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ct_config(bits: int = 4, group: int | None = 32, *, symmetric: bool = True, **keys: Any) -> dict[str, Any]:
+def ct_config(
+    bits: int = 4, group: int | None = 32, *, symmetric: bool = True, **keys: Any
+) -> dict[str, Any]:
     """As llm-compressor writes it."""
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "group_size": group,
                "strategy": "group" if group else "channel"}  # fmt: skip
@@ -219,10 +246,7 @@ class Converted:
 
     def array(self, name: str) -> Array:
         """A tensor of the output."""
-        module, _, suffix = name.rpartition(".")
-        if module in self.repo.modules:
-            return self.repo.modules[module].array(suffix)
-        return self.repo.reader.read(_whole(self.repo.tensors[name]))
+        return self.repo.reader.read(whole(self.repo.tensors[name]))
 
     def facts(self, module: str) -> str:
         """Everything that was decided about a module."""
@@ -237,12 +261,40 @@ def convert(source: LocalSource, out: Path, **options: Any) -> Converted:
     repo = Repo(
         out / ".xpuquant", tuple(shard.name for shard in plan.shards), plan.quantization_config("tests")
     )
-    for checked in check_exact(plan, source, repo, 2, lambda nbytes: None):
+    verdicts, _ = check_exact(plan, source, repo, 2, lambda nbytes: None)
+    for checked in verdicts:
         assert checked.error is None, f"{checked.name}: {checked.error}"
     return Converted(plan, repo)
 
 
-def _whole(tensor: Any) -> Any:
-    from xpuquant.formats.checkpoint import whole
+def refusal(folder: Path, checkpoint: Pico, error: type[Exception] = UnsupportedError) -> str:
+    """The one line with which planning a checkpoint fails."""
+    source = checkpoint.write(folder)
+    with pytest.raises(error) as raised:
+        make_plan(source.checkpoint, Options())
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
-    return whole(tensor)
+
+def gptq_checkpoint(
+    weight: Ints,
+    tensors: Tensors | None = None,
+    name: str = DOWN,
+    plain: Tensors | None = None,
+    config: Mapping[str, Any] | None = None,
+    **quantization: Any,
+) -> Pico:
+    """One GPTQ module; the config says what is true of it unless told otherwise."""
+    symmetric = bool((weight.zeros == 1 << (weight.bits - 1)).all())
+    said = gptq_config(**{"bits": weight.bits, "sym": symmetric, **quantization})
+    return Pico(said, {name: tensors or gptq(weight)}, plain or {}, config or {})
+
+
+def gptq_converted(
+    folder: Path, weight: Ints, tensors: Tensors | None = None, name: str = DOWN, **more: Any
+) -> Converted:
+    """Convert `gptq_checkpoint` of the same arguments; the output must mean what `weight` does."""
+    source = gptq_checkpoint(weight, tensors, name, **more).write(folder / "in")
+    converted = convert(source, folder / "out")
+    assert np.array_equal(converted.values(name), weight.values)
+    return converted
