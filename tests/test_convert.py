@@ -9,7 +9,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -296,10 +295,9 @@ class TestInterruption:
                 process.wait(uninterrupted * moments.uniform(0.3, 1.0))
             process.kill()
             process.wait()
-            if process.returncode == 0:
-                break
-            assert (out / ".xpuquant").exists() or not (out / "config.json").exists()
-        else:
+            if (out / "config.json").exists():
+                break  # whatever was killed, everything that makes the repo was there before: compared below
+        if not (out / "config.json").exists() or (out / ".xpuquant").exists():
             subprocess.run([*command, str(out)], stdout=subprocess.DEVNULL, check=True)
         same = {name: digest for name, digest in files(wanted).items() if name != "README.md"}
         assert {name: digest for name, digest in files(out).items() if name != "README.md"} == same
