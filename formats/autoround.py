@@ -21,6 +21,7 @@ from typing import Any
 
 from xpuquant.errors import UnsupportedError, UsageError, one_line
 from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.patterns import MAX_PATTERNS, searches
 from xpuquant.formats.reader import Parts
 from xpuquant.formats.weight import Weight
 
@@ -95,8 +96,8 @@ def module_overrides(config: Mapping[str, Any], module: str) -> Mapping[str, Any
         if _quantizes(extra.get(rest)):
             return dict(extra[rest])
         _, _, rest = rest.partition(".")
-    for key, pattern in _patterns(tuple(extra)):
-        if pattern.search(module) and _quantizes(extra[key]):
+    for key in _patterns(_Keys(extra)):
+        if searches(key, module) and _quantizes(extra[key]):
             return dict(extra[key])
     return {}
 
@@ -108,20 +109,29 @@ def _quantizes(override: Any) -> bool:
     return not (isinstance(bits, int) and bits >= _UNQUANTIZED_BITS)
 
 
+class _Keys:
+    """A config's keys, cached by identity: a mixed-bit MoE lists tens of thousands, and is asked for each module."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self.table = table
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keys) and other.table is self.table
+
+    def __hash__(self) -> int:
+        return id(self.table)
+
+
 @lru_cache(maxsize=8)
-def _patterns(keys: tuple[str, ...]) -> tuple[tuple[str, re.Pattern[str]], ...]:
-    """Keys to be searched for, compiled. A plain name with a layer number in it is one module's name; a mixed-bit
-    MoE lists tens of thousands of those, and none is meant to match another."""
-    try:
-        return tuple(
-            (key, re.compile(key))
-            for key in keys
-            if _METACHARACTERS.search(key) or not any(map(str.isdigit, key))
-        )
-    except re.error as error:
+def _patterns(keys: _Keys) -> tuple[str, ...]:
+    """Keys to be searched for. A plain name with a layer number in it is one module's name, and not meant to match
+    another."""
+    found = tuple(key for key in keys.table if _METACHARACTERS.search(key) or not any(map(str.isdigit, key)))
+    if len(found) > MAX_PATTERNS:
         raise UsageError(
-            one_line(f"config: '{error.pattern!s}' is not a regular expression ({error.msg})")
-        ) from None
+            f"config: extra_config has {len(found)} regular expressions, at most {MAX_PATTERNS} are read"
+        )
+    return found
 
 
 def _version(text: Any) -> tuple[int, int] | None:

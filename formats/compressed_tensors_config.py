@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xpuquant.errors import UnsupportedError, UsageError, one_line
+from xpuquant.errors import UnsupportedError, UsageError, one_line, shown
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.gptq_config import overridden
+from xpuquant.formats.patterns import MAX_PATTERNS, matches
 
 METHODS = frozenset({"compressed-tensors", "compressed_tensors"})
 
@@ -70,7 +71,12 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
         if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
             continue
         args = _args(group["weights"], group.get("format") or config.get("format"))
-        for target in group.get("targets") or ["Linear"]:
+        targets = group.get("targets") or ["Linear"]
+        if not isinstance(targets, list):
+            raise UsageError(f"config: 'targets' is {shown(targets)}, want a list of names")
+        if sum(str(target).startswith("re:") for target in targets) > MAX_PATTERNS:
+            raise UsageError(f"config: 'targets' has more than {MAX_PATTERNS} regular expressions")
+        for target in targets:
             rank = _rank(str(target), module)
             if rank is not None:
                 ranked.append((rank, str(target), args))
@@ -105,10 +111,7 @@ def _rank(target: str, module: str) -> int | None:
     if target == module:
         return 0
     if target.startswith("re:"):
-        try:
-            return 1 if re.match(target[3:], module) else None
-        except re.error as error:
-            raise UsageError(one_line(f"config: '{target}' is not a regular expression ({error})")) from None
+        return 1 if matches(target[3:], module) else None
     # A class name; attention-only groups describe the KV cache.
     return 2 if "." not in target and not target.endswith("Attention") else None
 

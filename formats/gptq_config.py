@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from xpuquant.errors import UnsupportedError, UsageError, one_line
 from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.patterns import matches
 
 _V1, _V2, _PLANAR = "gptq", "gptq_v2", "gptq_p"
 _ROTATIONS = ("rotation", "rotation_config", "spinquant_config")
@@ -105,16 +105,9 @@ def _dynamic(rules: Any, module: str) -> Mapping[str, Any]:
         pattern = rule.removeprefix("+:")
         if rule.startswith("-:") or not isinstance(override, Mapping):
             continue
-        if _matches(pattern, module):
+        if matches(pattern, module):
             return override
     return {}
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except re.error as error:
-        raise UsageError(one_line(f"config: '{pattern}' is not a regular expression ({error})")) from None
 
 
 def symmetry(config: Mapping[str, Any]) -> bool | None:

@@ -3,6 +3,8 @@
 Library code raises these; only the command line prints them.
 """
 
+import reprlib
+
 
 class XpuquantError(Exception):
     """Base of everything a user can cause or meet. Never raised itself."""
@@ -49,5 +51,17 @@ def one_line(text: object, limit: int = 300) -> str:
 
     Names come from strangers' files: control characters and terminal escapes are shown, not sent.
     """
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text).replace("\n", " "))
-    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+    # Cut before it is looked at: a stranger's text may be as long as his file.
+    head = str(text)[: limit + 1].replace("\n", " ")
+    safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in head)
+    return safe if len(safe) <= limit else f"{safe[: limit - 1]}…"
+
+
+def shown(value: object) -> str:
+    """A value from a stranger's JSON for a message: `repr`, bounded in depth and length."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict = 3, 8, 4
+_REPR.maxstring = _REPR.maxother = 80
