@@ -63,7 +63,7 @@ def measure_zeros(
             raise DamagedError(f"{qzeros.name}: {lost} (an old packer dropped them)")
         return ZeroPoints(True, measured.plus_one, f"{measured.fact}; {lost}")
     if not measured.symmetric and measured.plus_one:
-        _check_writer(config, qzeros.name, bits, fields)
+        _check_writer(config, bits, fields)
     return measured
 
 
@@ -99,14 +99,14 @@ def _said(config: GptqConfig) -> str:
     return _words(config.zeros_minus_one)
 
 
-def _check_writer(config: GptqConfig, name: str, bits: int, fields: Array) -> None:
+def _check_writer(config: GptqConfig, bits: int, fields: Array) -> None:
     """Refuse zero points minus one that a writer is known to have spoilt where one of them was 0."""
     top = (1 << bits) - 1
     if bits == 3:
         if config.writer == "auto-round" and (fields == top).any():
             raise UnsupportedError(
-                f"AutoRound's 3-bit packer spoils the neighbours of a zero point of 0, and {name} has one: quantize "
-                "again with format auto_round"
+                "AutoRound's 3-bit packer spoils the neighbours of a zero point of 0, and there is one: quantize again "
+                "with format auto_round"
             )
         return
     if config.writer or 32 % bits:
@@ -119,7 +119,7 @@ def _check_writer(config: GptqConfig, name: str, bits: int, fields: Array) -> No
     suspects = full[:, :, :-1]
     if suspects.any() and to_the_top[:, :, :-1][suspects].all():
         raise UnsupportedError(
-            f"AutoGPTQ's packer overwrites the neighbours of a zero point of 0, and {name} has one: they are lost"
+            "AutoGPTQ's packer overwrites the neighbours of a zero point of 0, and there is one: they are lost"
         )
 
 

@@ -126,12 +126,18 @@ def unpack_rows(words: Array, bits: int, count: int) -> Array:
             width //= 2
             values = _halves(values, width)
         return values[:, :count]
-    # Values may straddle words: view each row as 64-bit windows starting at the value's word.
-    at = np.arange(count) * bits
-    word, shift = at // 32, (at % 32).astype(np.uint64)
-    padded = np.concatenate([words, np.zeros((len(words), 1), np.uint32)], axis=1).astype(np.uint64)
-    window = padded[:, word] | (padded[:, word + 1] << np.uint64(32))
-    return ((window >> shift) & np.uint64((1 << bits) - 1)).astype(np.uint8)
+    # Eight codes are `bits` whole bytes: each such run becomes a number, whose codes are moved apart to a byte each.
+    groups = -(-count // 8)
+    stream = np.zeros((len(words), max(groups * bits, 4 * words.shape[1])), np.uint8)
+    stream[:, : 4 * words.shape[1]] = np.ascontiguousarray(words).view(np.uint8)
+    runs = np.zeros((len(words), groups, 8), np.uint8)
+    runs[:, :, :bits] = stream[:, : groups * bits].reshape(len(words), groups, bits)
+    numbers = runs.reshape(len(words), -1).view("<u8")
+    for codes in (4, 2, 1):
+        low = np.uint64(sum(((1 << codes * bits) - 1) << at for at in range(0, 64, 16 * codes)))
+        upper = numbers & (low << np.uint64(codes * bits))
+        numbers = (numbers & low) | (upper << np.uint64(codes * (8 - bits)))
+    return numbers.view(np.uint8)[:, :count]
 
 
 # GPTQModel docs/gptq_planar.md: plane widths of a planar block, low plane first.
@@ -167,8 +173,8 @@ def pack_rows(values: Array, bits: int) -> Array:
 def pack_nibbles(values: Array) -> Array:
     """uint32 `[n, K/8]` from uint8 codes `[n, K]` below 16, K a multiple of 8: nibble j of word i is
     column 8i+j."""
-    pairs = values[:, 0::2] | (values[:, 1::2] << 4)
-    return np.ascontiguousarray(pairs).view("<u4")
+    pairs = np.ascontiguousarray(values).view("<u2")
+    return (pairs | pairs >> np.uint16(4)).astype(np.uint8).view("<u4")
 
 
 def unpack_nibbles(packed: Array) -> Array:

@@ -147,19 +147,32 @@ class IntWeight(Weight):
         (its codes are widened to q - z + 8).
         """
         self.code_words(arrays, out)
+        if not self.act_order and not self.widened:
+            return
         order = self.order
-        if order is not None:
-            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+        lift = self._lift(arrays, order, start, len(out))
+        for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+            if order is not None:
                 permute_nibbles(out[first:last], order)
-        if self.widened:
-            # Groups are whole words by now, and q + 8 - z fits its nibble: no carry between the eight of a word.
-            if self.symmetric:
-                out += NIBBLE_ONES * np.uint32(8 - (1 << (self.bits - 1)))
-            else:
-                inputs = len(self.code_inputs(start, start + len(out)))
-                zeros = self.zeros(arrays[inputs:])[:, start : start + len(out)].T
-                columns = column_groups(self) if order is None else column_groups(self)[order]
-                out += (NIBBLE_ONES * (8 - zeros).astype(np.uint32))[:, columns[::NIBBLES_PER_WORD]]
+            if lift is not None:
+                out[first:last] += lift[0][first:last, lift[1]]
+
+    def _lift(
+        self, arrays: Sequence[Array], order: Array | None, start: int, rows: int
+    ) -> tuple[Array, Array] | None:
+        """What turns q into q - z + 8: words to add, `[n, G]`, and the group of each word of a row.
+
+        Groups are whole words once columns are in stored order, and q + 8 - z fits its nibble: no carry.
+        """
+        if not self.widened:
+            return None
+        if self.symmetric:
+            shift = NIBBLE_ONES * np.uint32(8 - (1 << (self.bits - 1)))
+            return np.full((rows, 1), shift), np.zeros(1, np.intp)
+        inputs = len(self.code_inputs(start, start + rows))
+        zeros = self.zeros(arrays[inputs:])[:, start : start + rows].T
+        columns = column_groups(self) if order is None else column_groups(self)[order]
+        return NIBBLE_ONES * (8 - zeros).astype(np.uint32), columns[::NIBBLES_PER_WORD]
 
     @abstractmethod
     def scale_inputs(self) -> tuple[Slice, ...]:
