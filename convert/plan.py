@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from xpuquant.convert.options import Options
@@ -88,6 +88,16 @@ class Plan:
     def dequantized(self) -> tuple[PlannedModule, ...]:
         return tuple(module for module in self.modules if module.conversion.scheme is None)
 
+    def part(self, shards: Sequence[Shard]) -> Plan:
+        """The plan of some of the shards: with the modules and passed tensors that lie wholly in them."""
+        mine = {tensor.name for shard in shards for tensor in shard.tensors}
+        return replace(
+            self,
+            shards=tuple(shards),
+            modules=tuple(m for m in self.modules if all(t.name in mine for t in m.conversion.tensors)),
+            passed=tuple(tensor for tensor in self.passed if tensor.name in mine),
+        )
+
     def quantization_config(self, producer: str) -> dict[str, Any]:
         """The contract's part of config.json."""
         schemes = {m.conversion.name: m.conversion.scheme for m in self.modules}
@@ -162,7 +172,10 @@ def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule
     known = layouts()
     planned: list[PlannedModule] = []
     refused = dict(reading.refused)
-    for module in modules(checkpoint, [w for w in reading.weights if not _beside_refused(w, refused)]):
+    # Siblings of an expert that cannot be read are refused with it, not reported as an incomplete stack.
+    stacks = {expert[0] for name in refused if (expert := expert_of(name)) is not None}
+    weights = [w for w in reading.weights if (expert := expert_of(w.name)) is None or expert[0] not in stacks]
+    for module in modules(checkpoint, weights):
         layout = next((layout for layout in known.values() if layout.takes(module)), None)
         reason = layout.refuses(module) if layout is not None else f"{kind_of(module)} has no XPU kernel"
         if layout is not None and reason is None:
@@ -174,14 +187,6 @@ def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule
     return planned, refused, reading
 
 
-def _beside_refused(weight: Weight, refused: Mapping[str, str]) -> bool:
-    """Whether a sibling expert cannot be read: the stack is refused with it, not reported as incomplete."""
-    mine = expert_of(weight.name)
-    return mine is not None and any(
-        (other := expert_of(name)) is not None and other[0] == mine[0] for name in refused
-    )
-
-
 def kind_of(module: Module) -> str:
     """What a module's weights are, for tables and refusals."""
     if isinstance(module, ExpertStack):
@@ -190,9 +195,9 @@ def kind_of(module: Module) -> str:
     return module.weight.kind
 
 
-def _in_source_order(planned: Iterable[PlannedModule], passed: Iterable[Tensor]) -> list[OutTensor]:
-    """Output tensors in the order of their first source byte, so that reading goes forward and layers stay
-    together."""
+def _in_source_order(planned: Iterable[PlannedModule], passed: Iterable[Tensor]) -> list[list[OutTensor]]:
+    """Output tensors, module by module, in the order of their first source byte: reading goes forward and layers
+    stay together."""
     placed: list[tuple[tuple[str, int], list[OutTensor]]] = []
     for module in planned:
         first = min(
@@ -201,21 +206,26 @@ def _in_source_order(planned: Iterable[PlannedModule], passed: Iterable[Tensor])
         placed.append((first, list(module.conversion.tensors)))
     placed += [((tensor.file, tensor.begin), [copied(tensor)]) for tensor in passed]
     placed.sort(key=lambda entry: entry[0])
-    return [tensor for _, tensors in placed for tensor in tensors]
+    return [tensors for _, tensors in placed]
 
 
-def _shards(tensors: Sequence[OutTensor], max_bytes: int) -> tuple[Shard, ...]:
-    total = sum(tensor.nbytes for tensor in tensors)
+def _shards(units: Sequence[Sequence[OutTensor]], max_bytes: int) -> tuple[Shard, ...]:
+    """Fill shards evenly. A module's tensors stay in one shard where they fit, so that a shard can be made and
+    verified on its own."""
+    sizes = [sum(tensor.nbytes for tensor in unit) for unit in units]
     # Even shards: the same number of files, none of them a stub.
-    target = total / max(1, -(-total // max_bytes))
+    target = sum(sizes) / max(1, -(-sum(sizes) // max_bytes))
     filled: list[list[OutTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if filled[-1] and (size + tensor.nbytes > max_bytes or size >= target):
-            filled.append([])
-            size = 0
-        filled[-1].append(tensor)
-        size += tensor.nbytes
+    filled_bytes = 0
+    for unit, unit_bytes in zip(units, sizes, strict=True):
+        for tensors, size in (
+            [(unit, unit_bytes)] if unit_bytes <= max_bytes else [([t], t.nbytes) for t in unit]
+        ):
+            if filled[-1] and (filled_bytes + size > max_bytes or filled_bytes >= target):
+                filled.append([])
+                filled_bytes = 0
+            filled[-1] += tensors
+            filled_bytes += size
     return tuple(
         _shard(
             f"model-{i:05}-of-{len(filled):05}.safetensors" if len(filled) > 1 else "model.safetensors",
