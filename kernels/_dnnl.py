@@ -1,10 +1,4 @@
-"""A thin ctypes layer over oneDNN's C API (`oneapi/dnnl/dnnl.h`): one matmul, described, created, run.
-
-The library comes from PyPI's `onednn`. Its wheel is built for SYCL and lies, with its runtime, in the
-environment's library folder, which no loader searches: each library is opened here by the path its own
-distribution records, dependencies first. All are opened RTLD_LOCAL: PyTorch links a oneDNN of its own, and
-a global one would shadow it.
-"""
+"""A thin ctypes layer over oneDNN's C API (`oneapi/dnnl/dnnl.h`): one matmul, described, created, run."""
 
 from __future__ import annotations
 
@@ -17,13 +11,12 @@ from collections.abc import Callable, Mapping
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xpuquant.errors import DamagedError, EnvironmentFault, UnsupportedError
+from xpuquant.kernels._dnnl_library import load
 
 Array = np.ndarray[Any, Any]
 
@@ -43,56 +36,15 @@ _STATUS = {
     9: "invalid shape", 10: "invalid data type",
 }  # fmt: skip
 
-# Distribution and library (any version), in the order in which they need each other.
-_LIBRARIES = (
-    ("tbb", "libtbb.so."),
-    ("intel-cmplr-lib-rt", "libintlc.so."),
-    ("intel-cmplr-lib-rt", "libimf.so"),
-    ("intel-cmplr-lib-rt", "libsvml.so"),
-    ("intel-sycl-rt", "libsycl.so."),
-    ("onednn", "libdnnl.so."),
-)
-_SYCL_CPU_DEVICE = ("intel-opencl-rt", "libintelocl.so")
-
-
-def _path(distribution: str, library: str) -> str:
-    try:
-        files = metadata.files(distribution) or ()
-    except metadata.PackageNotFoundError:
-        raise EnvironmentFault(f"{distribution} is not installed: pip install 'xpuquant[onednn]'") from None
-    # The shortest name is the soname itself or its one-number form: both are what dependents ask for.
-    found = sorted((f for f in files if f.name.startswith(library)), key=lambda f: len(f.name))
-    if not found:
-        raise EnvironmentFault(f"{distribution} holds no {library}*: pip install -U 'xpuquant[onednn]'")
-    return str(Path(str(found[0].locate())).resolve())
-
 
 @cache
 def library() -> ctypes.CDLL:
-    """oneDNN, loaded once per process.
+    """oneDNN with its functions typed, loaded once per process.
 
     Raises:
         EnvironmentFault: not installed, or the dynamic loader refuses it.
     """
-    # Read by the OpenCL loader when SYCL first asks for devices: this is how the CPU becomes one.
-    device = _path(*_SYCL_CPU_DEVICE)
-    known = os.environ.get("OCL_ICD_FILENAMES", "")
-    if device not in known.split(":"):
-        os.environ["OCL_ICD_FILENAMES"] = f"{known}:{device}".lstrip(":")
-    for distribution, name in _LIBRARIES:
-        path = _path(distribution, name)
-        try:
-            # Another package (an XPU build of PyTorch) may have loaded its own copy: share that one.
-            opened = ctypes.CDLL(Path(path).name, mode=os.RTLD_NOLOAD)
-        except OSError:
-            try:
-                opened = ctypes.CDLL(path, mode=os.RTLD_LOCAL)
-            except OSError as error:
-                raise EnvironmentFault(f"cannot load {name}* of {distribution}: {error}") from None
-    return _typed(opened)
-
-
-def _typed(dnnl: ctypes.CDLL) -> ctypes.CDLL:
+    dnnl = load()
     out, dims = POINTER(c_void_p), POINTER(c_int64)
     quantization = (c_void_p, c_int, c_int, c_int, dims, c_int)
     signatures: dict[str, tuple[Any, ...]] = {

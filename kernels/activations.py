@@ -24,15 +24,20 @@ _LARGEST = {"F8_E4M3": 448.0, "F4": 6.0}
 _EMAX = {"F8_E4M3": 8, "F4": 2}
 
 
-def fp8_terms(x: Array) -> Iterator[tuple[Array, Array]]:
-    """Per-token FP8: float8_e4m3fn codes `[M, K]` and float32 multipliers `[M, 1]`, largest term first."""
-    residual = x.astype(np.float64)
+def fp8_terms(x: Array, group: int = 0) -> Iterator[tuple[Array, Array]]:
+    """FP8 codes float8_e4m3fn `[M, K]` and their multipliers, float32 `[M, K/group]`, largest term first.
+
+    Args:
+        x: activations.
+        group: columns to a multiplier; 0 for one per token, `[M, 1]`.
+    """
+    residual = x.astype(np.float64).reshape(len(x), -1, group or x.shape[1])
     for _ in _until_negligible(residual):
-        peak = np.abs(residual).max(axis=1, keepdims=True)
+        peak = np.abs(residual).max(axis=2, keepdims=True)
         scale = np.where(peak > 0, peak / _LARGEST["F8_E4M3"], 1.0).astype(np.float32)
         codes = _rounded(residual / scale, "F8_E4M3")
         residual -= codes.astype(np.float64) * scale
-        yield codes.astype(ml_dtypes.float8_e4m3fn), scale
+        yield codes.reshape(x.shape), scale[:, :, 0]
 
 
 def mx_terms(x: Array, element: str) -> Iterator[tuple[Array, Array]]:

@@ -72,8 +72,8 @@ class Ipex:
             return f"IPEX has no weight-only kernel for {scheme.layout}"
         if activation != "BF16":
             return f"IPEX's int4 linear computes in BF16 whatever it is given: {activation} would say no more"
-        if N % 8:
-            return f"IPEX packs zero points eight to a word: N={N} must be a multiple of 8"
+        if N % 32:  # it accepts others and mixes up their rows
+            return f"IPEX's int4 linear is right only where N is a multiple of 32, not {N}"
         return None
 
     def linear(self, layer: Layer, x: Array) -> Array:

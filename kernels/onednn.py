@@ -17,7 +17,7 @@ from xpuquant.formats.dtypes import label_of, numpy_dtype
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels import Array, Layer, _dnnl
 from xpuquant.kernels._dnnl import BIAS, SCALES, SRC, WEIGHTS, ZERO_POINTS, Matmul, Quantization, Shape
-from xpuquant.kernels.activations import mx_terms
+from xpuquant.kernels.activations import fp8_terms, mx_terms
 
 _ELEMENTS = {
     "int4_linear": "U4", "int4_experts": "S4", "fp8_linear": "F8_E4M3", "fp8_experts": "F8_E4M3",
@@ -25,7 +25,6 @@ _ELEMENTS = {
 }  # fmt: skip
 _TRANSPOSED = ("fp8_experts", "mxfp8_experts")  # stored [K, N]
 _SCALES_BY_ROW = ("int4_experts", "mxfp4_experts", "mxfp8_experts")  # stored [N, K/g]
-_MX_ACTIVATIONS = {"mxfp8_linear": "F8_E4M3", "mxfp4_linear": "F4"}  # fp8_gemm and fp4_gemm: no 16-bit form
 
 
 def _weight_scales(scheme: Scheme, N: int, K: int) -> tuple[Quantization, Shape]:
@@ -47,18 +46,29 @@ def _zero_points(scheme: Scheme, N: int, K: int) -> tuple[Quantization, Shape] |
     return Quantization("U4", 3, (g, 1)), Shape.rows("U4", K // g, N)
 
 
+def _activation_scales(scheme: Scheme) -> tuple[str, Quantization] | None:
+    """The type and scales of activations of the operators that have no 16-bit form: fp8_gemm, fp4_gemm."""
+    if scheme.layout == "mxfp4_linear":
+        return "F4", Quantization("F8_E8M0", 3, (1, 32))
+    if scheme.layout == "mxfp8_linear":
+        return "F8_E4M3", Quantization("F8_E8M0", 3, (1, 32))
+    if scheme.layout == "fp8_linear" and scheme.granularity == "block":
+        return "F8_E4M3", Quantization("F32", 3, (1, scheme.group_size))
+    return None
+
+
 def _matmul(
     scheme: Scheme, N: int, K: int, M: int, activation: str, *, element: str | None = None, bias: bool = False
 ) -> Matmul:
     """The XPU op's matmul for one layer. `element`: the weights' type where it is not the layout's usual."""
     element = element or _ELEMENTS[scheme.layout]
     scales = [(WEIGHTS, _weight_scales(scheme, N, K)[0])]
-    source = _MX_ACTIVATIONS.get(scheme.layout, activation)
-    if source != activation:
-        scales.append((SRC, Quantization("F8_E8M0", 3, (1, 32))))
+    quantized = _activation_scales(scheme)
+    if quantized is not None:
+        scales.append((SRC, quantized[1]))
     zeros = _zero_points(scheme, N, K)
     return Matmul(
-        src=Shape.rows(source, M, K),
+        src=Shape.rows(quantized[0] if quantized else activation, M, K),
         weights=Shape(element, (K, N), (N, 1) if scheme.layout in _TRANSPOSED else (1, K)),
         dst=Shape.rows(activation, M, N),
         bias=Shape.rows(activation, 1, N) if bias else None,
@@ -94,6 +104,9 @@ class OneDNN:
         missing = self.unavailable()
         if missing is not None:
             return missing
+        if scheme.layout.startswith("int4") and scheme.group_size % 32:
+            # oneDNN 3.13 accepts groups of 48 on a CPU and computes garbage.
+            return f"the XPU operators take groups in multiples of 32, not of {scheme.group_size}"
         matmul = _matmul(scheme, N, K, 8, activation)
         if _dnnl.supported(matmul):
             return None
@@ -131,7 +144,8 @@ class OneDNN:
             arguments = {SRC: (matmul.src, source), WEIGHTS: (matmul.weights, weight)}
             arguments |= _parameters(layer, scheme)
             if source_scales is not None:
-                arguments[SCALES | SRC] = (Shape.rows("F8_E8M0", len(x), K // 32), source_scales)
+                dtype = "F32" if source_scales.dtype == np.float32 else "F8_E8M0"
+                arguments[SCALES | SRC] = (Shape.rows(dtype, *source_scales.shape), source_scales)
             if matmul.bias is not None and bias is not None:
                 arguments[BIAS] = (matmul.bias, bias.astype(x.dtype))  # as a loader would cast it
                 bias = None  # once, with the first term
@@ -141,10 +155,13 @@ class OneDNN:
 
 
 def _sources(scheme: Scheme, x: Array) -> Iterator[tuple[Array, Array | None]]:
-    if scheme.layout in _MX_ACTIVATIONS:
-        yield from mx_terms(x, _MX_ACTIVATIONS[scheme.layout])
-    else:
+    quantized = _activation_scales(scheme)
+    if quantized is None:
         yield x, None
+    elif quantized[1].dtype == "F32":
+        yield from fp8_terms(x, scheme.group_size)
+    else:
+        yield from mx_terms(x, quantized[0])
 
 
 def _parameters(layer: Layer, scheme: Scheme) -> dict[int, tuple[Shape, Array]]:

@@ -19,7 +19,7 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels import Array, Layer
-from xpuquant.kernels.activations import mx_terms
+from xpuquant.kernels.activations import fp8_terms, mx_terms
 
 if TYPE_CHECKING:
     import torch
@@ -112,8 +112,8 @@ def _unfit(scheme: Scheme, N: int, K: int, activation: str) -> str | None:
         return f"int4_gemm_w4a16 needs K={K} and groups of {g} in multiples of 32, and N={N} of 8 where asymmetric"
     if layout == "mxfp8_linear" and K == 32:
         return "fp8_gemm takes a single column of scales for per-token scales: K must exceed 32"
-    if layout == "fp8_linear" and scheme.granularity == "block" and scheme.block_n != g:
-        return f"fp8_gemm_w8a16 takes square blocks only, not {scheme.block_n} × {g}"
+    if scheme.granularity == "block" and (N % scheme.block_n or K % g):
+        return f"blocks of {scheme.block_n} × {g} must divide N={N} and K={K}"
     return None
 
 
@@ -135,10 +135,18 @@ def _linear(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str
         }  # fmt: skip
         return
     weight, scale = stored["weight"], stored["weight_scale"]
-    if scheme.layout == "fp8_linear":
-        if scheme.granularity == "block" and len(scale) == 1:  # one row reads as per channel
-            scale = scale.repeat_interleave(scheme.block_n, dim=1)[0, : layer.N].contiguous()
+    if scheme.layout == "fp8_linear" and (scheme.granularity != "block" or len(scale) == 1):
+        if scheme.granularity == "block":  # fp8_gemm takes one column of blocks for per-token scales
+            scale = scale.repeat_interleave(scheme.block_n, dim=1)[0]
         yield "fp8_gemm_w8a16", {"A": a, "B": weight.t(), "B_scale_": scale, "bias_": bias}
+        return
+    if scheme.layout == "fp8_linear":
+        for codes, multipliers in fp8_terms(x, scheme.group_size):
+            yield "fp8_gemm", {
+                "A": tensor(codes, device), "B": weight.t(), "out_dtype": a.dtype,
+                "A_scale_": tensor(multipliers, device), "B_scale_": scale, "bias_": bias,
+            }  # fmt: skip
+            bias = None  # once, with the first term
         return
     four_bit = scheme.layout == "mxfp4_linear"
     scale = scale.view(torch.float8_e8m0fnu)
@@ -155,7 +163,7 @@ def _linear(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str
                 "A": term, "B": weight.t(), "out_dtype": a.dtype, "A_scale_": term_scale, "B_scale_": scale,
                 "bias_": bias,
             }  # fmt: skip
-        bias = None  # once, with the first term
+        bias = None
 
 
 def _expert(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,6 +9,8 @@ import sys
 import kernel_layers as hand
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from xpuquant.errors import UnsupportedError
 from xpuquant.kernels import Backend, backends, tolerance
@@ -42,6 +44,23 @@ def test_backend_agrees_with_float64_or_refuses(backend, case):
             y = kernel.linear(layer, x)
             assert y.dtype == np.float32 and y.shape == (M, layer.N)
             assert hand.error(y, hand.expected(weight, x, layer)) < tolerance(dtype, layer.K)
+
+
+@pytest.mark.parametrize("backend", sorted(backends()))
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_what_is_not_refused_is_right_in_odd_shapes(backend, data):
+    kernel = available(backend)
+    draw, symmetric = data.draw, data.draw(st.booleans())
+    g = draw(st.sampled_from([8, 16, 32, 48, 64, 96, 128, 160]))
+    N, K = 8 * draw(st.integers(1, 30)), g * draw(st.integers(1, 5))
+    if K % 8:
+        return
+    dtype, M = draw(st.sampled_from(["BF16", "F32"])), draw(st.sampled_from([1, 3, 17, 33]))
+    layer, weight = hand.int4_linear(N, K, g, symmetric=symmetric, seed=draw(st.integers(0, 99)))
+    if kernel.refuses(layer.scheme, N, K, dtype) is None:
+        x = hand.activations(M, K, dtype)
+        assert hand.error(kernel.linear(layer, x), hand.expected(weight, x, layer)) < tolerance(dtype, K)
 
 
 @pytest.mark.parametrize("name", sorted(backends()))
@@ -145,9 +164,12 @@ def test_mx_terms_add_up_to_the_activations(element):
     assert errors[0] > 0.01  # one term, as serving uses, is far too coarse to check a weight with
 
 
-def test_fp8_terms_add_up_to_the_activations():
+@pytest.mark.parametrize("group", [0, 32])
+def test_fp8_terms_add_up_to_the_activations(group):
     x = hand.activations(4, 128, "BF16").astype(np.float64)
-    total = sum(codes.astype(np.float64) * scale for codes, scale in fp8_terms(x))
+    total = np.zeros_like(x)
+    for codes, scale in fp8_terms(x, group):
+        total += codes.astype(np.float64) * np.repeat(scale, group or 128, axis=1)
     assert hand.error(total, x) < 2**-20
 
 

@@ -11,8 +11,8 @@ import kernel_layers as hand
 import numpy as np
 import pytest
 
-from xpuquant.errors import DamagedError
-from xpuquant.kernels import Layer, backends, tolerance
+from xpuquant.errors import DamagedError, EnvironmentFault
+from xpuquant.kernels import Layer, _dnnl_library, backends, tolerance
 from xpuquant.kernels.onednn import BACKEND
 
 
@@ -129,7 +129,7 @@ def test_a_short_tensor_is_refused_not_read_beyond(role):
         difference(cut, weight)
 
 
-@pytest.mark.parametrize(("N", "K", "g"), [(8, 32, 32), (24, 96, 32), (1000, 4096, 128), (17, 160, 160)])
+@pytest.mark.parametrize(("N", "K", "g"), [(8, 32, 32), (24, 96, 32), (500, 4096, 128), (17, 160, 160)])
 def test_odd_and_large_shapes(N, K, g):
     layer, weight = hand.int4_linear(N, K, g, scale="F16")
     assert difference(layer, weight, M=33) < tolerance("F32", K)
@@ -137,8 +137,13 @@ def test_odd_and_large_shapes(N, K, g):
 
 def test_reason_of_a_refusal_is_onednn_s_own():
     layer, _ = hand.int4_linear(96, 256, 32)
-    reason = BACKEND.refuses(replace(layer.scheme, group_size=48), 96, 256)
+    reason = BACKEND.refuses(replace(layer.scheme, group_size=96), 96, 256)
     assert reason is not None and "unsupported scales configuration" in reason
+
+
+def test_a_missing_distribution_is_named_with_the_fix():
+    with pytest.raises(EnvironmentFault, match=r"no-such is not installed: pip install 'xpuquant\[onednn\]'"):
+        _dnnl_library._path("no-such", "libno.so")
 
 
 def test_implementation_is_named():
