@@ -1,6 +1,6 @@
 """Which requests fail, and the log of all of them.
 
-A fault matches requests by method and path (a regular expression, searched in the path without its
+A fault matches requests by method (any, if empty) and path (a regular expression, searched in the path without its
 query). It lets `skip` of them pass, spoils the next `times`, and is then spent. It spoils one by
 
 - `status`: answering with that status, without doing the work;
@@ -29,7 +29,7 @@ class Fault:
     times: int = 1
 
     def matches(self, method: str, path: str) -> bool:
-        return self.times > 0 and method == self.method and re.search(self.path, path) is not None
+        return self.times > 0 and self.method in ("", method) and re.search(self.path, path) is not None
 
 
 class Faults:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from hub.store import LFS_SUFFIXES, Commit, Entry, Store, now
 TOKEN = next(iter(USERS))
 TESTS = Path(__file__).parent.parent
 
-__all__ = ["TEAM", "TOKEN", "Hub"]
+MakeFolder = Callable[..., Path]
+
+__all__ = ["TEAM", "TOKEN", "Hub", "MakeFolder", "contents"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, as `Hub.files` gives those of a repository."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 class Hub:
