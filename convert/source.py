@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from xpuquant.convert.shards import ShardReader
 from xpuquant.errors import DamagedError, UsageError, one_line
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array, whole
 from xpuquant.formats.safetensors import Tensor
+
+if TYPE_CHECKING:
+    from xpuquant.convert.hub import HubSource
 
 
 class Source(Protocol):
@@ -58,6 +61,10 @@ class Source(Protocol):
 
     def copy_file(self, name: str, target: Path) -> None:
         """Copy one of `extra_files`."""
+        ...
+
+    def read_text(self, name: str) -> str | None:
+        """A small text file, for the card; None where there is none of that name."""
         ...
 
     def fingerprint(self) -> str:
@@ -102,6 +109,12 @@ class LocalSource:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Content only: the mode follows the umask, and a link of the Hub cache becomes a file.
         shutil.copyfile(self.folder / name, target)
+
+    def read_text(self, name: str) -> str | None:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
 
     def fingerprint(self) -> str:
         return self._shards.fingerprint()
@@ -157,15 +170,22 @@ def check_index(tensors: Mapping[str, Tensor], index: Mapping[str, str] | None) 
             raise DamagedError(one_line(f"{shard}: the index lists '{name}', the file does not hold it"))
 
 
-def open_source(name: str) -> LocalSource:
-    """Open a folder.
+def open_source(name: str, revision: str | None = None) -> LocalSource | HubSource:
+    """Open a folder, or a repository on the Hub at a revision (a branch, a tag, a commit).
 
     Raises:
-        UsageError: no such folder.
+        UsageError: neither a folder nor a model on the Hub; a revision of a folder.
+        EnvironmentFault: the Hub cannot be reached, or does not let us in.
     """
     folder = Path(name)
     if folder.is_dir():
+        if revision is not None:
+            raise UsageError(f"{name} is a folder; --revision is for repositories on the Hub")
         return LocalSource(folder)
-    if folder.is_file():
+    if folder.exists():
         raise UsageError(f"{name} is a file; give the folder it lies in")
-    raise UsageError(one_line(f"{name}: no such folder"))
+    from xpuquant.convert.hub import is_repo_id, open_hub
+
+    if not is_repo_id(name):
+        raise UsageError(one_line(f"{name}: no such folder, and no repo id like owner/name"))
+    return open_hub(name, revision)
