@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layout import Array, Conversion, ExpertStack, Module, OutTensor, Piece
 from xpuquant.formats.weight import CACHED_CODES, Weight, row_blocks
@@ -30,12 +31,34 @@ class Rounded:
     def __call__(self, arrays: Sequence[Array], out: Array) -> None:
         target = out.view(numpy_dtype(DTYPE)).reshape(-1, self.weight.K)
         decoded = self.weight.decode(arrays, self.start, self.start + len(target))
-        # float32 holds the product of an 8-bit code and an 11- or 8-bit scale exactly, so this rounds once.
-        target[...] = decoded.values().astype(np.float32)
+        target[...] = to_bf16(decoded.values())
+
+
+def to_bf16(values: Array) -> Array:
+    """bf16 nearest to float64 values, ties to even: rounded once.
+
+    By way of float32, because numpy has no direct cast; float32 does not hold the product of an 8-bit code and a
+    24-bit scale, so that rounding is made harmless: where it was inexact, to odd (Boldo and Melquiond, 2008).
+    """
+    wide = values.astype(np.float32)
+    inexact = (wide != values) & ~np.isnan(values)
+    bits = wide.view(np.uint32)
+    bits -= inexact & (np.abs(wide) > np.abs(values))
+    bits |= inexact
+    return wide.astype(numpy_dtype(DTYPE))
 
 
 def convert(module: Module, reason: str) -> Conversion:
-    """Every matrix of a module as its own bf16 tensor."""
+    """Every matrix of a module as its own bf16 tensor.
+
+    Raises:
+        UnsupportedError: experts that the unquantized model does not have one by one.
+    """
+    if isinstance(module, ExpertStack) and ("gate_up" in module.weights or module.interleaved):
+        raise UnsupportedError(
+            f"{module.name}: {reason}; nor can they be dequantized, because the unquantized model has all experts "
+            "of a layer in one tensor"
+        )
     weights = (
         [weight for role in module.weights.values() for weight in role]
         if isinstance(module, ExpertStack)

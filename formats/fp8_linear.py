@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from xpuquant.errors import DamagedError
+from xpuquant.formats.architecture import is_embedding
 from xpuquant.formats.checkpoint import columns, rows, whole
 from xpuquant.formats.decoded import Decoded
 from xpuquant.formats.float_weight import ELEMENTS, FP8_BLOCK, FloatWeight, Scales, block_rows
@@ -34,6 +35,8 @@ class Fp8Linear:
 
     def refuses(self, module: Module) -> str | None:
         weight = _weight(module)
+        if is_embedding(module.name):
+            return "an embedding is looked up, not multiplied: no XPU kernel reads quantized rows"
         if _granularity(weight) is not None:
             return None
         if weight.block[1] % FP8_BLOCK:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpuquant.errors import DamagedError
+from xpuquant.formats.architecture import is_embedding
 from xpuquant.formats.checkpoint import columns, rows
 from xpuquant.formats.decoded import Decoded
 from xpuquant.formats.dtypes import numpy_dtype
@@ -41,6 +42,8 @@ class MxLinear:
 
     def refuses(self, module: Module) -> str | None:
         weight = _weight(module)
+        if is_embedding(module.name):
+            return "an embedding is looked up, not multiplied: no XPU kernel reads quantized rows"
         return f"K={weight.K} is not a multiple of {MX_GROUP}" if weight.K % MX_GROUP else None
 
     def convert(self, module: Module, scale_dtype: str | None) -> Conversion:

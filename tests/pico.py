@@ -259,7 +259,7 @@ def convert(source: LocalSource, out: Path, **options: Any) -> Converted:
     with Journal(out) as journal:
         execute(plan, source, journal, 2, {}, lambda nbytes: None)
     repo = Repo(
-        out / ".xpuquant", tuple(shard.name for shard in plan.shards), plan.quantization_config("tests")
+        journal.folder, tuple(shard.name for shard in plan.shards), plan.quantization_config("tests")
     )
     verdicts, _ = check_exact(plan, source, repo, 2, lambda nbytes: None)
     for checked in verdicts:
