@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xpuquant import __version__
+from xpuquant.convert.earlier import clear_output
 from xpuquant.convert.exactness import Checked, check_exact
 from xpuquant.convert.execute import execute
 from xpuquant.convert.journal import (
@@ -24,7 +25,6 @@ from xpuquant.convert.journal import (
     Finished,
     Journal,
     check_output,
-    clear_output,
     file_sha256,
 )
 from xpuquant.convert.numerics import Agreement, check_kernels

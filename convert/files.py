@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,13 @@ from typing import Any
 
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, one_line
 
-_MAX_JSON_BYTES = 256 << 20
+_MAX_CONFIG_BYTES = 32 << 20
+_MAX_INDEX_BYTES = 128 << 20
+"""About 10^6 tensors, as for a header."""
+_MAX_CONTAINERS = 2_000_000
+"""JSON objects and lists in one file; an empty list is 3 bytes of text and 64 of memory."""
+_MAX_DEPTH = 100
+_MAX_FILES = 100_000
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -54,15 +61,22 @@ def find_files(folder: Path) -> FoundFiles:
         name: read_json(folder / name) for name in _OLD_CONFIGS if name in names
     })  # fmt: skip
     index_name = index_file(names)
-    index = None if index_name is None else parse_index(read_json(folder / index_name), index_name)
+    index = None
+    if index_name is not None:
+        index = parse_index(read_json(folder / index_name, _MAX_INDEX_BYTES), index_name)
     shards, shard_notes = shard_files(names, index, index_name)
     extra, left = extra_files(names, shards, index_name)
     return FoundFiles(config, quantization, shards, index, extra, left, (*notes, *shard_notes))
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file below a folder, relative POSIX paths, sorted. Symlinks out of the folder are refused, but for
-    the Hub cache's own, which lead from `snapshots/` to `blobs/` of one repo."""
+    """Every file below a folder, relative POSIX paths, sorted.
+
+    Raises:
+        UsageError: a link out of the folder (but for the Hub cache's own, which lead from `snapshots/` to `blobs/` of
+            one repo), or a name that cannot be shown.
+        EnvironmentFault: a file or folder that cannot be read: said now, not after hours.
+    """
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     names: list[str] = []
@@ -70,46 +84,85 @@ def list_files(folder: Path) -> list[str]:
         pending = [folder]
         while pending:
             for entry in sorted(pending.pop().iterdir()):
-                if entry.is_dir() and not entry.is_symlink():
+                if not entry.name.isprintable():
+                    raise UsageError(one_line(f"{entry}: has control characters in its name; rename it"))
+                if entry.is_symlink():
+                    _check_link(entry, root, blobs)
+                elif entry.is_dir():
                     if entry.name not in _SKIPPED_FOLDERS:
                         pending.append(entry)
                     continue
-                target = entry.resolve()
-                if entry.is_symlink() and not (target.is_relative_to(root) or target.is_relative_to(blobs)):
-                    raise UsageError(
-                        one_line(f"{entry}: is a link out of the folder; copy the file in instead")
-                    )
+                # Neither sockets nor pipes nor devices.
                 if entry.is_file():
                     names.append(entry.relative_to(folder).as_posix())
+                    if not os.access(entry, os.R_OK):
+                        raise EnvironmentFault(one_line(f"{entry}: cannot be read (Permission denied)"))
+                    if len(names) > _MAX_FILES:
+                        raise UsageError(
+                            f"{folder}: holds more than {_MAX_FILES} files; is it a model folder?"
+                        )
     except OSError as error:
-        raise EnvironmentFault(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise EnvironmentFault(one_line(f"{error.filename}: cannot be read ({error.strerror})")) from error
     return sorted(names)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def _check_link(link: Path, root: Path, blobs: Path) -> None:
+    try:
+        target = link.resolve(strict=True)
+    except (FileNotFoundError, RuntimeError):
+        raise UsageError(
+            one_line(f"{link}: is a link that leads nowhere; copy the file in instead")
+        ) from None
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise UsageError(one_line(f"{link}: is a link out of the folder; copy the file in instead"))
+    if target.is_dir():
+        raise UsageError(one_line(f"{link}: is a link to a folder; copy the folder in instead"))
+
+
+def read_json(path: Path, limit: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes.
 
     Raises:
         DamagedError: not JSON, or not an object. EnvironmentFault: unreadable.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise DamagedError(f"{path.name}: is too large for a JSON config ({path.stat().st_size} bytes)")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
     except OSError as error:
-        raise EnvironmentFault(f"{path}: cannot be read ({error.strerror})") from error
+        raise EnvironmentFault(one_line(f"{path}: cannot be read ({error.strerror})")) from error
+    if len(data) > limit:
+        raise DamagedError(
+            one_line(f"{path.name}: is too large for a JSON config (more than {limit >> 20} MiB)")
+        )
     return parse_json(data, path.name)
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object from bytes; see `read_json`."""
+    """A JSON object from bytes; see `read_json`. Infinity and NaN are let through: real configs have them."""
+    if data.count(b"{") + data.count(b"[") > _MAX_CONTAINERS:
+        raise DamagedError(f"{name}: has more than {_MAX_CONTAINERS} objects and lists")
     try:
         value = json.loads(data.decode("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+        _check_depth(value)
+        # Half a character, `\\ud800`, is legal JSON and can be written to no file. Only escapes can make one.
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise DamagedError(one_line(f"{name}: is not JSON ({error})")) from None
-    if not isinstance(value, dict):
-        raise DamagedError(f"{name}: is not a JSON object")
+        raise DamagedError(one_line(f"{name}: is not a JSON object ({error})")) from None
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """What could be read at the limit of Python's stack may not be writable again."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        below = (member for table in level for member in (table.values() if type(table) is dict else table))
+        level = [member for member in below if type(member) in (dict, list)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
 
 
 def quantization_config(
@@ -188,23 +241,26 @@ def shard_files(
         _complete(present)
         return tuple(present), []
     shards = sorted(set(index.values()))
+    there = set(present)
     for shard in shards:
-        if shard not in present:
+        if shard not in there:
             raise DamagedError(f"{shard} is missing, {index_name} lists it; download it again")
-    extra = [name for name in present if name not in shards]
+    listed = set(shards)
+    extra = [name for name in present if name not in listed]
     notes = [f"{name} is not in {index_name}: left out, as loaders do" for name in extra]
     return tuple(shards), notes
 
 
 def _complete(present: Iterable[str]) -> None:
-    numbered = [(match, name) for name in present if (match := _SHARD.fullmatch(name))]
-    for match, name in numbered:
-        have = {int(other[1]) for other, _ in numbered if other[2] == match[2]}
-        missing = set(range(1, int(match[2]) + 1)) - have if int(match[2]) < 100_000 else set()
-        if missing:
-            raise DamagedError(
-                f"shard {min(missing)} of {int(match[2])} is missing beside {name}; download it again"
-            )
+    held: dict[int, set[int]] = {}
+    for name in present:
+        if match := _SHARD.fullmatch(name):
+            held.setdefault(int(match[2]), set()).add(int(match[1]))
+    for total, numbers in held.items():
+        # The smallest that is absent: at most one more than there are files.
+        missing = next(number for number in range(1, len(numbers) + 2) if number not in numbers)
+        if missing <= total:
+            raise DamagedError(f"shard {missing} of {total} is missing; download it again")
 
 
 def _refuse_pickles(names: Iterable[str]) -> None:

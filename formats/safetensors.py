@@ -160,8 +160,7 @@ def _tensor(name: str, entry: Any, file: str, data_start: int) -> Tensor:
     if type(entry) is not dict:
         _damaged(file, f"tensor '{name}' has no description")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    bits = BITS.get(dtype) if type(dtype) is str else None
-    if bits is None:
+    if type(dtype) is not str or dtype not in BITS:
         _damaged(file, f"tensor '{name}' has unknown dtype {shown(dtype)}")
     if type(shape) is not list or len(shape) > _MAX_DIMS or not _are_counts(shape):
         _damaged(file, f"tensor '{name}' has no valid shape: {shown(shape)}")
@@ -171,7 +170,7 @@ def _tensor(name: str, entry: Any, file: str, data_start: int) -> Tensor:
     if count > _MAX_ELEMENTS:
         _damaged(file, f"tensor '{name}' has an impossible shape {shown(shape)}")
     begin, end = offsets
-    size, rest = divmod(count * bits, 8)
+    size, rest = divmod(count * BITS[dtype], 8)
     if rest:
         _damaged(file, f"tensor '{name}' ({dtype} {shape}) does not end on a byte")
     if end - begin != size:
