@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -190,8 +191,9 @@ def _stack(module: Module) -> ExpertStack:
     return module
 
 
-def _weights(stack: ExpertStack, role: str) -> list[IntWeight]:
-    return [weight for weight in stack.weights[role] if isinstance(weight, IntWeight)]
+def _weights(stack: ExpertStack, role: str) -> tuple[IntWeight, ...]:
+    # `takes` has looked at every one; looking again for each expert would be quadratic in their number.
+    return cast("tuple[IntWeight, ...]", stack.weights[role])
 
 
 def _group_size(stack: ExpertStack) -> int | None:
