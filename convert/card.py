@@ -38,13 +38,11 @@ class SchemeCount:
     source  what they were, e.g. `GPTQ int4 g128`
     stored  what they are now, e.g. `int4_linear g128`
     precision  `int4`, `fp8`, `mxfp4`, `mxfp8`, or `bf16` where they were dequantized
-    kernel  the XPU kernel that runs them
     """
 
     source: str
     stored: str
     precision: str
-    kernel: str
     modules: int
     nbytes: int
 
@@ -98,7 +96,7 @@ def render(facts: CardFacts) -> str:
         _verified(facts),
         _made(facts),
     ]
-    return join(metadata(facts), "", "\n\n".join(sections), "")
+    return join(metadata(facts), "\n\n".join(sections))
 
 
 def metadata(facts: CardFacts) -> dict[str, Any]:
@@ -161,8 +159,8 @@ model = AutoModelForCausalLM.from_pretrained("{facts.name}", device_map="xpu")
 
 
 def _converted(facts: CardFacts) -> str:
-    rows = [(s.source, s.stored, s.kernel, str(s.modules), size(s.nbytes)) for s in facts.schemes]
-    parts = ["## What was converted", _table(("source", "stored as", "XPU kernel", "modules", "size"), rows)]
+    rows = [(s.source, s.stored, str(s.modules), size(s.nbytes)) for s in facts.schemes]
+    parts = ["## What was converted", _table(("source", "stored as", "modules", "size"), rows)]
     if facts.left:
         parts += ["Not converted:", "\n".join(f"- {_cell(what)}: {_cell(why)}" for what, why in facts.left)]
     return "\n\n".join(parts)

@@ -1,12 +1,12 @@
 """Keeping what people write into a card that is generated again and again.
 
-A card is: front matter, text, the generated part between two markers, text. The markers carry two digests: of the
-generated part, and of the whole card as we last wrote it. So a card tells by itself whether anybody edited it since,
-and whether the edit went into the generated part. The rules of `merge`:
+A card is: front matter, text, the generated part between two markers, text. The markers carry three digests: of the
+generated part, of the front matter as generated, and of the whole card as we last wrote it. So a card tells by itself
+what in it is somebody's, and whether it was touched since. The rules of `merge`:
 
-- a card nobody edited is replaced by the new one;
-- in an edited card only the generated part is replaced, and our metadata fields are brought up to date;
-- a card whose generated part was edited, or that has lost its markers, is its author's: it stays as it is.
+- the generated part is replaced, the text around it is kept, edited metadata is kept and brought up to date;
+- a card whose generated part was edited, or that has lost its markers, is its author's: it stays as it is;
+- text around the generated part of the new card wins over older text, unless that was edited since.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PRECISIONS = ("int4", "fp8", "mxfp4", "mxfp8")
 """Tags that say how the weights are stored, and change with them."""
 
 _HINT = "Between these markers `xpuquant` writes; whatever you write outside is kept."
-_BEGIN = re.compile(r"<!-- xpuquant:begin ([0-9a-f]{16}) .*?-->\n")
+_BEGIN = re.compile(r"<!-- xpuquant:begin ([0-9a-f]{16}) ([0-9a-f]{16}) .*?-->\n")
 _END = re.compile(r"\n<!-- xpuquant:end ([0-9a-f]{16}) -->\n?")
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 _SERVED = re.compile(r'(?P<call>^vllm serve |from_pretrained\(")(?P<name>[^\s"]+)', re.MULTILINE)
@@ -36,6 +36,7 @@ class Parts:
     block: str
     after: str
     block_digest: str
+    front_digest: str
     card_digest: str
 
     @property
@@ -43,8 +44,22 @@ class Parts:
         return _digest(self.block) == self.block_digest
 
     @property
+    def is_custom(self) -> bool:
+        """Whether any of it is not generated."""
+        return bool(self.before.strip() or self.after.strip()) or self.is_front_custom
+
+    @property
+    def is_front_custom(self) -> bool:
+        return _digest(self.front) != self.front_digest
+
+    @property
     def is_edited(self) -> bool:
-        return _digest(self.front, self.before, self.block, self.after) != self.card_digest
+        """Whether it was touched since we last wrote it."""
+        return self.digest != self.card_digest
+
+    @property
+    def digest(self) -> str:
+        return _digest(self.front, self.before, self.block, self.after)
 
 
 def merge(ours: str, theirs: str | None) -> tuple[str, str | None]:
@@ -60,14 +75,18 @@ def merge(ours: str, theirs: str | None) -> tuple[str, str | None]:
     new = split(ours)
     if new is None:
         return ours, None  # somebody's own card, put into the folder to be published
-    old = None if theirs is None else split(theirs)
-    if theirs is None or (old is not None and not old.is_edited):
-        return _seal(new.front, new.before, new.block, new.after), None
+    if theirs is None:
+        return _seal(new, new.front, new.before, new.after), None
+    old = split(theirs)
     if old is None or not old.is_block_intact:
         return theirs, "README.md there was rewritten by hand: kept as it is"
-    if new.is_edited and (new.before, new.after) != (old.before, old.after):
+    is_same = (new.before, new.after) == (old.before, old.after)
+    if old.is_edited and new.is_edited and not is_same:
         return theirs, "README.md was edited here and there; kept the one there"
-    return _seal(_update(old.front, new.front), old.before, new.block, old.after), None
+    if new.is_custom and not old.is_edited:
+        return _seal(new, new.front, new.before, new.after), None
+    front = _update(old.front, new.front) if old.is_front_custom else new.front
+    return _seal(new, front, old.before, old.after), None
 
 
 def rename(text: str, name: str) -> str:
@@ -76,17 +95,16 @@ def rename(text: str, name: str) -> str:
     if parts is None or not parts.is_block_intact:
         return text
     block = _SERVED.sub(lambda match: match["call"] + name, parts.block)
-    if block == parts.block:
-        return text
-    whole = (
-        _digest(parts.front, parts.before, block, parts.after) if not parts.is_edited else parts.card_digest
-    )
-    return _assemble(parts.front, parts.before, block, parts.after, whole)
+    renamed = replace(parts, block=block)
+    whole = parts.card_digest if parts.is_edited else renamed.digest
+    return _assemble(renamed, whole)
 
 
-def join(metadata: Mapping[str, Any], before: str, block: str, after: str) -> str:
-    """A card from its parts."""
-    return _seal(_yaml(metadata), before, block, after)
+def join(metadata: Mapping[str, Any], block: str) -> str:
+    """A new card."""
+    front = _yaml(metadata)
+    new = Parts(front, "", block, "", "", _digest(front), "")
+    return _assemble(new, new.digest)
 
 
 def split(text: str) -> Parts | None:
@@ -99,9 +117,8 @@ def split(text: str) -> Parts | None:
     if begin is None or end is None:
         return None
     inside = body[begin.end() : end.start()]
-    return Parts(
-        front[1] if front else "", body[: begin.start()], inside, body[end.end() :], begin[1], end[1]
-    )
+    outside = body[: begin.start()], body[end.end() :]
+    return Parts(front[1] if front else "", outside[0], inside, outside[1], begin[1], begin[2], end[1])
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -130,14 +147,16 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)).strip()
 
 
-def _seal(front: str, before: str, block: str, after: str) -> str:
-    return _assemble(front, before, block, after, _digest(front, before, block, after))
+def _seal(new: Parts, front: str, before: str, after: str) -> str:
+    sealed = replace(new, front=front, before=before, after=after)
+    return _assemble(sealed, sealed.digest)
 
 
-def _assemble(front: str, before: str, block: str, after: str, whole: str) -> str:
-    head = f"---\n{front}\n---\n" if front else ""
-    begin = f"<!-- xpuquant:begin {_digest(block)} {_HINT} -->\n"
-    return f"{head}{before}{begin}{block}\n<!-- xpuquant:end {whole} -->\n{after}"
+def _assemble(parts: Parts, whole: str) -> str:
+    head = f"---\n{parts.front}\n---\n" if parts.front else ""
+    begin = f"<!-- xpuquant:begin {_digest(parts.block)} {parts.front_digest} {_HINT} -->\n"
+    end = f"\n<!-- xpuquant:end {whole} -->\n"
+    return f"{head}{parts.before}{begin}{parts.block}{end}{parts.after}"
 
 
 def _digest(*parts: str) -> str:

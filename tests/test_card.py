@@ -16,7 +16,7 @@ FACTS = CardFacts(
     revision="0123456789abcdef",
     command="xpuquant convert Qwen/Qwen3-30B-A3B-GPTQ-Int4 --push-to me/Qwen3-30B-xpu",
     versions={"xpuquant": "0.1.0", "numpy": "2.0"},
-    schemes=[SchemeCount("gptq int4", "int4_linear g128", "int4", "int4_gemm_w4a16", 96, 12_000_000_000)],
+    schemes=[SchemeCount("gptq int4", "int4_linear g128", "int4", 96, 12_000_000_000)],
     left=[("lm_head", "not quantized in the source")],
     source_bytes=17_000_000_000,
     bytes=16_900_000_000,
@@ -122,10 +122,23 @@ def test_edits_in_the_folder_are_published() -> None:
     assert again == text
 
 
+def test_text_survives_a_conversion_that_knows_nothing_of_it() -> None:
+    """Edited on the Hub, merged and written back by a push, then converted and pushed again."""
+    theirs = render(FACTS).replace("license: apache-2.0", "license: mit") + "\nmy words\n"
+    published, _ = merge(render(FACTS), theirs)
+    text, remark = merge(render(NEWER), published)
+    assert remark is None
+    assert text.endswith("\nmy words\n")
+    assert front_matter(text)["license"] == "mit"
+    assert NEWER.command in text
+
+
 def test_an_edit_on_the_hub_after_one_in_the_folder_is_kept() -> None:
     published, _ = merge(render(FACTS) + "\nfirst\n", None)
     theirs = published.replace("first", "second")
-    assert merge(published, theirs)[0].endswith("\nsecond\n")
+    text, remark = merge(published, theirs)
+    assert text.endswith("\nsecond\n")
+    assert remark is None
     text, remark = merge(published.replace("first", "third"), theirs)
     assert text == theirs
     assert remark is not None
