@@ -43,12 +43,14 @@ class Options:
     scale_dtype      safetensors label to round scales to; None keeps the source's
     on_unsupported   `refuse`, or `dequantize` to bf16
     max_shard_bytes  upper size of a shard (a single larger tensor gets its own)
+    fold_act_order   store MLP rows in the order down_proj wants, instead of a permutation (`formats/folding.py`)
     """
 
     layout: str = "xpu"
     scale_dtype: str | None = None
     on_unsupported: str = "refuse"
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    fold_act_order: bool = False
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:

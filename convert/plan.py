@@ -17,6 +17,7 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats import dequantized
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.experts import expert_of, modules
+from xpuquant.formats.folding import fold_act_order
 from xpuquant.formats.layout import Conversion, ExpertStack, Module, OutTensor, copied
 from xpuquant.formats.reader import Reading, read
 from xpuquant.formats.registry import layouts
@@ -175,6 +176,8 @@ def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule
     # Siblings of an expert that cannot be read are refused with it, not reported as an incomplete stack.
     stacks = {expert[0] for name in refused if (expert := expert_of(name)) is not None}
     weights = [w for w in reading.weights if (expert := expert_of(w.name)) is None or expert[0] not in stacks]
+    if options.fold_act_order:
+        weights = fold_act_order(checkpoint, weights)
     for module in modules(checkpoint, weights):
         layout = next((layout for layout in known.values() if layout.takes(module)), None)
         reason = layout.refuses(module) if layout is not None else f"{kind_of(module)} has no XPU kernel"

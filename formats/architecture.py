@@ -34,6 +34,18 @@ _BIASES: Mapping[str, tuple[str | bool, str | bool]] = {
 }
 
 
+# down(act(gate(x)) * up(x)), act element by element (transformers/models/<model_type>/modeling_*.py, class *MLP).
+_GATED_MLPS = frozenset({
+    "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "olmo2",
+    "granite", "cohere", "deepseek_v2", "deepseek_v3",
+})  # fmt: skip
+
+
+def has_plain_gated_mlp(checkpoint: Checkpoint) -> bool:
+    """Whether nothing but element-wise work stands between gate_proj, up_proj and down_proj."""
+    return checkpoint.text_config.get("model_type") in _GATED_MLPS
+
+
 def is_embedding(name: str) -> bool:
     """Whether a module is a table of rows to look up."""
     return name.rpartition(".")[2] in _EMBEDDINGS

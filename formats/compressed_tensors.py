@@ -81,7 +81,7 @@ class PackedWeight(ScaledInts):
 
     @property
     def verbatim(self) -> bool:
-        return self.bits == 4 and not self.act_order
+        return self.bits == 4 and self.groups_of is None
 
     def code_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
         return (rows(self.packed, start, stop),)

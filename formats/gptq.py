@@ -49,7 +49,11 @@ class GptqWeight(IntWeight):
     planar: bool
 
     def code_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        return (columns(self.qweight, start, stop),)
+        return (self._columns(self.qweight, start, stop),)
+
+    def words(self, arrays: Sequence[Array], out: Array, start: int) -> None:
+        packed = self._pick(arrays[0], start, start + len(out))
+        super().words([packed, *arrays[1:]], out, start)
 
     def code_words(self, arrays: Sequence[Array], out: Array) -> None:
         # Rows past K are padding (AutoRound, model-free).
@@ -69,25 +73,37 @@ class GptqWeight(IntWeight):
         return (whole(self.scale),)
 
     def scales(self, arrays: Sequence[Array]) -> Array:
-        return arrays[0]
+        return self._pick(arrays[0], 0, self.N)
 
     def zero_inputs(self) -> tuple[Slice, ...]:
         assert self.qzeros is not None, "an asymmetric weight has qzeros"
         return (whole(self.qzeros),)
 
     def zeros(self, arrays: Sequence[Array]) -> Array:
-        return true_zeros(arrays[0], self.bits, self.N, self.plus_one, self.planar)
+        zeros = true_zeros(arrays[0], self.bits, self.N, self.plus_one, self.planar)
+        return self._pick(zeros, 0, self.N)
 
     def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        inputs = (columns(self.qweight, start, stop), columns(self.scale, start, stop))
+        inputs = (self._columns(self.qweight, start, stop), self._columns(self.scale, start, stop))
         return inputs if self.symmetric else inputs + self.zero_inputs()
 
     def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
-        codes = self._codes(arrays[0].view(np.uint32))
+        packed, scale = (self._pick(array, start, stop) for array in arrays[:2])
+        codes = self._codes(packed.view(np.uint32))
         col = column_groups(self)
         zeros = None if self.symmetric else self.zeros(arrays[2:]).T[start:stop]
         values = subtract_zeros(codes, zeros, self.bits, col)
-        return Decoded("int", values, arrays[1].T, np.arange(stop - start), col)
+        if self.folded:
+            values, col = values[:, self.order], col[self.order]
+        return Decoded("int", values, scale.T, np.arange(stop - start), col)
+
+    def _columns(self, tensor: Tensor, start: int, stop: int) -> Slice:
+        """What holds output rows `start:stop`: these columns, or all where they are scattered."""
+        return columns(tensor, start, stop) if self.rows is None else columns(tensor, 0, self.N)
+
+    def _pick(self, array: Array, start: int, stop: int) -> Array:
+        """Output rows `start:stop` out of what `_columns` gives."""
+        return array if self.rows is None else array[:, self.rows[start:stop]]
 
     def _codes(self, packed: Array) -> Array:
         """uint8 `[n, K]` from words `[ceil(K*b/32), n]`."""

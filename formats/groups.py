@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xpuquant.formats.weight import Array, IntWeight, column_groups
+from xpuquant.formats.weight import Array, IntWeight
 
 GROUP_MULTIPLE = 32
 """oneDNN's int4 matmul as vllm-xpu-kernels calls it (`XPUwNa16LinearKernel.can_implement`): g % 32 == 0."""
@@ -50,10 +50,10 @@ def source_group_size(claimed: int, K: int, G: int) -> int | None:
 
 def runs(weight: IntWeight) -> list[tuple[int, int]]:
     """(source group, columns) of each run of stored columns that shares a group, in stored order."""
-    if not weight.act_order:
+    if weight.groups_of is None:
         full, last = divmod(weight.K, weight.group_size)
         return [(g, weight.group_size) for g in range(full)] + [(full, last)] * (last > 0)
-    groups = np.sort(column_groups(weight))
+    groups = np.sort(weight.groups_of)
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     lengths = np.diff(np.append(starts, weight.K))
     return [(int(groups[start]), int(length)) for start, length in zip(starts, lengths, strict=True)]

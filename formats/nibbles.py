@@ -174,7 +174,8 @@ def pack_nibbles(values: Array) -> Array:
     """uint32 `[n, K/8]` from uint8 codes `[n, K]` below 16, K a multiple of 8: nibble j of word i is
     column 8i+j."""
     pairs = np.ascontiguousarray(values).view("<u2")
-    return (pairs | pairs >> np.uint16(4)).astype(np.uint8).view("<u4")
+    packed: Array = (pairs | pairs >> np.uint16(4)).astype(np.uint8)
+    return packed.view("<u4")
 
 
 def unpack_nibbles(packed: Array) -> Array:

@@ -82,6 +82,8 @@ class IntWeight(Weight):
     group_size  columns of one group in the source; K for channel-wise. The last group may be short.
     symmetric   every zero point is 2^(bits-1), whatever the config says
     groups_of   real act-order: `[K]` group of each source column; None where columns are in order
+    folded      the act-order is met by the layers before, whose rows stand in stored order (`formats/folding.py`)
+    rows        `[N]` source row of each stored row, for such a layer before; None where rows are in order
     """
 
     bits: int
@@ -89,6 +91,8 @@ class IntWeight(Weight):
     symmetric: bool
     scale_dtype: str
     groups_of: Array | None = field(default=None, compare=False)
+    folded: bool = False
+    rows: Array | None = field(default=None, compare=False)
 
     number: ClassVar[str] = "int"
 
@@ -107,7 +111,8 @@ class IntWeight(Weight):
 
     @property
     def act_order(self) -> bool:
-        return self.groups_of is not None
+        """Whether the activations must be permuted to meet the stored columns."""
+        return self.groups_of is not None and not self.folded
 
     @property
     def kind(self) -> str:
@@ -147,9 +152,9 @@ class IntWeight(Weight):
         (its codes are widened to q - z + 8).
         """
         self.code_words(arrays, out)
-        if not self.act_order and not self.widened:
-            return
         order = self.order
+        if order is None and not self.widened:
+            return
         lift = self._lift(arrays, order, start, len(out))
         for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
             if order is not None:

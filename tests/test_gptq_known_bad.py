@@ -110,10 +110,7 @@ def test_zero_points_spoilt_by_autogptq_are_refused_by_name(tmp_path):
     gptq_converted(tmp_path, weight, autogptq(weight), meta=None)
     weight.zeros[0, 2] = 0
     message = refusal(tmp_path / "b", gptq_checkpoint(weight, autogptq(weight), meta=None))
-    assert (
-        f"AutoGPTQ's packer overwrites the neighbours of a zero point of 0, and {DOWN}.qzeros has one"
-        in message
-    )
+    assert "AutoGPTQ's packer overwrites the neighbours of a zero point of 0, and there is one" in message
 
 
 def test_a_zero_point_of_0_on_top_of_its_word_spoils_nothing(tmp_path):
