@@ -109,12 +109,8 @@ class Target:
         return Path(file).read_text(encoding="utf-8")
 
     def upload(self, operation: Any) -> None:
-        """Bring a large file to the Hub; no commit names it yet."""
-        self._retried(
-            lambda: self.api.preupload_lfs_files(
-                self.repo_id, [operation], revision=self.revision, free_memory=False
-            )
-        )
+        """Bring a large file to the Hub; no commit names it yet. Raises what the client raises."""
+        self.api.preupload_lfs_files(self.repo_id, [operation], revision=self.revision, free_memory=False)
 
     def finish(self) -> None:
         """After the last commit: a draft pull request asks for review, the staging branch goes."""

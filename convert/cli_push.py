@@ -1,0 +1,110 @@
+"""The command `push`, and what `convert --push-to` shares with it: options, checks, and how the result is shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from xpuquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from xpuquant.convert.conversion import Reporter
+    from xpuquant.convert.options import Options
+    from xpuquant.convert.output import Answer
+    from xpuquant.convert.publish import Pushed
+    from xpuquant.convert.source import Source
+
+Private = Annotated[bool, typer.Option("--private/--public", help="Of a repository that is created.")]
+Branch = Annotated[str | None, typer.Option(help="Push to this branch; created from main.")]
+PullRequest = Annotated[bool, typer.Option("--pr", help="Push to a pull request; a later push adds to it.")]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a result is published."""
+
+    repo_id: str
+    private: bool = True
+    branch: str | None = None
+    pr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.branch and self.pr:
+            raise UsageError("--branch and --pr exclude each other: a pull request is against main")
+
+    def check_source(self, name: str) -> None:
+        """Raises UsageError where a conversion would overwrite the repository it comes from."""
+        if self.repo_id == name and not (self.branch or self.pr):
+            raise UsageError(
+                f"--push-to {name} would replace the source; push to another repository, a --branch or a --pr"
+            )
+
+
+def push(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `convert` wrote.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; created if it is not there.")
+    ],
+    private: Private = True,
+    branch: Branch = None,
+    pr: PullRequest = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Publish a converted folder on the Hub. Run it again to finish or repeat it: what is there is not sent again."""
+    from xpuquant.convert.output import Output
+
+    output = Output(as_json)
+    destination = Destination(repo, private, branch, pr)
+    with output.progress() as progress:
+        pushed = push_folder(out, destination, progress)
+    output.answer(pushed_answer(pushed))
+
+
+def is_converted(out: Path, source: Source, options: Options) -> bool:
+    """Whether a folder is the finished conversion of a source with these options."""
+    from xpuquant.convert.files import read_json
+    from xpuquant.convert.journal import PROVENANCE, STAGING
+
+    if (out / STAGING).exists() or not (out / PROVENANCE).exists() or not (out / "config.json").exists():
+        return False
+    record = read_json(out / PROVENANCE)
+    said = record.get("source", {})
+    name = source.name if source.revision else source.name.rstrip("/").rpartition("/")[2]
+    same_source = (said.get("name"), said.get("revision")) == (name, source.revision)
+    return same_source and said.get("bytes") == source.nbytes and record.get("options") == options.as_dict()
+
+
+def push_folder(out: Path, to: Destination, reporter: Reporter) -> Pushed:
+    """`publish.push`, reporting progress in bytes."""
+    from xpuquant.convert import publish
+
+    total = sum((out / name).stat().st_size for name in publish.local_files(out))
+    reporter.phase("push", total)
+    return publish.push(
+        out, to.repo_id, private=to.private, branch=to.branch, pr=to.pr, report=reporter.advance
+    )
+
+
+def pushed_answer(pushed: Pushed) -> Answer:
+    """What a push did."""
+    from xpuquant.convert.output import Answer, Grid, size
+
+    there = f", {len(pushed.unchanged)} were there" if pushed.unchanged else ""
+    rows = [
+        ("pushed to", pushed.url if pushed.revision == "main" else f"{pushed.url} ({pushed.revision})"),
+        ("uploaded", f"{len(pushed.uploaded)} files, {size(pushed.nbytes)}{there}"),
+        ("compared", "every checksum on the Hub equals the local one"),
+    ]
+    if pushed.removed:
+        rows.append(("removed", f"stale: {', '.join(pushed.removed)}"))
+    return Answer([*(f"note: {note}" for note in pushed.notes), Grid("", ("", ""), rows)], asdict(pushed))
+
+
+def together(converted: Answer, pushed: Answer) -> Answer:
+    """The end of `convert --push-to`."""
+    from xpuquant.convert.output import Answer
+
+    return Answer([*converted.parts, *pushed.parts], {**converted.data, "pushed": pushed.data})
