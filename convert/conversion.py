@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from xpuquant import __version__
+from xpuquant.convert.card import CardFacts, render
+from xpuquant.convert.card_edits import merge
+from xpuquant.convert.card_facts import CARD, gather
 from xpuquant.convert.earlier import clear_output
-from xpuquant.convert.exactness import Checked, check_exact
-from xpuquant.convert.execute import execute
+from xpuquant.convert.execute import Progress, execute
+from xpuquant.convert.integrity import seal
 from xpuquant.convert.journal import (
     PROVENANCE,
     STAGING,
@@ -27,16 +30,19 @@ from xpuquant.convert.journal import (
     check_output,
     file_sha256,
 )
-from xpuquant.convert.numerics import Agreement, check_kernels
 from xpuquant.convert.options import Options
 from xpuquant.convert.plan import Plan, make_plan
 from xpuquant.convert.provenance import provenance
 from xpuquant.convert.repo import Repo
+from xpuquant.convert.report import write_reports
 from xpuquant.convert.source import Source
-from xpuquant.errors import EnvironmentFault, VerificationError, one_line
+from xpuquant.convert.verdict import Verdict
+from xpuquant.convert.verify import verify_staged
+from xpuquant.errors import EnvironmentFault, UsageError, VerificationError, one_line
 
 PRODUCER = f"xpuquant {__version__}"
 INDEX = "model.safetensors.index.json"
+_EARLIER_CARD = "README.earlier.md"
 _HEADROOM_BYTES = 64 << 20
 
 
@@ -60,22 +66,8 @@ class Silent:
         pass
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What was checked, and the verdicts."""
-
-    exact: Sequence[Checked]
-    kernels: Sequence[Agreement]
-
-    @property
-    def failures(self) -> list[str]:
-        """One line each: the module and what is wrong with it."""
-        wrong = [f"{check.name}: {check.error}" for check in self.exact if check.error is not None]
-        return wrong + [
-            f"{run.module}: kernel '{run.backend}' is off by {run.error:.1e} (at most {run.tolerance:.0e})"
-            for run in self.kernels
-            if not run.passed
-        ]
+Executor = Callable[[Plan, Source, Journal, int, dict[str, Finished], Progress], dict[str, Finished]]
+"""Carries out a plan: `execute` here, `execute_on_ray` on a cluster."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ class Result:
     plan: Plan
     source: Source
     shards: Mapping[str, Finished]
-    verification: Verification | None
+    verification: Verdict | None
 
 
 def convert(
@@ -99,6 +91,7 @@ def convert(
     force: bool = False,
     reporter: Reporter | None = None,
     command: str = "xpuquant convert",
+    executor: Executor = execute,
 ) -> Result:
     """Convert a checkpoint into a ready-to-load repo.
 
@@ -106,6 +99,7 @@ def convert(
         out: folder to write; absent, empty, an unfinished run of the same conversion, or (with `force`) an older one.
         jobs: workers.
         command: as the user gave it, for the card.
+        executor: who carries out the plan.
 
     Raises:
         UsageError, UnsupportedError: before anything is written.
@@ -114,19 +108,29 @@ def convert(
         EnvironmentFault: disk, permissions.
     """
     reporter = reporter or Silent()
+    check_apart(source, out)
     check_output(out, force)
     plan = make_plan(source.checkpoint, options)
     with Journal(out) as journal:
         done = journal.begin(plan.digest(source.fingerprint()), force)
+        keep_card(out, journal.folder)
         clear_output(out)
         check_disk(out, plan.write_bytes - sum(finished.nbytes for finished in done.values()))
         reporter.phase("convert", plan.write_bytes)
-        shards = execute(plan, source, journal, jobs, done, reporter.advance)
+        shards = executor(plan, source, journal, jobs, done, reporter.advance)
         verification = None
         if verify:
-            verification = verify_staged(plan, source, journal.folder, jobs, reporter)
+            verification = check_staged(plan, source, journal.folder, out.resolve().name, jobs, reporter)
         write_repo(plan, source, journal, shards, verification, command)
     return Result(out, plan, source, shards, verification)
+
+
+def check_apart(source: Source, out: Path) -> None:
+    """Raises UsageError where the output would lie in the source, which is never written to, or the source in it."""
+    if source.revision is None and Path(source.name).is_dir():
+        one, other = Path(source.name).resolve(), out.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise UsageError(one_line(f"{out}: source and output must not lie in each other; choose another folder"))
 
 
 def check_disk(out: Path, needed: int) -> None:
@@ -139,49 +143,27 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
-def verify_staged(plan: Plan, source: Source, folder: Path, jobs: int, reporter: Reporter) -> Verification:
+def check_staged(
+    plan: Plan, source: Source, folder: Path, name: str, jobs: int, reporter: Reporter
+) -> Verdict:
     """Check the staged shards against the source.
 
     Raises:
         VerificationError: something differs; `verify.json` in the staging folder has all of it.
     """
-    from xpuquant.kernels.reference import BACKEND
-
     reporter.phase("verify", sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors))
     repo = Repo(folder, tuple(shard.name for shard in plan.shards), plan.quantization_config(PRODUCER))
     try:
-        exact = check_exact(plan, source, repo, jobs, reporter.advance)
-        verification = Verification(exact, check_kernels(plan, source, repo, [BACKEND]))
+        verdict = verify_staged(plan, source, repo, name, PRODUCER, jobs, reporter.advance)
     finally:
         repo.reader.close()
     source.check_unchanged()
-    if verification.failures:
-        write_json(folder / "verify.json", verification_report(verification))
-        first, *more = verification.failures
+    if not verdict.passed:
+        write_reports(folder, verdict)
+        first, *more = (f"{finding.where}: {finding.what}" for finding in verdict.failing)
         also = f" (and {len(more)} more in {folder / 'verify.json'})" if more else ""
         raise VerificationError(one_line(f"verification failed: {first}{also}; the output was not published"))
-    return verification
-
-
-def verification_report(verification: Verification) -> dict[str, Any]:
-    """The content of verify.json."""
-    return {
-        "passed": not verification.failures,
-        "checked_by": PRODUCER,
-        "exact": {
-            "modules": sum(1 for check in verification.exact if check.matrices),
-            "matrices": sum(check.matrices for check in verification.exact),
-            "passed_tensors": sum(1 for check in verification.exact if not check.matrices),
-            "failures": {check.name: check.error for check in verification.exact if check.error is not None},
-        },
-        "kernels": [
-            {
-                "backend": run.backend, "module": run.module, "scheme": run.scheme, "N": run.N, "K": run.K,
-                "relative_error": run.error, "tolerance": run.tolerance, "not_run": run.reason,
-            }
-            for run in verification.kernels
-        ],
-    }  # fmt: skip
+    return verdict
 
 
 def output_config(plan: Plan, source: Source) -> dict[str, Any]:
@@ -199,7 +181,7 @@ def write_repo(
     source: Source,
     journal: Journal,
     shards: Mapping[str, Finished],
-    verification: Verification | None,
+    verification: Verdict | None,
     command: str,
 ) -> None:
     """Put the repo together from the staging folder; config.json is written last."""
@@ -213,16 +195,29 @@ def write_repo(
             files.append(INDEX)
         config = json_bytes(output_config(plan, source))
         hashes = {name: file_sha256(staging / name) or "" for name in files}
-        record = provenance(plan, source, shards, hashes, config, PRODUCER)
-        write_json(staging / PROVENANCE, record)
+        record = provenance(plan, source, shards, hashes, config, PRODUCER, verification)
+        write_bytes(staging / PROVENANCE, seal(json_bytes(record)))
         if verification is not None:
-            write_json(staging / "verify.json", verification_report(verification))
-            files.append("verify.json")
-        (staging / "README.md").write_text(f"# {out.name}\n\n    {command}\n")
-        files += ["README.md", PROVENANCE]
+            files += write_reports(staging, verification)
+        write_card(staging, gather(plan, source, verification, command, out.resolve().name))
+        files += [CARD, PROVENANCE]
         journal.publish([*(shard.name for shard in plan.shards), *files], config)
     except OSError as error:
         raise EnvironmentFault(f"{error.filename or out}: cannot be written ({error.strerror})") from error
+
+
+def keep_card(out: Path, folder: Path) -> None:
+    """Set an earlier conversion's card aside: what people wrote into it goes into the new one."""
+    if (out / CARD).exists() and (out / PROVENANCE).exists():
+        shutil.copyfile(out / CARD, folder.parent / _EARLIER_CARD)
+
+
+def write_card(folder: Path, facts: CardFacts) -> None:
+    """README.md of the output."""
+    earlier = folder.parent / _EARLIER_CARD
+    theirs = earlier.read_text(encoding="utf-8", errors="replace") if earlier.exists() else None
+    text, _ = merge(render(facts), theirs)
+    write_bytes(folder / CARD, text.encode())
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
@@ -232,8 +227,13 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write and flush; the staging folder makes it atomic."""
+    write_bytes(path, json_bytes(value))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write and flush."""
     with path.open("wb") as file:
-        file.write(json_bytes(value))
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -243,4 +243,4 @@ def default_output(name: str, layout: str) -> Path:
     return Path(f"{Path(name).resolve().name if Path(name).exists() else name.rpartition('/')[2]}-{layout}")
 
 
-__all__ = ["PRODUCER", "STAGING", "Result", "Verification", "convert", "default_output"]
+__all__ = ["PRODUCER", "STAGING", "Result", "convert", "default_output"]

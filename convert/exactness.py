@@ -1,50 +1,52 @@
 """Exactness: every value of the output decodes to exactly what the source decodes to.
 
-What flows: each matrix is cut into row blocks; a worker reads a block of the source and the same rows of the output,
-decodes both to the common form of `formats/decoded.py` by code that shares nothing with the conversion's fast path, and
-compares integers and scale values for equality. Tensors that were passed through are compared byte by byte.
+What flows: a worker takes a module, walks its matrices in blocks of rows that fit the cache, decodes the block from the
+source and from the output to the common form of `formats/decoded.py`, by code that shares nothing with the conversion's
+fast path, and compares integers and scale values for equality. The same pass counts what `convert/sanity.py` warns of
+and digests the decoded form, so that a later check needs no source. Unquantized tensors are compared byte by byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
+from xpuquant.convert.digests import MatrixDigest, module_digest
+from xpuquant.convert.panels import Panels
 from xpuquant.convert.plan import Plan, PlannedModule
 from xpuquant.convert.repo import Repo
+from xpuquant.convert.sanity import Counter
 from xpuquant.convert.source import Source
+from xpuquant.convert.verdict import Checked, Health
 from xpuquant.errors import DamagedError, XpuquantError
 from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
 from xpuquant.formats.decoded import Decoded, difference
+from xpuquant.formats.dequantized import to_bf16
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layout import ExpertStack, Matrix, Stored
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weight import PIECE_BYTES, Weight, row_blocks
 
-_BLOCK_CODES = 1 << 20
+BLOCK_CODES = 1 << 20
 """Codes decoded at once: both sides and their temporaries stay in a few megabytes."""
 
 Progress = Callable[[int], None]
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Checked:
-    """The verdict on one module or passed tensor.
-
-    matrices  matrices compared; 0 for a passed tensor
-    error     None where everything is equal; otherwise the first difference
-    """
-
-    name: str
-    matrices: int
-    error: str | None
-
-
-def check_exact(plan: Plan, source: Source, repo: Repo, jobs: int, progress: Progress) -> list[Checked]:
+def check_exact(
+    plan: Plan, source: Source, repo: Repo, jobs: int, progress: Progress
+) -> tuple[list[Checked], dict[str, Health]]:
     """Compare everything the plan describes with everything the repo holds.
+
+    Returns:
+        The verdict on each module and unquantized tensor, with its digest; what was counted, per module.
 
     Raises:
         DamagedError: the repo's tensors are not those of the plan, by name, dtype or shape.
@@ -52,22 +54,25 @@ def check_exact(plan: Plan, source: Source, repo: Repo, jobs: int, progress: Pro
     """
     _same_tensors(plan, repo)
 
-    def module(planned: PlannedModule) -> Checked:
-        weights = planned.weights
-        errors = _check_module(planned, source, repo, plan.options.scale_dtype)
-        progress(planned.nbytes)
-        return Checked(planned.conversion.name, len(weights), errors)
+    def module(planned: PlannedModule) -> tuple[Checked, Health | None]:
+        return _check_module(planned, source, repo, plan.options.scale_dtype, progress)
 
-    def passed(tensor: Tensor) -> Checked:
-        error = _same_bytes(source, whole(tensor), repo, whole(repo.tensors[tensor.name]))
-        progress(tensor.nbytes)
-        return Checked(tensor.name, 0, error)
+    def passed(tensor: Tensor) -> tuple[Checked, Health | None]:
+        return _check_bytes(source, tensor, repo, progress), None
 
+    # Largest first, so that no worker is left with a long one at the end.
+    largest = sorted(plan.modules, key=lambda planned: -planned.nbytes)
+    calls = [partial(module, planned) for planned in largest] + [partial(passed, one) for one in plan.passed]
+    results = run_all(jobs, calls)
+    return [checked for checked, _ in results], {
+        c.name: health for c, health in results if health is not None
+    }
+
+
+def run_all(jobs: int, calls: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Results of the calls, in order, from `jobs` threads. The first error stops what has not begun."""
     with ThreadPoolExecutor(jobs, "verify") as workers:
-        # Largest first, so that no worker is left with a long one at the end.
-        largest = sorted(plan.modules, key=lambda planned: -planned.nbytes)
-        running = [workers.submit(module, planned) for planned in largest]
-        running += [workers.submit(passed, tensor) for tensor in plan.passed]
+        running = [workers.submit(call) for call in calls]
         try:
             return [future.result() for future in running]
         except BaseException:
@@ -89,55 +94,94 @@ def _same_tensors(plan: Plan, repo: Repo) -> None:
             )
 
 
-def _check_module(planned: PlannedModule, source: Source, repo: Repo, scale_dtype: str | None) -> str | None:
-    cast = None if scale_dtype is None else numpy_dtype(scale_dtype)
-    stored = repo.modules.get(planned.conversion.name)
-    if planned.conversion.scheme is None:
-        return _first(_check_rounded(weight, source, repo) for _, _, weight in planned.weights)
-    if stored is None or stored.scheme != planned.conversion.scheme:
-        return (
-            f"config.json says {stored.scheme.label() if stored else 'nothing'}, "
-            f"the source gives {planned.conversion.scheme.label()}"
-        )
+def _check_module(
+    planned: PlannedModule, source: Source, repo: Repo, scale_dtype: str | None, progress: Progress
+) -> tuple[Checked, Health | None]:
+    name, weights, scheme = planned.conversion.name, planned.weights, planned.conversion.scheme
+    share = planned.nbytes // max(len(weights), 1)
+
+    def verdict(error: str | None, digest: str | None = None) -> Checked:
+        return Checked(name, len(weights), error, digest)
+
+    if scheme is None:
+        rounded = [_check_rounded(weight, source, repo) for _, _, weight in weights]
+        progress(planned.nbytes)
+        return verdict(next((wrong for wrong in rounded if wrong is not None), None)), None
+    # fp8 scales are float32 and MX scales exponents, whatever dtype was asked for.
+    cast = numpy_dtype(scale_dtype) if scheme.scale_dtype == scale_dtype else None
+    stored = repo.modules.get(name)
+    if stored is None or stored.scheme != scheme:
+        said = stored.scheme.label() if stored else "nothing"
+        return verdict(f"config.json says {said}, the source gives {scheme.label()}"), None
+    stored = replace(stored, load=Panels(stored.load))
+    counter = Counter(scheme.symmetric)
+    digests: list[MatrixDigest] = []
     try:
-        matrices = {(matrix.role, matrix.expert): matrix for matrix in repo.layout(stored).matrices(stored)}
-    except DamagedError as error:
-        return str(error)
-    error = _first(
-        _check_matrix(
-            weight, source, repo, stored, matrices.get((role, expert)) or _fused(matrices, role, expert), cast
-        )
-        for role, expert, weight in planned.weights
-    )
-    return error or _check_biases(planned, source, repo)
+        matrices = matrices_by_role(repo, stored)
+        for role, expert, weight in weights:
+            digest = MatrixDigest(matrix := find_matrix(matrices, role, expert))
+            wrong = _check_matrix(weight, source, repo, stored, matrix, cast, digest, counter)
+            if wrong is not None:
+                return verdict(wrong), None
+            digests.append(digest)
+            progress(share)
+        wrong = _check_biases(planned, source, stored) or _check_input_scale(planned, source, stored)
+    except DamagedError as fault:
+        return verdict(str(fault)), None
+    return verdict(wrong, module_digest(stored, digests)), counter.health
 
 
-def _first(errors: Iterator[str | None]) -> str | None:
-    return next((error for error in errors if error is not None), None)
+Matrices = Mapping[tuple[str, int | None], Matrix]
 
 
-def _fused(matrices: dict[tuple[str, int | None], Matrix], role: str, expert: int | None) -> Matrix:
-    """`gate_up` of a source that has both in one tensor: the rows of gate and up together."""
-    assert role == "gate_up"
-    gate = matrices["gate", expert]
-    return Matrix(role, 2 * gate.N, gate.K, expert)
+def matrices_by_role(repo: Repo, stored: Stored) -> Matrices:
+    """The matrices of a stored module by (role, expert). Raises DamagedError where the contract is broken."""
+    return {(matrix.role, matrix.expert): matrix for matrix in repo.layout(stored).matrices(stored)}
+
+
+def find_matrix(matrices: Matrices, role: str, expert: int | None) -> Matrix:
+    """One matrix, or `gate_up` of a source that has both in one: the rows of gate and up as they are stored.
+
+    Raises:
+        DamagedError: the module has no such matrix.
+    """
+    fused = role == "gate_up"
+    matrix = matrices.get(("gate" if fused else role, expert))
+    if matrix is None:
+        raise DamagedError(f"the output has no {role} matrix of expert {expert}")
+    return Matrix(role, 2 * matrix.N, matrix.K, expert) if fused else matrix
 
 
 def _check_matrix(
-    weight: Weight, source: Source, repo: Repo, stored: Stored, matrix: Matrix, cast: object
+    weight: Weight,
+    source: Source,
+    repo: Repo,
+    stored: Stored,
+    matrix: Matrix,
+    cast: object,
+    digest: MatrixDigest,
+    counter: Counter,
 ) -> str | None:
     layout = repo.layout(stored)
     if (matrix.N, matrix.K) != (weight.N, weight.K):
         return f"{weight.name}: output is [{matrix.N}, {matrix.K}], source [{weight.N}, {weight.K}]"
     for start, stop, expected in decoded_blocks(weight, source):
         try:
-            actual = layout.decode(stored, matrix, start, stop)
-        except XpuquantError as error:
-            return f"{weight.name}: {error}"
-        error = difference(expected, actual, cast)
-        if error is not None:
-            return f"{weight.name}, rows {start}:{stop}: {error}"
+            actual = in_rows(layout.decode(stored, matrix, start, stop))
+        except XpuquantError as fault:
+            return f"{weight.name}: {fault}"
+        wrong = difference(in_rows(expected), actual, cast)
+        if wrong is not None:
+            return f"{weight.name}, rows {start}:{stop}: {wrong}"
+        digest.update(actual)
+        counter.update(actual)
     return None
+
+
+def in_rows(decoded: Decoded) -> Decoded:
+    """The same with its codes contiguous: comparing, digesting and counting walk them row by row."""
+    codes = decoded.codes
+    return decoded if codes.flags.c_contiguous else replace(decoded, codes=np.ascontiguousarray(codes))
 
 
 def decoded_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, Decoded]]:
@@ -146,7 +190,7 @@ def decoded_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, D
     for top, bottom in row_blocks(weight.N, weight.K, 8, PIECE_BYTES):
         outer = weight.decode_inputs(top, bottom)
         arrays = [read(source, part) for part in outer]
-        for start, stop in row_blocks(bottom - top, weight.K, 8, _BLOCK_CODES):
+        for start, stop in row_blocks(bottom - top, weight.K, 8, BLOCK_CODES):
             inner = weight.decode_inputs(top + start, top + stop)
             narrowed = [_narrow(*parts) for parts in zip(inner, outer, arrays, strict=True)]
             yield top + start, top + stop, weight.decode(narrowed, top + start, top + stop)
@@ -168,38 +212,68 @@ def _check_rounded(weight: Weight, source: Source, repo: Repo) -> str | None:
     """A dequantized matrix: bf16 values are the exact ones, rounded once."""
     tensor = repo.tensors[f"{weight.name}.weight"]
     for start, stop, decoded in decoded_blocks(weight, source):
-        expected = decoded.values().astype(np.float32).astype(numpy_dtype("BF16"))
+        expected = to_bf16(decoded.values())
         actual = repo.reader.read(Slice(tensor, start, stop))
         if not np.array_equal(expected.view(np.uint16), actual.view(np.uint16)):
             return f"{weight.name}, rows {start}:{stop}: not the source's values rounded to bf16"
     return None
 
 
-def _check_biases(planned: PlannedModule, source: Source, repo: Repo) -> str | None:
+def _check_biases(planned: PlannedModule, source: Source, stored: Stored) -> str | None:
     """Stacked expert biases: the same values in the rows of their matrices."""
     stack = planned.source
     if not isinstance(stack, ExpertStack) or not stack.biases:
         return None
-    stored = repo.modules[stack.name]
     upper, down = stored.array("gate_up_proj_bias"), stored.array("down_proj_bias")
     half = upper.shape[1] // 2
+    # Halves that were joined to one matrix have two biases, in the order of its rows.
+    alternate = stack.interleaved and "gate" in stack.weights
     rows = {
         "gate_up": upper, "down": down,
-        "gate": upper[:, 0::2] if stack.interleaved else upper[:, :half],
-        "up": upper[:, 1::2] if stack.interleaved else upper[:, half:],
+        "gate": upper[:, 0::2] if alternate else upper[:, :half],
+        "up": upper[:, 1::2] if alternate else upper[:, half:],
     }  # fmt: skip
     for role, slices in stack.biases.items():
         for expert, part in enumerate(slices):
             if not np.array_equal(read(source, part).reshape(-1), rows[role][expert]):
-                return f"{stack.weights[role][expert].name}.bias differs"
+                return f"{part.tensor.name} differs (bias of {role}, expert {expert})"
     return None
 
 
-def _same_bytes(source: Source, theirs: Slice, repo: Repo, ours: Slice) -> str | None:
-    row_bytes = theirs.nbytes // max(theirs.stop, 1)
-    for start, stop in row_blocks(theirs.stop, row_bytes, limit=4 << 20):
-        before: Sequence[int] = read(source, Slice(theirs.tensor, start, stop)).reshape(-1).view(np.uint8)  # type: ignore[assignment]
-        after = repo.reader.read(Slice(ours.tensor, start, stop)).reshape(-1).view(np.uint8)
+def _check_input_scale(planned: PlannedModule, source: Source, stored: Stored) -> str | None:
+    """A static activation scale: the same value, widened to float32."""
+    if not stored.scheme.input_scale:
+        return None
+    held = stored.array("input_scale").reshape(-1)
+    for _, _, weight in planned.weights:
+        tensor = getattr(weight, "input_scale", None)
+        if tensor is None:
+            return f"{weight.name}.input_scale: the source has none"
+        expected = read(source, whole(tensor)).reshape(-1)
+        if not np.array_equal(expected.astype(np.float32), held, equal_nan=True):
+            return f"{weight.name}.input_scale is {held[0]!r}, source has {expected[0]!r}"
+    return None
+
+
+def _check_bytes(source: Source, tensor: Tensor, repo: Repo, progress: Progress) -> Checked:
+    """An unquantized tensor: the same bytes, and their sha256."""
+    digest = hashlib.sha256()
+    for start, stop in byte_blocks(tensor):
+        before = read(source, Slice(whole(tensor).tensor, start, stop)).reshape(-1).view(np.uint8)
+        after = read_bytes(repo, repo.tensors[tensor.name], start, stop)
         if not np.array_equal(before, after):
-            return "bytes differ from the source's"
-    return None
+            return Checked(tensor.name, 0, "bytes differ from the source's")
+        digest.update(after.data)
+        progress(after.size)
+    return Checked(tensor.name, 0, None, digest.hexdigest())
+
+
+def byte_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Rows of a tensor, a few megabytes at a time."""
+    rows = whole(tensor).stop
+    return row_blocks(rows, tensor.nbytes // max(rows, 1), limit=4 << 20)
+
+
+def read_bytes(repo: Repo, tensor: Tensor, start: int, stop: int) -> Array:
+    """Rows of one of the repo's tensors, as flat bytes."""
+    return repo.reader.read(Slice(whole(tensor).tensor, start, stop)).reshape(-1).view(np.uint8)

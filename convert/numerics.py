@@ -1,125 +1,236 @@
 """Numerics: kernels compute the stored layer, and agree with a float64 product of the *source*.
 
-One module stands for each distinct (scheme, N, K): exactness has shown that all decode alike, so what is left to
-check is that a kernel reads this layout of this shape as we do. At M = 1, 2, 8 and 64 rows of activations, because
-kernels take different paths there (one was right for one request and wrong for two).
+Exactness has shown what the bytes decode to; what is left is that a kernel reads this layout, in this shape, as we do.
+
+* Each distinct (scheme, N, K) is computed at every M of `ROWS`, because kernels take different paths there (one was
+  right for one request and wrong for two), and once more with the weight in a wrong layout, which must *not* agree: a
+  check that cannot fail would show nothing.
+* Each module is computed at one M on some of its rows, which also gives the heat map its colours.
+
+Activations are as a transformer has them, rows of unit RMS with a few outlier channels, from a recorded seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
-from xpuquant.convert.exactness import read
-from xpuquant.convert.plan import Plan
-from xpuquant.convert.repo import Repo
-from xpuquant.convert.source import Source
-from xpuquant.formats.dtypes import FLOATS, numpy_dtype
-from xpuquant.formats.layout import Matrix, Stored
-from xpuquant.formats.weight import Weight
-from xpuquant.kernels import Array, Backend, Layer
+from xpuquant.convert.verdict import REFERENCE, Agreement
+from xpuquant.errors import DamagedError, XpuquantError, one_line
+from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.layout import Layout, Matrix, Stored
+from xpuquant.formats.weight import row_blocks
+from xpuquant.kernels import Array, Backend, Layer, tolerance
+from xpuquant.kernels.reference import dequantize
 
-ROWS = (1, 2, 8, 64)
+ROWS = (1, 2, 8, 33, 64)
+SEED = 20240229
 SAMPLE_ROWS = 256
-"""Rows of N computed by a full product in float64 would cost more than the whole conversion; this many, from the middle
-of the matrix, are taken where a backend accepts a part of it."""
+"""Rows of N that stand for a matrix where all of them would cost more than the conversion."""
 
-_SEED = 20240229
+CELL_ROWS = 64
+CELL_M = 8
+FULL_CODES = 1 << 26
+"""Largest matrix computed in full (64 Mi codes: any Linear but a vocabulary-sized one). The float64 reference never is:
+it would take half a gigabyte."""
+
+BINS = tuple(10.0**-e for e in range(9, -1, -1))
+"""Upper edges of the histogram of |error| / rms(product); one more bin above the last."""
+
+_BLOCK_CODES = 1 << 20
+_OUTLIER_EVERY = 256
+_OUTLIER_GAIN = 20.0
+_REFERENCE_TOLERANCE = 2.0**-20
+"""The reference computes in float64 and returns float32, rounding each output once (2^-24)."""
+
+Rows = Callable[[int, int], Decoded]
+"""Rows `start:stop` of a matrix, decoded: from the source, or from the output where the source is gone."""
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """One kernel on one (scheme, shape).
+class Subject:
+    """One matrix to compute."""
 
-    error      relative Frobenius error against float64, the largest over M; None where it was not run
-    tolerance  what passes
-    reason     why it was not run
+    stored: Stored
+    layout: Layout
+    matrix: Matrix
+    rows: Rows
+
+    def layer(self, start: int, stop: int) -> Layer:
+        arrays = self.layout.layer(self.stored, self.matrix, start, stop)
+        return Layer(self.stored.scheme, stop - start, self.matrix.K, arrays)
+
+    def window(self, rows: int) -> tuple[int, int]:
+        """About `rows` rows from the middle: stored by eights at the most, and a block of scales cannot be cut."""
+        N = self.matrix.N
+        step = max(8, self.stored.scheme.block_n)
+        if rows >= N:
+            return 0, N
+        start = (N - rows) // 2 // step * step
+        return start, min(N, start + max(rows // step, 1) * step)
+
+
+def check_kernels(
+    subjects: Iterable[Subject], backends: Sequence[Backend], *, full: bool, every: bool
+) -> list[Agreement]:
+    """Run every backend that can run on every module.
+
+    Args:
+        subjects: matrices, those of a module together.
+        full: all rows of the representatives, not a sample.
+        every: every matrix of every module like a representative.
     """
-
-    backend: str
-    module: str
-    scheme: str
-    N: int
-    K: int
-    error: float | None
-    tolerance: float
-    reason: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        return self.error is None or self.error <= self.tolerance
-
-
-def representatives(plan: Plan, repo: Repo) -> Iterator[tuple[Weight, Stored, Matrix]]:
-    """The first matrix of each distinct (scheme, N, K)."""
+    usable = [backend for backend in backends if backend.unavailable() is None]
     seen: set[object] = set()
-    for planned in plan.modules:
-        stored = repo.modules.get(planned.conversion.name)
-        if stored is None:
-            continue
-        matrices = {(matrix.role, matrix.expert): matrix for matrix in repo.layout(stored).matrices(stored)}
-        for role, expert, weight in planned.weights:
-            key = (stored.scheme, weight.N, weight.K)
-            if key not in seen and (role, expert) in matrices:
+    found: list[Agreement] = []
+    for _, members in groupby(subjects, key=lambda subject: subject.stored.name):
+        for subject, chosen in _chosen(list(members)):
+            matrix = subject.matrix
+            key = (subject.stored.scheme, matrix.role == "gate_up", matrix.N, matrix.K)
+            if every or key not in seen:
                 seen.add(key)
-                yield weight, stored, matrices[role, expert]
+                found += [_thorough(subject, backend, full) for backend in usable]
+            elif chosen:
+                window = subject.window(CELL_ROWS)
+                found += [_agreement(subject, backend, *window, (CELL_M,)) for backend in usable]
+    return found
 
 
-def check_kernels(plan: Plan, source: Source, repo: Repo, backends: Sequence[Backend]) -> list[Agreement]:
-    """Run every backend on every representative."""
-    return [
-        agreement
-        for weight, stored, matrix in representatives(plan, repo)
-        for agreement in _check(weight, source, repo, stored, matrix, backends)
-    ]
+def _chosen(members: Sequence[Subject]) -> Iterator[tuple[Subject, bool]]:
+    """A module's matrices, and whether each stands for its role: another expert in each layer."""
+    by_role: dict[str, list[Subject]] = {}
+    for subject in members:
+        by_role.setdefault(subject.matrix.role, []).append(subject)
+    for same in by_role.values():
+        index = zlib.crc32(same[0].stored.name.encode()) % len(same)
+        # First, so that it is the one to represent its shape too.
+        yield same[index], True
+        yield from ((subject, False) for i, subject in enumerate(same) if i != index)
 
 
-def _check(
-    weight: Weight, source: Source, repo: Repo, stored: Stored, matrix: Matrix, backends: Sequence[Backend]
-) -> Iterator[Agreement]:
-    # A block of scales cannot be cut; everything else is stored by eights at the most.
-    step = max(8, stored.scheme.block_n)
-    start = max(0, (matrix.N - SAMPLE_ROWS) // 2) // step * step
-    stop = min(matrix.N, start + SAMPLE_ROWS)
-    decoded = weight.decode([read(source, part) for part in weight.decode_inputs(start, stop)], start, stop)
-    if stored.scheme.scale_dtype in FLOATS:
-        # Scales that were rounded because the user asked for it are the truth from then on; `exactness` has
-        # compared the rounding itself.
-        decoded = replace(decoded, scale=decoded.scale.astype(numpy_dtype(stored.scheme.scale_dtype)))
-    truth = decoded.values()
-    layer = Layer(
-        stored.scheme, stop - start, matrix.K, repo.layout(stored).layer(stored, matrix, start, stop)
+def activations(M: int, K: int, seed: int, dtype: str) -> Array:
+    """`[M, K]` as a transformer has them: rows of unit RMS, every 256th channel 20 times larger."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((M, K), np.float32)
+    x[:, :: min(_OUTLIER_EVERY, K)] *= _OUTLIER_GAIN
+    x /= np.sqrt(np.mean(np.square(x), axis=1, keepdims=True))
+    return x.astype(numpy_dtype(dtype))
+
+
+def _thorough(subject: Subject, backend: Backend, full: bool) -> Agreement:
+    """All M, all rows where they are affordable, and the wrong layout."""
+    N, K = subject.matrix.N, subject.matrix.K
+    affordable = full and backend.name != REFERENCE and N * K <= FULL_CODES
+    window = (0, N) if affordable else subject.window(SAMPLE_ROWS)
+    run = _agreement(subject, backend, *window, ROWS)
+    if not run.ran:
+        return run
+    return replace(run, wrong_layout=_wrong_layout(subject, backend, run.activation))
+
+
+def _sharpest(backend: Backend, subject: Subject, N: int) -> tuple[str, str | None]:
+    """The most exact activation dtype a backend takes for a matrix, or why it takes none."""
+    reason: str | None = None
+    for dtype in ("F32", "F16", "BF16"):
+        reason = backend.refuses(subject.stored.scheme, N, subject.matrix.K, dtype)
+        if reason is None:
+            return dtype, None
+    return "", reason
+
+
+def _agreement(subject: Subject, backend: Backend, start: int, stop: int, Ms: Sequence[int]) -> Agreement:
+    stored, matrix = subject.stored, subject.matrix
+    blank = Agreement(
+        backend.name, stored.name, matrix.role, matrix.expert, stored.scheme.label(), matrix.N, matrix.K
     )
-    x = np.random.default_rng(_SEED).standard_normal((max(ROWS), matrix.K)).astype(np.float32)
-    for backend in backends:
-        reason = backend.unavailable() or backend.refuses(stored.scheme, stop - start, matrix.K)
-        error = None if reason else max(_error(backend, layer, truth, x[:rows]) for rows in ROWS)
-        yield Agreement(
-            backend.name,
-            stored.name,
-            stored.scheme.label(),
-            matrix.N,
-            matrix.K,
-            error,
-            TOLERANCE.get(backend.name, 1e-2),
-            reason,
-        )
+    dtype, reason = _sharpest(backend, subject, stop - start)
+    if reason is not None:
+        return replace(blank, reason=one_line(reason))
+    try:
+        layer = subject.layer(start, stop)
+        x = activations(max(Ms), matrix.K, _seed(stored.name), dtype)
+        wanted = _product(subject, start, stop, x, layer)
+        runs = [_compare(backend.linear(layer, x[:M]), wanted[:M]) for M in Ms]
+    except DamagedError as error:
+        return replace(blank, error=float("inf"), reason=one_line(error))
+    except XpuquantError as error:
+        return replace(blank, reason=one_line(error))
+    worst = max(runs, key=lambda run: run[0])
+    limit = _REFERENCE_TOLERANCE if backend.name == REFERENCE else tolerance(dtype, matrix.K)
+    return replace(
+        blank,
+        rows=stop - start,
+        M=tuple(Ms),
+        activation=dtype,
+        error=worst[0],
+        max_abs=max(run[1] for run in runs),
+        cosine=min(run[2] for run in runs),
+        tolerance=limit,
+        histogram=tuple(int(n) for n in np.sum([run[3] for run in runs], axis=0)),
+    )
 
 
-TOLERANCE = {"reference": 1e-6}
-"""Largest relative error that passes. The reference computes in float64 and returns float32 (2^-24 = 6e-8)."""
+def _seed(name: str) -> int:
+    return SEED ^ zlib.crc32(name.encode())
 
 
-def _error(backend: Backend, layer: Layer, truth: Array, x: Array) -> float:
-    wanted = x.astype(np.float64) @ truth.T
+def _product(subject: Subject, start: int, stop: int, x: Array, layer: Layer) -> Array:
+    """float64 `[M, stop - start]`, a block of rows at a time."""
+    wide = x.astype(np.float64)
+    wanted = np.empty((len(x), stop - start))
+    for top, bottom in row_blocks(stop - start, subject.matrix.K, 8, _BLOCK_CODES):
+        values = subject.rows(start + top, start + bottom).values()
+        wanted[:, top:bottom] = wide @ values.T
     bias = layer.tensors.get("bias")
-    if bias is not None:
-        wanted = wanted + bias.astype(np.float64)
-    got = backend.linear(layer, x).astype(np.float64)
+    return wanted if bias is None else wanted + bias.astype(np.float64)
+
+
+def _compare(got: Array, wanted: Array) -> tuple[float, float, float, Array]:
+    """(relative Frobenius error, largest absolute error, cosine, histogram)."""
     finite = np.isfinite(wanted)
-    if not np.array_equal(finite, np.isfinite(got)):
-        return float("inf")
-    norm = float(np.linalg.norm(wanted[finite]))
-    return float(np.linalg.norm((got - wanted)[finite])) / (norm or 1.0)
+    if got.shape != wanted.shape or not np.array_equal(finite, np.isfinite(got)):
+        return float("inf"), float("inf"), 0.0, np.zeros(len(BINS) + 1, np.int64)
+    truth, result = wanted[finite], got.astype(np.float64)[finite]
+    errors = np.abs(result - truth)
+    norm, size = float(np.linalg.norm(truth)), max(truth.size, 1)
+    scale = norm / np.sqrt(size) or 1.0
+    counts = np.bincount(np.searchsorted(BINS, errors / scale), minlength=len(BINS) + 1)
+    product = float(np.linalg.norm(result)) * norm
+    cosine = float(truth @ result) / product if product else 1.0
+    error = float(np.linalg.norm(errors)) / (norm or 1.0)
+    return error, float(errors.max(initial=0.0)), cosine, counts
+
+
+def _wrong_layout(subject: Subject, backend: Backend, dtype: str) -> float | None:
+    """The error where the weight's bytes are given in a wrong order; None where that changes nothing (all codes
+    of a byte alike)."""
+    start, stop = subject.window(CELL_ROWS)
+    layer = subject.layer(start, stop)
+    broken = replace(layer, tensors=dict(_misread(layer)))
+    if np.array_equal(dequantize(layer), dequantize(broken), equal_nan=True):
+        return None
+    x = activations(CELL_M, subject.matrix.K, SEED, dtype)
+    wanted = _product(subject, start, stop, x, layer)
+    if not np.isfinite(wanted).all():
+        return None
+    try:
+        return _compare(backend.linear(broken, x), wanted)[0]
+    except XpuquantError:
+        return None
+
+
+def _misread(layer: Layer) -> Iterator[tuple[str, Array]]:
+    """The layer with the two nibbles of every byte exchanged, or its fp8 rows rolled by one."""
+    for role, array in layer.tensors.items():
+        if role not in ("qweight", "weight"):
+            yield role, array
+        elif array.dtype.kind in "iu":
+            octets = np.ascontiguousarray(array).view(np.uint8)
+            yield role, (octets >> 4 | octets << 4).view(array.dtype)
+        else:
+            yield role, np.ascontiguousarray(np.roll(array, 1, axis=0))

@@ -1,5 +1,5 @@
-"""xpuquant.json: where a converted repo comes from, what was decided for each module and why, and what each file's
-sha256 must be. `verify` and a later `push` read it."""
+"""xpuquant.json: where a converted repo comes from, what was decided for each module and why, what each file's sha256
+must be, and what each module decodes to. `verify` and a later `push` read it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from xpuquant.convert.journal import Finished
 from xpuquant.convert.plan import Plan, PlannedModule, kind_of
 from xpuquant.convert.source import Source
+from xpuquant.convert.verdict import Verdict
+from xpuquant.convert.verify import sizes
 from xpuquant.formats.scheme import FORMAT_VERSION, compact
 
 
@@ -20,21 +22,27 @@ def provenance(
     files: Mapping[str, str],
     config: bytes,
     producer: str,
+    verdict: Verdict | None,
 ) -> dict[str, Any]:
-    """The content of xpuquant.json. Holds no time and no machine: equal conversions write equal files."""
+    """The content of xpuquant.json, still to be sealed (`integrity.seal`). Holds no time and no machine: equal
+    conversions write equal files."""
+    digests = {checked.name: checked.digest for checked in verdict.exact if checked.digest} if verdict else {}
     return {
+        "sha256": "0" * 64,
         "producer": producer,
         "format_version": FORMAT_VERSION,
         "source": {
             "name": source.name.rstrip("/").rpartition("/")[2] if source.revision is None else source.name,
             "revision": source.revision,
             "bytes": source.nbytes,
+            "bytes_by_dtype": sizes(source),
             "quantization_config": dict(source.checkpoint.quantization),
             "notes": list(plan.notes),
         },
         "options": plan.options.as_dict(),
-        "modules": {planned.conversion.name: _module(planned) for planned in plan.modules},
+        "modules": {planned.conversion.name: _module(planned, digests) for planned in plan.modules},
         "unquantized": compact(tensor.name for tensor in plan.passed),
+        "tensors_sha256": {t.name: digests[t.name] for t in plan.passed if t.name in digests},
         "left_files": dict(source.left_files),
         "shards": {
             name: {"sha256": finished.sha256, "bytes": finished.nbytes}
@@ -44,12 +52,18 @@ def provenance(
     }
 
 
-def _module(planned: PlannedModule) -> dict[str, Any]:
+def _module(planned: PlannedModule, digests: Mapping[str, str]) -> dict[str, Any]:
     scheme = planned.conversion.scheme
     names = [tensor.name for _, _, weight in planned.weights for tensor in weight.tensors]
-    return {
+    entry = {
         "scheme": "bf16 (dequantized)" if scheme is None else scheme.label(),
         "from": kind_of(planned.source),
         "source_tensors": compact(dict.fromkeys(names)),
         "decisions": list(planned.conversion.facts),
     }
+    if scheme is None:
+        entry["dequantized"] = [tensor.name for tensor in planned.conversion.tensors]
+    elif planned.conversion.name in digests:
+        entry["roles"] = list(dict.fromkeys(role for role, _, _ in planned.weights))
+        entry["decoded_sha256"] = digests[planned.conversion.name]
+    return entry

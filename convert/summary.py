@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xpuquant.convert.conversion import Result, verification_report
+from xpuquant.convert.conversion import Result
 from xpuquant.convert.output import Answer, Grid, size
 from xpuquant.convert.plan import Plan, PlannedModule, kind_of
+from xpuquant.convert.report import as_data, in_one_line
 from xpuquant.convert.source import Source
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weight import PIECE_BYTES
@@ -28,14 +29,7 @@ def converted(result: Result) -> Answer:
     """The end of `convert`."""
     plan, out = result.plan, result.out
     verification = result.verification
-    checked = "not verified (--no-verify)"
-    if verification is not None:
-        matrices = sum(check.matrices for check in verification.exact)
-        errors = [run.error for run in verification.kernels if run.error is not None]
-        checked = (
-            f"{matrices} matrices decode exactly to the source; reference kernel within "
-            f"{max(errors, default=0.0):.0e} of float64 on {len(errors)} distinct (scheme, shape)"
-        )
+    checked = "not verified (--no-verify)" if verification is None else in_one_line(verification)
     facts = Grid(
         "",
         ("", ""),
@@ -56,7 +50,7 @@ def converted(result: Result) -> Answer:
         "shards": {
             name: {"sha256": f.sha256, "bytes": f.nbytes} for name, f in sorted(result.shards.items())
         },
-        "verification": None if verification is None else verification_report(verification),
+        "verification": None if verification is None else as_data(verification),
     }
     notes = [f"note: {note}" for note in plan.notes]
     return Answer([*notes, modules_grid(plan.modules), facts], data)

@@ -1,0 +1,67 @@
+"""Digests of decoded weights: what a repo is compared with when its source is gone.
+
+A digest is of the meaning, not of the bytes: it survives another sharding, and a converter that packed wrongly and
+recorded the sha256 of what it wrote does not pass. One is recorded per module at conversion, from the decoded output,
+in the pass that has just found it equal to the decoded source.
+
+Definition, for the module's matrices in order (`linear`; or gate, up, down of each expert, or gate_up, down):
+
+    codes    sha256 of the codes of `Decoded`, row by row in source column order: int8 (int16 above 4 bits) for
+             integers (code minus zero point), uint8 for float codes
+    scales   sha256 of the stored scale rows that cover each weight row, in their dtype, little-endian
+    columns  sha256 of the scale column of each weight column, int32
+
+and the digest is the sha256 of lines `role expert N K codes scales columns`, then `suffix sha256` of the tensors that
+`Decoded` does not show (biases, activation scales).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.layout import Matrix, Stored
+
+_PLAIN_SUFFIXES = ("_bias", "input_scale")
+
+
+class MatrixDigest:
+    """The digest of one matrix, fed with its rows in order."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self._matrix = matrix
+        self._codes = hashlib.sha256()
+        self._scales = hashlib.sha256()
+        self._columns = ""
+
+    def update(self, rows: Decoded) -> None:
+        self._codes.update(np.ascontiguousarray(rows.codes).reshape(-1).view(np.uint8).data)
+        scale = rows.scale if _is_count(rows.row, len(rows.scale)) else np.take(rows.scale, rows.row, axis=0)
+        self._scales.update(np.ascontiguousarray(scale).reshape(-1).view(np.uint8).data)
+        if not self._columns:
+            self._columns = hashlib.sha256(rows.col.astype("<i4").data).hexdigest()
+
+    def line(self) -> str:
+        matrix = self._matrix
+        expert = "-" if matrix.expert is None else str(matrix.expert)
+        words = (matrix.role, expert, str(matrix.N), str(matrix.K))
+        return " ".join((*words, self._codes.hexdigest(), self._scales.hexdigest(), self._columns))
+
+
+def module_digest(stored: Stored, matrices: Sequence[MatrixDigest]) -> str:
+    """The digest of a module, from those of its matrices."""
+    digest = hashlib.sha256()
+    for matrix in matrices:
+        digest.update(f"{matrix.line()}\n".encode())
+    for suffix in sorted(stored.tensors):
+        if suffix.endswith(_PLAIN_SUFFIXES):
+            data = np.ascontiguousarray(stored.array(suffix)).reshape(-1).view(np.uint8)
+            digest.update(f"{suffix} {hashlib.sha256(data.data).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_count(row: np.ndarray[tuple[int, ...], np.dtype[np.int64]], rows: int) -> bool:
+    return len(row) == rows and bool((row == np.arange(rows)).all())
