@@ -37,6 +37,8 @@ _SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
     # A third of every weight's rows positive: the asymmetric zero point of such a row is 0.
     "qwen3-positive": ("Qwen3Config", {"tie_word_embeddings": True}),
+    # The same, smaller, for old generations.
+    "qwen3-positive-64": ("Qwen3Config", {"tie_word_embeddings": True, "intermediate_size": 64}),
     # K = 96 in down_proj: a last group of 32 where g is 64.
     "qwen3-ragged": ("Qwen3Config", {"tie_word_embeddings": True, "intermediate_size": 96}),
     "qwen3-untied": ("Qwen3Config", {"tie_word_embeddings": False}),
@@ -55,6 +57,7 @@ _SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
     # Two whole blocks of 128 in both directions of the MLP.
     "llama-256": ("LlamaConfig", {"tie_word_embeddings": True, "intermediate_size": 256}),
+    "llama-64": ("LlamaConfig", {"tie_word_embeddings": True, "intermediate_size": 64}),
     "llama-bias": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "gptoss": (
         "GptOssConfig",
@@ -85,12 +88,19 @@ def sources(folder: Path) -> None:
                     parameter.normal_(0, 0.02)
                 elif key.endswith("norm.weight"):
                     parameter.uniform_(0.5, 1.5)
-                elif name == "qwen3-positive" and key.endswith("proj.weight"):
+                elif name.startswith("qwen3-positive") and key.endswith("proj.weight"):
                     parameter[::3] = parameter[::3].abs() + 0.001
-                elif name == "llama" and key.endswith("down_proj.weight"):
+                elif name in ("llama", "llama-64") and key.endswith("down_proj.weight"):
                     parameter[5] = 0  # a row of zeros: the smallest scale there is
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def _frequency() -> Any:
+    """Words of unequal frequency, so that activations differ and act-order has an order."""
+    import torch
+
+    return torch.linspace(0, 4, VOCAB).exp()
 
 
 # --- GPTQModel ------------------------------------------------------------------------------------
@@ -160,9 +170,7 @@ def gptqmodel(source: Path, out: Path, name: str) -> None:
         model.quantize(None)
     else:
         torch.manual_seed(SEED)
-        # Words of unequal frequency, so that activations differ and act-order has an order.
-        frequency = torch.linspace(0, 4, VOCAB).exp()
-        texts = [torch.multinomial(frequency, 64, replacement=True) for _ in range(32)]
+        texts = [torch.multinomial(_frequency(), 64, replacement=True) for _ in range(32)]
         model.quantize(
             [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in texts],
             batch_size=1,
@@ -189,7 +197,32 @@ _AUTOROUND: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         {"group_size": 32, "sym": False},
     ),
     "autoround-qwen3moe-w4g32-as-awq": ("qwen3moe", "W4A16", "auto_awq", {"group_size": 32}),
+    # Its model-free writer pads K = 96 to 128 inside qweight.
+    "autoround-qwen3-w4g64-ragged": (
+        "qwen3-ragged",
+        "W4A16",
+        "auto_round",
+        {"group_size": 64, "model_free": True},
+    ),
     "autoround-qwen3moe-fp8-block": ("qwen3moe128", "FP8_BLOCK", "auto_round", {}),
+}
+
+
+_AUTOROUND_015: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    # Labelled as true zeros, stored minus one.
+    "autoround-0.15-qwen3-w4g32-asym-model-free": (
+        "qwen3-positive-64",
+        "W4A16",
+        "auto_round",
+        {"group_size": 32, "sym": False, "model_free": True},
+    ),
+    # A true zero point of 0 destroys its neighbours.
+    "autoround-0.15-qwen3-w3g32-asym-v1": (
+        "qwen3-positive-64",
+        "W3A16",
+        "auto_round:auto_gptq",
+        {"group_size": 32, "sym": False},
+    ),
 }
 
 
@@ -197,13 +230,13 @@ def autoround(source: Path, out: Path, name: str) -> None:
     """One AutoRound fixture: plain rounding, no data."""
     from auto_round import AutoRound
 
-    _, scheme, layout, options = _AUTOROUND[name]
+    _, scheme, layout, options = (_AUTOROUND | _AUTOROUND_015)[name]
     rounder = AutoRound(
         str(source),
         scheme=scheme,
         iters=0,
         disable_opt_rtn=True,
-        disable_model_free=True,
+        disable_model_free=not options.get("model_free", False),
         device_map="cpu",
         **options,
     )
@@ -218,10 +251,10 @@ def autoround(source: Path, out: Path, name: str) -> None:
 # --- llm-compressor -------------------------------------------------------------------------------
 
 
-def _int(bits: int, *, symmetric: bool = True, group: int | None = 32) -> dict[str, Any]:
+def _int(bits: int, *, symmetric: bool = True, group: int | None = 32, **more: Any) -> dict[str, Any]:
     """A config group for weight-only integers; `group` None is one group per row."""
     strategy = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy, **more}
     return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
 
 
@@ -262,6 +295,7 @@ _LLMCOMPRESSOR: dict[str, tuple[str, dict[str, Any]]] = {
     "llmcompressor-llama-mxfp8": ("llama", _preset("MXFP8")),
     "llmcompressor-llama-nvfp4a16": ("llama", _preset("NVFP4A16")),
     "llmcompressor-llama-w8a8": ("llama", _preset("W8A8")),
+    "llmcompressor-gptoss-w4a16": ("gptoss", _int(4)),
     "llmcompressor-qwen3moe-w4a16": ("qwen3moe", _int(4)),
     "llmcompressor-qwen3moe-w4a16-asym": ("qwen3moe", _int(4, symmetric=False)),
     "llmcompressor-qwen3moe-fp8-tensor": ("qwen3moe128", _fp8_tensor()),
@@ -270,28 +304,48 @@ _LLMCOMPRESSOR: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Old releases wrote other layouts; see the README of the fixtures.
+_LLMCOMPRESSOR_012: dict[str, tuple[str, dict[str, Any]]] = {
+    "llmcompressor-0.12-llama-w3a16": ("llama-64", _int(3)),
+    "llmcompressor-0.12-gptoss-w4a16": ("gptoss", _int(4)),
+}
+_LLMCOMPRESSOR_09: dict[str, tuple[str, dict[str, Any]]] = {
+    "llmcompressor-0.9-llama-w3a16": ("llama-64", _int(3)),
+    "llmcompressor-0.9-llama-w4a16-actorder": ("llama-64", _int(4, actorder="group")),
+    "llmcompressor-0.9-llama-mxfp4": ("llama", _preset("MXFP4")),
+}
+
+
 def llmcompressor(source: Path, out: Path, name: str) -> None:
-    """One llm-compressor fixture; only static fp8 needs (random) data."""
+    """One llm-compressor fixture; only static fp8 and act-order need (random) data."""
     import torch
     from llmcompressor import oneshot
-    from llmcompressor.modeling.moe.linearize import linearize_moe
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    if "moe" in name:
+    if "moe" in name or "gptoss" in name:
+        from llmcompressor.modeling.moe.linearize import linearize_moe
+
         linearize_moe(model)
     data: dict[str, Any] = {}
-    if name.endswith("static"):
+    actorder = name.endswith("actorder")
+    if actorder or name.endswith("static"):
         from datasets import Dataset
 
         torch.manual_seed(SEED)
-        ids = torch.randint(4, VOCAB, (16, 32)).tolist()
-        rows = {"input_ids": ids, "attention_mask": [[1] * 32] * 16}
-        data = {"dataset": Dataset.from_dict(rows), "tokenizer": tokenizer, "num_calibration_samples": 16}
-    ignore = ["lm_head", "re:.*mlp.gate$"]
-    oneshot(model=model, recipe=QuantizationModifier(ignore=ignore, **_LLMCOMPRESSOR[name][1]), **data)
+        if actorder:
+            ids = torch.multinomial(_frequency().expand(32, VOCAB), 64, replacement=True)
+        else:
+            ids = torch.randint(4, VOCAB, (16, 32))
+        rows = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+        data = {"dataset": Dataset.from_dict(rows), "tokenizer": tokenizer}
+        data["num_calibration_samples"] = len(ids)
+    ignore = ["lm_head", "re:.*mlp.gate$", "re:.*mlp.router$"]
+    recipe = (_LLMCOMPRESSOR | _LLMCOMPRESSOR_012 | _LLMCOMPRESSOR_09)[name][1]
+    modifier = GPTQModifier if actorder else QuantizationModifier
+    oneshot(model=model, recipe=modifier(ignore=ignore, **recipe), **data)
     model.save_pretrained(out, save_compressed=True)
     tokenizer.save_pretrained(out)
 
@@ -363,6 +417,9 @@ _PRODUCERS: dict[str, tuple[dict[str, Any], Callable[[Path, Path, str], None]]] 
     "autoround": (_AUTOROUND, autoround),
     "llmcompressor": (_LLMCOMPRESSOR, llmcompressor),
     "handpacked": (_HANDPACKED, handpacked),
+    "autoround-0.15": (_AUTOROUND_015, autoround),
+    "llmcompressor-0.12": (_LLMCOMPRESSOR_012, llmcompressor),
+    "llmcompressor-0.9": (_LLMCOMPRESSOR_09, llmcompressor),
 }
 
 

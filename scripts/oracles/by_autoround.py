@@ -6,7 +6,8 @@ zeros, hence exact. AWQ: dequantize_gemm. MX: MXFP4QuantLinear and MXFP8QuantLin
 float32; the integers are the same with all scales 1.
 
 Its v1 reader adds 1 to each zero-point field after unpacking, which is wrong for a true zero point of
-0: such modules disagree with GPTQModel, and merge.py records that.
+0, and it believes the label of files that AutoRound itself mislabels: such modules disagree with
+GPTQModel, and merge.py records that.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ import torch
 from auto_round.experimental.qmodules.mx import MXFP4QuantLinear, MXFP8QuantLinear
 from auto_round.export.export_to_awq.utils import dequantize_gemm
 from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
-from digest import Entry, Tensors, entry, gptq_geometry, library, modules, packing, quantization_config, run
+from digest import (
+    Entry,
+    Tensors,
+    columns,
+    entry,
+    gptq_geometry,
+    library,
+    modules,
+    packing,
+    quantization_config,
+    run,
+)
 
 NAME = library("auto-round")
 
@@ -67,9 +79,12 @@ def decode(folder: Path) -> Iterator[tuple[str, Entry]]:
         if kind == "awq":
             yield module, entry(NAME, awq(local, scales), awq(local, ones), local["scales"])
         elif readable(local, kind):
-            yield module, entry(NAME, gptq(local, kind, scales), gptq(local, kind, ones), local["scales"])
+            K = columns(folder, module, gptq_geometry(local)[1])
+            values, ints = gptq(local, kind, scales)[:, :K], gptq(local, kind, ones)[:, :K]
+            yield module, entry(NAME, values, ints, local["scales"])
+    biased = config.get("version", "").startswith("0.13.")  # compressed-tensors' own exponents, 2 too small
     for module, local in modules(folder, "weight_scale"):
-        if local["weight_scale"].dtype == torch.uint8:
+        if local["weight_scale"].dtype == torch.uint8 and not biased:
             yield module, entry(NAME, mx(local), None, local["weight_scale"])
 
 

@@ -5,6 +5,8 @@ what GPTQModel does on loading (for 2, 4 and 8 bits it adds ones to whole words,
 of 0, stored as a borrow, comes back). AWQ: dequantize_gemm. Both multiply int8 (codes minus zeros) by
 the scales; the scales are handed over as float32, so the product is float32(code - zero) times
 float32(scale), rounded once. The integers are the same with all scales 1.
+
+Files that AutoRound mislabels are read by what they hold, not by their label.
 """
 
 # ruff: noqa: E402
@@ -21,10 +23,12 @@ import torch
 from digest import (
     Entry,
     Tensors,
+    columns,
     entry,
     gptq_geometry,
     group_size,
     library,
+    mislabelled,
     modules,
     packing,
     quantization_config,
@@ -66,15 +70,17 @@ def awq(local: Tensors, scales: torch.Tensor) -> torch.Tensor:
 
 def decode(folder: Path) -> Iterator[tuple[str, Entry]]:
     config = quantization_config(folder)
-    kind = packing(config)
+    kind = "gptq_v1" if mislabelled(config) else packing(config)
     for module, local in modules(folder, "qweight"):
         scales = local["scales"].float()
         ones = torch.ones_like(scales)
         if kind == "awq":
             yield module, entry(NAME, awq(local, scales), awq(local, ones), local["scales"])
         else:
-            g = group_size(config, gptq_geometry(local)[1], scales.shape[0])
-            values, ints = gptq(local, kind, g, scales), gptq(local, kind, g, ones)
+            K = gptq_geometry(local)[1]
+            g = group_size(config, K, scales.shape[0])
+            K = columns(folder, module, K)
+            values, ints = gptq(local, kind, g, scales)[:, :K], gptq(local, kind, g, ones)[:, :K]
             yield module, entry(NAME, values, ints, local["scales"])
 
 

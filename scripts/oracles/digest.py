@@ -95,11 +95,22 @@ def group_size(config: dict[str, Any], K: int, groups: int) -> int:
     return g if g > 0 and -(-K // g) == groups else K // groups
 
 
-def packing(config: dict[str, Any]) -> str:
-    """How `qweight` is packed: gptq_v1, gptq_v2, gptq_p or awq, as the config labels it.
+def columns(folder: Path, module: str, K: int) -> int:
+    """K without the padding that AutoRound's model-free writer puts into a down_proj's qweight."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if quantization_config(folder).get("model_free") and module.endswith("mlp.down_proj"):
+        return min(K, config["intermediate_size"])
+    return K
 
-    No judgement of the label here: where it is known to be wrong, merge.py says so.
-    """
+
+def mislabelled(config: dict[str, Any]) -> bool:
+    """AutoRound before 0.16, model-free and asymmetric: labelled as true zeros, stored minus one."""
+    old = str(config.get("autoround_version", "")).startswith(("0.13.", "0.14.", "0.15."))
+    return old and bool(config.get("model_free")) and config.get("sym") is False
+
+
+def packing(config: dict[str, Any]) -> str:
+    """How `qweight` is packed: gptq_v1, gptq_v2, gptq_p or awq, as the config labels it."""
     method = str(config.get("quant_method"))
     if method == "awq":
         return "awq"
@@ -112,6 +123,16 @@ def packing(config: dict[str, Any]) -> str:
     if re.search(r"gptq", label):
         return "gptq_v1"
     return "awq" if "awq" in label else "gptq_v2"
+
+
+def old_packing(config: dict[str, Any]) -> bool:
+    """Whether a compressed-tensors file has what only old releases read: act-order, or codes padded
+    to whole words where the bits do not divide 32."""
+    if config.get("quant_method") != "compressed-tensors" or config["format"] != "pack-quantized":
+        return False
+    minor = int(config["version"].split(".")[1])
+    weights = [group["weights"] for group in config["config_groups"].values()]
+    return any(w.get("actorder") == "group" or (minor < 18 and 32 % w["num_bits"]) for w in weights)
 
 
 def run(decode: Callable[[Path], Iterator[tuple[str, Entry]]]) -> None:
