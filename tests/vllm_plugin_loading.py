@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def load(model: Path, dtype: str = "bfloat16") -> Any:
-    """The model as vLLM serves it, parameters loaded and processed."""
+def load(model: Path, dtype: str = "bfloat16", before: Callable[[], object] = lambda: None) -> Any:
+    """The model as vLLM serves it, parameters loaded and processed; `before` is called when loading starts."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
@@ -33,4 +34,5 @@ def load(model: Path, dtype: str = "bfloat16") -> Any:
         init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, backend="gloo")
         ensure_model_parallel_initialized(1, 1)
         loader = get_model_loader(config.load_config)
+        before()
         return loader.load_model(vllm_config=config, model_config=config.model_config)

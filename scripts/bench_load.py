@@ -1,0 +1,284 @@
+"""Load cost: the source through stock vLLM's own code for Intel GPUs, and the converted repo through the plugin.
+
+    scripts/test-vllm --env-only && .venv-vllm/bin/python scripts/bench_load.py [--layers N] [--repeat R] [DIR]
+
+Writes GPTQ checkpoints with the shapes of real models (random words: the work does not depend on values),
+converts them, and loads source and result through vLLM's model loader, each in a process of its own, in
+turns. Ready means: every parameter is as the kernel reads it at the second forward, so the stock side
+includes what the first forward converts (`implement_zp`).
+
+There is no GPU in it: stock vLLM's XPU classes run on CPU tensors, told that the platform is XPU. Memory is
+the process's own (RssAnon, sampled every 2 ms): mapped files are not counted on either side. Files are in the
+page cache on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+GROUP = 128
+KERNELS = "vllm-xpu-kernels==0.1.16.2"
+COMMON = {
+    "torch_dtype": "bfloat16", "vocab_size": 1024, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "dense (Llama-3.1-8B)": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    },
+    "experts (Qwen3-30B-A3B)": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+}  # fmt: skip
+
+
+def linears(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """(name, N, K) of every quantized linear."""
+    H, D = config["hidden_size"], config["head_dim"]
+    Q, KV = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name, N, K in (("q_proj", Q, H), ("k_proj", KV, H), ("v_proj", KV, H), ("o_proj", H, Q)):
+            yield f"{prefix}.self_attn.{name}", N, K
+        I = config.get("moe_intermediate_size", config["intermediate_size"])
+        experts = [f"experts.{e}." for e in range(config["num_experts"])] if "num_experts" in config else [""]
+        for expert in experts:
+            for name, N, K in (("gate_proj", I, H), ("up_proj", I, H), ("down_proj", H, I)):
+                yield f"{prefix}.mlp.{expert}{name}", N, K
+
+
+def write_source(folder: Path, config: dict[str, Any]) -> None:
+    """A GPTQ checkpoint of `config`, one safetensors file per layer."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    H, D = config["hidden_size"], config["head_dim"]
+    shards: dict[str, dict[str, torch.Tensor]] = {"model-head.safetensors": {}}
+    head = shards["model-head.safetensors"]
+    for name in ("model.embed_tokens", "lm_head"):
+        head[f"{name}.weight"] = torch.randn(config["vocab_size"], H).bfloat16()
+    head["model.norm.weight"] = torch.ones(H, dtype=torch.bfloat16)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        shard = shards.setdefault(f"model-{layer:05d}.safetensors", {})
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shard[f"{prefix}.{norm}.weight"] = torch.ones(H, dtype=torch.bfloat16)
+        if "num_experts" in config:
+            shard[f"{prefix}.mlp.gate.weight"] = torch.randn(config["num_experts"], H).bfloat16()
+            for norm in ("q_norm", "k_norm"):
+                shard[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(D, dtype=torch.bfloat16)
+    for name, N, K in linears(config):
+        shard = shards[f"model-{int(name.split('.')[2]):05d}.safetensors"]
+        shard[f"{name}.qweight"] = torch.randint(-(2**31), 2**31 - 1, (K // 8, N), dtype=torch.int32)
+        shard[f"{name}.scales"] = torch.rand(K // GROUP, N).bfloat16()
+        shard[f"{name}.qzeros"] = torch.full((K // GROUP, N // 8), 0x77777777, dtype=torch.int32)
+        shard[f"{name}.g_idx"] = torch.arange(K, dtype=torch.int32) // GROUP
+    index = {name: file for file, tensors in shards.items() for name in tensors}
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {**quantization, "checkpoint_format": "gptq"}})
+    )
+
+
+class AsXpu:
+    """vLLM's platform object, which says that it is an Intel GPU."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def is_xpu(self) -> bool:
+        return True
+
+    def is_cpu(self) -> bool:
+        return False
+
+
+def become_stock_xpu(wheel: Path) -> None:
+    """Make stock vLLM choose and run its XPU repacking on CPU tensors."""
+    import torch
+    import vllm.platforms
+
+    # Everything that is not to be fooled is imported before.
+    from vllm.engine import arg_utils  # noqa: F401
+    from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+    from vllm.model_executor.model_loader import base_loader  # noqa: F401
+
+    real, fake = vllm.platforms.current_platform, AsXpu(vllm.platforms.current_platform)
+    sources = wheel.parent / "kernels"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(sources, [n for n in archive.namelist() if n.endswith(".py")])
+    # The package's own Python, without its compiled parts, which need an XPU build of torch.
+    package = ModuleType("vllm_xpu_kernels")
+    package.__path__ = [str(sources / "vllm_xpu_kernels")]
+    sys.modules["vllm_xpu_kernels"] = package
+    for part in ("_C", "_moe_C", "_xpu_C"):
+        sys.modules[f"vllm_xpu_kernels.{part}"] = ModuleType(part)
+    torch.ops._xpu_C.is_xe2_arch = lambda: True
+    vllm.platforms.current_platform = fake
+    import vllm.model_executor.layers.fused_moe.experts.xpu_moe
+
+    vllm.platforms.current_platform = real
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.mixed_precision import xpu
+
+    int_wna16.current_platform = fake
+    xpu.current_platform = fake
+    linear._POSSIBLE_KERNELS[real._enum] = [xpu.XPUwNa16LinearKernel]
+    to = torch.Tensor.to
+    torch.Tensor.to = lambda self, *a, **k: self if a == ("xpu",) else to(self, *a, **k)  # type: ignore[method-assign]
+
+
+def first_forward(model: Any, stock: bool) -> None:
+    """What the first forward prepares in every stack of experts."""
+    for layer in model.modules():
+        if type(layer).__name__ != "RoutedExperts":
+            continue
+        if not stock:
+            from xpuquant.xpu import fused_moe
+
+            method = layer.quant_method
+            method.kernel = fused_moe(method.scheme, dict(layer.named_parameters()), 8, "silu")
+            continue
+        from vllm_xpu_kernels.fused_moe_interface import XpuFusedMoe
+
+        XpuFusedMoe(
+            w13=layer.w13_weight, w13_scales=layer.w13_scales, w13_bias=None, w2=layer.w2_weight,
+            w2_scales=layer.w2_scales, w2_bias=None, n_experts_per_token=8, activation="silu",
+            num_experts=layer.local_num_experts,
+        )  # fmt: skip
+
+
+def anonymous() -> int:
+    """Bytes of memory that is the process's own, not a mapped file's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon in /proc/self/status")
+
+
+def measure(folder: Path, wheel: Path, stock: bool) -> dict[str, float]:
+    """In a child: seconds, peak and parameter bytes of one load."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from vllm_plugin_loading import load
+
+    if stock:
+        become_stock_xpu(wheel)
+    elif "vllm_xpu_kernels" not in sys.modules:
+        become_stock_xpu(wheel)  # the same stand-in for XpuFusedMoe; the plugin chooses nothing by platform here
+    peak = baseline = 0
+    started, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+
+    def before() -> None:
+        nonlocal baseline, started
+        baseline, started = anonymous(), time.perf_counter()
+        watcher.start()
+
+    model = load(folder, before=before)
+    first_forward(model, stock)
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    held = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    largest = max(held.values())
+    return {"seconds": seconds, "peak": peak - baseline, "parameters": sum(held.values()), "largest": largest}
+
+
+def run(folder: Path, wheel: Path, side: str) -> dict[str, float]:
+    """`measure` in a child process."""
+    command = [sys.executable, __file__, "--child", side, "--wheel", str(wheel), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
+    if not lines:
+        raise SystemExit(f"{side} of {folder} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    measured: dict[str, float] = json.loads(lines[0].removeprefix("MEASURED "))
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dir", nargs="?", type=Path, help="where models are made and kept (default: a temporary one)")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--child", choices=("stock", "converted"), help=argparse.SUPPRESS)
+    parser.add_argument("--wheel", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print("MEASURED " + json.dumps(measure(args.dir, args.wheel, args.child == "stock")), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        bench(args.dir or Path(temporary), args.layers, args.repeat)
+
+
+def bench(root: Path, layers: int, repeat: int) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "--no-deps"]
+    if not list(root.glob("vllm_xpu_kernels*.whl")):
+        subprocess.run([*pip, "--only-binary", ":all:", "-d", str(root), KERNELS], check=True)
+    wheel = next(root.glob("vllm_xpu_kernels*.whl"))
+    print(f"{layers} layers, median of {repeat}; {os.cpu_count()} cores, no GPU\n")
+    print("| model | side | seconds | peak MB | parameters MB | peak / parameters |")
+    print("|---|---|---|---|---|---|")
+    for title, config in CASES.items():
+        folder = root / f"{config['model_type']}-{layers}"
+        if not (folder / "converted" / "config.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            write_source(folder / "source", {**COMMON, **config, "num_hidden_layers": layers})
+            convert = ["convert", str(folder / "source"), str(folder / "converted"), "--no-verify"]
+            subprocess.run([sys.executable, "-m", "xpuquant", *convert], check=True, stdout=subprocess.DEVNULL)
+        sides = {"stock": folder / "source", "converted": folder / "converted"}
+        results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        for _ in range(repeat):
+            for side, where in sides.items():
+                for file in where.glob("*.safetensors"):
+                    file.read_bytes()
+                results[side].append(run(where, wheel, side))
+        median = {
+            side: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for side, runs in results.items()
+        }
+        for side, r in median.items():
+            row = f"{r['seconds']:.2f} | {r['peak'] / 1e6:.0f} | {r['parameters'] / 1e6:.0f}"
+            print(f"| {title} | {side} | {row} | {r['peak'] / r['parameters']:.2f} |")
+        stock, ours = median["stock"], median["converted"]
+        over = ours["peak"] - ours["parameters"]
+        print(
+            f"\n{title}: {stock['seconds'] / ours['seconds']:.1f} times faster, "
+            f"{stock['peak'] / ours['peak']:.2f} times less memory at the peak, which is the parameters plus "
+            f"{over / 1e6:.0f} MB (largest tensor: {ours['largest'] / 1e6:.0f} MB)\n",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
