@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from xpuquant import __version__
 from xpuquant.convert.options import Options
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats import dequantized
@@ -113,6 +114,7 @@ class Plan:
     def digest(self, fingerprint: str) -> str:
         """Identifies plan and source: two runs with equal digests write equal bytes."""
         summary = {
+            "producer": __version__,
             "format_version": FORMAT_VERSION,
             "options": self.options.as_dict(),
             "source": fingerprint,

@@ -31,7 +31,7 @@ class ShardReader:
     @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
-        return sum(size for size, _ in self._stats.values())
+        return sum(stat[0] for stat in self._stats.values())
 
     def header(self, shard: str) -> dict[str, Tensor]:
         """Name → tensor of one shard.
@@ -84,7 +84,7 @@ class ShardReader:
     def fingerprint(self) -> str:
         """Identifies the files by name, size and time of change."""
         digest = hashlib.sha256()
-        for shard, (size, changed) in self._stats.items():
+        for shard, (size, changed, *_) in self._stats.items():
             digest.update(f"{shard} {size} {changed}\n".encode())
         return digest.hexdigest()
 
@@ -101,12 +101,14 @@ class ShardReader:
                 os.close(fd)
             self._open.clear()
 
-    def _stat(self, shard: str) -> tuple[int, int]:
+    def _stat(self, shard: str) -> tuple[int, int, int, int]:
+        """Size, time of the last change, and what tells a change whose time was set back: that of the inode, and the
+        inode itself."""
         try:
             stat = self._paths[shard].stat()
         except OSError as error:
             raise EnvironmentFault(f"{self._paths[shard]}: cannot be read ({error.strerror})") from error
-        return stat.st_size, stat.st_mtime_ns
+        return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
     def _descriptor(self, shard: str) -> tuple[int, bool]:
         """An open descriptor, and whether it stays open (repos of thousands of shards reopen)."""

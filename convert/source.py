@@ -7,6 +7,8 @@ ever written, unpickled or executed. A shard that changes while it is being read
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,7 +119,9 @@ class LocalSource:
             return None
 
     def fingerprint(self) -> str:
-        return self._shards.fingerprint()
+        # The configs too: they decide what the tensors mean.
+        configs = json.dumps([self.checkpoint.config, self.checkpoint.quantization], sort_keys=True)
+        return hashlib.sha256((self._shards.fingerprint() + configs).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
         self._shards.check_unchanged()
@@ -146,21 +150,24 @@ def merge_header(
     Raises:
         DamagedError: a name twice, and no index to decide.
     """
+    ignored: list[str] = []
+    unlisted: list[str] = []
     for name, tensor in header.items():
         listed = None if index is None else index.get(name)
         if listed is not None and listed != tensor.file:
-            notes.append(
-                one_line(f"{tensor.file} also holds '{name}', which the index takes from {listed}: ignored")
-            )
+            ignored.append(name)
             continue
         if name in tensors:
             raise DamagedError(one_line(f"'{name}' is in both {tensors[name].file} and {tensor.file}, and no index "
                                         "says which is meant"))  # fmt: skip
         if index is not None and listed is None:
-            notes.append(
-                one_line(f"{tensor.file} holds '{name}', which the index does not list: taken along")
-            )
+            unlisted.append(name)
         tensors[name] = tensor
+    for names, what in ((ignored, "the index takes from another file: ignored"),
+                        (unlisted, "the index does not list: taken along")):  # fmt: skip
+        if names:
+            also = f" and {len(names) - 1} more" if names[1:] else ""
+            notes.append(one_line(f"{header[names[0]].file} holds '{names[0]}'{also}, which {what}"))
 
 
 def check_index(tensors: Mapping[str, Tensor], index: Mapping[str, str] | None) -> None:

@@ -6,7 +6,8 @@ claims it from names, dtypes and shapes alone. The config is consulted by the re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,14 +87,17 @@ def read(checkpoint: Checkpoint) -> Reading:
     for name, parts in modules.items():
         if len(parts) == 1 and "weight" in parts and parts["weight"].dtype in _PLAIN:
             continue
-        reader = next((reader for reader in known if reader.claims(parts)), None)
+        with guarded(name):
+            reader = next((reader for reader in known if reader.claims(parts)), None)
         if reader is None:
             if _looks_quantized(parts):
                 shown = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(parts.items()))
                 refused[name] = f"no known format has these tensors: {shown}"
             continue
+        _check_sound(name, parts)
         try:
-            weights += reader.read(checkpoint, name, parts)
+            with guarded(name):
+                weights += reader.read(checkpoint, name, parts)
         except UnsupportedError as error:
             refused[name] = str(error)
     used = {tensor.name for weight in weights for tensor in weight.tensors}
@@ -108,6 +112,39 @@ def read(checkpoint: Checkpoint) -> Reading:
     return Reading(tuple(weights), refused, rest)
 
 
+_STUMBLES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+)  # fmt: skip
+
+
+@contextmanager
+def guarded(name: str) -> Iterator[None]:
+    """Turns what unforeseen input does to code (a division by 0, a text for a number) into a refusal that names the
+    module. The fuzz lane counts its uses, because each deserves a check that says more."""
+    try:
+        yield
+    except _STUMBLES as error:
+        said = f"{type(error).__name__}: {error}"
+        raise DamagedError(
+            one_line(f"{name}: its tensors or what the config says of it cannot be ({said})")
+        ) from error
+
+
+def _check_sound(name: str, parts: Parts) -> None:
+    """What no reader can make sense of.
+
+    Raises:
+        DamagedError: an empty tensor, or a name that cannot stand in a converted config.
+    """
+    if "{" in name or "}" in name:
+        raise DamagedError(one_line(f"{name}: braces in a module's name stand for numbers in our config"))
+    for tensor in parts.values():
+        if 0 in tensor.shape:
+            raise DamagedError(
+                f"{tensor.name} has shape {list(tensor.shape)}: a quantized weight is not empty"
+            )
+
+
 _PLAIN = frozenset({"F16", "BF16", "F32", "F64"})
 
 _PLAIN_NAMES = frozenset(
@@ -118,9 +155,7 @@ norm's `scale`."""
 
 
 def _looks_quantized(parts: Parts) -> bool:
-    return any(
-        tensor.dtype not in _PLAIN or suffix not in _PLAIN_NAMES for suffix, tensor in parts.items()
-    )
+    return any(tensor.dtype not in _PLAIN or suffix not in _PLAIN_NAMES for suffix, tensor in parts.items())
 
 
 def _check_method(checkpoint: Checkpoint, known: tuple[Reader, ...]) -> None:

@@ -18,10 +18,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from xpuquant.errors import DamagedError
+from xpuquant.errors import DamagedError, one_line, shown
 
 QUANT_METHOD = "xpuquant"
 FORMAT_VERSION = 1
+MAX_MODULES = 1_000_000
+"""Modules that a config may name."""
+
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, order=True)
@@ -80,11 +84,14 @@ def expand(pattern: str) -> list[str]:
         numbers: list[int] = []
         for part in braced.split(","):
             low, dash, high = part.partition("-")
-            if not low.isdecimal() or (dash and not high.isdecimal()):
-                raise DamagedError(f"config.json: '{{{braced}}}' in '{pattern}' is not a list of numbers")
-            numbers += range(int(low), int(high) + 1) if dash else [int(low)]
-        if len(names) * len(numbers) > 10_000_000:
-            raise DamagedError(f"config.json: '{pattern}' stands for too many modules")
+            if not _NUMBER.fullmatch(low) or (dash and not _NUMBER.fullmatch(high)):
+                raise DamagedError(
+                    one_line(f"config.json: '{{{braced}}}' in '{pattern}' is not a list of numbers")
+                )
+            first, last = int(low), int(high or low)
+            if len(names) * (len(numbers) + last - first + 1) > MAX_MODULES:
+                raise DamagedError(one_line(f"config.json: '{pattern}' stands for too many modules"))
+            numbers += range(first, last + 1)
         names = [f"{name}{number}" for name in names for number in numbers]
     return names
 
@@ -97,7 +104,7 @@ def compact(names: Iterable[str]) -> list[str]:
     families: dict[tuple[str, str], list[int]] = {}
     patterns: list[str] = []
     for name in names:
-        match = re.match(r"(.*?(?:^|\.))(0|[1-9]\d*)((?:\.|$).*)", name)
+        match = re.match(r"(.*?(?:^|\.))(0|[1-9][0-9]{0,8})((?:\.|$).*)", name)
         if match is None:
             patterns.append(name)
         else:
@@ -151,16 +158,42 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Scheme]:
             f"the repo has format_version {version!r}, this xpuquant reads {FORMAT_VERSION}: "
             "pip install -U xpuquant, or convert again"
         )
-    known = {field.name for field in fields(Scheme)}
     modules: dict[str, Scheme] = {}
-    for entry in config.get("schemes", ()):
-        extra = set(entry) - known - {"modules"}
-        if extra:
-            raise DamagedError(f"quantization_config: unknown scheme key {sorted(extra)[0]!r}")
-        scheme = Scheme(**{key: value for key, value in entry.items() if key in known})
-        for pattern in entry["modules"]:
+    for entry in _listed(config, "schemes", dict):
+        scheme = _scheme(entry)
+        for pattern in _listed(entry, "modules", str):
             for name in expand(pattern):
                 if name in modules:
-                    raise DamagedError(f"quantization_config names '{name}' twice")
+                    raise DamagedError(one_line(f"quantization_config names '{name}' twice"))
                 modules[name] = scheme
+            if len(modules) > MAX_MODULES:
+                raise DamagedError(f"quantization_config names more than {MAX_MODULES} modules")
     return modules
+
+
+def _listed(table: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    values = table.get(key, [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise DamagedError(f"quantization_config: '{key}' is {shown(values)}, want a list")
+    return values
+
+
+def _scheme(entry: Mapping[str, Any]) -> Scheme:
+    known = {field.name: type(field.default) for field in fields(Scheme) if field.name != "layout"} | {
+        "layout": str
+    }
+    for key, value in entry.items():
+        if key == "modules":
+            continue
+        if key not in known:
+            raise DamagedError(f"quantization_config: unknown scheme key {shown(key)}")
+        if type(value) is not known[key] or (type(value) is int and value < 0):
+            raise DamagedError(f"quantization_config: '{key}' is {shown(value)}")
+    if "layout" not in entry:
+        raise DamagedError("quantization_config: a scheme without a layout")
+    scheme = Scheme(**{key: value for key, value in entry.items() if key != "modules"})
+    if scheme.granularity in ("group", "block") and not scheme.group_size:
+        raise DamagedError(f"quantization_config: scheme {shown(scheme.label())} has no group_size")
+    if scheme.granularity == "block" and not scheme.block_n:
+        raise DamagedError(f"quantization_config: scheme {shown(scheme.label())} has no block_n")
+    return scheme
