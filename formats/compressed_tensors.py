@@ -63,7 +63,8 @@ class ScaledInts(IntWeight):
         return (whole(self.zero_point),)
 
     def zeros(self, arrays: Sequence[Array]) -> Array:
-        return true_zeros(arrays[0], self.bits, self.N, self.padded)
+        assert self.zero_point is not None
+        return true_zeros(arrays[0], self.bits, self.N, self.padded, self.zero_point.name)
 
     def decoded(self, codes: Array, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
         """Rows `start:stop` from offset-binary codes `[n, K]` and the arrays of `scale_inputs` and `zero_inputs`."""
@@ -110,14 +111,21 @@ class PackedWeight(ScaledInts):
         return self.decoded(codes, arrays[1:], start, stop)
 
 
-def true_zeros(stored: Array, bits: int, N: int, padded: bool) -> Array:
-    """uint8 `[G, N]` offset-binary zero points, from either generation of storage."""
-    if stored.dtype == np.int8:
-        signed = np.broadcast_to(stored.reshape(-1, stored.shape[-1]), (N, stored.shape[-1]))
-        return (signed.T.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
-    if stored.shape == (1,):
-        return np.full((1, N), stored[0] + (1 << (bits - 1)), np.uint8)
-    return unpack(np.ascontiguousarray(stored.T).view(np.uint32), bits, N, padded)
+def true_zeros(stored: Array, bits: int, N: int, padded: bool, name: str) -> Array:
+    """uint8 `[G, N]` offset-binary zero points, from either generation of storage.
+
+    Raises:
+        DamagedError: bytes that are no zero point of this width.
+    """
+    middle = 1 << (bits - 1)
+    if stored.dtype != np.int8 and stored.shape != (1,):
+        return unpack(np.ascontiguousarray(stored.T).view(np.uint32), bits, N, padded)
+    if stored.size and not (-middle <= int(stored.min()) and int(stored.max()) < middle):
+        raise DamagedError(
+            f"{name} holds {stored.min()} .. {stored.max()}, which are no {bits}-bit zero points"
+        )
+    signed = np.broadcast_to(stored.reshape(-1, stored.shape[-1]), (N, stored.shape[-1]))
+    return (signed.T.astype(np.int16) + middle).astype(np.uint8)
 
 
 class PackQuantized:
@@ -249,7 +257,7 @@ def measure_zeros(
     stored = checkpoint.peek(zero_point)
     if stored is None:
         return args.symmetric, "zero points as the config says"
-    zeros = true_zeros(stored, args.bits, N, padded)
+    zeros = true_zeros(stored, args.bits, N, padded, zero_point.name)
     if (zeros == 1 << (args.bits - 1)).all():
         return True, "symmetric, from the zero points"
     lie = ", although the config says symmetric" if args.symmetric else ""

@@ -125,6 +125,8 @@ class Gptq:
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
         config = gptq_config(checkpoint, name)
+        if f"{name}.w_bf16_to_fp8_scale" in checkpoint.tensors:
+            raise UnsupportedError("int4 inside fp8 (AutoRound's W4A-fp8, w_bf16_to_fp8_scale) has no XPU kernel")
         qweight = need(parts, "qweight", name, dtype="I32", dims=2)
         scales = need(parts, "scales", name, dims=2)
         if scales.dtype not in FLOATS:

@@ -97,6 +97,11 @@ def test_what_is_no_quantized_storage_is_refused_by_name(tmp_path, keys, reason)
     assert reason in refusal(tmp_path, Pico(config(**keys), {DOWN: gptq(ints())}))
 
 
+def test_int4_inside_fp8_is_refused_by_name(tmp_path):
+    tensors = gptq(ints()) | {"act_scales": np.ones(1, np.float16), "w_bf16_to_fp8_scale": np.ones(1, np.float16)}
+    assert "int4 inside fp8 (AutoRound's W4A-fp8" in refusal(tmp_path, Pico(config(), {DOWN: tensors}))
+
+
 def test_mlx_tensors_are_refused_by_name(tmp_path):
     tensors = {"weight": np.zeros((16, 8), np.uint32), "scales": np.ones((16, 2), np.float16),
                "biases": np.ones((16, 2), np.float16)}  # fmt: skip

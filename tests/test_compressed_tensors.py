@@ -265,6 +265,13 @@ def test_bytes_that_are_no_codes_are_damage(tmp_path):
         convert(source, tmp_path / "out")
 
 
+def test_bytes_that_are_no_zero_points_are_damage(tmp_path):
+    tensors = pack_quantized(ints(symmetric=False), zeros="int8")
+    tensors["weight_zero_point"][0, 0] = 8
+    message = refusal(tmp_path, Pico(ct_config(symmetric=False), {DOWN: tensors}), DamagedError)
+    assert "weight_zero_point holds" in message and "which are no 4-bit zero points" in message
+
+
 def test_a_bad_pattern_is_named(tmp_path):
     groups = {"group_0": {"targets": ["re:("], "weights": {"num_bits": 4}}}
     checkpoint = Pico(ct_config() | {"config_groups": groups}, {DOWN: pack_quantized(ints())})
