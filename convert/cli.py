@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xpuquant.convert import cli_verify
 from xpuquant.errors import EnvironmentFault, Interrupted, XpuquantError
 
 INTERNAL_ERROR = 70
@@ -120,6 +121,11 @@ def inspect(
 
     options = Options(on_unsupported=on_unsupported)
     Output(as_json).answer(inspection.inspect(open_source(source), options, tuple(tp or (2, 4, 8))))
+
+
+app.command()(cli_verify.verify)
+app.command()(cli_verify.diff)
+app.command()(cli_verify.doctor)
 
 
 def command_line() -> str:

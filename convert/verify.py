@@ -21,7 +21,9 @@ from xpuquant.convert.exactness import (
     matrices_by_role,
     read,
 )
+from xpuquant.convert.files import read_json
 from xpuquant.convert.integrity import Integrity, check_integrity
+from xpuquant.convert.journal import PROVENANCE
 from xpuquant.convert.numerics import Rows, Subject, check_kernels
 from xpuquant.convert.options import Options
 from xpuquant.convert.plan import Plan, make_plan
@@ -30,7 +32,7 @@ from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import findings
 from xpuquant.convert.source import Source
 from xpuquant.convert.verdict import REFERENCE, Checked, Finding, Health, Verdict
-from xpuquant.errors import DamagedError, UsageError, one_line
+from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
 from xpuquant.formats.decoded import Decoded
 from xpuquant.formats.dtypes import FLOATS, numpy_dtype
 from xpuquant.formats.layout import Stored
@@ -53,6 +55,16 @@ def select(names: Sequence[str]) -> list[Backend]:
         if name not in known:
             raise UsageError(one_line(f"--backend {name}: want one of {', '.join(known)}"))
     return [backend for name, backend in known.items() if not names or name in names or name == REFERENCE]
+
+
+def recorded(folder: Path) -> tuple[Options, str | None, str | None]:
+    """(options, source's name, its commit) of a conversion, as far as they can be read: before they are checked."""
+    try:
+        record = read_json(folder / PROVENANCE)
+        source = record["source"]
+        return Options(**record["options"]), source["name"], source["revision"]
+    except (XpuquantError, KeyError, TypeError):
+        return Options(), None, None
 
 
 def verify(

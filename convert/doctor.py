@@ -1,0 +1,139 @@
+"""`doctor`: what of the machinery runs on this machine, and what would make the rest of it run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from xpuquant.convert.output import Answer, Grid
+from xpuquant.errors import one_line
+from xpuquant.kernels import backends
+
+PACKAGES = (
+    "xpuquant", "numpy", "ml_dtypes", "safetensors", "huggingface_hub", "torch", "onednn", "vllm",
+    "vllm-xpu-kernels", "transformers", "compressed-tensors", "auto-round-lib", "intel-extension-for-pytorch", "ray",
+)  # fmt: skip
+
+_DRM = Path("/sys/class/drm")
+_INTEL = "0x8086"
+
+
+@dataclass(frozen=True)
+class BackendHealth:
+    """One kernel library. `problem`: None where it runs here; otherwise why not, and what would change that."""
+
+    name: str
+    problem: str | None
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found.
+
+    versions  package → version; None where it is not installed
+    devices   Intel GPUs, as torch or the kernel's driver name them
+    remarks   what else is worth knowing, with the fix
+    """
+
+    backends: Sequence[BackendHealth]
+    versions: Mapping[str, str | None]
+    devices: Sequence[str]
+    remarks: Sequence[str]
+    system: str
+
+
+def examine() -> Diagnosis:
+    """Look at everything. Imports torch where it is installed; runs no kernel."""
+    devices, remarks = _render_nodes(_DRM)
+    devices = _torch_devices() or devices
+    if not devices:
+        remarks.append("no Intel GPU here: converting and verifying need none, serving does")
+    elif not _torch_devices():
+        remarks.append(
+            "torch sees no Intel GPU: install its XPU build, "
+            "pip install torch --index-url https://download.pytorch.org/whl/xpu"
+        )
+    system = (
+        f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
+    )
+    return Diagnosis([_backend(name) for name in backends()], versions(), devices, remarks, system)
+
+
+def versions() -> dict[str, str | None]:
+    """package → version, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _backend(name: str) -> BackendHealth:
+    backend = backends()[name]
+    try:
+        problem = backend.unavailable()
+    except Exception as error:  # a broken installation must not hide the other backends
+        return BackendHealth(name, one_line(f"fails while it is loaded: {type(error).__name__}: {error}"))
+    device = getattr(backend, "device", None)
+    where = device() if problem is None and callable(device) else ""
+    return BackendHealth(name, None if problem is None else one_line(problem), str(where))
+
+
+def _torch_devices() -> list[str]:
+    """XPU devices that torch can use."""
+    try:
+        import torch
+
+        if not torch.xpu.is_available():
+            return []
+        return [f"xpu:{i} {torch.xpu.get_device_name(i)}" for i in range(torch.xpu.device_count())]
+    except Exception:  # not installed, or installed and broken: its own backend says so
+        return []
+
+
+def _render_nodes(drm: Path) -> tuple[list[str], list[str]]:
+    """(Intel GPUs that the kernel's driver knows, what hinders their use)."""
+    devices: list[str] = []
+    remarks: list[str] = []
+    for node in sorted(drm.glob("renderD*")):
+        try:
+            vendor = (node / "device" / "vendor").read_text().strip()
+        except OSError:
+            continue
+        if vendor != _INTEL:
+            continue
+        devices.append(f"Intel GPU at /dev/dri/{node.name}")
+        device = Path("/dev/dri") / node.name
+        if device.exists() and not os.access(device, os.R_OK | os.W_OK):
+            remarks.append(f"{device} may not be opened: sudo usermod -aG render $USER, then log in again")
+    return devices, remarks
+
+
+def answer(diagnosis: Diagnosis) -> Answer:
+    """For a reader and for a program."""
+    rows = [
+        (
+            one.name,
+            "yes" + f", on {one.device}" * bool(one.device) if one.problem is None else "no",
+            one.problem or "",
+        )
+        for one in diagnosis.backends
+    ]
+    packages = [(name, version or "not installed") for name, version in diagnosis.versions.items()]
+    devices = ", ".join(diagnosis.devices) or "none"
+    parts: list[str | Grid] = [
+        Grid("kernel backends", ("backend", "runs here", "why not, and the fix"), rows),
+        Grid("versions", ("package", "version"), packages),
+        f"Intel GPUs: {devices}",
+        *(f"note: {remark}" for remark in diagnosis.remarks),
+        f"{diagnosis.system}, {sys.executable}",
+    ]
+    return Answer(parts, asdict(diagnosis))

@@ -1,0 +1,48 @@
+"""The end of `verify` in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xpuquant.convert.output import Answer, Grid
+from xpuquant.convert.report import as_data, decibels
+from xpuquant.convert.report_md import checks
+from xpuquant.convert.verdict import Verdict
+
+_SHOWN = 20
+
+
+def answer(verdict: Verdict, report: Path | None) -> Answer:
+    """What a person reads, and verify.json for a program."""
+    parts: list[str | Grid] = []
+    for title, found in (("failures", verdict.failing), ("warnings", verdict.warnings)):
+        if found:
+            rows = [(finding.check, finding.where, finding.what) for finding in found[:_SHOWN]]
+            parts.append(Grid(title, ("check", "where", "what"), rows))
+        if len(found) > _SHOWN:
+            parts.append(f"and {len(found) - _SHOWN} more {title}; --json lists them all")
+    ran = [run for run in verdict.kernels if run.ran]
+    figures: list[tuple[str, str, str, str]] = []
+    for backend in dict.fromkeys(run.backend for run in verdict.kernels):
+        mine = [run for run in ran if run.backend == backend]
+        if mine:
+            worst = max(mine, key=lambda run: run.error or 0.0)
+            modules = len({run.module for run in mine})
+            figures.append(
+                (backend, f"{modules} of {len(verdict.schemes)}", decibels(worst), f"{worst.error:.1e}")
+            )
+    refusals = dict.fromkeys((run.backend, run.reason or "") for run in verdict.kernels if not run.ran)
+    not_run = [*verdict.unavailable.items(), *refusals]
+    if figures:
+        columns = ("kernels", "modules", "least exact", "rel. error")
+        parts.append(Grid("", columns, figures))
+    if not_run:
+        parts.append(Grid("", ("not run", "because"), not_run))
+    parts.append(Grid("", ("check", "result", "what was looked at"), checks(verdict)))
+    if verdict.unchecked:
+        parts.append(
+            f"{len(verdict.unchecked)} of {len(verdict.schemes)} modules were computed by no real kernel here"
+        )
+    if report is not None:
+        parts.append(f"reports in {report}: verify.json, verify.md, verify.html, verify.svg")
+    return Answer(parts, as_data(verdict))
