@@ -13,7 +13,7 @@ from xpuquant.errors import UsageError
 if TYPE_CHECKING:
     from xpuquant.convert.conversion import Reporter
     from xpuquant.convert.options import Options
-    from xpuquant.convert.output import Answer
+    from xpuquant.convert.output import Answer, Output
     from xpuquant.convert.publish import Pushed
     from xpuquant.convert.source import Source
 
@@ -86,6 +86,50 @@ def push_folder(out: Path, to: Destination, reporter: Reporter) -> Pushed:
     return publish.push(
         out, to.repo_id, private=to.private, branch=to.branch, pr=to.pr, report=reporter.advance
     )
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A conversion with `--stream`."""
+
+    source: Source
+    out: Path
+    options: Options
+    destination: Destination | None
+    jobs: int
+    verify: bool
+    force: bool
+
+
+def stream(work: Streaming, output: Output, command: str) -> Answer:
+    """Convert, and publish on the way, with little disk; says first how little."""
+    from xpuquant.convert import streaming, summary
+    from xpuquant.convert.hub_api import connect
+    from xpuquant.convert.hub_repo import MAIN, Target
+    from xpuquant.convert.hub_stream import StreamedSource
+    from xpuquant.convert.output import size
+    from xpuquant.convert.plan import make_plan
+
+    source, to = work.source, work.destination
+    if not isinstance(source, StreamedSource):
+        raise UsageError(
+            "--stream needs the Hub; HF_HUB_OFFLINE is set, and the cache holds the model: leave it away"
+        )
+    plan = make_plan(source.checkpoint, work.options)
+    output.note(f"needs at most {size(streaming.peak_disk(plan, source, to is not None))} of disk; "
+                f"the model is {size(source.nbytes)}, the output {size(plan.write_bytes)}")  # fmt: skip
+    target = None
+    if to is not None:
+        target = Target(connect(), to.repo_id)
+        target.create(to.private)
+        target.open(to.branch or MAIN, to.pr)
+    with output.progress() as progress:
+        result, pushed = streaming.convert_streaming(
+            source, work.out, work.options, jobs=work.jobs, verify=work.verify, force=work.force,
+            reporter=progress, command=command, target=target,
+        )  # fmt: skip
+    answer = summary.converted(result)
+    return answer if pushed is None else together(answer, pushed_answer(pushed))
 
 
 def pushed_answer(pushed: Pushed) -> Answer:

@@ -158,12 +158,17 @@ def check_staged(
     finally:
         repo.reader.close()
     source.check_unchanged()
+    raise_failures(verdict, folder)
+    return verdict
+
+
+def raise_failures(verdict: Verdict, folder: Path) -> None:
+    """Raises VerificationError where something failed; the reports in `folder` have all of it."""
     if not verdict.passed:
         write_reports(folder, verdict)
         first, *more = (f"{finding.where}: {finding.what}" for finding in verdict.failing)
         also = f" (and {len(more)} more in {folder / 'verify.json'})" if more else ""
         raise VerificationError(one_line(f"verification failed: {first}{also}; the output was not published"))
-    return verdict
 
 
 def output_config(plan: Plan, source: Source) -> dict[str, Any]:
@@ -185,6 +190,23 @@ def write_repo(
     command: str,
 ) -> None:
     """Put the repo together from the staging folder; config.json is written last."""
+    files, config = stage_repo(plan, source, journal, shards, verification, command)
+    try:
+        journal.publish([*(shard.name for shard in plan.shards), *files], config)
+    except OSError as error:
+        place = error.filename or journal.out
+        raise EnvironmentFault(f"{place}: cannot be written ({error.strerror})") from error
+
+
+def stage_repo(
+    plan: Plan,
+    source: Source,
+    journal: Journal,
+    shards: Mapping[str, Finished],
+    verification: Verdict | None,
+    command: str,
+) -> tuple[list[str], bytes]:
+    """Write everything but shards and config.json into the staging folder; returns the names, and config.json."""
     staging, out = journal.folder, journal.out
     try:
         for name in source.extra_files:
@@ -201,9 +223,9 @@ def write_repo(
             files += write_reports(staging, verification)
         write_card(staging, gather(plan, source, verification, command, out.resolve().name))
         files += [CARD, PROVENANCE]
-        journal.publish([*(shard.name for shard in plan.shards), *files], config)
     except OSError as error:
         raise EnvironmentFault(f"{error.filename or out}: cannot be written ({error.strerror})") from error
+    return files, config
 
 
 def keep_card(out: Path, folder: Path) -> None:

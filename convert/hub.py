@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xpuquant.convert.downloads import Downloads
 from xpuquant.convert.files import _OLD_CONFIGS as OLD_CONFIGS
 from xpuquant.convert.files import (
     FoundFiles,
@@ -170,21 +171,14 @@ class HubSource:
         """
         self._check_disk()
 
-        def download(shard: str) -> Path:
-            path = self.remote.download(shard)
+        downloads = Downloads(self.remote.download, _DOWNLOADS_AT_ONCE)
+        running = {shard: downloads.start(shard) for shard in self.found.shards}
+        for shard, future in running.items():
+            folder = future.result().parent
             progress(self.remote.sizes[shard])
-            return path
-
-        pool = ThreadPoolExecutor(_DOWNLOADS_AT_ONCE, "download")
-        try:
-            paths = list(pool.map(download, self.found.shards))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        pool.shutdown()
         for name in self.found.extra:
             self.remote.download(name)
-        return CachedSource(paths[0].parent, self.name, self.remote.commit, self.left_files)
+        return CachedSource(folder, self.name, self.remote.commit, self.left_files)
 
     def _find(self) -> FoundFiles:
         """The same decisions as for a folder, on names alone and a few small files."""
@@ -241,7 +235,9 @@ class CachedSource(LocalSource):
         return f"{self.name}@{self.revision}"
 
 
-def open_hub(repo_id: str, revision: str | None = None, token: str | None = None) -> HubSource | CachedSource:
+def open_hub(
+    repo_id: str, revision: str | None = None, token: str | None = None, stream: bool = False
+) -> HubSource | CachedSource:
     """Open a repository; offline (`HF_HUB_OFFLINE`), from the cache.
 
     Raises:
@@ -254,4 +250,8 @@ def open_hub(repo_id: str, revision: str | None = None, token: str | None = None
             retried(lambda: api.snapshot_download(repo_id, revision=revision, local_files_only=True), repo_id)
         )
         return CachedSource(folder, repo_id, folder.name)
+    if stream:
+        from xpuquant.convert.hub_stream import StreamedSource
+
+        return StreamedSource(Remote(api, repo_id, revision))
     return HubSource(Remote(api, repo_id, revision))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xpuquant.convert.hub_api import retried, status_of
+from xpuquant.convert.journal import Finished
 from xpuquant.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAIN = "main"
+CONFIG = "config.json"
 PULL_REQUEST_TITLE = "Converted for Intel GPUs with xpuquant"
 
 
@@ -111,6 +113,45 @@ class Target:
     def upload(self, operation: Any) -> None:
         """Bring a large file to the Hub; no commit names it yet. Raises what the client raises."""
         self.api.preupload_lfs_files(self.repo_id, [operation], revision=self.revision, free_memory=False)
+
+    def open_staging(self, branch: str, shards: Mapping[str, int]) -> dict[str, Finished]:
+        """Open the branch that finished shards of a streamed conversion go to.
+
+        Args:
+            shards: name → bytes of the shards that belong there.
+
+        Returns:
+            Those that are there already.
+        """
+        self.make_branch(branch)
+        self.staging = branch
+        there = self.files(self.head(branch))
+        if CONFIG in there:
+            return {}  # just made from main: what it holds is the older model's
+        return {
+            name: Finished(there[name].sha256 or "", nbytes)
+            for name, nbytes in shards.items()
+            if name in there and there[name].nbytes == nbytes
+        }
+
+    def stage(self, path: Path, shard: Finished) -> None:
+        """Commit one shard to the staging branch. The first commit there removes what came with the branch, so that
+        nobody can load a mixture from it."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        def commit() -> None:
+            there = self.files(self.head(self.staging))
+            if CONFIG not in there and path.name in there and there[path.name].sha256 == shard.sha256:
+                return  # committed by an attempt whose answer was lost
+            operations: list[Any] = [CommitOperationAdd(path.name, path)]
+            if CONFIG in there:
+                others = there.keys() - {path.name, ".gitattributes"}
+                operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(others)]
+            self.api.create_commit(
+                self.repo_id, operations, revision=self.staging, commit_message=f"Stage {path.name}"
+            )
+
+        self._retried(commit)
 
     def finish(self) -> None:
         """After the last commit: a draft pull request asks for review, the staging branch goes."""

@@ -23,7 +23,9 @@ from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array, whol
 from xpuquant.formats.safetensors import Tensor
 
 if TYPE_CHECKING:
+    from xpuquant.convert.conversion import Reporter
     from xpuquant.convert.hub import HubSource
+    from xpuquant.convert.options import Options
 
 
 class Source(Protocol):
@@ -177,8 +179,29 @@ def check_index(tensors: Mapping[str, Tensor], index: Mapping[str, str] | None) 
             raise DamagedError(one_line(f"{shard}: the index lists '{name}', the file does not hold it"))
 
 
-def open_source(name: str, revision: str | None = None) -> LocalSource | HubSource:
+def downloaded(source: Source, options: Options, reporter: Reporter) -> Source:
+    """A source whose weights are here: a repository on the Hub is downloaded into the client's cache, after its headers
+    have shown that it will convert.
+
+    Raises:
+        UnsupportedError, UsageError: as planning. EnvironmentFault: network, disk.
+    """
+    fetch = getattr(source, "fetch", None)
+    if fetch is None:
+        return source
+    from xpuquant.convert.plan import make_plan
+
+    make_plan(source.checkpoint, options)
+    reporter.phase("download", source.nbytes)
+    fetched: Source = fetch(reporter.advance)
+    return fetched
+
+
+def open_source(name: str, revision: str | None = None, stream: bool = False) -> LocalSource | HubSource:
     """Open a folder, or a repository on the Hub at a revision (a branch, a tag, a commit).
+
+    Args:
+        stream: a repository is to be read without downloading all of it; see `hub_stream.py`.
 
     Raises:
         UsageError: neither a folder nor a model on the Hub; a revision of a folder.
@@ -188,6 +211,8 @@ def open_source(name: str, revision: str | None = None) -> LocalSource | HubSour
     if folder.is_dir():
         if revision is not None:
             raise UsageError(f"{name} is a folder; --revision is for repositories on the Hub")
+        if stream:
+            raise UsageError(f"{name} is a folder; --stream is for repositories on the Hub")
         return LocalSource(folder)
     if folder.exists():
         raise UsageError(f"{name} is a file; give the folder it lies in")
@@ -195,4 +220,4 @@ def open_source(name: str, revision: str | None = None) -> LocalSource | HubSour
 
     if not is_repo_id(name):
         raise UsageError(one_line(f"{name}: no such folder, and no repo id like owner/name"))
-    return open_hub(name, revision)
+    return open_hub(name, revision, stream=stream)

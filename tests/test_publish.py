@@ -119,7 +119,7 @@ FAULTS = [
     ("POST", "/-/complete/", 2, "lfs"),
     ("POST", r"/objects/verify", 2, "lfs"),
 ]
-HOW = [{"status": 500}, {"status": 503}, {"status": 429}, {"drop": "before"}, {"drop": "after"}]
+HOW = [{"status": 503}, {"status": 429}, {"drop": "before"}, {"drop": "after"}]
 
 
 @pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(map(str, how.values())))
@@ -138,16 +138,15 @@ def test_faults_are_retried(
     assert len(hub.commits(REPO)) == 2, "a commit whose answer was lost is not made twice"
 
 
-@pytest.mark.parametrize("how", [{"status": 503}, {"drop": "before"}], ids=["503", "drop"])
 @pytest.mark.parametrize("step", range(12))
 def test_stopped_anywhere_never_half_new_and_finished_by_the_same_command(
-    hub: Hub, client: str, folder: MakeFolder, step: int, how: dict[str, object]
+    hub: Hub, client: str, folder: MakeFolder, step: int
 ) -> None:
     """The server goes away for good at the n-th request of a push over an older model."""
     old = folder("old", shards=3)
     push(old, REPO)
     out = folder("new", shards=2)
-    hub.arm({"method": "", "path": "^/(api|me|-)", "skip": step, "times": 9999, **how})
+    hub.arm({"method": "", "path": "^/(api|me|-)", "skip": step, "times": 9999, "drop": "before"})
     with suppress(EnvironmentFault):
         push(out, REPO)
     hub.arm()
@@ -289,7 +288,7 @@ def test_branch_and_pr_exclude_each_other(client: str, folder: MakeFolder) -> No
         (REPO, False, "not logged in.*hf auth login"),
         (REPO, "hf_wrong", "does not know this token"),
         ("other/model", None, "refuses.*hf auth login"),
-        ("a/b/c", None, "not.*repo id"),
+        ("a/b/c", None, "nor a repo id like owner/name"),
     ],
 )
 def test_refusals_of_the_hub_are_one_line_with_the_fix(

@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         self.received = 0
-        fault = None if parts.path.startswith("/-/") else self.server.faults.take(self.command, parts.path)
+        fault = None if parts.path == "/-/faults" else self.server.faults.take(self.command, parts.path)
         response = None
         if fault is None or fault.drop in ("after", "middle"):
             response = self._respond(parts.path)
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
             self.body()
             response = answer({"error": "injected fault"}, fault.status)
         sent = self._send(response, fault)
-        if not parts.path.startswith("/-/requests"):
+        if parts.path != "/-/faults":
             said = "" if fault is None else fault.drop or str(fault.status)
             status = 0 if response is None else response.status
             request = Request(

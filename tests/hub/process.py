@@ -61,8 +61,7 @@ class Hub:
         return left
 
     def requests(self) -> list[Request]:
-        log = read_log(self.root / "requests.jsonl")
-        return [request for request in log if "/-/faults" not in request.path]
+        return read_log(self.root / "requests.jsonl")
 
     def forget_requests(self) -> None:
         (self.root / "requests.jsonl").unlink(missing_ok=True)
