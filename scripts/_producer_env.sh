@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by make-smollm2, make-fixtures and make-oracles: one virtual environment per producer,
 # because their pins on torch and transformers contradict each other.
 #
@@ -35,7 +36,7 @@ producer_python() {
         echo "making $env: $wanted" >&2
         "${PYTHON:-python3.11}" -m venv "$env"
         # torch first: what comes after must accept it, not replace it.
-        "$env/bin/pip" install -qq --disable-pip-version-check setuptools wheel ${wanted%% *} >&2 || return 1
+        "$env/bin/pip" install -qq --disable-pip-version-check setuptools wheel "${wanted%% *}" >&2 || return 1
         # shellcheck disable=SC2086
         "$env/bin/pip" install -qq --disable-pip-version-check ${wanted%% -- *} >&2 || return 1
         if [[ $wanted == *" -- "* ]]; then
