@@ -19,7 +19,7 @@ from sys import intern
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.architecture import has_bias, in_features
+from xpuquant.formats.architecture import has_bias, in_features, is_embedding
 from xpuquant.formats.checkpoint import Checkpoint, Slice, columns, whole
 from xpuquant.formats.decoded import Decoded, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS
@@ -125,8 +125,15 @@ class Gptq:
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
         config = gptq_config(checkpoint, name)
+        if is_embedding(name):
+            # in_features is the vocabulary (gptqmodel/utils/model.py, create_quant_layer).
+            raise UnsupportedError(
+                "an embedding, which GPTQModel quantizes transposed: no XPU kernel looks it up"
+            )
         if f"{name}.w_bf16_to_fp8_scale" in checkpoint.tensors:
-            raise UnsupportedError("int4 inside fp8 (AutoRound's W4A-fp8, w_bf16_to_fp8_scale) has no XPU kernel")
+            raise UnsupportedError(
+                "int4 inside fp8 (AutoRound's W4A-fp8, w_bf16_to_fp8_scale) has no XPU kernel"
+            )
         qweight = need(parts, "qweight", name, dtype="I32", dims=2)
         scales = need(parts, "scales", name, dims=2)
         if scales.dtype not in FLOATS:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pico import DOWN, Pico, convert, gptq, gptq_checkpoint, gptq_config, gptq_converted, ints, refusal
+from pico import (
+    DOWN,
+    Pico,
+    convert,
+    ct_config,
+    gptq,
+    gptq_checkpoint,
+    gptq_config,
+    gptq_converted,
+    ints,
+    pack_quantized,
+    refusal,
+)
 
 # Modules that are not like the others.
 
@@ -17,12 +29,17 @@ def test_quantized_lm_head_converts_and_a_claimed_one_passes(tmp_path):
 
 
 def test_quantized_embeddings_are_refused_or_dequantized(tmp_path):
-    name = "model.embed_tokens"
-    checkpoint = gptq_checkpoint(ints(), name=name)
+    name, weight = "model.embed_tokens", ints()
+    checkpoint = Pico(ct_config(), {name: pack_quantized(weight, zeros="none")})
     message = refusal(tmp_path, checkpoint)
     assert f"an embedding is looked up, not multiplied: no XPU kernel reads quantized rows: {name}" in message
     out = convert(checkpoint.write(tmp_path / "b"), tmp_path / "out", on_unsupported="dequantize")
-    assert out.array(f"{name}.weight").shape == (16, 64)
+    assert np.allclose(out.array(f"{name}.weight").astype(np.float64), weight.values, rtol=2**-8)
+
+
+def test_gptqmodels_transposed_embeddings_are_refused(tmp_path):
+    message = refusal(tmp_path, gptq_checkpoint(ints(), name="model.embed_tokens"))
+    assert "an embedding, which GPTQModel quantizes transposed" in message
 
 
 def test_8_bits_are_refused_or_dequantized(tmp_path):
