@@ -24,6 +24,7 @@ NIBBLE_ONES = np.uint32(0x11111111)
 # 64 x 256 half of that, one plain `dst[...] = src.T` a third.
 _TILE_ROWS = 16
 _TILE_COLUMNS = 1024
+# Measured, uint32 [4096, 512] on one core: 2.5 GB/s; 16 x 64 a fifth of that.
 _BLOCK_ROWS = 16
 _BLOCK_COLUMNS = 512
 
