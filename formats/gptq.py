@@ -205,7 +205,7 @@ def _in_features(
         return g_idx.shape[0], ""
     packed = qweight.shape[0] * 32 // bits
     size = config.group_size
-    real = in_features(checkpoint, name)
+    real = in_features(checkpoint, name) if config.writer == "auto-round" else None
     if real is not None and size > 0 and packed - size < real < packed and packed % size == 0:
         return real, f"K={real} of {packed} packed columns, from the architecture: the rest is padding"
     return packed, ""

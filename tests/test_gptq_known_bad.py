@@ -31,13 +31,22 @@ def test_padding_inside_qweight_is_cut_off(tmp_path, bits, name):
     plain = {"model.layers.0.mlp.up_proj.weight": np.zeros((160, 8), np.float16)}
     config = {"hidden_size": 160, "num_attention_heads": 5, "head_dim": 32, "kv_lora_rank": 160}
     out = gptq_converted(
-        tmp_path, weight, padded_k(weight, 64), name, plain=plain, config=config, group_size=64
+        tmp_path,
+        weight,
+        padded_k(weight, 64),
+        name,
+        plain=plain,
+        config=config,
+        group_size=64,
+        provider="auto-round",
     )
     assert "K=160 of 192 packed columns, from the architecture" in out.facts(name)
 
 
 def test_without_knowing_better_all_packed_columns_are_real(tmp_path):
-    gptq_converted(tmp_path, ints(K=192, group=64), group_size=64, config={"hidden_size": 100})
+    gptq_converted(
+        tmp_path, ints(K=192, group=64), group_size=64, config={"hidden_size": 100}, provider="auto-round"
+    )
 
 
 def test_qzeros_wider_than_n(tmp_path):
