@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from xpuquant.errors import DamagedError, UnsupportedError, one_line
 from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
+from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.joined import join
 from xpuquant.formats.layout import ExpertStack, Linear, Module
 from xpuquant.formats.weight import Weight
@@ -104,12 +105,24 @@ def _stack(checkpoint: Checkpoint, name: str, members: Mapping[tuple[str, int], 
         shapes = {(weight.N, weight.K) for weight in weights[role]}
         if len(shapes) > 1:
             raise DamagedError(f"{name}: {role} matrices of different shapes {sorted(shapes)}")
+    _check_shapes(name, {role: members[0] for role, members in weights.items()})
     biases = {role: slices for role in weights if (slices := _biases(checkpoint, weights[role]))}
     if biases and set(biases) != set(weights):
         raise DamagedError(f"{name}: only {', '.join(sorted(biases))} matrices have biases")
     if is_interleaved(checkpoint) and "gate" in weights:
         weights = _in_order(checkpoint, name, weights)
     return ExpertStack(name, weights, biases, is_interleaved(checkpoint))
+
+
+def _check_shapes(name: str, first: Mapping[str, Weight]) -> None:
+    """Raises DamagedError where gate and up do not feed down."""
+    down = first["down"]
+    for role, factor in (("gate", 1), ("up", 1), ("gate_up", 2)):
+        weight = first.get(role)
+        if weight is not None and (factor * down.K, down.N) != (weight.N, weight.K):
+            raise DamagedError(
+                f"{name}: {role} is {[weight.N, weight.K]} and down {[down.N, down.K]}; they do not belong together"
+            )
 
 
 def _in_order(
@@ -143,6 +156,10 @@ def _biases(checkpoint: Checkpoint, weights: Sequence[Weight]) -> tuple[Slice, .
     slices = tuple(bias for bias in present if bias is not None)
     if slices and len(slices) != len(weights):
         raise DamagedError(f"{weights[present.index(None)].name}.bias is missing; other experts have one")
+    dtypes = {bias.tensor.dtype for bias in slices}
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        raise DamagedError(f"{slices[0].tensor.name} and its siblings are {', '.join(sorted(dtypes))}; want one of "
+                           f"{', '.join(FLOATS)}")  # fmt: skip
     for weight, bias in zip(weights, slices, strict=False):
         if bias.shape[-1] != weight.N:
             raise DamagedError(f"{bias.tensor.name} has shape {list(bias.shape)}, want [{weight.N}]")

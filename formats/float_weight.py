@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Slice, columns, rows
 from xpuquant.formats.decoded import Decoded
 from xpuquant.formats.dtypes import nbytes, numpy_dtype
@@ -32,8 +31,6 @@ MX_GROUP = 32
 
 FP8_BLOCK = 128
 """Columns per block of the XPU fp8 kernels; rows, where N allows."""
-
-_NAN_EXPONENT = 255
 
 
 def view(tensor: Tensor, dtype: str, shape: tuple[int, ...], index: int = 0) -> Tensor:
@@ -54,7 +51,7 @@ class FloatWeight(Weight):
     codes        `[N, K]`, e2m1 `[N, K/2]`
     scale        `[ceil(N / rows), ceil(K / columns)]`; E8M0 where the scales are exponents
     transposed   `codes` and `scale` are stored the other way round, `[K, N]`
-    exponent_shift  to add to every stored exponent (compressed-tensors 0.13 wrote them 2 too small)
+    exponent_shift  to add to every stored exponent, modulo 256 (compressed-tensors 0.13 wrote them 2 too small)
     input_scale  the static scale of the activations, where the checkpoint has one
     scale_value  a per-tensor scale's value, where it was asked for and could be read
     """
@@ -102,21 +99,12 @@ class FloatWeight(Weight):
         return (columns if self.transposed else rows)(self.scale, first, last)
 
     def grid(self, stored: Array) -> Array:
-        """`[rows of scales, columns of scales]` from the array of `scale_rows`, in the source's dtype.
-
-        Raises:
-            DamagedError: an exponent that the shift takes out of range.
-        """
+        """`[rows of scales, columns of scales]` from the array of `scale_rows`, in the source's dtype."""
         grid = stored.T if self.transposed else stored
         if not self.exponent_shift:
             return grid
-        exponents = grid.view(np.uint8)
-        if ((exponents != _NAN_EXPONENT) & (exponents >= _NAN_EXPONENT - self.exponent_shift)).any():
-            raise DamagedError(
-                f"{self.scale.name} has exponents that {self.exponent_shift} more would take out of range"
-            )
-        shifted = np.where(exponents == _NAN_EXPONENT, exponents, exponents + np.uint8(self.exponent_shift))
-        return shifted.view(grid.dtype)
+        # Bytes wrap, as they did when they were written: the exponent of an all-zero group is 0, stored as 254.
+        return (grid.view(np.uint8) + np.uint8(self.exponent_shift)).view(grid.dtype)
 
     def spread(self, grid: Array, row_step: int, column_step: int) -> Array:
         """`[N / row_step, K / column_step]`: the grid of the whole weight, repeated to finer blocks."""

@@ -105,7 +105,7 @@ def part_rows(stored: Stored, matrix: Matrix, start: int, stop: int) -> tuple[st
     def read(suffix: str) -> Array:
         flat = _flatten(stored.tensors[suffix])
         rows = stored.load(Slice(flat, first + low, first + high))
-        return rows[::step]
+        return np.ascontiguousarray(rows[::step])
 
     return part, read
 

@@ -20,6 +20,8 @@ from xpuquant.convert.plan import Plan, make_plan
 from xpuquant.convert.repo import Repo, open_repo
 from xpuquant.convert.source import open_source
 from xpuquant.formats.checkpoint import whole
+from xpuquant.formats.joined import parts
+from xpuquant.formats.layout import Matrix
 
 NAMES = sorted(all_checkpoints())
 
@@ -81,18 +83,20 @@ def agrees_with_oracle(name: str, plan: Plan, repo: Repo) -> None:
         layout = repo.layout(stored)
         matrices = {(m.role, m.expert): m for m in layout.matrices(stored)}
         for role, expert, weight in planned.weights:
-            if weight.name not in wanted:
-                continue
-            matrix = matrices.get((role, expert))
-            if matrix is None:
-                continue
-            decoded = layout.decode(stored, matrix, 0, matrix.N)
-            entry = wanted.pop(weight.name)
-            assert [matrix.N, matrix.K] == entry["shape"]
-            if "ints_sha256" in entry:
-                assert sha256(decoded.codes.astype("<i2")) == entry["ints_sha256"], weight.name
-            # One rounding of the exact product, and no minus zero, as the digests are defined.
-            assert sha256(decoded.values().astype("<f4") + np.float32(0)) == entry["values_sha256"], weight.name
+            matrix = matrices.get((role, expert)) or Matrix(role, weight.N, weight.K, expert)
+            bottom = 0
+            for part in parts(weight):
+                top, bottom = bottom, bottom + part.N
+                if part.name not in wanted:
+                    continue
+                decoded = layout.decode(stored, matrix, top, bottom)
+                entry = wanted.pop(part.name)
+                assert entry["shape"] == [part.N, part.K]
+                if "ints_sha256" in entry:
+                    assert sha256(decoded.codes.astype("<i2")) == entry["ints_sha256"], part.name
+                # One rounding of the exact product, and no minus zero, as the digests are defined.
+                values = decoded.values().astype("<f4") + np.float32(0)
+                assert sha256(values) == entry["values_sha256"], part.name
         wanted.pop(planned.conversion.name, None)
     leftover = [module for module in wanted if not module.endswith(("gate_up_proj", "experts.down_proj"))]
     assert not leftover, "modules the producer's library decodes and the conversion does not"

@@ -363,11 +363,16 @@ def test_channel_experts_are_refused(tmp_path, layout):
     weights = expert_weights(channel, H=128, I=128)
     modules = {EXPERTS: fused(weights)} if layout == "fused" else expert_modules(weights, fp8_tensors)
     message = refusal(tmp_path, Pico({"quant_method": "fp8"}, modules))
-    assert f"per-channel fp8 experts have no XPU kernel (one scale per expert, or 128x128 blocks): {EXPERTS}" in message
+    assert (
+        f"per-channel fp8 experts have no XPU kernel (one scale per expert, or 128x128 blocks): {EXPERTS}"
+        in message
+    )
 
 
 def test_different_scales_of_gate_and_up_are_refused_where_blocks_do_not_fit(tmp_path):
-    modules = expert_modules(expert_weights(tensor, H=128, I=96), lambda weight: fp8_tensors(weight, shape=(1,)))
+    modules = expert_modules(
+        expert_weights(tensor, H=128, I=96), lambda weight: fp8_tensors(weight, shape=(1,))
+    )
     message = refusal(tmp_path, Pico({"quant_method": "fp8"}, modules))
     assert "different per-tensor scales of gate and up need N and K to be multiples of 128" in message
 
@@ -432,7 +437,9 @@ def test_damage_is_named(tmp_path, parts, message):
 )  # fmt: skip
 def test_damage_of_fused_experts_is_named(tmp_path, change, message):
     parts = fused(expert_weights(block, H=256, I=128)) | change
-    pico = Pico(deepseek_config(), {EXPERTS: {name: array for name, array in parts.items() if array is not None}})
+    pico = Pico(
+        deepseek_config(), {EXPERTS: {name: array for name, array in parts.items() if array is not None}}
+    )
     assert message in refusal(tmp_path, pico, DamagedError)
 
 

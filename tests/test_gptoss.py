@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import Ints, Pico, convert, ct_config, ints, pack_quantized, refusal
 
+from xpuquant.convert.source import open_source
 from xpuquant.errors import DamagedError
 
 GPT_OSS = {"model_type": "gpt_oss"}
@@ -68,7 +69,9 @@ def check(out, weights, bias=True):
         np.testing.assert_array_equal(out.values(EXPERTS, "up", e), whole[1::2])
         np.testing.assert_array_equal(out.values(EXPERTS, "down", e), weights[e, "down"].values)
         if bias:
-            np.testing.assert_array_equal(out.array(f"{EXPERTS}.gate_up_proj_bias")[e], biases("gate_up", 2 * I)[e])
+            np.testing.assert_array_equal(
+                out.array(f"{EXPERTS}.gate_up_proj_bias")[e], biases("gate_up", 2 * I)[e]
+            )
             np.testing.assert_array_equal(out.array(f"{EXPERTS}.down_proj_bias")[e], biases("down", H)[e])
     scheme = out.repo.modules[EXPERTS].scheme
     assert scheme.interleaved and scheme.bias == bias
@@ -108,7 +111,11 @@ def split(weights, halves, pack=mx_tensors, bias=True):
     """Experts one by one, as llm-compressor stores them: even and odd rows, or first and second half."""
     modules = {}
     for e in range(E):
-        taken = {"gate": (0, I, 1), "up": (I, 2 * I, 1)} if halves else {"gate": (0, 2 * I, 2), "up": (1, 2 * I, 2)}
+        taken = (
+            {"gate": (0, I, 1), "up": (I, 2 * I, 1)}
+            if halves
+            else {"gate": (0, 2 * I, 2), "up": (1, 2 * I, 2)}
+        )
         for role, rows in taken.items():
             modules[f"{EXPERTS}.{e}.{role}_proj"] = pack(weights[e, "gate_up"].rows_of(*rows))
             if bias:
@@ -156,7 +163,9 @@ def test_other_models_have_nothing_to_alternate(tmp_path):
 
 def int_rows(weight: Ints, start: int, stop: int, step: int) -> Ints:
     taken = slice(start, stop, step)
-    return Ints(weight.bits, weight.codes[taken], weight.zeros[:, taken], weight.scales[:, taken], weight.groups)
+    return Ints(
+        weight.bits, weight.codes[taken], weight.zeros[:, taken], weight.scales[:, taken], weight.groups
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -166,7 +175,11 @@ def test_split_int_experts_alternate_again(tmp_path, version, halves, bits):
     for e in range(E):
         whole = ints(bits, N=2 * I, K=H, seed=e, symmetric=bits == 4)
         wholes.append(whole)
-        rows = {"gate": (0, I, 1), "up": (I, 2 * I, 1)} if halves else {"gate": (0, 2 * I, 2), "up": (1, 2 * I, 2)}
+        rows = (
+            {"gate": (0, I, 1), "up": (I, 2 * I, 1)}
+            if halves
+            else {"gate": (0, 2 * I, 2), "up": (1, 2 * I, 2)}
+        )
         for role, taken in rows.items():
             packed = pack_quantized(int_rows(whole, *taken), zeros="none" if bits == 4 else "packed")
             modules[f"{EXPERTS}.{e}.{role}_proj"] = packed
@@ -230,8 +243,6 @@ def test_damage_is_named(tmp_path, change, message):
 @pytest.mark.parametrize("name", [name for name in all_checkpoints() if "gptoss" in name and "mxfp4" in name])
 def test_transformers_decodes_published_blocks_to_the_same_values(tmp_path, name):
     """Digests of transformers' own `convert_moe_packed_tensors`, all experts of a layer at once, rows as stored."""
-    from xpuquant.convert.source import open_source
-
     out = convert(open_source(str(all_checkpoints()[name])), tmp_path / "out")
     wanted = json.loads((FIXTURES / "oracles.json").read_text())[name]
     for module, entry in wanted.items():
@@ -245,3 +256,14 @@ def test_transformers_decodes_published_blocks_to_the_same_values(tmp_path, name
         ]).astype("<f4") + np.float32(0)  # fmt: skip
         assert list(values.shape) == entry["shape"]
         assert hashlib.sha256(values.tobytes()).hexdigest() == entry["values_sha256"]
+
+
+def test_llm_compressors_that_halve_and_that_split_give_the_same_repo(tmp_path):
+    """The same model, quantized by llm-compressor 0.12 and 0.14."""
+    outs = [
+        convert(open_source(str(FIXTURES / name)), tmp_path / name)
+        for name in ("llmcompressor-0.12-gptoss-w4a16", "llmcompressor-gptoss-w4a16")
+    ]
+    assert all(said in out.facts(EXPERTS) for said, out in zip(("halves", "even rows"), outs, strict=True))
+    for name in outs[0].repo.tensors:
+        assert outs[0].array(name).tobytes() == outs[1].array(name).tobytes(), name
