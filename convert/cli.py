@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -138,6 +139,9 @@ def command_line() -> str:
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Errors become one line on standard error."""
     signal.signal(signal.SIGTERM, _terminate)
+    if not sys.warnoptions:
+        # numpy's remarks on a stranger's scales (overflow, NaN): they are data here, and compared bit by bit.
+        warnings.simplefilter("ignore")
     try:
         code: Any = app(args=list(arguments), standalone_mode=False)
     except Exception as error:

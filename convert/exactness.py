@@ -235,7 +235,7 @@ def _check_biases(planned: PlannedModule, source: Source, stored: Stored) -> str
     }  # fmt: skip
     for role, slices in stack.biases.items():
         for expert, part in enumerate(slices):
-            if not np.array_equal(read(source, part).reshape(-1), rows[role][expert]):
+            if not np.array_equal(read(source, part).reshape(-1), rows[role][expert], equal_nan=True):
                 return f"{part.tensor.name} differs (bias of {role}, expert {expert})"
     return None
 

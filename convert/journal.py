@@ -187,7 +187,7 @@ class Journal:
 def _parse(text: bytes, first: bool) -> dict[str, Any] | None:
     try:
         line = json.loads(text) if text.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     types = {"plan": str} if first else {"shard": str, "sha256": str, "nbytes": int}
     if not isinstance(line, dict) or any(type(line.get(key)) is not kind for key, kind in types.items()):

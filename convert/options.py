@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from xpuquant.errors import UsageError
+from xpuquant.errors import UsageError, one_line
 from xpuquant.formats.dtypes import FLOATS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -25,6 +25,7 @@ _UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
+_LARGEST = 2.0**62
 _DTYPES = {
     "float16": "F16",
     "fp16": "F16",
@@ -72,9 +73,10 @@ def parse_size(text: str) -> int:
     """Bytes of `5GB` (10^9), `512MiB` (2^20), `1000`."""
     match = _SIZE.fullmatch(text.strip())
     unit = match[2].lower().removesuffix("b") if match else "?"
-    if match is None or unit not in _UNITS:
-        raise UsageError(f"'{text}' is not a size; write 5GB or 512MiB")
-    return int(float(match[1]) * _UNITS[unit])
+    size = float(match[1]) * _UNITS[unit] if match is not None and unit in _UNITS else float("inf")
+    if size > _LARGEST:
+        raise UsageError(one_line(f"'{text}' is not a size; write 5GB or 512MiB"))
+    return int(size)
 
 
 def parse_dtype(text: str | None) -> str | None:

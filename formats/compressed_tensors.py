@@ -194,11 +194,13 @@ class PackQuantized:
 def _in_features(checkpoint: Checkpoint, name: str, parts: Parts, N: int) -> int | None:
     """K from `weight_shape`, or None where it is absent or cannot be read from headers."""
     tensor = parts.get("weight_shape")
+    if tensor is not None and (tensor.shape != (2,) or tensor.dtype not in ("I64", "I32")):
+        raise DamagedError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, want I64 [2]")
     shape = None if tensor is None else checkpoint.peek(tensor)
     if shape is None:
         return None
     values = [int(value) for value in shape.reshape(-1)]
-    if len(values) != 2 or values[0] != N or values[1] <= 0:
+    if values[0] != N or values[1] <= 0:
         raise DamagedError(f"{name}.weight_shape says {values}, weight_packed has {N} rows")
     return values[1]
 

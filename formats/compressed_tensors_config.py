@@ -119,15 +119,17 @@ def _rank(target: str, module: str) -> int | None:
 def _args(args: Mapping[str, Any], fmt: Any) -> WeightArgs:
     size = args.get("group_size")
     block = args.get("block_structure") or args.get("weight_block_size")
-    if isinstance(block, str) and "x" in block:
-        block = [int(side) for side in block.split("x") if side.isdecimal()]
+    if isinstance(block, str):
+        block = [int(side) for side in re.findall(r"[0-9]{1,9}", block)]
+    if block is not None and not (isinstance(block, list) and all(type(side) is int for side in block)):
+        raise UsageError(f"config: the block size is {shown(block)}, want two numbers")
     return WeightArgs(
         bits=_number(args, "num_bits", _number(args, "bits", 8)),
         type=str(args.get("type") or args.get("data_type") or "int"),
         strategy=str(args["strategy"]) if args.get("strategy") else None,
         group_size=size if isinstance(size, int) and size > 0 else None,
         symmetric=bool(args.get("symmetric", args.get("sym", True))),
-        block=(int(block[0]), int(block[1])) if isinstance(block, list | tuple) and len(block) == 2 else None,
+        block=(block[0], block[1]) if block and len(block) == 2 and min(block) > 0 else None,
         format=str(fmt) if fmt else None,
     )
 

@@ -235,7 +235,8 @@ def _groups(
     if np.array_equal(groups, np.arange(K) // size):
         said = ", although desc_act is true" if config.desc_act and G > 1 else ""
         return size, None, f"g_idx is trivial: dropped{said}"
-    if np.array_equal(groups, np.arange(K) // (first := int(np.count_nonzero(groups == 0)) or 1)):
+    first = int(np.count_nonzero(groups == 0)) or 1
+    if -(-K // first) == G and np.array_equal(groups, np.arange(K) // first):
         return (
             first,
             None,

@@ -87,7 +87,9 @@ class Int4Experts:
         stack = _stack(module)
         size = _group_size(stack)
         assert size is not None, "convert follows refuses"
-        dtype = scale_dtype or _weights(stack, "down")[0].scale_dtype
+        dtypes = {weight.scale_dtype for role in stack.weights for weight in _weights(stack, role)}
+        # Experts of one tensor have one dtype; float32 holds both others exactly.
+        dtype = scale_dtype or (dtypes.pop() if len(dtypes) == 1 else "F32")
         tensors: list[OutTensor] = []
         for out, roles in (("gate_up_proj", upper_roles(stack)), ("down_proj", ("down",))):
             members = [_weights(stack, role) for role in roles]

@@ -46,6 +46,8 @@ class Mxfp4:
         check_supported(checkpoint)
         stored, scale = codes_of(parts), scale_of(parts, name)
         assert stored is not None, "read follows claims"
+        if len(stored.shape) != 2:
+            raise DamagedError(f"{stored.name} has shape {list(stored.shape)}, want 2 dimensions")
         _check_integers(checkpoint, name)
         columns = stored.shape[-1] if stored.dtype == "F4" else 2 * stored.shape[-1]
         check_group(stored, scale, columns)

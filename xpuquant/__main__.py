@@ -5,9 +5,14 @@ import sys
 
 def main() -> int:
     """Run the command line; returns the exit code (documented in docs/cli.md)."""
-    from xpuquant.convert.cli import run
+    try:
+        from xpuquant.convert.cli import run
 
-    return run(sys.argv[1:])
+        return run(sys.argv[1:])
+    except KeyboardInterrupt:
+        # Ctrl-C before the command line was there to take it.
+        sys.stderr.write("error: interrupted\n")
+        return 130
 
 
 if __name__ == "__main__":
