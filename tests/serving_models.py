@@ -7,7 +7,7 @@ byte by byte as the contract says, and the values that the packed bytes mean go 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,8 +205,16 @@ def tiny(family: str) -> torch.nn.Module:
     return model
 
 
-def write(folder: Path, family: str, scheme: Scheme, experts: Scheme | None = None) -> Pair:
+def write(
+    folder: Path,
+    family: str,
+    scheme: Scheme,
+    experts: Scheme | None = None,
+    others: Mapping[str, Scheme | None] | None = None,
+) -> Pair:
     """A tiny model of `family` with every linear in `scheme` and every stack of experts in `experts`.
+
+    `others`: last part of a linear's name → another scheme, or None for unquantized.
 
     Routers, `lm_head` and embeddings stay as they are. Scheme fields that depend on the module
     (interleaving, biases, a group as long as K) are filled in.
@@ -224,8 +232,12 @@ def write(folder: Path, family: str, scheme: Scheme, experts: Scheme | None = No
             stacks.setdefault(f"{stack}.experts", {})[part] = tensor
         elif _is_linear(name, tensor):
             module = name.removesuffix(".weight")
-            modules[module] = scheme if scheme.group_size >= 0 else _whole(scheme, tensor)
-            tensors, values = PACK[scheme.layout](tensor, modules[module])
+            own = (others or {}).get(module.rpartition(".")[2], scheme)
+            if own is None:
+                plain[name] = converted[name] = tensor.bfloat16()
+                continue
+            modules[module] = own if own.group_size >= 0 else _whole(own, tensor)
+            tensors, values = PACK[own.layout](tensor, modules[module])
             converted |= {f"{module}.{suffix}": t for suffix, t in tensors.items()}
             plain[name] = values
         else:

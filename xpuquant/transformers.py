@@ -28,11 +28,11 @@ from xpuquant.transformers_layers import Quantized, XpuquantExperts, XpuquantLin
 _FIX = "convert again, or download the repo again"
 
 
-class XpuquantTransformersConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class XpuquantTransformersConfig(QuantizationConfigMixin):
     """`quantization_config` of a converted repo, kept whole for `save_pretrained`."""
 
     def __init__(self, **kwargs: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.stored = {"quant_method": QUANT_METHOD, **kwargs}
         self.modules: dict[str, Scheme] = from_config(self.stored)
 
@@ -48,7 +48,7 @@ class XpuquantTransformersConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return copied
 
 
-class XpuquantQuantizer(HfQuantizer):  # type: ignore[misc]
+class XpuquantQuantizer(HfQuantizer):
     """Replaces the modules that the config names; the loader then fills them like any other."""
 
     requires_calibration = True
@@ -96,7 +96,7 @@ class XpuquantQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"config.json says {stored.dtype} {list(stored.shape)}; {_FIX}"
                     )
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Without those that would take the stacks of experts apart again when the model is saved."""
         if self.other_experts:
             return weight_conversions
@@ -115,7 +115,7 @@ class XpuquantQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _conversions(model: nn.Module) -> list[Any]:
+def _conversions(model: Any) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     conversions: list[Any] = get_model_conversion_mapping(model)

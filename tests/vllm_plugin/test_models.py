@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,38 @@ def test_says_what_the_dequantized_model_says(name: str, pairs: dict[str, Pair],
     assert len({tuple(tokens) for tokens in plain["tokens"]}) > 1, "the prompts must not all end alike"
 
 
-def test_bfloat16_is_served_with_the_same_roundings(pairs: dict[str, Pair], generate: Callable[..., Any]) -> None:
+def test_bfloat16_is_served_with_the_same_roundings(
+    pairs: dict[str, Pair], generate: Callable[..., Any]
+) -> None:
     models = [pairs[f"llama-{scheme}"] for scheme in ("int4", "int4-asym", "fp8-block")]
     said = generate([model for p in models for model in (p.plain, p.converted)], dtype="bfloat16")
     for pair in models:
         assert_same(said[str(pair.plain)], said[str(pair.converted)], tolerance=1e-6)
+
+
+MIXED = {
+    "one of three unquantized": ("llama", "int4", {"q_proj": None}),
+    "schemes": ("qwen2", "int4-asym", {"k_proj": SCHEMES["mxfp8"], "up_proj": SCHEMES["int4-act-order"]}),
+    # 128 rows per block where N allows, 64 where it does not: DeepSeek's FP8 checkpoints.
+    "blocks": ("deepseek_v3", "fp8-block", {"kv_a_proj_with_mqa": replace(SCHEMES["fp8-block"], block_n=64)}),
+}
+
+
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_fused_layers_with_members_of_different_schemes(
+    tp: int, tmp_path: Path, generate: Callable[..., Any]
+) -> None:
+    pairs = {}
+    for name, (family, scheme, others) in MIXED.items():
+        if tp == 2 and name == "blocks":
+            continue  # 128-wide blocks cannot be cut in two in a model this small
+        (tmp_path / name).mkdir()
+        experts = EXPERTS["fp8-block"] if family in MOE else None
+        pairs[name] = write(tmp_path / name, family, SCHEMES[scheme], experts, others)
+    plain = generate([p.plain for p in pairs.values()], dtype="float32")
+    said = generate([p.converted for p in pairs.values()], dtype="float32", tp=tp)
+    for pair in pairs.values():
+        assert_same(plain[str(pair.plain)], said[str(pair.converted)], TOLERANCE)
 
 
 def test_scales_in_float16_are_cast_for_bfloat16(tmp_path: Path, generate: Callable[..., Any]) -> None:

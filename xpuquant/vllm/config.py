@@ -13,7 +13,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 
-from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 from xpuquant.vllm import versions
 
@@ -93,36 +92,33 @@ class XpuquantConfig(QuantizationConfig):  # type: ignore[misc]
         return [f"{parent}.{member}" if parent else member for member in fused]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Raises UnsupportedError, in one line, where fused layers do not share a scheme."""
+        """None: vLLM's own, unquantized, for a layer that is no linear."""
         if isinstance(layer, RoutedExperts):
             from xpuquant.vllm.experts import XpuquantExpertsMethod
 
             scheme = self.scheme_of(prefix)
             return None if scheme is None else XpuquantExpertsMethod(scheme, prefix, layer.moe_config)
-        if isinstance(layer, ParallelLMHead) and self.scheme_of(prefix) is not None:
+        if isinstance(layer, ParallelLMHead):
             from xpuquant.vllm.linear import XpuquantHeadMethod
 
-            return XpuquantHeadMethod(self.schemes(prefix)[0], prefix)
-        if not isinstance(layer, LinearBase):
-            return None
-        schemes = self.schemes(prefix)
-        if not schemes:
+            scheme = self.scheme_of(prefix)
+            return None if scheme is None else XpuquantHeadMethod(scheme, prefix)
+        return self._linear_method(prefix) if isinstance(layer, LinearBase) else None
+
+    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
+        schemes = {name: self.scheme_of(name) for name in self.members(prefix)}
+        # The dtype of stored scales does not matter: they are cast to the serving dtype while copied.
+        kinds = {scheme and replace(scheme, scale_dtype="") for scheme in schemes.values()}
+        if len(kinds) > 1:
+            from xpuquant.vllm.members import XpuquantMembersMethod
+
+            return XpuquantMembersMethod(schemes, prefix)
+        scheme = next(iter(schemes.values()))
+        if scheme is None:
             return UnquantizedLinearMethod()
         from xpuquant.vllm.linear import XpuquantLinearMethod
 
-        return XpuquantLinearMethod(schemes[0], prefix)
-
-    def schemes(self, prefix: str) -> list[Scheme]:
-        """One scheme for a layer as vLLM builds it, or none."""
-        found = {name: self.scheme_of(name) for name in self.members(prefix)}
-        # The dtype of stored scales does not matter: they are cast to the serving dtype while copied.
-        kinds = {scheme and replace(scheme, scale_dtype="") for scheme in found.values()}
-        if len(kinds) > 1:
-            shown = ", ".join(
-                f"{n.rpartition('.')[2]} {s.label() if s else 'unquantized'}" for n, s in found.items()
-            )
-            raise UnsupportedError(f"vLLM fuses layers that are stored differently in {prefix}: {shown}")
-        return [scheme for scheme in found.values() if scheme is not None][:1]
+        return XpuquantLinearMethod(scheme, prefix)
 
 
 def register() -> None:

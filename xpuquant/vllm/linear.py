@@ -24,7 +24,7 @@ from xpuquant import layers
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
 
-_SHARDS = {"q": 0, "k": 1, "v": 2}
+SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
 @register_weight_loader_v2_supported_method
@@ -84,7 +84,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         def load(param: Parameter, loaded: torch.Tensor, shard: str | int | None = None) -> None:
             if loaded.shape[0] != K:
                 loaded = loaded.narrow(0, layer.tp_rank * K, K)
-            row = _SHARDS[shard] if isinstance(shard, str) else shard
+            row = SHARDS[shard] if isinstance(shard, str) else shard
             (param.data if row is None else param.data[row]).copy_(loaded)
 
         g_idx = Parameter(torch.empty(members, K, dtype=torch.int32), requires_grad=False)

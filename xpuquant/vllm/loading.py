@@ -24,6 +24,7 @@ from xpuquant.formats.scheme import Scheme
 from xpuquant.layers import expert_tensors, linear_tensors
 from xpuquant.vllm.config import ALIASES, XpuquantConfig
 from xpuquant.vllm.experts import XpuquantExpertsMethod
+from xpuquant.vllm.members import MEMBERS, XpuquantMembersMethod
 
 _FIX = "convert again, or download the repo again"
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -87,8 +88,13 @@ class Intake:
         }
         missing = sorted(wanted - self.seen) or self._unfused()
         if not missing and loaded is not None:
-            parameters = {name for name, param in self.model.named_parameters() if param.numel()}
-            missing = sorted(parameters - loaded - self.filled)
+            for name, param in self.model.named_parameters():
+                came = (
+                    getattr(param, "filled", False)
+                    if f".{MEMBERS}." in name
+                    else name in loaded | self.filled
+                )
+                missing += [] if came or not param.numel() else [name]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise DamagedError(f"tensor {one_line(missing[0])}{more} is missing from the repo; {_FIX}")
@@ -102,10 +108,11 @@ class Intake:
         missing = set()
         for layer in self.model.modules():
             members = self.config.members(layer.prefix) if isinstance(layer, LinearBase) else []
+            mixed = isinstance(getattr(layer, "quant_method", None), XpuquantMembersMethod)
             suffixes = set[str]().union(*(came.get(member, ()) for member in members))
-            missing |= {
-                f"{member}.{suffix}" for member in members for suffix in suffixes - came.get(member, set())
-            }
+            for member in members:
+                absent = suffixes - came.get(member, set())
+                missing |= {f"{member}.{suffix}" for suffix in (absent & {"bias"} if mixed else absent)}
         return sorted(missing)
 
 
