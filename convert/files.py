@@ -73,12 +73,15 @@ def list_files(folder: Path) -> list[str]:
     """Every file below a folder, relative POSIX paths, sorted.
 
     Raises:
-        UsageError: a link out of the folder (but for the Hub cache's own, which lead from `snapshots/` to `blobs/` of
-            one repo), or a name that cannot be shown.
+        UsageError: a link out of the folder (but for the Hub cache's own, which lead from `snapshots/` to the repo's
+            `blobs/`, and since huggingface_hub 2 from there to the `blobs/` that all repos share), or a name that
+            cannot be shown.
         EnvironmentFault: a file or folder that cannot be read: said now, not after hours.
     """
     root = folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
     names: list[str] = []
     try:
         pending = [folder]
@@ -87,7 +90,7 @@ def list_files(folder: Path) -> list[str]:
                 if not entry.name.isprintable():
                     raise UsageError(one_line(f"{entry}: has control characters in its name; rename it"))
                 if entry.is_symlink():
-                    _check_link(entry, root, blobs)
+                    _check_link(entry, allowed)
                 elif entry.is_dir():
                     if entry.name not in _SKIPPED_FOLDERS:
                         pending.append(entry)
@@ -106,14 +109,14 @@ def list_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _check_link(link: Path, root: Path, blobs: Path) -> None:
+def _check_link(link: Path, allowed: Iterable[Path]) -> None:
     try:
         target = link.resolve(strict=True)
     except (FileNotFoundError, RuntimeError):
         raise UsageError(
             one_line(f"{link}: is a link that leads nowhere; copy the file in instead")
         ) from None
-    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+    if not any(target.is_relative_to(folder) for folder in allowed):
         raise UsageError(one_line(f"{link}: is a link out of the folder; copy the file in instead"))
     if target.is_dir():
         raise UsageError(one_line(f"{link}: is a link to a folder; copy the folder in instead"))
