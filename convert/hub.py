@@ -65,6 +65,7 @@ class Remote:
     def __init__(self, api: HfApi, repo_id: str, revision: str | None) -> None:
         self.api = api
         self.repo_id = repo_id
+        self._revision = revision
         info = retried(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), repo_id)
         self.commit = str(info.sha)
         self.sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
@@ -77,6 +78,13 @@ class Remote:
                 lambda: self.api.hf_hub_download(self.repo_id, name, revision=self.commit, local_dir=folder),
                 self.repo_id,
             )
+        )
+
+    def remember(self) -> None:
+        """Note in the cache which commit the revision was, so that it is found there offline."""
+        retried(
+            lambda: self.api.hf_hub_download(self.repo_id, "config.json", revision=self._revision),
+            self.repo_id,
         )
 
     def read(self, name: str, begin: int, end: int) -> bytes:
@@ -178,6 +186,7 @@ class HubSource:
             progress(self.remote.sizes[shard])
         for name in self.found.extra:
             self.remote.download(name)
+        self.remote.remember()
         return CachedSource(folder, self.name, self.remote.commit, self.left_files)
 
     def _find(self) -> FoundFiles:

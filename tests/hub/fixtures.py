@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hub.process import TOKEN, Hub, MakeFolder
+from hub.process import TOKEN, Hub, MakeFolder, contents
+from xpuquant.formats.safetensors import Tensor, build_header, parse_header
 
 
 @pytest.fixture
@@ -72,3 +73,43 @@ def folder(tmp_path: Path) -> MakeFolder:
         return made
 
     return make
+
+
+def split_shards(folder: Path, target: Path, count: int) -> Path:
+    """A copy of a one-file checkpoint in `count` shards, as large models come."""
+    target.mkdir()
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    tensors = parse_header(data[8 : 8 + length], "model.safetensors", len(data))
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+    shards: list[list[Tensor]] = [[] for _ in range(count)]
+    for tensor in tensors.values():
+        shards[min(count - 1, done * count // total)].append(tensor)
+        done += tensor.nbytes
+    weight_map = {}
+    for number, members in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{count:05}.safetensors"
+        header = build_header(((t.name, t.dtype, t.shape, t.nbytes) for t in members), {"format": "pt"})
+        (target / name).write_bytes(header + b"".join(data[t.begin : t.end] for t in members))
+        weight_map |= {tensor.name: name for tensor in members}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return target
+
+
+def push_older(repo_id: str, scratch: Path) -> dict[str, bytes]:
+    """Publishes a made-up older model; returns its files."""
+    from xpuquant.convert.publish import push
+
+    folder = scratch / "older"
+    folder.mkdir()
+    content = os.urandom(1000)
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "config.json").write_text("{}")
+    records = {"model.safetensors": {"sha256": hashlib.sha256(content).hexdigest()}}
+    (folder / "xpuquant.json").write_text(json.dumps({"shards": records}))
+    push(folder, repo_id)
+    return contents(folder)

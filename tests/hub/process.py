@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -66,21 +67,34 @@ class Hub:
     def forget_requests(self) -> None:
         (self.root / "requests.jsonl").unlink(missing_ok=True)
 
+    def forget_objects(self) -> None:
+        """Drops every large file: what is pushed next has to be uploaded."""
+        for folder in ("blobs/lfs", "cas"):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+
     # The state, without HTTP
 
     @property
     def store(self) -> Store:
         return Store(self.root.resolve())
 
-    def seed(self, repo_id: str, folder: Path, *, private: bool = False, gated: bool = False) -> str:
-        """Makes a repository of a folder's files; returns its commit."""
+    def seed(
+        self, repo_id: str, folder: Path, *, private: bool = False, gated: bool = False, xet: bool = False
+    ) -> str:
+        """Makes a repository of a folder's files; returns its commit.
+
+        Args:
+            xet: keep large files in the xet store, where clients that can will get them.
+        """
         store = self.store
         repo = store.create(repo_id, private, "seed")
         repo.gated = gated
         files: dict[str, Entry] = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            if path.suffix in LFS_SUFFIXES:
+            if path.suffix in LFS_SUFFIXES and xet:
+                files[name] = Entry.lfs(store.xet.add(path), path.stat().st_size)
+            elif path.suffix in LFS_SUFFIXES:
                 scratch = self.root / "seeding"
                 scratch.write_bytes(path.read_bytes())
                 files[name] = Entry.lfs(store.add_lfs(scratch), path.stat().st_size)

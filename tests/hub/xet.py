@@ -58,6 +58,16 @@ class XetStore:
                 self._read.add(shard)
         return self._files.get(sha256)
 
+    def add(self, path: Path) -> str:
+        """Stores a file; returns its sha256."""
+        import hf_xet
+
+        with hf_xet.XetSession().new_upload_commit(
+            endpoint=self.url, token="local", token_expiry_unix_secs=1 << 40
+        ) as commit:
+            handle = commit.start_upload_file(str(path), sha256=hf_xet.COMPUTE_SHA256)
+        return str(handle.result().xet_info.sha256)
+
     def rebuild(self, sha256: str, size: int, target: Path) -> None:
         """Writes the object to `target`, for clients that ask for plain bytes."""
         import hf_xet
