@@ -40,7 +40,8 @@ def to_bf16(values: Array) -> Array:
     By way of float32, because numpy has no direct cast; float32 does not hold the product of an 8-bit code and a
     24-bit scale, so that rounding is made harmless: where it was inexact, to odd (Boldo and Melquiond, 2008).
     """
-    wide = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        wide = values.astype(np.float32)
     inexact = (wide != values) & ~np.isnan(values)
     bits = wide.view(np.uint32)
     bits -= inexact & (np.abs(wide) > np.abs(values))

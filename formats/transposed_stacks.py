@@ -29,13 +29,11 @@ class SideBySide:
     """Fills rows `[n, N]` of a transposed stack: the columns of each matrix after those of the one before, or
     alternating.
 
-    widths      N of each matrix
-    transposed  whether the source already has it as `[K, N]`
-    alternate   columns of the two matrices alternate
+    widths     N of each matrix
+    alternate  columns of the two matrices alternate
     """
 
     widths: tuple[int, ...]
-    transposed: tuple[bool, ...]
     alternate: bool
 
     def __call__(self, arrays: Sequence[Array], out: Array) -> None:
@@ -44,11 +42,7 @@ class SideBySide:
         left = 0
         for i, (array, width) in enumerate(zip(arrays, self.widths, strict=True)):
             place = target[:, i::2] if self.alternate else target[:, left : left + width]
-            codes = array.view(np.uint8)
-            if self.transposed[i]:
-                place[...] = codes
-            else:
-                transpose_bytes(codes, place)
+            transpose_bytes(array.view(np.uint8), place)
             left += width
 
 
@@ -87,14 +81,13 @@ def transposed_tensor(stack: ExpertStack, name: str, roles: tuple[str, ...]) -> 
     for e in range(stack.experts):
         members = [part for role in roles for part in float_parts(stack, role, e)]
         widths = tuple(weight.N for weight in members)
-        verbatim = len(members) == 1 and members[0].transposed
-        make = SideBySide(
-            widths, tuple(weight.transposed for weight in members), stack.interleaved and len(roles) == 2
-        )
+        # A source that has it as `[K, N]` already is one matrix: experts fused in one tensor.
+        verbatim = members[0].transposed
+        make = None if verbatim else SideBySide(widths, stack.interleaved and len(roles) == 2)
         # Rows of the output are columns of the source, and are cut in multiples of a 64-byte line of it.
         for start, stop in row_blocks(members[0].K, sum(widths), 64):
             inputs = tuple(weight.code_columns(start, stop) for weight in members)
-            pieces.append(Piece(inputs, (stop - start) * sum(widths), None if verbatim else make))
+            pieces.append(Piece(inputs, (stop - start) * sum(widths), make))
     shape = (stack.experts, members[0].K, sum(widths))
     return OutTensor(f"{stack.name}.{name}", members[0].dtype, shape, tuple(pieces))
 

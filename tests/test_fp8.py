@@ -9,7 +9,6 @@ from floats import (
     E8M0,
     EXPERTS,
     FP8,
-    TABLES,
     Floats,
     block,
     channel,
@@ -27,6 +26,7 @@ from hypothesis import strategies as st
 from pico import DOWN, Pico, Q, convert, refusal
 
 from xpuquant.errors import DamagedError
+from xpuquant.formats.dequantized import to_bf16
 
 
 def linear(folder, weight: Floats, tensors, config=None, name=DOWN):
@@ -457,14 +457,25 @@ def bf16(values):
     return np.choose(best, candidates)
 
 
+def test_float64_is_rounded_to_bf16_once():
+    tie, sliver = 2.0**-8, 2.0**-40
+    expected = {
+        1 + tie: 1, 1 + tie + sliver: 1 + 2 * tie, 1 + 3 * tie: 1 + 4 * tie, 1 + 3 * tie - sliver: 1 + 2 * tie,
+        -1 - tie - sliver: -1 - 2 * tie, 2.0**-133: 2.0**-133, 2.0**-140: 0, 2.0**-200: 0, 0.0: 0,
+        3.4e38: np.inf, 1e300: np.inf, -1e300: -np.inf, np.inf: np.inf, np.nan: np.nan,
+    }  # fmt: skip
+    np.testing.assert_array_equal(to_bf16(np.array([*expected])).astype(np.float64), [*expected.values()])
+    assert np.signbit(to_bf16(np.array([-0.0])).astype(np.float32))
+
+
 def test_refused_blocks_can_be_dequantized_rounded_once(tmp_path):
-    rng = np.random.default_rng(0)
     weight = block(128, 192, scale=np.float32)
-    # Products that lie next to the middle of two bf16 numbers: float32 in between would round them twice.
-    weight.scales[:] = (1 + 2.0**-8 + rng.choice([-1, 1], weight.scales.shape) * 2.0**-23).astype(np.float32)
-    weight.codes[:] = np.flatnonzero(np.isfinite(TABLES["e4m3"]) & (TABLES["e4m3"] != 0))[
-        rng.integers(0, 250, weight.codes.shape)
-    ]
+    # Times the scale, 1.125 (0x39) lies so near the middle of two bf16 numbers that float32 would round it there.
+    weight.codes[:, ::2] = 0x39
+    scales = np.float32((1 + np.arange(1, 255, 2) * 2.0**-8) / 1.125)
+    products = 1.125 * scales.astype(np.float64)
+    twice = products.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+    weight.scales[0] = scales[twice != bf16(products)][:2]
     source = Pico(deepseek_config(), {DOWN: fp8_tensors(weight, "weight_scale_inv")}).write(tmp_path / "in")
     out = convert(source, tmp_path / "out", on_unsupported="dequantize")
     np.testing.assert_array_equal(out.array(f"{DOWN}.weight").astype(np.float32), bf16(weight.values))
