@@ -78,7 +78,8 @@ class Fp8Experts:
             return None
         cause = "fp8 block scales"
         if all(part.granularity == "tensor" for part in all_parts(stack)):
-            cause = "different per-tensor scales of gate and up"
+            known = all(part.scale_value is not None for part in _sharing(stack))
+            cause = f"{'different' if known else 'possibly different'} per-tensor scales of gate and up"
         if stack.interleaved and len(upper_roles(stack)) == 2:
             return f"{cause} cannot cover columns that alternate gate and up"
         for part in all_parts(stack):
@@ -125,7 +126,9 @@ class Fp8Experts:
         sources = all_parts(stack)
         facts = list(stack_facts(stack))
         if blocks and all(part.granularity == "tensor" for part in sources):
-            facts.append("per-tensor scales of gate and up differ: stored as 128x128 blocks, exactly")
+            known = all(part.scale_value is not None for part in _sharing(stack))
+            differ = "differ" if known else "may differ (they were not read)"
+            facts.append(f"per-tensor scales of gate and up {differ}: stored as 128x128 blocks, exactly")
         return Conversion(stack.name, scheme, tuple(tensors), tuple(facts))
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
@@ -166,16 +169,24 @@ def _stack(module: Module) -> ExpertStack:
     return module
 
 
+def _sharing(stack: ExpertStack) -> list[FloatWeight]:
+    """The matrices that share a GEMM with another."""
+    together = [
+        [part for role in upper_roles(stack) for part in float_parts(stack, role, e)]
+        for e in range(stack.experts)
+    ]
+    return [part for members in together if len(members) > 1 for part in members]
+
+
 def _per_tensor(stack: ExpertStack) -> bool:
     """Whether one scale per expert and GEMM is exact: the matrices that share a GEMM are known to share it."""
     if any(part.granularity != "tensor" for part in all_parts(stack)):
         return False
-    for roles in (upper_roles(stack), ("down",)):
-        for e in range(stack.experts):
-            members = [part for role in roles for part in float_parts(stack, role, e)]
-            values = {part.scale_value for part in members}
-            if len(members) > 1 and (len(values) > 1 or None in values):
-                return False
+    for e in range(stack.experts):
+        members = [part for role in upper_roles(stack) for part in float_parts(stack, role, e)]
+        values = {part.scale_value for part in members}
+        if len(members) > 1 and (len(values) > 1 or None in values):
+            return False
     return True
 
 

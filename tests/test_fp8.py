@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import DOWN, Pico, Q, convert, refusal
 
-from xpuquant.errors import DamagedError
+from xpuquant.convert.options import Options
+from xpuquant.convert.plan import make_plan
+from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.dequantized import to_bf16
 
 
@@ -375,6 +379,21 @@ def test_different_scales_of_gate_and_up_are_refused_where_blocks_do_not_fit(tmp
     )
     message = refusal(tmp_path, Pico({"quant_method": "fp8"}, modules))
     assert "different per-tensor scales of gate and up need N and K to be multiples of 128" in message
+
+
+def test_scales_that_headers_do_not_show_are_taken_for_different(tmp_path):
+    for folder, I in (("fits", 128), ("ragged", 96)):
+        modules = expert_modules(
+            expert_weights(tensor, H=128, I=I), lambda weight: fp8_tensors(weight, shape=(1,))
+        )
+        checkpoint = Pico({"quant_method": "fp8"}, modules).write(tmp_path / folder).checkpoint
+        blind = replace(checkpoint, peek=lambda tensor: None)
+        if I == 128:
+            (module,) = make_plan(blind, Options()).modules
+            assert "may differ (they were not read)" in "; ".join(module.conversion.facts)
+        else:
+            with pytest.raises(UnsupportedError, match="possibly different per-tensor scales"):
+                make_plan(blind, Options())
 
 
 def test_experts_of_two_types_are_refused(tmp_path):
