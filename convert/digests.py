@@ -11,14 +11,16 @@ Definition, for the module's matrices in order (`linear`; or gate, up, down of e
     scales   sha256 of the stored scale rows that cover each weight row, in their dtype, little-endian
     columns  sha256 of the scale column of each weight column, int32
 
-and the digest is the sha256 of lines `role expert N K codes scales columns`, then `suffix sha256` of the tensors that
-`Decoded` does not show (biases, activation scales).
+and the digest is the sha256 of lines: the scheme as JSON with sorted keys; `role expert N K number scale-dtype codes
+scales columns` for each matrix; `suffix sha256` for each tensor that `Decoded` does not show (bias, activation scale).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -36,24 +38,26 @@ class MatrixDigest:
         self._codes = hashlib.sha256()
         self._scales = hashlib.sha256()
         self._columns = ""
+        self._types = ""
 
     def update(self, rows: Decoded) -> None:
         self._codes.update(np.ascontiguousarray(rows.codes).reshape(-1).view(np.uint8).data)
         scale = rows.scale if _is_count(rows.row, len(rows.scale)) else np.take(rows.scale, rows.row, axis=0)
         self._scales.update(np.ascontiguousarray(scale).reshape(-1).view(np.uint8).data)
         if not self._columns:
+            self._types = f"{rows.number} {rows.scale.dtype.name}"
             self._columns = hashlib.sha256(rows.col.astype("<i4").data).hexdigest()
 
     def line(self) -> str:
         matrix = self._matrix
         expert = "-" if matrix.expert is None else str(matrix.expert)
-        words = (matrix.role, expert, str(matrix.N), str(matrix.K))
+        words = (matrix.role, expert, str(matrix.N), str(matrix.K), self._types)
         return " ".join((*words, self._codes.hexdigest(), self._scales.hexdigest(), self._columns))
 
 
 def module_digest(stored: Stored, matrices: Sequence[MatrixDigest]) -> str:
     """The digest of a module, from those of its matrices."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{json.dumps(asdict(stored.scheme), sort_keys=True)}\n".encode())
     for matrix in matrices:
         digest.update(f"{matrix.line()}\n".encode())
     for suffix in sorted(stored.tensors):

@@ -23,8 +23,8 @@ from xpuquant.convert.plan import Plan, PlannedModule
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import Counter
 from xpuquant.convert.source import Source
-from xpuquant.convert.verdict import Checked, Health
-from xpuquant.errors import DamagedError, XpuquantError
+from xpuquant.convert.verdict import CONTRADICTIONS, Checked, Health, contradiction
+from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
 from xpuquant.formats.decoded import Decoded, difference
 from xpuquant.formats.dequantized import to_bf16
@@ -126,8 +126,8 @@ def _check_module(
             digests.append(digest)
             progress(share)
         wrong = _check_biases(planned, source, stored) or _check_input_scale(planned, source, stored)
-    except DamagedError as fault:
-        return verdict(str(fault)), None
+    except CONTRADICTIONS as fault:
+        return verdict(contradiction(fault)), None
     return verdict(wrong, module_digest(stored, digests)), counter.health
 
 
@@ -168,8 +168,8 @@ def _check_matrix(
     for start, stop, expected in decoded_blocks(weight, source):
         try:
             actual = in_rows(layout.decode(stored, matrix, start, stop))
-        except XpuquantError as fault:
-            return f"{weight.name}: {fault}"
+        except CONTRADICTIONS as fault:
+            return f"{weight.name}: {contradiction(fault)}"
         wrong = difference(in_rows(expected), actual, cast)
         if wrong is not None:
             return f"{weight.name}, rows {start}:{stop}: {wrong}"

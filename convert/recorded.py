@@ -26,8 +26,7 @@ from xpuquant.convert.exactness import (
 from xpuquant.convert.panels import Panels
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import Counter
-from xpuquant.convert.verdict import Checked, Health
-from xpuquant.errors import XpuquantError
+from xpuquant.convert.verdict import CONTRADICTIONS, Checked, Health, contradiction
 from xpuquant.formats.layout import Stored
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weight import row_blocks
@@ -80,8 +79,8 @@ def _recorded_module(
                 digest.update(rows)
                 counter.update(rows)
         found = module_digest(stored, digests)
-    except XpuquantError as fault:
-        return Checked(name, len(digests), str(fault)), None
+    except CONTRADICTIONS as fault:
+        return Checked(name, len(digests), contradiction(fault)), None
     progress(sum(tensor.nbytes for tensor in stored.tensors.values()))
     error = None if expected in (None, found) else "decodes to something else than was converted"
     return Checked(name, len(digests), error, found if expected else None), counter.health

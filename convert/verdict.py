@@ -6,8 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from xpuquant.errors import DamagedError, one_line
+
 REFERENCE = "reference"
 """The float64 backend: it checks that the layout means what it should, not that a real kernel reads it so."""
+
+
+CONTRADICTIONS = (
+    DamagedError, ArithmeticError, AssertionError, IndexError, KeyError, TypeError, ValueError,
+)  # fmt: skip
+"""What decoding and computing raise where config and tensors contradict each other: a finding, not a crash."""
+
+
+def contradiction(error: Exception) -> str:
+    """What is wrong, on one line."""
+    if isinstance(error, DamagedError):
+        return str(error)
+    return one_line(f"its tensors are not what config.json says ({type(error).__name__}: {error})")
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,8 @@ class Agreement:
 
     def failure(self) -> str:
         """Why it did not pass."""
+        if self.reason is not None:
+            return f"kernel '{self.backend}': {self.reason}"
         if self.blind:
             return (
                 f"kernel '{self.backend}' accepts a wrong layout (error {self.wrong_layout:.1e}): "

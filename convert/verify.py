@@ -31,7 +31,7 @@ from xpuquant.convert.recorded import check_recorded
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import findings
 from xpuquant.convert.source import Source
-from xpuquant.convert.verdict import REFERENCE, Checked, Finding, Health, Verdict
+from xpuquant.convert.verdict import CONTRADICTIONS, REFERENCE, Checked, Finding, Health, Verdict
 from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
 from xpuquant.formats.decoded import Decoded
 from xpuquant.formats.dtypes import FLOATS, numpy_dtype
@@ -213,7 +213,7 @@ def _subjects(plan: Plan, source: Source, repo: Repo) -> Iterator[Subject]:
                     yield Subject(
                         stored, repo.layout(stored), matrix, _source_rows(weight, source, stored.scheme)
                     )
-        except DamagedError:
+        except CONTRADICTIONS:
             continue  # exactness has reported it
 
 
@@ -235,7 +235,7 @@ def _stored_subjects(repo: Repo) -> Iterator[Subject]:
     for stored in repo.modules.values():
         try:
             matrices = repo.layout(stored).matrices(stored)
-        except DamagedError:
+        except CONTRADICTIONS:
             continue
         for matrix in matrices:
             layout = repo.layout(stored)
