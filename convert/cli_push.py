@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,13 +123,18 @@ def stream(work: Streaming, output: Output, command: str) -> Answer:
         target = Target(connect(), to.repo_id)
         target.create(to.private)
         target.open(to.branch or MAIN, to.pr)
+        earlier = streaming.published(plan, source, target)
+        if earlier is not None and not work.force:
+            return pushed_answer(earlier)
     with output.progress() as progress:
         result, pushed = streaming.convert_streaming(
             source, work.out, work.options, jobs=work.jobs, verify=work.verify, force=work.force,
             reporter=progress, command=command, target=target,
         )  # fmt: skip
-    answer = summary.converted(result)
-    return answer if pushed is None else together(answer, pushed_answer(pushed))
+    if pushed is None:
+        return summary.converted(result)
+    there = replace(result, out=Path(pushed.repo_id))  # the folder is gone: it is served from the Hub
+    return together(summary.converted(there), pushed_answer(pushed))
 
 
 def pushed_answer(pushed: Pushed) -> Answer:

@@ -30,9 +30,10 @@ from xpuquant.convert.conversion import (
 )
 from xpuquant.convert.earlier import clear_output
 from xpuquant.convert.execute import execute
-from xpuquant.convert.hub_repo import Target
+from xpuquant.convert.files import parse_json
+from xpuquant.convert.hub_repo import CONFIG, Target
 from xpuquant.convert.hub_stream import StreamedSource
-from xpuquant.convert.journal import Finished, Journal, check_output
+from xpuquant.convert.journal import PROVENANCE, Finished, Journal, check_output
 from xpuquant.convert.options import Options
 from xpuquant.convert.plan import Plan, PlannedModule, Shard, make_plan
 from xpuquant.convert.publish import Pushed, hash_files, publish
@@ -107,6 +108,26 @@ def _ahead(cut: Sequence[Group], i: int) -> tuple[str, ...]:
     return tuple(n for n in cut[i + 1].sources if n not in cut[i].sources)[:1] if i + 1 < len(cut) else ()
 
 
+def published(plan: Plan, source: StreamedSource, target: Target) -> Pushed | None:
+    """What an earlier run has published, where it is this very conversion; None where there is work to do."""
+    head = target.head()
+    there = target.files(head)
+    if PROVENANCE not in there or CONFIG not in there:
+        return None
+    record = parse_json(target.text(PROVENANCE, head).encode(), PROVENANCE)
+    said, shards = record.get("source", {}), record.get("shards", {})
+    is_same = (
+        record.get("producer") == PRODUCER
+        and (said.get("name"), said.get("revision")) == (source.name, source.revision)
+        and record.get("options") == plan.options.as_dict()
+        and all(shard.name in there and shard.name in shards for shard in plan.shards)
+        and all(there[name].sha256 == shard.get("sha256") for name, shard in shards.items() if name in there)
+    )
+    if not is_same:
+        return None
+    return Pushed(target.repo_id, target.url, target.revision, head, (), tuple(there), (), 0)
+
+
 def convert_streaming(
     source: StreamedSource,
     out: Path,
@@ -134,7 +155,7 @@ def convert_streaming(
         done = journal.begin(digest, force)
         keep_card(out, journal.folder)
         clear_output(out)
-        work = _Work(plan, source, journal, done, target, digest, jobs, reporter if verify else None)
+        work = _Work(plan, source, journal, done, target, digest, jobs, verify)
         check_disk(out, peak_disk(plan, source, target is not None) - work.held())
         reporter.phase("stream", 3 * plan.write_bytes)
         shards, verdict = work.run(reporter, out.resolve().name if target is None else target.repo_id)
@@ -157,14 +178,14 @@ class _Work:
 
     def __init__(
         self, plan: Plan, source: StreamedSource, journal: Journal, done: dict[str, Finished], target: Target | None,
-        digest: str, jobs: int, verify: Reporter | None,
+        digest: str, jobs: int, verify: bool,
     ) -> None:  # fmt: skip
         self._plan = plan
         self._source = source
         self._journal = journal
         self._target = target
         self._jobs = jobs
-        self._verify = verify is not None
+        self._verify = verify
         self._verdicts = journal.folder.parent / _VERDICTS
         self._verdicts.mkdir(exist_ok=True)
         folder = journal.folder.parent / _SOURCE

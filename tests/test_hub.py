@@ -3,7 +3,11 @@ fails on the way, the same call again ends with the same bytes."""
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -326,3 +330,79 @@ def test_staged_shards_are_not_made_again(hub: Hub, client: str, model: Path, tm
         request for request in hub.requests() if "/commit/" in request.path and request.method == "POST"
     ]
     assert len(commits) == len(weights(hub.files(REPO))) - 4 + 1
+
+
+# The command line, as a process with nothing of this one's settings
+
+
+def xpuquant(hub: Hub, place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "xpuquant", *arguments]
+    return subprocess.run(command, cwd=place, env=settings(hub, place), capture_output=True, text=True)
+
+
+def settings(hub: Hub, place: Path) -> dict[str, str]:
+    return hub.environment(
+        place / "home", PYTHONSAFEPATH="1", HF_XET_CLIENT_RETRY_BASE_DELAY="20ms",
+        HF_HUB_DISABLE_XET=os.environ["HF_HUB_DISABLE_XET"],
+    )  # fmt: skip
+
+
+STREAM = ("convert", SOURCE, "--stream", "--push-to", REPO, "--max-shard-size", "12kB")
+
+
+def test_killed_and_run_again_and_again(hub: Hub, expected: dict[str, bytes], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "xpuquant", *STREAM]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=settings(hub, tmp_path), stderr=subprocess.DEVNULL
+    ) as running:
+        while running.poll() is None:
+            commits = [request for request in hub.requests() if "/commit/" in request.path]
+            if len(commits) >= 2:
+                running.kill()
+            time.sleep(0.01)
+    assert running.returncode == -signal.SIGKILL
+    assert "config.json" not in hub.files(REPO)
+    again = xpuquant(hub, tmp_path, *STREAM)
+    assert again.returncode == 0, again.stderr
+    assert "needs at most" in again.stderr
+    assert f"vllm serve {REPO}" in again.stdout
+    assert weights(hub.files(REPO)) == expected
+    commits_made = hub.commits(REPO)
+    once_more = xpuquant(hub, tmp_path, *STREAM, "--json")
+    assert json.loads(once_more.stdout)["uploaded"] == []
+    assert hub.commits(REPO) == commits_made
+
+
+def test_convert_push_verify_by_repo_id(
+    hub: Hub, model: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    convert = ("convert", SOURCE, "out", "--push-to", REPO, "--public", "--max-shard-size", "12kB", "--json")
+    hub.arm({"method": "POST", "path": "/commit/", "status": 503, "times": 99})
+    failed = xpuquant(hub, tmp_path, *convert)
+    assert failed.returncode == 4
+    assert failed.stderr == f"error: {REPO}: the Hub did not answer (HTTP 503); run the same command again\n"
+    hub.arm()
+    done = xpuquant(hub, tmp_path, *convert)
+    assert done.returncode == 0, done.stderr
+    assert hub.files(REPO) == contents(tmp_path / "out")
+    assert weights(hub.files(REPO)) == expected
+    assert not hub.store.repo(REPO).private
+    assert xpuquant(hub, tmp_path, "verify", "out", "--source", SOURCE).returncode == 0
+    pushed = xpuquant(hub, tmp_path, "push", "out", REPO, "--json")
+    assert json.loads(pushed.stdout)["uploaded"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("convert", SOURCE, "--push-to", SOURCE), "would replace the source"),
+        (("convert", SOURCE, "--push-to", REPO, "--pr", "--branch", "x"), "exclude each other"),
+        (("convert", SOURCE, "--stream", "--shard", "1/2"), "neither --ray nor --shard"),
+        (("convert", "producer/missing"), "no such model on the Hub"),
+    ],
+)
+def test_usage_errors(hub: Hub, model: Path, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    refused = xpuquant(hub, tmp_path, *arguments)
+    assert refused.returncode == 2
+    assert said in refused.stderr
+    assert refused.stderr.count("\n") == 1

@@ -40,6 +40,7 @@ def client(request: pytest.FixtureRequest, hub: Hub, tmp_path: Path, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", str(int(request.param == "lfs")))  # for processes a test starts
     # The client waits 1 to 8 s between its retries, hf_xet 3 to 24 s: right, and too long for hundreds of tests.
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "20ms")
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 50)))
