@@ -72,7 +72,7 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tp", [1, 2])
 def test_fused_layers_with_members_of_different_schemes(
     tp: int, tmp_path: Path, generate: Callable[..., Any]
 ) -> None:
