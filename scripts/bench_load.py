@@ -9,12 +9,14 @@ includes what the first forward converts (`implement_zp`).
 
 There is no GPU in it: stock vLLM's XPU classes run on CPU tensors, told that the platform is XPU. Memory is
 the process's own (RssAnon, sampled every 2 ms): mapped files are not counted on either side. Files are in the
-page cache on both sides.
+page cache on both sides. vLLM's two garbage collections per load, which cost the same on both sides and depend
+on the process rather than the model, are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -190,7 +192,9 @@ def measure(folder: Path, wheel: Path, stock: bool) -> dict[str, float]:
     if stock:
         become_stock_xpu(wheel)
     elif "vllm_xpu_kernels" not in sys.modules:
-        become_stock_xpu(wheel)  # the same stand-in for XpuFusedMoe; the plugin chooses nothing by platform here
+        become_stock_xpu(
+            wheel
+        )  # the same stand-in for XpuFusedMoe; the plugin chooses nothing by platform here
     peak = baseline = 0
     started, done = 0.0, threading.Event()
 
@@ -228,8 +232,12 @@ def run(folder: Path, wheel: Path, side: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dir", nargs="?", type=Path, help="where models are made and kept (default: a temporary one)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "dir", nargs="?", type=Path, help="where models are made and kept (default: a temporary one)"
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--child", choices=("stock", "converted"), help=argparse.SUPPRESS)
@@ -256,7 +264,9 @@ def bench(root: Path, layers: int, repeat: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             write_source(folder / "source", {**COMMON, **config, "num_hidden_layers": layers})
             convert = ["convert", str(folder / "source"), str(folder / "converted"), "--no-verify"]
-            subprocess.run([sys.executable, "-m", "xpuquant", *convert], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-m", "xpuquant", *convert], check=True, stdout=subprocess.DEVNULL
+            )
         sides = {"stock": folder / "source", "converted": folder / "converted"}
         results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(repeat):
@@ -265,7 +275,8 @@ def bench(root: Path, layers: int, repeat: int) -> None:
                     file.read_bytes()
                 results[side].append(run(where, wheel, side))
         median = {
-            side: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for side, runs in results.items()
+            side: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+            for side, runs in results.items()
         }
         for side, r in median.items():
             row = f"{r['seconds']:.2f} | {r['peak'] / 1e6:.0f} | {r['parameters'] / 1e6:.0f}"

@@ -57,6 +57,7 @@ def fp8_gemm_w8a16(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, bias: 
         k, n = weight.shape[1] // scale.shape[0], weight.shape[0] // scale.shape[1]
         weight = weight * scale.repeat_interleave(k, 0).repeat_interleave(n, 1).t()
     else:
+        assert scale.numel() in (1, weight.shape[0])
         weight = weight * scale.reshape(-1, 1)
     return torch.nn.functional.linear(a, weight.to(a.dtype), bias)
 
@@ -112,6 +113,15 @@ def test_a_linear_is_handed_over_as_stored(name: str, bias: bool, ops: None) -> 
     torch.testing.assert_close(answer.float(), wanted, atol=0.02 * wanted.abs().max().item(), rtol=0)
     # The same layer on any other machine.
     torch.testing.assert_close(layers.linear(scheme, tensors, x, b).float(), answer.float(), atol=0.5, rtol=0.05)
+
+
+def test_a_single_row_of_blocks_is_not_read_as_channels(ops: None) -> None:
+    scheme = SCHEMES["fp8-block"]
+    torch.manual_seed(2)
+    tensors, values = PACK["fp8_linear"](torch.randn(256, 128).bfloat16(), scheme)
+    assert tensors["weight_scale"].shape == (1, 2)
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(xpu.linear(scheme, tensors, x, None), x @ values.t(), atol=1e-3, rtol=0)
 
 
 class Constructor:

@@ -61,8 +61,10 @@ def linear(
         x8, x_scale = xpu_mxfp8_quantize(x)
         scale8 = scale.view(torch.float8_e8m0fnu)
         return ops.fp8_gemm(x8, weight.t(), x.dtype, x_scale, scale8, bias)  # type: ignore[no-any-return]
-    if scheme.granularity == "channel":
-        # One row: with more, the op would read the scales as blocks.
+    if scheme.granularity == "block" and scale.shape[0] == 1:
+        scale = scale.repeat_interleave(weight.shape[0] // scale.shape[1], dim=1)
+    elif scheme.granularity == "channel":
+        # The op reads one row as a scale per channel, more rows as blocks.
         scale = scale.reshape(1, -1)
     return ops.fp8_gemm_w8a16(x, weight.t(), scale, bias)  # type: ignore[no-any-return]
 
