@@ -236,6 +236,11 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         return _failed(error)
     except KeyboardInterrupt:
+        code = Interrupted.exit_code
+    except SystemExit:
+        # Standard output is closed (`| head`): nobody is left to tell.
+        return EnvironmentFault.exit_code
+    if code == Interrupted.exit_code:
         return _failed(Interrupted("interrupted; run the same command again to resume"))
     return code if isinstance(code, int) else 0
 

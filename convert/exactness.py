@@ -25,7 +25,7 @@ from xpuquant.convert.sanity import Counter
 from xpuquant.convert.source import Source
 from xpuquant.convert.verdict import CONTRADICTIONS, Checked, Health, contradiction
 from xpuquant.errors import DamagedError
-from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
+from xpuquant.formats.checkpoint import Array, Slice, as_array, as_bytes, whole
 from xpuquant.formats.decoded import Decoded, difference
 from xpuquant.formats.dequantized import to_bf16
 from xpuquant.formats.dtypes import numpy_dtype
@@ -259,7 +259,7 @@ def _check_bytes(source: Source, tensor: Tensor, repo: Repo, progress: Progress)
     """An unquantized tensor: the same bytes, and their sha256."""
     digest = hashlib.sha256()
     for start, stop in byte_blocks(tensor):
-        before = read(source, Slice(whole(tensor).tensor, start, stop)).reshape(-1).view(np.uint8)
+        before = read(source, Slice(as_bytes(tensor), start, stop))
         after = read_bytes(repo, repo.tensors[tensor.name], start, stop)
         if not np.array_equal(before, after):
             return Checked(tensor.name, 0, "bytes differ from the source's")
@@ -269,11 +269,10 @@ def _check_bytes(source: Source, tensor: Tensor, repo: Repo, progress: Progress)
 
 
 def byte_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Rows of a tensor, a few megabytes at a time."""
-    rows = whole(tensor).stop
-    return row_blocks(rows, tensor.nbytes // max(rows, 1), limit=4 << 20)
+    """Bytes of a tensor, a few megabytes at a time."""
+    return row_blocks(tensor.nbytes, 1, limit=4 << 20)
 
 
 def read_bytes(repo: Repo, tensor: Tensor, start: int, stop: int) -> Array:
-    """Rows of one of the repo's tensors, as flat bytes."""
-    return repo.reader.read(Slice(whole(tensor).tensor, start, stop)).reshape(-1).view(np.uint8)
+    """Bytes `start:stop` of one of the repo's tensors."""
+    return repo.reader.read(Slice(as_bytes(tensor), start, stop))

@@ -98,7 +98,7 @@ def list_files(folder: Path) -> list[str]:
                 # Neither sockets nor pipes nor devices.
                 if entry.is_file():
                     names.append(entry.relative_to(folder).as_posix())
-                    if not os.access(entry, os.R_OK):
+                    if not os.access(entry, os.R_OK, effective_ids=True):
                         raise EnvironmentFault(one_line(f"{entry}: cannot be read (Permission denied)"))
                     if len(names) > _MAX_FILES:
                         raise UsageError(

@@ -64,11 +64,13 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock_fd is not None:
-            if not (self._staging / _JOURNAL).exists():
-                # Finished, or refused before anything was noted.
-                shutil.rmtree(self._staging, ignore_errors=True)
-            os.close(self._lock_fd)
-            self._lock_fd = None
+            try:
+                if not (self._staging / _JOURNAL).exists():
+                    # Finished, or refused before anything was noted.
+                    shutil.rmtree(self._staging, ignore_errors=True)
+            finally:
+                os.close(self._lock_fd)
+                self._lock_fd = None
 
     def _lock(self) -> int | None:
         """The locked descriptor; None where the run that held it has just finished and taken the file away."""
@@ -98,7 +100,7 @@ class Journal:
         Raises:
             UsageError: the folder holds an unfinished conversion of something else, or by now a finished one.
         """
-        check_output(self.out, force)
+        _check(self.out, force)
         lines = self._lines()
         if lines and lines[0].get("plan") != digest:
             if not force:
@@ -226,6 +228,14 @@ def check_output(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(one_line(f"{out}: exists and is not a folder"))
+    if (out / STAGING).exists() and (out / PROVENANCE).exists() and not (out / STAGING / _JOURNAL).exists():
+        # Left by a run that was stopped while it cleaned up after itself.
+        with Journal(out):
+            pass
+    _check(out, force)
+
+
+def _check(out: Path, force: bool) -> None:
     names = {entry.name for entry in out.iterdir()}
     if not names - {STAGING} or (out / STAGING / _JOURNAL).exists():
         return

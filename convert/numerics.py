@@ -157,6 +157,8 @@ def _agreement(subject: Subject, backend: Backend, start: int, stop: int, Ms: Se
         layer = subject.layer(start, stop)
         x = activations(max(Ms), matrix.K, _seed(stored.name), dtype)
         wanted = _product(subject, start, stop, x, layer)
+        if _overflows(layer, x):
+            return replace(blank, reason="sums of these values can exceed float32")
         # A NaN that the source has makes NaN outputs on both sides, which is agreement.
         with np.errstate(invalid="ignore", over="ignore"):
             runs = [_compare(backend.linear(layer, x[:M]), wanted[:M]) for M in Ms]
@@ -181,6 +183,13 @@ def _agreement(subject: Subject, backend: Backend, start: int, stop: int, Ms: Se
 
 def _seed(name: str) -> int:
     return SEED ^ zlib.crc32(name.encode())
+
+
+def _overflows(layer: Layer, x: Array) -> bool:
+    """Whether a sum on the way to the result can exceed float32, in which kernels add up: then infinity, or the
+    NaN of two of them, is no error of theirs."""
+    largest = float(np.nanmax(np.abs(dequantize(layer)), initial=0.0))
+    return bool(largest * np.abs(x.astype(np.float64)).sum(axis=1).max(initial=0.0) > _LARGEST)
 
 
 def _product(subject: Subject, start: int, stop: int, x: Array, layer: Layer) -> Array:
@@ -217,7 +226,8 @@ def _wrong_layout(subject: Subject, backend: Backend, dtype: str) -> float | Non
     start, stop = subject.window(CELL_ROWS)
     x = activations(CELL_M, subject.matrix.K, SEED, dtype)
     try:
-        layer = subject.layer(start, stop)
+        # Without its bias, which may be so large that the weight does not show.
+        layer = _unbiased(subject.layer(start, stop))
         broken = replace(layer, tensors=dict(_misread(layer)))
         if np.array_equal(dequantize(layer), dequantize(broken), equal_nan=True):
             return None
@@ -225,6 +235,10 @@ def _wrong_layout(subject: Subject, backend: Backend, dtype: str) -> float | Non
         return _compare(backend.linear(broken, x), wanted)[0] if np.isfinite(wanted).all() else None
     except (UnsupportedError, *CONTRADICTIONS):
         return None
+
+
+def _unbiased(layer: Layer) -> Layer:
+    return replace(layer, tensors={role: array for role, array in layer.tensors.items() if role != "bias"})
 
 
 def _misread(layer: Layer) -> Iterator[tuple[str, Array]]:

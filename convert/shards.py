@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class ShardReader:
         self._paths = {shard: folder / shard for shard in shards}
         self._stats = {shard: self._stat(shard) for shard in self._paths}
         self._open: dict[str, int] = {}
+        # Descriptors are numbers: nobody closes them for us.
+        weakref.finalize(self, _close_all, self._open)
         self._lock = threading.Lock()
 
     @property
@@ -97,9 +100,7 @@ class ShardReader:
     def close(self) -> None:
         """Close every descriptor."""
         with self._lock:
-            for fd in self._open.values():
-                os.close(fd)
-            self._open.clear()
+            _close_all(self._open)
 
     def _stat(self, shard: str) -> tuple[int, int, int, int]:
         """Size, time of the last change, and what tells a change whose time was set back: that of the inode, and the
@@ -123,3 +124,8 @@ class ShardReader:
                 self._open[shard] = fd
                 return fd, True
             return fd, False
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])

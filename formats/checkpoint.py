@@ -6,6 +6,7 @@ where `peek` gets its bytes from, or that it cannot (None).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,8 +45,8 @@ class Slice:
         """Byte runs in the file, (absolute offset, length), in order."""
         per_element = BITS[self.tensor.dtype]
         if self.axis == 0:
-            row = nbytes(self.tensor.dtype, self.tensor.shape[1:])
-            return [(self.tensor.begin + self.start * row, (self.stop - self.start) * row)]
+            row_bits = per_element * math.prod(self.tensor.shape[1:])
+            return [(self.tensor.begin + self.start * row_bits // 8, (self.stop - self.start) * row_bits // 8)]
         rows, columns = self.tensor.shape
         pitch, length = columns * per_element // 8, (self.stop - self.start) * per_element // 8
         first = self.tensor.begin + self.start * per_element // 8
@@ -67,6 +68,11 @@ def rows(tensor: Tensor, start: int, stop: int) -> Slice:
 def columns(tensor: Tensor, start: int, stop: int) -> Slice:
     """Columns `start:stop` of a 2-D tensor."""
     return Slice(tensor, start, stop, axis=1)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The same bytes as a vector of them: of any dtype, some of which have several elements in one byte."""
+    return Tensor(tensor.name, "U8", (tensor.nbytes,), tensor.file, tensor.begin, tensor.end)
 
 
 def _as_vector(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ the even rows, up the odd) or halve it as it is; see `halved`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -161,7 +162,7 @@ def _biases(checkpoint: Checkpoint, weights: Sequence[Weight]) -> tuple[Slice, .
         raise DamagedError(f"{slices[0].tensor.name} and its siblings are {', '.join(sorted(dtypes))}; want one of "
                            f"{', '.join(FLOATS)}")  # fmt: skip
     for weight, bias in zip(weights, slices, strict=False):
-        if bias.shape[-1] != weight.N:
+        if bias.shape[-1] != weight.N or math.prod(bias.shape) != weight.N:
             raise DamagedError(f"{bias.tensor.name} has shape {list(bias.shape)}, want [{weight.N}]")
     return slices
 

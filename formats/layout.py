@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xpuquant.formats.checkpoint import Slice, whole
+from xpuquant.formats.checkpoint import Slice, as_bytes, whole
 from xpuquant.formats.decoded import Decoded
 from xpuquant.formats.dtypes import nbytes, numpy_dtype
 from xpuquant.formats.safetensors import Tensor
@@ -162,11 +162,9 @@ class Layout(Protocol):
 
 def copied(tensor: Tensor, name: str | None = None) -> OutTensor:
     """A tensor that keeps its bytes, dtype and shape."""
-    source = whole(tensor)
-    row_bytes = tensor.nbytes // max(source.stop, 1)
     pieces = tuple(
-        Piece((Slice(source.tensor, start, stop),), (stop - start) * row_bytes)
-        for start, stop in row_blocks(source.stop, row_bytes)
+        Piece((Slice(as_bytes(tensor), start, stop),), stop - start)
+        for start, stop in row_blocks(tensor.nbytes, 1)
     )
     return OutTensor(name or tensor.name, tensor.dtype, tensor.shape, pieces)
 

@@ -1,5 +1,6 @@
 """`xpuquant` and `python -m xpuquant`."""
 
+import signal
 import sys
 
 
@@ -13,6 +14,10 @@ def main() -> int:
         # Ctrl-C before the command line was there to take it.
         sys.stderr.write("error: interrupted\n")
         return 130
+    finally:
+        # All is said; what comes now ends the process quietly.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def play(seed: int, room: Path) -> Outcome:
     source, out = room / "source", room / "out"
     try:
         folder.write(source)
-        before = _digests(source)
+        before = digests(source)
         options = rng.choice([[], [], [], ["--on-unsupported", "dequantize"], ["--max-shard-size", "20kB"],
                               ["--scale-dtype", "bfloat16"]])  # fmt: skip
         began = time.process_time()
@@ -59,7 +59,7 @@ def play(seed: int, room: Path) -> Outcome:
         problem = _problem(code, text, error, out)
         if problem is None and seconds > SECONDS:
             problem = f"took {seconds:.0f} s"
-        if problem is None and _digests(source) != before:
+        if problem is None and digests(source) != before:
             problem = "the source was touched"
         if problem is None and code == 0:
             problem = _wrong_output(source, out)
@@ -122,7 +122,7 @@ def _wrong_output(source: Path, out: Path) -> str | None:
     return None
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*")) if path.is_file()
