@@ -12,6 +12,7 @@ any conversion does.
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,8 @@ from xpuquant.errors import DamagedError, EnvironmentFault
 LOCAL = "local"
 _RETRIES = 10
 """Times a task is given to another worker after its own was lost. Errors of ours are not retried."""
+
+_PROBE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,20 @@ def _result(ray: Any, reference: Any, shard: str) -> Finished:
     return result
 
 
+def _probe(address: str) -> None:
+    """Ray itself tries for minutes to reach an address where nothing listens."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), _PROBE_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise EnvironmentFault(
+            f"--ray {address}: cannot connect ({reason}); is the cluster's head running?"
+        ) from None
+
+
 def _ray() -> Any:
     try:
         import ray
@@ -145,10 +162,13 @@ def _ray() -> Any:
 
 
 def _connect(ray: Any, address: str, jobs: int) -> None:
+    _probe(address)
     options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False, "logging_level": "error"}
     try:
         if address == LOCAL:
-            ray.init(num_cpus=max(jobs, os.cpu_count() or 1), _node_ip_address="127.0.0.1", **options)
+            # Without "local", Ray joins whatever cluster another program left behind on this machine.
+            cpus = max(jobs, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=cpus, _node_ip_address="127.0.0.1", **options)
         else:
             options.pop("include_dashboard")
             ray.init(address=address, **options)
