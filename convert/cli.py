@@ -179,19 +179,20 @@ def finish(
     max_shard_size: MaxShardSize = "5GB",
     jobs: Jobs = DEFAULT_JOBS,
     verify: Verify = True,
+    revision: Revision = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Put the parts of `convert --shard i/n` together: check that all are there, verify, publish."""
     from xpuquant.convert import conversion, parts, summary
     from xpuquant.convert.options import Options, parse_dtype, parse_size
     from xpuquant.convert.output import Output
-    from xpuquant.convert.source import open_source
+    from xpuquant.convert.source import downloaded, open_source
 
     options = Options(layout, parse_dtype(scale_dtype), on_unsupported, parse_size(max_shard_size))
     output = Output(as_json)
-    opened = open_source(source)
-    parts.adopt_parts(opened, options, out)
     with output.progress() as progress:
+        opened = downloaded(open_source(source, revision), options, progress)
+        parts.adopt_parts(opened, options, out)
         result = conversion.convert(
             opened, out, options, jobs=jobs, verify=verify, reporter=progress, command=command_line()
         )

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from xpuquant.convert.files import (
 from xpuquant.convert.hub_api import connect, is_offline, retried
 from xpuquant.convert.hub_ranges import Ranges
 from xpuquant.convert.source import LocalSource, check_index, merge_header
-from xpuquant.errors import EnvironmentFault, UsageError, one_line
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, one_line
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array, whole
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
 
@@ -56,6 +56,14 @@ def is_repo_id(name: str) -> bool:
     return _REPO_ID.fullmatch(name) is not None and ".." not in name and not name.endswith(".git")
 
 
+def _checked(name: str) -> str:
+    """A file name that may be made here. The Hub has no others; a server that claims to be one might."""
+    path = PurePosixPath(name)
+    if not name.isprintable() or path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name:
+        raise DamagedError(one_line(f"{name!r} is no name of a file in a repository"))
+    return name
+
+
 class Remote:
     """One repository at one commit.
 
@@ -68,7 +76,7 @@ class Remote:
         self._revision = revision
         info = retried(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), repo_id)
         self.commit = str(info.sha)
-        self.sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+        self.sizes = {_checked(file.rfilename): int(file.size or 0) for file in info.siblings or ()}
         self._ranges = Ranges(api, repo_id, self.commit)
 
     def download(self, name: str, folder: Path | None = None) -> Path:

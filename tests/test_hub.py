@@ -25,7 +25,7 @@ from xpuquant.convert.plan import make_plan
 from xpuquant.convert.publish import Pushed
 from xpuquant.convert.source import LocalSource, open_source
 from xpuquant.convert.streaming import convert_streaming, groups, peak_disk
-from xpuquant.errors import EnvironmentFault, UsageError
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 pytest_plugins = "hub.fixtures"
 
@@ -197,6 +197,18 @@ def test_refusals_are_one_line_with_the_fix(
         assert repo_id in str(caught.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(EnvironmentFault, match=r"not in the cache.*unset HF_HUB_OFFLINE"):
+        open_hub(SOURCE)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/../../b", "a\\b", "a\x1b[2J"])
+def test_a_server_cannot_name_files_elsewhere(hub: Hub, client: str, model: Path, name: str) -> None:
+    store = hub.store
+    repo = store.repo(SOURCE)
+    commit = store.commit(repo, repo.refs["main"])
+    commit.files[name] = store.add_regular(b"x")
+    repo.refs["main"] = store.add_commit(repo, commit)
+    store.save(repo)
+    with pytest.raises(DamagedError, match="is no name of a file"):
         open_hub(SOURCE)
 
 
