@@ -23,6 +23,9 @@ REFUSED = {
 }
 """Checkpoints that must be refused → a part of the reason. The larger set's README names its own."""
 
+SPOILT = {"autoround-0.15-qwen3-w3g32-asym-v1": "spoils the neighbours of a zero point of 0"}
+"""Checkpoints whose producer lost information: refused whatever the options → a part of the reason."""
+
 
 @cache
 def all_checkpoints() -> dict[str, Path]:

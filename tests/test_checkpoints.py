@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import all_checkpoints, oracles, refused
+from checkpoints import SPOILT, all_checkpoints, oracles, refused
 
 from xpuquant.convert.cli import run
 from xpuquant.convert.options import Options
@@ -26,7 +26,7 @@ from xpuquant.formats.layout import Matrix
 NAMES = sorted(all_checkpoints())
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in refused()])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in refused().keys() | SPOILT.keys()])
 def test_converts_exactly(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = all_checkpoints()[name], tmp_path / "out"
     assert run(["convert", str(source), str(out), "--jobs", "2"]) == 0, capsys.readouterr().err
@@ -67,6 +67,18 @@ def test_refused_ones_can_be_dequantized(
         open_source(str(all_checkpoints()[name])).checkpoint, Options(on_unsupported="dequantize")
     )
     agrees_with_oracle(name, plan, open_repo(out))
+
+
+@pytest.mark.parametrize("name", sorted(SPOILT))
+@pytest.mark.parametrize("option", ["refuse", "dequantize"])
+def test_spoilt_ones_are_refused(
+    name: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run(["convert", str(all_checkpoints()[name]), str(tmp_path / "out"), "--on-unsupported", option]) == 2
+    )
+    assert SPOILT[name] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def agrees_with_oracle(name: str, plan: Plan, repo: Repo) -> None:
