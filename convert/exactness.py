@@ -26,11 +26,13 @@ from xpuquant.convert.source import Source
 from xpuquant.convert.verdict import CONTRADICTIONS, Checked, Health, contradiction
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_array, as_bytes, whole
+from xpuquant.formats.ct_modules import CtLinear
 from xpuquant.formats.decoded import Decoded, difference
 from xpuquant.formats.dequantized import to_bf16
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layout import ExpertStack, Matrix, Stored
 from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.split import SplitBias
 from xpuquant.formats.weight import PIECE_BYTES, Weight, row_blocks
 
 BLOCK_CODES = 1 << 20
@@ -60,9 +62,17 @@ def check_exact(
     def passed(tensor: Tensor) -> tuple[Checked, Health | None]:
         return _check_bytes(source, tensor, repo, progress), None
 
+    def bias(split: SplitBias, name: str) -> tuple[Checked, Health | None]:
+        return _check_split_bias(split, source, repo.tensors[name], repo), None
+
     # Largest first, so that no worker is left with a long one at the end.
     largest = sorted(plan.modules, key=lambda planned: -planned.nbytes)
     calls = [partial(module, planned) for planned in largest] + [partial(passed, one) for one in plan.passed]
+    calls += [
+        partial(bias, planned.source.bias, f"{planned.conversion.name}.bias")
+        for planned in plan.modules
+        if isinstance(planned.source, CtLinear) and planned.source.bias is not None
+    ]
     results = run_all(jobs, calls)
     return [checked for checked, _ in results], {
         c.name: health for c, health in results if health is not None
@@ -266,6 +276,15 @@ def _check_bytes(source: Source, tensor: Tensor, repo: Repo, progress: Progress)
         digest.update(after.data)
         progress(after.size)
     return Checked(tensor.name, 0, None, digest.hexdigest())
+
+
+def _check_split_bias(split: SplitBias, source: Source, held: Tensor, repo: Repo) -> Checked:
+    """A bias out of a stacked or fused one: the same values, and the sha256 of its bytes."""
+    actual = repo.reader.read(whole(held))
+    expected = split.values([read(source, part) for part in split.parts])
+    if not np.array_equal(expected, actual, equal_nan=True):
+        return Checked(held.name, 0, "differs from its rows of the source's")
+    return Checked(held.name, 0, None, hashlib.sha256(actual.view(np.uint8).data).hexdigest())
 
 
 def byte_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:

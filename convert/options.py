@@ -10,7 +10,7 @@ from xpuquant.errors import UsageError, one_line
 from xpuquant.formats.dtypes import FLOATS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-LAYOUTS = ("xpu",)
+LAYOUTS = ("xpu", "compressed-tensors")
 ON_UNSUPPORTED = ("refuse", "dequantize")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
@@ -40,7 +40,7 @@ _DTYPES = {
 class Options:
     """Everything that changes the bytes of the output.
 
-    layout           `xpu`
+    layout           `xpu`, or `compressed-tensors`: the same weights for loaders that know nothing of this tool
     scale_dtype      safetensors label to round scales to; None keeps the source's
     on_unsupported   `refuse`, or `dequantize` to bf16
     max_shard_bytes  upper size of a shard (a single larger tensor gets its own)

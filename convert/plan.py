@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xpuquant import __version__
 from xpuquant.convert.options import Options
 from xpuquant.errors import UnsupportedError
-from xpuquant.formats import dequantized
+from xpuquant.formats import ct_config, ct_modules, dequantized
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.experts import expert_of, modules
 from xpuquant.formats.folding import fold_act_order
@@ -73,6 +73,7 @@ class Plan:
     passed     tensors that keep their bytes
     shards     the output files
     notes      what was odd about the source
+    quantization  the source's own quantization config
     """
 
     options: Options
@@ -81,6 +82,7 @@ class Plan:
     shards: tuple[Shard, ...]
     notes: tuple[str, ...]
     read_bytes: int
+    quantization: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def write_bytes(self) -> int:
@@ -103,6 +105,11 @@ class Plan:
     def quantization_config(self, producer: str) -> dict[str, Any]:
         """The contract's part of config.json."""
         schemes = {m.conversion.name: m.conversion.scheme for m in self.modules}
+        if self.options.layout == ct_config.FAMILY:
+            ours = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, ct_config.CtScheme)}
+            plain: list[ct_config.Shaped] = [*self.passed]
+            plain += [tensor for module in self.dequantized for tensor in module.conversion.tensors]
+            return ct_config.to_config(ours, plain, self.quantization)
         return to_config({name: scheme for name, scheme in schemes.items() if scheme is not None}, producer)
 
     def index(self) -> dict[str, Any]:
@@ -144,9 +151,11 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """
     planned, refused, reading = survey(checkpoint, options)
     if refused:
-        raise UnsupportedError(refusal(refused, readable=not reading.refused))
+        raise UnsupportedError(refusal(refused, not reading.refused, options.layout))
     used = {bias.tensor.name for module in planned if isinstance(module.source, ExpertStack)
             and module.conversion.scheme for slices in module.source.biases.values() for bias in slices}  # fmt: skip
+    split = [module.source.bias for module in planned if isinstance(module.source, ct_modules.CtLinear)]
+    used |= {part.tensor.name for bias in split if bias is not None for part in bias.parts}
     passed = tuple(tensor for tensor in reading.rest if tensor.name not in used)
     shards = _shards(_in_source_order(planned, passed), options.max_shard_bytes)
     read_bytes = sum(
@@ -156,33 +165,37 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         for piece in tensor.pieces
         for part in piece.inputs
     )
-    return Plan(options, tuple(planned), passed, shards, checkpoint.notes, read_bytes)
+    quantization = checkpoint.quantization
+    return Plan(options, tuple(planned), passed, shards, checkpoint.notes, read_bytes, quantization)
 
 
-def refusal(refused: Mapping[str, str], readable: bool) -> str:
+def refusal(refused: Mapping[str, str], readable: bool, layout: str) -> str:
     """One line for modules that cannot be converted: reasons, with the modules of each as compact patterns."""
+    shown = "XPU" if layout == "xpu" else layout
     by_reason: dict[str, list[str]] = {}
     for name, reason in refused.items():
         by_reason.setdefault(reason, []).append(name)
     listed = "; ".join(f"{reason}: {', '.join(compact(names))}" for reason, names in by_reason.items())
     fix = ". Pass --on-unsupported dequantize to store them as bf16" if readable else ""
-    return f"{len(refused)} modules have no exact XPU layout: {listed}{fix}"
+    return f"{len(refused)} modules have no exact {shown} layout: {listed}{fix}"
 
 
 def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule], dict[str, str], Reading]:
     """What every module would become: (convertible ones, module → reason for the others, the reading)."""
     reading = read(checkpoint)
-    known = layouts()
+    known = layouts(options.layout)
     planned: list[PlannedModule] = []
     refused = dict(reading.refused)
+    portable = options.layout == ct_config.FAMILY
+    without = "compressed-tensors layout" if portable else "XPU kernel"
     # Siblings of an expert that cannot be read are refused with it, not reported as an incomplete stack.
     stacks = {expert[0] for name in refused if (expert := expert_of(name)) is not None}
     weights = [w for w in reading.weights if (expert := expert_of(w.name)) is None or expert[0] not in stacks]
     if options.fold_act_order:
         weights = fold_act_order(checkpoint, weights)
-    for module in modules(checkpoint, weights):
+    for module in ct_modules.modules(checkpoint, weights) if portable else modules(checkpoint, weights):
         layout = next((layout for layout in known.values() if layout.takes(module)), None)
-        reason = layout.refuses(module) if layout is not None else f"{kind_of(module)} has no XPU kernel"
+        reason = layout.refuses(module) if layout is not None else f"{kind_of(module)} has no {without}"
         if layout is not None and reason is None:
             planned.append(PlannedModule(module, layout.convert(module, options.scale_dtype)))
         elif options.on_unsupported == "dequantize":

@@ -27,6 +27,7 @@ def provenance(
     """The content of xpuquant.json, still to be sealed (`integrity.seal`). Holds no time and no machine: equal
     conversions write equal files."""
     digests = {checked.name: checked.digest for checked in verdict.exact if checked.digest} if verdict else {}
+    modules = {planned.conversion.name for planned in plan.modules}
     return {
         "sha256": "0" * 64,
         "producer": producer,
@@ -42,7 +43,9 @@ def provenance(
         "options": plan.options.as_dict(),
         "modules": {planned.conversion.name: _module(planned, digests) for planned in plan.modules},
         "unquantized": compact(tensor.name for tensor in plan.passed),
-        "tensors_sha256": {t.name: digests[t.name] for t in plan.passed if t.name in digests},
+        "tensors_sha256": {
+            name: digest for name, digest in digests.items() if name not in modules
+        },
         "left_files": dict(source.left_files),
         "shards": {
             name: {"sha256": finished.sha256, "bytes": finished.nbytes}

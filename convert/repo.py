@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from xpuquant.convert.files import find_files
+from xpuquant.convert.journal import PROVENANCE
 from xpuquant.convert.shards import ShardReader
 from xpuquant.errors import DamagedError, UsageError, one_line
+from xpuquant.formats import ct_config
+from xpuquant.formats.ct_stored import stored_modules
 from xpuquant.formats.layout import Layout, Stored
 from xpuquant.formats.registry import layouts
 from xpuquant.formats.safetensors import Tensor
@@ -31,29 +34,29 @@ class Repo:
                 if name in self.tensors:
                     raise DamagedError(one_line(f"'{name}' is in both {self.tensors[name].file} and {shard}"))
                 self.tensors[name] = tensor
-        known = layouts()
-        used: set[str] = set()
-        self.modules: dict[str, Stored] = {}
-        for name, scheme in from_config(quantization).items():
-            layout = known.get(scheme.layout)
-            if layout is None:
-                raise DamagedError(one_line(f"config.json: unknown layout '{scheme.layout}' of {name}"))
-            tensors = self._module_tensors(name, scheme, layout)
-            used |= {tensor.name for tensor in tensors.values()}
-            self.modules[name] = Stored(name, scheme, tensors, self.reader.read)
+        if quantization.get("quant_method") == ct_config.FAMILY:
+            self.modules = stored_modules(quantization, self.tensors, self.reader.read)
+        else:
+            self.modules = {
+                name: self._stored(name, scheme) for name, scheme in from_config(quantization).items()
+            }
+        used = {tensor.name for stored in self.modules.values() for tensor in stored.tensors.values()}
         self.plain = {name: tensor for name, tensor in self.tensors.items() if name not in used}
 
     def layout(self, stored: Stored) -> Layout:
         """The layout of a stored module."""
         return layouts()[stored.scheme.layout]
 
-    def _module_tensors(self, name: str, scheme: Scheme, layout: Layout) -> dict[str, Tensor]:
+    def _stored(self, name: str, scheme: Scheme) -> Stored:
+        layout = layouts().get(scheme.layout)
+        if layout is None:
+            raise DamagedError(one_line(f"config.json: unknown layout '{scheme.layout}' of {name}"))
         tensors: dict[str, Tensor] = {}
         for suffix in layout.suffixes(scheme):
             if f"{name}.{suffix}" not in self.tensors:
                 raise DamagedError(one_line(f"{name}.{suffix} is missing; config.json says {scheme.label()}"))
             tensors[suffix] = self.tensors[f"{name}.{suffix}"]
-        return tensors
+        return Stored(name, scheme, tensors, self.reader.read)
 
 
 def open_repo(folder: Path) -> Repo:
@@ -63,9 +66,11 @@ def open_repo(folder: Path) -> Repo:
         UsageError: not a converted repo. DamagedError: files that contradict each other.
     """
     found = find_files(folder)
-    if found.quantization.get("quant_method") != QUANT_METHOD:
+    method = found.quantization.get("quant_method")
+    # A portable output says nothing of us in its config: its provenance does.
+    if method != QUANT_METHOD and not (method == ct_config.FAMILY and (folder / PROVENANCE).exists()):
         raise UsageError(one_line(f"{folder}: was not converted by xpuquant (quant_method is "
-                                  f"{found.quantization.get('quant_method')!r})"))  # fmt: skip
+                                  f"{method!r})"))  # fmt: skip
     repo = Repo(folder, found.shards, found.quantization)
     for name, shard in (found.index or {}).items():
         held = repo.tensors.get(name)

@@ -33,6 +33,7 @@ from xpuquant.convert.sanity import findings
 from xpuquant.convert.source import Source
 from xpuquant.convert.verdict import CONTRADICTIONS, REFERENCE, Checked, Finding, Health, Verdict
 from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
+from xpuquant.formats.ct_stored import for_kernels
 from xpuquant.formats.decoded import Decoded
 from xpuquant.formats.dtypes import FLOATS, numpy_dtype
 from xpuquant.formats.layout import Stored
@@ -209,10 +210,10 @@ def _subjects(plan: Plan, source: Source, repo: Repo) -> Iterator[Subject]:
             matrices = matrices_by_role(repo, stored)
             for role, expert, weight in planned.weights:
                 matrix = find_matrix(matrices, role, expert)
-                if (matrix.N, matrix.K) == (weight.N, weight.K):
-                    yield Subject(
-                        stored, repo.layout(stored), matrix, _source_rows(weight, source, stored.scheme)
-                    )
+                layout = repo.layout(stored)
+                taken = for_kernels(layout, stored)
+                if taken is not None and (matrix.N, matrix.K) == (weight.N, weight.K):
+                    yield Subject(taken, layout, matrix, _source_rows(weight, source, stored.scheme))
         except CONTRADICTIONS:
             continue  # exactness has reported it
 
@@ -237,9 +238,10 @@ def _stored_subjects(repo: Repo) -> Iterator[Subject]:
             matrices = repo.layout(stored).matrices(stored)
         except CONTRADICTIONS:
             continue
-        for matrix in matrices:
-            layout = repo.layout(stored)
-            yield Subject(stored, layout, matrix, _stored_rows(repo, stored, matrix))
+        layout = repo.layout(stored)
+        taken = for_kernels(layout, stored)
+        for matrix in matrices if taken is not None else ():
+            yield Subject(taken or stored, layout, matrix, _stored_rows(repo, stored, matrix))
 
 
 def _stored_rows(repo: Repo, stored: Stored, matrix: Any) -> Rows:

@@ -62,6 +62,7 @@ class StackScales:
 
 class Fp8Experts:
     name = "fp8_experts"
+    family = "xpu"
 
     def takes(self, module: Module) -> bool:
         return isinstance(module, ExpertStack) and is_float_stack(module) and not any(

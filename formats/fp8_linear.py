@@ -28,6 +28,7 @@ BLOCK_ROWS = 16
 
 class Fp8Linear:
     name = "fp8_linear"
+    family = "xpu"
 
     def takes(self, module: Module) -> bool:
         weight = module.weight if isinstance(module, Linear) else None

@@ -59,6 +59,7 @@ class SignedWords:
 
 class Int4Experts:
     name = "int4_experts"
+    family = "xpu"
 
     def takes(self, module: Module) -> bool:
         return isinstance(module, ExpertStack) and all(

@@ -84,6 +84,7 @@ class Order:
 
 class Int4Linear:
     name = "int4_linear"
+    family = "xpu"
 
     def takes(self, module: Module) -> bool:
         return isinstance(module, Linear) and isinstance(module.weight, IntWeight)

@@ -129,6 +129,11 @@ class Layout(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def family(self) -> str:
+        """Which `--layout` it belongs to."""
+        ...
+
     def takes(self, module: Module) -> bool:
         """Whether this is the layout for this kind of module (by type, not by limits)."""
         ...

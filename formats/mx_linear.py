@@ -7,6 +7,7 @@ P.weight_scale  uint8 [K/32, N]   E8M0: 2^(byte - 127), 255 is NaN (OCP Microsca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -35,6 +36,8 @@ class MxLinear:
     name: str
     elements: dict[str, str]
     packed: int
+
+    family: ClassVar[str] = "xpu"
 
     def takes(self, module: Module) -> bool:
         weight = module.weight if isinstance(module, Linear) else None

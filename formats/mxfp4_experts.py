@@ -39,6 +39,7 @@ from xpuquant.formats.weight import row_blocks
 
 class Mxfp4Experts:
     name = "mxfp4_experts"
+    family = "xpu"
 
     def takes(self, module: Module) -> bool:
         return takes_stack(module, {"U8": "e2m1"})

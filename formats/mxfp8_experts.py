@@ -34,6 +34,7 @@ from xpuquant.formats.transposed_stacks import (
 
 class Mxfp8Experts:
     name = "mxfp8_experts"
+    family = "xpu"
 
     def takes(self, module: Module) -> bool:
         return takes_stack(module, ELEMENTS)

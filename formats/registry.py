@@ -28,7 +28,7 @@ def readers() -> tuple[Reader, ...]:
     return tuple(module.READER for module in _modules() if hasattr(module, "READER"))
 
 
-def layouts() -> dict[str, Layout]:
-    """Every XPU layout by name."""
+def layouts(family: str | None = None) -> dict[str, Layout]:
+    """Every layout by name, or those of one `--layout`."""
     found = (module.LAYOUT for module in _modules() if hasattr(module, "LAYOUT"))
-    return {layout.name: layout for layout in found}
+    return {layout.name: layout for layout in found if family in (None, layout.family)}
