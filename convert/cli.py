@@ -229,6 +229,9 @@ def command_line() -> str:
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Errors become one line on standard error."""
     signal.signal(signal.SIGTERM, _terminate)
+    # Progress and errors are ours to print; huggingface_hub reads these when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.warnoptions:
         # numpy's remarks on a stranger's scales (overflow, NaN): they are data here, and compared bit by bit.
         warnings.simplefilter("ignore")

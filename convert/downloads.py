@@ -10,6 +10,47 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
+
+
+class FileProgress:
+    """Progress of one file, as the client counts it. It counts again what it retries, and not what it resumes; here
+    every byte counts once."""
+
+    def __init__(self, nbytes: int, report: Callable[[int], None]) -> None:
+        self._left = nbytes
+        self._report = report
+
+    def add(self, nbytes: int) -> None:
+        counted = max(0, min(nbytes, self._left))
+        self._left -= counted
+        self._report(counted)
+
+    def finish(self) -> None:
+        """The file is here."""
+        self.add(self._left)
+
+    def bar(self) -> type[Any]:
+        """A progress bar class for the client that draws nothing and counts here."""
+        from tqdm import tqdm  # type: ignore[import-untyped]  # huggingface_hub brings it
+
+        count = self.add
+
+        class Bar(tqdm):  # type: ignore[misc]
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                options.pop("name", None)
+                super().__init__(*arguments, **{**options, "disable": True})
+
+            def update(self, n: float | None = 1) -> None:
+                count(int(n or 0))
+
+            def update_transfer(self, n: float) -> None:
+                """Bytes on the network, compressed: not what is counted."""
+
+            def set_transfer_postfix_str(self, *arguments: Any, **options: Any) -> None:
+                """Nothing is drawn."""
+
+        return Bar
 
 
 class Downloads:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xpuquant.convert.downloads import Downloads
+from xpuquant.convert.downloads import Downloads, FileProgress
 from xpuquant.convert.files import _OLD_CONFIGS as OLD_CONFIGS
 from xpuquant.convert.files import (
     FoundFiles,
@@ -79,14 +79,19 @@ class Remote:
         self.sizes = {_checked(file.rfilename): int(file.size or 0) for file in info.siblings or ()}
         self._ranges = Ranges(api, repo_id, self.commit)
 
-    def download(self, name: str, folder: Path | None = None) -> Path:
+    def download(
+        self, name: str, folder: Path | None = None, progress: Progress = lambda nbytes: None
+    ) -> Path:
         """A whole file, in the client's cache or below `folder`. Resumes, and costs nothing when it is there."""
-        return Path(
-            retried(
-                lambda: self.api.hf_hub_download(self.repo_id, name, revision=self.commit, local_dir=folder),
-                self.repo_id,
-            )
+        counted = FileProgress(self.sizes[name], progress)
+        path = retried(
+            lambda: self.api.hf_hub_download(
+                self.repo_id, name, revision=self.commit, local_dir=folder, tqdm_class=counted.bar()
+            ),
+            self.repo_id,
         )
+        counted.finish()
+        return Path(path)
 
     def remember(self) -> None:
         """Note in the cache which commit the revision was, so that it is found there offline."""
@@ -187,11 +192,10 @@ class HubSource:
         """
         self._check_disk()
 
-        downloads = Downloads(self.remote.download, _DOWNLOADS_AT_ONCE)
-        running = {shard: downloads.start(shard) for shard in self.found.shards}
-        for shard, future in running.items():
+        downloads = Downloads(lambda shard: self.remote.download(shard, None, progress), _DOWNLOADS_AT_ONCE)
+        running = [downloads.start(shard) for shard in self.found.shards]
+        for future in running:
             folder = future.result().parent
-            progress(self.remote.sizes[shard])
         for name in self.found.extra:
             self.remote.download(name)
         self.remote.remember()
