@@ -21,6 +21,7 @@ import pytest
 from checkpoints import FIXTURES
 from fuzz.case import command, digests
 from fuzz.faulty import READS, Dead, Faults
+from fuzz.tally import count
 
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
 ROUNDS = int(os.environ.get("XPUQUANT_TRUST_ROUNDS", "3"))
@@ -74,6 +75,11 @@ def finishes(source: Path, out: Path, expected: dict[str, str]) -> None:
     if loadable(out):
         held = {name: digest for name, digest in complete(out).items() if not name.startswith(".xpuquant/")}
         assert held == expected, "loadable, but not whole"
+    count("faults: runs repeated until whole")
+    count(
+        "faults: bytes compared with an undisturbed run",
+        sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
+    )
     code, _, error = command(*arguments(source, out))
     assert code == 0 or (code == 2 and "already holds a converted model" in error and loadable(out)), error
     assert complete(out) == expected
@@ -98,6 +104,7 @@ class TestEveryOperation:
             assert faults.failed, f"operation {at} of {total} did not happen"
             assert code == 4 or (code == 0 and loadable(out)), (at, faults.failed, code, text)
             assert text.count("\n") == (code != 0) and "internal error" not in text, text
+            count("faults: disk operations failed")
             assert digests(source) == before
             finishes(source, out, expected)
             shutil.rmtree(out)
@@ -110,6 +117,7 @@ class TestEveryOperation:
             with Faults(at, dead=True).injected() as faults, contextlib.suppress(Dead):
                 command(*arguments(source, out))
             assert faults.failed
+            count("faults: disk operations died at")
             assert digests(source) == before
             finishes(source, out, expected)
             shutil.rmtree(out)
@@ -130,6 +138,7 @@ class TestEveryOperation:
             with Faults(at, error, calls=READS).injected():
                 code, _, text = command(*arguments(source, out))
             assert code == 4 and "cannot be read" in text and text.count("\n") == 1, (at, code, text)
+            count("faults: reads failed")
             finishes(source, out, expected)
             shutil.rmtree(out)
 
@@ -172,6 +181,7 @@ class TestDisks:
             code, _, error = command(*arguments(source, disk / "out"))
             assert code in (0, 4) and error.count("\n") == (code != 0), error
             finished += code == 0
+            count("faults: disks really full", code != 0)
             assert loadable(disk / "out") == (code == 0)
             if code:
                 assert "No space left" in error or "cannot be written" in error, error
@@ -314,6 +324,7 @@ class TestSource:
             code, _, error = command(*arguments(source, tmp_path / "out"))
         assert code in (3, 4) and error.count("\n") == 1, (code, error)
         assert not loadable(tmp_path / "out")
+        count("faults: sources changed while read")
         shutil.copy2(kept, shard)
         finishes(source, tmp_path / "out", expected)
 
@@ -380,6 +391,7 @@ class TestSignals:
             _, error = process.communicate(timeout=60)
             span = max(span, min(1.0, (time.monotonic() - began) * 0.8)) if process.returncode == 0 else span
             assert "Traceback" not in error and "internal error" not in error, error
+            count("faults: signals at random moments")
             if number in (signal.SIGTERM, signal.SIGINT) and process.returncode == 130:
                 assert "resume" in error or "interrupted" in error
             assert process.returncode in (0, 130, -number, 2), (process.returncode, error)

@@ -20,6 +20,7 @@ from checkpoints import FIXTURES
 from fuzz.case import command
 from fuzz.folder import Folder, dumps, load
 from fuzz.mutations import KEYS, ODD
+from fuzz.tally import count
 from test_patterns import EVIL
 from test_safetensors import BAD_HEADERS
 
@@ -44,6 +45,7 @@ def refused(source: Path, out: Path, *codes: int, options: tuple[str, ...] = ())
     assert len(error) < 4200 and "internal error" not in error
     assert not text
     assert not (out / "config.json").exists()
+    count("hostile: inputs refused in one line")
     return error
 
 
@@ -185,6 +187,7 @@ class TestConfigs:
                 assert code in (0, 2, 3), (key, value, error)
                 assert error.count("\n") <= 1 and error.rstrip("\n").isprintable(), (key, value, error)
                 assert "internal error" not in error, (key, value, error)
+                count("hostile: config keys with a bad value")
 
     @pytest.mark.parametrize("value", ODD, ids=lambda value: ascii(value)[:20])
     def test_a_quantization_config_of_any_type(self, value: Any, tmp_path: Path) -> None:
@@ -225,6 +228,7 @@ class TestConfigs:
         assert code in (0, 2, 3) and "internal error" not in error
         assert error.count("\n") == (code != 0) and error.rstrip("\n").isprintable()
         assert time.process_time() - began < 30
+        count("hostile: exploding or broken regular expressions")
 
     @pytest.mark.parametrize(
         ("data", "message"),
@@ -432,11 +436,11 @@ class TestPlaces:
 
 def test_a_million_tensors_through_the_command_line(tmp_path: Path) -> None:
     """XPUQUANT_TRUST_TENSORS of them (a million in scripts/test-trust), in bounded memory and time."""
-    count = int(os.environ.get("XPUQUANT_TRUST_TENSORS", "20000"))
+    tensors = int(os.environ.get("XPUQUANT_TRUST_TENSORS", "20000"))
     (tmp_path / "source").mkdir()
     shutil.copy(GPTQ / "config.json", tmp_path / "source")
-    header = build_header(((f"x.{i // 1000}.y.{i % 1000}.w", "U8", (1,), 1) for i in range(count)), {})
-    (tmp_path / "source" / "model.safetensors").write_bytes(header + bytes(count))
+    header = build_header(((f"x.{i // 1000}.y.{i % 1000}.w", "U8", (1,), 1) for i in range(tensors)), {})
+    (tmp_path / "source" / "model.safetensors").write_bytes(header + bytes(tensors))
     program = (
         "import sys; from xpuquant.convert.cli import run; code = run(sys.argv[1:]); "
         "status = open('/proc/self/status').read(); print(status.partition('VmHWM:')[2].split()[0]); sys.exit(code)"
@@ -449,5 +453,8 @@ def test_a_million_tensors_through_the_command_line(tmp_path: Path) -> None:
     seconds, megabytes = time.monotonic() - began, int(process.stdout.split()[-1]) >> 10
     # U8 tensors called `w` are nothing quantized that is known: refused, after all of them were looked at.
     assert process.returncode in (2, 3) and process.stderr.count("\n") == 1, process.stderr[:500]
-    assert megabytes < 300 + count * 4 // 1000, megabytes
-    assert seconds < 20 + count / 5000, seconds
+    assert megabytes < 300 + tensors * 4 // 1000, megabytes
+    assert seconds < 20 + tensors / 5000, seconds
+    count("hostile: tensors of the largest header", tensors)
+    count("hostile: its seconds", round(seconds))
+    count("hostile: its megabytes", megabytes)
