@@ -18,6 +18,7 @@ from fuzz.tally import count
 
 VERDICTS = {
     0: "verified exact output",
+    1: "a kernel missed its tolerance (exit 1)",
     2: "refused (exit 2)",
     3: "damaged (exit 3)",
     4: "environment (exit 4)",
