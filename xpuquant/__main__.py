@@ -1,11 +1,15 @@
 """`xpuquant` and `python -m xpuquant`."""
 
+import os
 import signal
 import sys
 
 
 def main() -> int:
     """Run the command line; returns the exit code (documented in docs/cli.md)."""
+    # Work is spread over threads here. OpenBLAS would add its own for each product, which wait by spinning: the
+    # float64 products of a verification then take four times the processor time on a busy machine.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from xpuquant.convert.cli import run
 
