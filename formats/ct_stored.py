@@ -11,7 +11,7 @@ from typing import Any
 
 from xpuquant.errors import DamagedError, UnsupportedError, one_line
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, whole
-from xpuquant.formats.ct_config import FAMILY, CtScheme, scheme_of
+from xpuquant.formats.ct_config import FAMILY, scheme_of
 from xpuquant.formats.decoded import Decoded
 from xpuquant.formats.experts import expert_of
 from xpuquant.formats.layout import Matrix, Stored
@@ -109,7 +109,3 @@ def for_kernels(layout: object, stored: Stored) -> Stored | None:
     return replace(stored, scheme=scheme)
 
 
-def ct_scheme(scheme: Scheme) -> CtScheme:
-    """A scheme of this family."""
-    assert isinstance(scheme, CtScheme)
-    return scheme
