@@ -18,7 +18,7 @@ from xpuquant.convert.plan import make_plan
 from xpuquant.convert.source import open_source, read_all
 
 
-def dequantized_source(folder: str) -> torch.nn.Module:
+def dequantized_source(folder: str, family: type) -> torch.nn.Module:
     """The source as an unquantized float32 model: every matrix decoded by the reader, the rest as stored."""
     source = open_source(folder)
     plan = make_plan(source.checkpoint, Options())
@@ -30,7 +30,7 @@ def dequantized_source(folder: str) -> torch.nn.Module:
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config = None
     del config.quantization_config
-    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    return family.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def main() -> int:
     prompt = torch.tensor([[1, 5, 9, 2, 14]])
     with torch.inference_mode():
         ours = converted(prompt).logits
-        truth = dequantized_source(source)(prompt).logits
+        truth = dequantized_source(source, type(converted))(prompt).logits
         tokens = converted.generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist()
     error = ((ours - truth).norm() / truth.norm()).item()
     print(f"greedy continuation of {prompt[0].tolist()}: {tokens[prompt.shape[1] :]}")
