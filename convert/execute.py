@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from xpuquant.convert.journal import Finished, Journal
+from xpuquant.convert.journal import Finished
 from xpuquant.convert.plan import Plan, Shard
 from xpuquant.convert.source import Source
 from xpuquant.errors import EnvironmentFault
@@ -70,8 +71,21 @@ def tasks(shard: Shard) -> Iterator[Task]:
         yield Task(offset, size, tuple(pending))
 
 
+class Staging(Protocol):
+    """Where shards are made: a `Journal`, or a part of one."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder the files are written in."""
+        ...
+
+    def finish(self, shard: str, finished: Finished) -> None:
+        """A shard is complete and closed."""
+        ...
+
+
 def execute(
-    plan: Plan, source: Source, journal: Journal, jobs: int, done: dict[str, Finished], progress: Progress
+    plan: Plan, source: Source, staging: Staging, jobs: int, done: dict[str, Finished], progress: Progress
 ) -> dict[str, Finished]:
     """Write every shard of the plan that is not done into the staging folder.
 
@@ -99,10 +113,10 @@ def execute(
         stop = threading.Event()
 
         def write(shard: Shard) -> tuple[str, Finished]:
-            writer = _ShardWriter(shard, source, journal.folder / shard.name, workers, stop, progress)
+            writer = _ShardWriter(shard, source, staging.folder / shard.name, workers, stop, progress)
             result = writer.run(max(1, jobs // max(1, streams)) + _SPARE_BUFFERS)
             source.check_unchanged()
-            journal.finish(shard.name, result)
+            staging.finish(shard.name, result)
             return shard.name, result
 
         running = [owners.submit(write, shard) for shard in waiting]
@@ -180,7 +194,7 @@ class _ShardWriter:
 
     def _collect(self, digest: hashlib._Hash, future: Future[tuple[Array, int]]) -> Array:
         buffer, nbytes = future.result()
-        digest.update(memoryview(buffer)[:nbytes])
+        digest.update(buffer.data[:nbytes])
         self._progress(nbytes)
         return buffer
 
@@ -193,7 +207,7 @@ class _ShardWriter:
         for piece in task.pieces:
             self._fill(piece, buffer[position : position + piece.nbytes])
             position += piece.nbytes
-        _write(self._fd, memoryview(buffer)[: task.nbytes], task.offset)
+        _write(self._fd, buffer.data[: task.nbytes], task.offset)
         return buffer, task.nbytes
 
     def _fill(self, piece: Piece, out: Array) -> None:

@@ -55,8 +55,8 @@ def inspect(source: Source, options: Options, ranks: Sequence[int] = _RANKS) -> 
         ]
         parts.append(Grid("refused", ("reason", "modules", "which"), rows))
     if decisions:
-        rows = [(fact, str(count)) for fact, count in decisions.most_common(12)]
-        parts.append(Grid("decided from the tensors", ("what", "matrices"), rows))
+        common = [(fact, str(count)) for fact, count in decisions.most_common(12)]
+        parts.append(Grid("decided from the tensors", ("what", "matrices"), common))
     splits = {size_: problems(planned, size_) for size_ in ranks}
     parts.append(
         Grid("tensor parallel", ("GPUs", "splits"), [(str(n), _split(found)) for n, found in splits.items()])

@@ -63,7 +63,7 @@ class ShardReader:
         fd, keep = self._descriptor(shard)
         try:
             position = 0
-            view = memoryview(out)
+            view = out.data
             for offset, length in part.runs():
                 end = position + length
                 while position < end:

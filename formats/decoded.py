@@ -38,12 +38,14 @@ class Decoded:
     def elements(self) -> Array:
         """float64 `[n, K]`: the codes as numbers, before scaling."""
         if self.number == "e2m1":
-            return _E2M1[self.codes]
+            nibbles: Array = _E2M1[self.codes]
+            return nibbles
         if self.number in ("e4m3", "e5m2"):
             import ml_dtypes
 
             kind = ml_dtypes.float8_e4m3fn if self.number == "e4m3" else ml_dtypes.float8_e5m2
-            return self.codes.view(kind).astype(np.float64)
+            numbers: Array = self.codes.view(kind).astype(np.float64)
+            return numbers
         return self.codes.astype(np.float64)
 
     def values(self) -> Array:
@@ -60,16 +62,17 @@ def subtract_zeros(codes: Array, zeros: Array | None, bits: int, col: Array) -> 
         zeros: uint8 `[n, G]`, the true zero points, or None for a symmetric weight (2^(bits-1)).
         col: `[K]` group of each column.
     """
-    wide = np.int8 if bits <= 4 else np.int16
-    signed = codes.view(np.int8) if bits <= 4 else codes.astype(wide)
+    wide: Any = np.int8 if bits <= 4 else np.int16
+    signed: Array = codes.view(np.int8) if bits <= 4 else codes.astype(wide)
     if zeros is None:
-        return signed - wide(1 << (bits - 1))
-    minus = zeros.astype(wide)
+        middle: Array = signed - wide(1 << (bits - 1))
+        return middle
+    minus: Array = zeros.astype(wide)
     size = _group_size(col, zeros.shape[1])
     if size is None:
-        return signed - np.take(minus, col, axis=1)
+        return signed - minus.take(col, axis=1)
     # Spelling the zero points out per column would cost more than the subtraction itself.
-    grouped = signed.reshape(len(codes), -1, size) - minus[:, :, None]
+    grouped: Array = signed.reshape(len(codes), -1, size) - minus[:, :, None]
     return grouped.reshape(codes.shape)
 
 

@@ -42,7 +42,8 @@ def numpy_dtype(label: str) -> np.dtype[Any]:
     if label in _ML_DTYPES:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[label]))
+        carrier: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML_DTYPES[label]))
+        return carrier
     return np.dtype(np.uint8)
 
 

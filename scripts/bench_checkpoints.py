@@ -1,7 +1,7 @@
 """Synthetic checkpoints for the benchmarks: real tensor shapes, random codes, any number of layers.
 
-Layers have the shapes of Llama-3.1-8B (dense) and Qwen3-30B-A3B (128 experts). The bytes are random but sound: scales are
-finite, zero points and g_idx are what the producers write.
+Layers have the shapes of Llama-3.1-8B (dense) and Qwen3-30B-A3B (128 experts). The bytes are random but sound: scales
+are finite, zero points and g_idx are what the producers write.
 """
 
 from __future__ import annotations
