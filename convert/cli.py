@@ -94,7 +94,10 @@ def convert(
     branch: cli_push.Branch = None,
     pr: cli_push.PullRequest = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Keep only the shards of SRC in use; with --push-to, of the output too.")
+        bool,
+        typer.Option(
+            "--stream", help="Keep only the shards of SRC in use; with --push-to, of the output too."
+        ),
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -126,7 +129,9 @@ def convert(
         return
     if stream:
         if ray or part:
-            raise UsageError("--stream makes one shard after the other; it goes with neither --ray nor --shard")
+            raise UsageError(
+                "--stream makes one shard after the other; it goes with neither --ray nor --shard"
+            )
         work = cli_push.Streaming(opened, target, options, destination, jobs, verify, force)
         output.answer(cli_push.stream(work, output, command_line()))
         return

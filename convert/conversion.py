@@ -130,7 +130,9 @@ def check_apart(source: Source, out: Path) -> None:
     if source.revision is None and Path(source.name).is_dir():
         one, other = Path(source.name).resolve(), out.resolve()
         if one.is_relative_to(other) or other.is_relative_to(one):
-            raise UsageError(one_line(f"{out}: source and output must not lie in each other; choose another folder"))
+            raise UsageError(
+                one_line(f"{out}: source and output must not lie in each other; choose another folder")
+            )
 
 
 def check_disk(out: Path, needed: int) -> None:

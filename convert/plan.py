@@ -106,7 +106,9 @@ class Plan:
         """The contract's part of config.json."""
         schemes = {m.conversion.name: m.conversion.scheme for m in self.modules}
         if self.options.layout == ct_config.FAMILY:
-            ours = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, ct_config.CtScheme)}
+            ours = {
+                name: scheme for name, scheme in schemes.items() if isinstance(scheme, ct_config.CtScheme)
+            }
             plain: list[ct_config.Shaped] = [*self.passed]
             plain += [tensor for module in self.dequantized for tensor in module.conversion.tensors]
             return ct_config.to_config(ours, plain, self.quantization)

@@ -46,7 +46,9 @@ class Slice:
         per_element = BITS[self.tensor.dtype]
         if self.axis == 0:
             row_bits = per_element * math.prod(self.tensor.shape[1:])
-            return [(self.tensor.begin + self.start * row_bits // 8, (self.stop - self.start) * row_bits // 8)]
+            return [
+                (self.tensor.begin + self.start * row_bits // 8, (self.stop - self.start) * row_bits // 8)
+            ]
         rows, columns = self.tensor.shape
         pitch, length = columns * per_element // 8, (self.stop - self.start) * per_element // 8
         first = self.tensor.begin + self.start * per_element // 8

@@ -33,7 +33,9 @@ ROLES = {
 }  # fmt: skip
 
 # A number as it is written for an expert: `07` is another module than `7`, and would replace it.
-_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<part>" + "|".join(ROLES) + ")")
+_EXPERT = re.compile(
+    r"(?P<stack>.+\.experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<part>" + "|".join(ROLES) + ")"
+)
 
 
 def expert_of(name: str) -> tuple[str, int, str] | None:

@@ -258,9 +258,7 @@ def convert(source: LocalSource, out: Path, **options: Any) -> Converted:
     plan = make_plan(source.checkpoint, Options(**options))
     with Journal(out) as journal:
         execute(plan, source, journal, 2, {}, lambda nbytes: None)
-    repo = Repo(
-        journal.folder, tuple(shard.name for shard in plan.shards), plan.quantization_config("tests")
-    )
+    repo = Repo(journal.folder, tuple(shard.name for shard in plan.shards), plan.quantization_config("tests"))
     verdicts, _ = check_exact(plan, source, repo, 2, lambda nbytes: None)
     for checked in verdicts:
         assert checked.error is None, f"{checked.name}: {checked.error}"

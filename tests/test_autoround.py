@@ -98,7 +98,10 @@ def test_what_is_no_quantized_storage_is_refused_by_name(tmp_path, keys, reason)
 
 
 def test_int4_inside_fp8_is_refused_by_name(tmp_path):
-    tensors = gptq(ints()) | {"act_scales": np.ones(1, np.float16), "w_bf16_to_fp8_scale": np.ones(1, np.float16)}
+    tensors = gptq(ints()) | {
+        "act_scales": np.ones(1, np.float16),
+        "w_bf16_to_fp8_scale": np.ones(1, np.float16),
+    }
     assert "int4 inside fp8 (AutoRound's W4A-fp8" in refusal(tmp_path, Pico(config(), {DOWN: tensors}))
 
 

@@ -55,6 +55,8 @@ def test_wheel_holds_one_package(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"xpuquant"}
+    assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {
+        "xpuquant"
+    }
     for module in ("convert/cli.py", "formats/gptq.py", "kernels/reference.py", "py.typed", "__main__.py"):
         assert f"xpuquant/{module}" in names
