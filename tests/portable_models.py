@@ -30,7 +30,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Twins:
-    """`plain` is `source` dequantized: linears exactly, in float32, and int4 experts rounded once to bf16."""
+    """`plain` is `source` dequantized, its quantized matrices in float32: exact."""
 
     source: Path
     plain: Path
@@ -49,8 +49,7 @@ def write_source(folder: Path, family: str, kind: str) -> Twins:
             source[name] = tensor
             continue
         packed, values = PACK[scheme.layout](tensor.float(), scheme)
-        # Transformers multiplies the codes of experts in the dtype of their scales, those of linears in the model's.
-        plain[name] = values.to(packed["scales"].dtype) if ".experts." in name else values
+        plain[name] = values
         if scheme.layout == "int4_linear":
             N, K = tensor.shape
             packed["qweight"] = packed["qweight"].t().contiguous()
