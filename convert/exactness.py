@@ -132,7 +132,7 @@ def _check_module(
             digest = MatrixDigest(matrix := find_matrix(matrices, role, expert))
             wrong = _check_matrix(weight, source, repo, stored, matrix, cast, digest, counter)
             if wrong is not None:
-                return verdict(wrong), None
+                return verdict(wrong if weight.name == name else f"{weight.name}: {wrong}"), None
             digests.append(digest)
             progress(share)
         wrong = _check_biases(planned, source, stored) or _check_input_scale(planned, source, stored)
@@ -174,15 +174,15 @@ def _check_matrix(
 ) -> str | None:
     layout = repo.layout(stored)
     if (matrix.N, matrix.K) != (weight.N, weight.K):
-        return f"{weight.name}: output is [{matrix.N}, {matrix.K}], source [{weight.N}, {weight.K}]"
+        return f"output is [{matrix.N}, {matrix.K}], source [{weight.N}, {weight.K}]"
     for start, stop, expected in decoded_blocks(weight, source):
         try:
             actual = in_rows(layout.decode(stored, matrix, start, stop))
         except CONTRADICTIONS as fault:
-            return f"{weight.name}: {contradiction(fault)}"
+            return contradiction(fault)
         wrong = difference(in_rows(expected), actual, cast)
         if wrong is not None:
-            return f"{weight.name}, rows {start}:{stop}: {wrong}"
+            return f"rows {start}:{stop}: {wrong}"
         digest.update(actual)
         counter.update(actual)
     return None

@@ -107,13 +107,13 @@ def _histogram(ran: Sequence[Agreement]) -> str:
     counts = [sum(run.histogram[i] for run in real if run.histogram) for i in range(len(BINS) + 1)]
     if not sum(counts):
         return ""
-    width, height, base, step = 380, 190, 140, 34
+    width, height, base, step = 380, 160, 112, 34
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="Histogram of errors">'
     ]
     for i, count in enumerate(counts):
         share = count / sum(counts)
-        tall = 0.0 if not count else max(2.0, share * 110)
+        tall = 0.0 if not count else max(2.0, share * 92)
         x = 4 + i * step
         below = f"errors up to {BINS[i]:.0e}" if i < len(BINS) else "larger errors"
         parts.append(f'<rect x="{x}" y="{base - tall:.1f}" width="{step - 4}" height="{tall:.1f}">'

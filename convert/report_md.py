@@ -47,7 +47,7 @@ def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
     ran = [run for run in verdict.kernels if run.ran]
     what = {
         "integrity": f"sha256 of {verdict.files} files; headers, index and config.json against each other",
-        "exactness": f"{sum(c.matrices for c in modules)} matrices in {len(modules)} modules, "
+        "exactness": f"{sum(c.matrices for c in modules):,} matrices in {len(modules)} modules, "
         f"{len(verdict.exact) - len(modules)} unquantized tensors, against {verdict.basis}",
         "kernels": f"{len(verdict.schemes) - len(verdict.unchecked)} of {len(verdict.schemes)} modules by "
         + (
@@ -55,7 +55,7 @@ def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
             or "no real kernel"
         )
         + f"; {sum(run.wrong_layout is not None for run in ran)} wrong layouts tried, each noticed",
-        "sanity": f"{sum(h.groups for h in verdict.health.values())} scales of {len(verdict.health)} modules",
+        "sanity": f"{sum(h.groups for h in verdict.health.values()):,} scales of {len(verdict.health)} modules",
     }
     done = {
         "integrity": verdict.files > 0, "exactness": bool(verdict.exact), "kernels": bool(ran),

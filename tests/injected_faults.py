@@ -336,7 +336,7 @@ _CODES = ("qweight", "experts.gate_up_proj")
 FAULTS: dict[str, Fault] = {
     "one nibble of a linear": _flip("qweight"),
     "one code of an expert": _flip("experts.gate_up_proj"),
-    "one code, fp8 or mxfp4 linear": _flip("proj.weight"),
+    "one code, fp8 or mxfp4 linear": _flip("q_proj.weight"),
     "lowest bit of one scale": _flip(*_SCALES, mask=0x01),
     "one zero point": _flip("qzeros"),
     "one bias of an expert": _flip("down_proj_bias", mask=0x80),

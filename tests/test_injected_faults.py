@@ -78,7 +78,7 @@ def test_fault_is_caught(fault: str, converted: dict[str, Path], tmp_path: Path)
         plain = caught(check(repo.folder, None))
         assert "integrity" in plain, case
         inject.reseal(repo.folder)
-        with_source = caught(check(repo.folder, source, ("reference", "onednn")))
+        with_source = caught(check(repo.folder, source))
         without = caught(check(repo.folder, None))
         assert with_source and without, case
         TABLE.add(fault, [plain & {"integrity"}, with_source, without])
