@@ -115,7 +115,7 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
     data = ModelCardData(
         library_name=LIBRARY,
         pipeline_tag=str(pipeline),
-        tags=[*TAGS, *precisions, *inherited],
+        tags=[*(TAGS if facts.layout == "xpu" else (TAGS[0], facts.layout)), *precisions, *inherited],
         ignore_metadata_errors=True,
         **kept,
     )
@@ -131,15 +131,34 @@ def _opening(facts: CardFacts) -> str:
     if facts.base_model is not None:
         base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     precisions = " and ".join(dict.fromkeys(s.precision for s in facts.schemes)) or "its"
+    layout = "in the layout that kernels for Intel GPUs (XPU) read"
+    if facts.layout != "xpu":
+        layout = f"as a standard {facts.layout} checkpoint"
     return (
         f"# {facts.name.rpartition('/')[2]}\n\n"
-        f"{base} in the layout that kernels for Intel GPUs (XPU) read, {precisions} weights. The conversion "
+        f"{base} {layout}, {precisions} weights. The conversion "
         "repacks, it does not quantize again: every weight decodes to exactly the value it had, unless the table "
         "below says bf16."
     )
 
 
 def _serving(facts: CardFacts) -> str:
+    if facts.layout != "xpu":
+        return f"""## Serve
+
+With [vLLM](https://docs.vllm.ai/), on any device it has kernels for:
+
+```sh
+vllm serve {facts.name}
+```
+
+With Transformers, after `pip install compressed-tensors`:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{facts.name}", device_map="auto")
+```"""
     return f"""## Serve
 
 With [vLLM](https://docs.vllm.ai/) on an Intel GPU:

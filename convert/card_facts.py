@@ -52,7 +52,7 @@ def gather(plan: Plan, source: Source, verdict: Verdict | None, command: str, na
 def precision(planned: PlannedModule) -> str:
     """`int4`, `fp8`, `mxfp4`, `mxfp8`, or `bf16` where a module was dequantized."""
     scheme = planned.conversion.scheme
-    return "bf16" if scheme is None else scheme.layout.partition("_")[0]
+    return "bf16" if scheme is None else scheme.layout.removeprefix("ct_").partition("_")[0]
 
 
 def _base_model(source: Source, said: object) -> str | None:

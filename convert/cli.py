@@ -42,7 +42,9 @@ SourceName = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub (default: main).")
 ]
-LayoutName = Annotated[str, typer.Option("--layout", help="Layout to write: xpu.")]
+LayoutName = Annotated[
+    str, typer.Option("--layout", help="Layout to write: xpu, or compressed-tensors, which stock loaders read.")
+]
 OnUnsupported = Annotated[
     str, typer.Option(help="Modules no XPU kernel takes: refuse, or dequantize them to bf16 (lossy).")
 ]

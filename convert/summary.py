@@ -22,6 +22,10 @@ _KERNELS = {
     "mxfp4_experts": "grouped GEMM mxfp4",
     "mxfp8_linear": "fp8_gemm (mx)",
     "mxfp8_experts": "grouped GEMM mxfp8",
+    "ct_int4": "int4_gemm_w4a16",
+    "ct_fp8": "fp8_gemm_w8a16 / fp8_gemm",
+    "ct_mxfp4": "fp4_gemm",
+    "ct_mxfp8": "fp8_gemm (mx)",
 }
 
 
@@ -30,6 +34,7 @@ def converted(result: Result) -> Answer:
     plan, out = result.plan, result.out
     verification = result.verification
     checked = "not verified (--no-verify)" if verification is None else in_one_line(verification)
+    device = "xpu" if plan.options.layout == "xpu" else "auto"
     facts = Grid(
         "",
         ("", ""),
@@ -42,7 +47,7 @@ def converted(result: Result) -> Answer:
             ("verified", checked),
             ("written to", str(out)),
             ("serve", f"vllm serve {out}"),
-            ("", f'AutoModelForCausalLM.from_pretrained("{out}", device_map="xpu")'),
+            ("", f'AutoModelForCausalLM.from_pretrained("{out}", device_map="{device}")'),
         ),
     )
     data = plan_data(plan, result.source) | {

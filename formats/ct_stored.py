@@ -107,5 +107,3 @@ def for_kernels(layout: object, stored: Stored) -> Stored | None:
     if scheme is None or (expert is not None and expert[1] > 0):
         return None
     return replace(stored, scheme=scheme)
-
-
