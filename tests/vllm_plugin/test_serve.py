@@ -51,9 +51,7 @@ def serve(model: Path, log: Path, *flags: str) -> Iterator[str]:
                     break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"vllm serve ended with {server.poll()}:\n{log.read_text()[-6000:]}"
-                    ) from None
+                    raise RuntimeError(f"vllm serve ended with {server.poll()}:\n{log.read_text()}") from None
                 time.sleep(1)
         yield url
     finally:
@@ -139,30 +137,34 @@ def test_the_real_model_says_what_its_source_says(
 ) -> None:
     """The GPTQ source under stock vLLM (tokens), and the dequantized model (tokens and log-probabilities)."""
     source, converted = smollm2
-    plain = dequantized(converted, tmp_path / "plain")
-    prompts = ["The capital of France is", "Water boils at a temperature of", "Once upon a time"]
-    said = generate([source, converted, plain], prompts=prompts, max_tokens=24)
-    ours, stock, twin = (said[str(model)] for model in (converted, source, plain))
+    job = {"prompts": ["The capital of France is", "Water boils at a temperature of", "Once upon a time"]}
+    said = generate([source, converted], dtype="bfloat16", max_tokens=24, **job)
+    ours, stock = said[str(converted)], said[str(source)]
     assert "Paris" in ours["text"][0]
-    assert ours["tokens"] == stock["tokens"] == twin["tokens"]
+    assert ours["tokens"] == stock["tokens"]
+    # In float32: in bf16 two matrix products of one weight differ by more than two close tokens do.
+    plain = dequantized(converted, tmp_path / "plain")
+    said = generate([converted, plain], dtype="float32", max_tokens=24, **job)
+    ours, twin = said[str(converted)], said[str(plain)]
+    assert ours["tokens"] == twin["tokens"]
     for mine, theirs in zip(ours["logprobs"], twin["logprobs"], strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-6)
+        assert mine == pytest.approx(theirs, abs=2e-3)
 
 
 def dequantized(converted: Path, out: Path) -> Path:
-    """The converted model with every quantized linear replaced by a plain one of its values, in bf16."""
+    """The converted model with every quantized linear replaced by a plain one of its values, in float32."""
     import torch
     import transformers
 
     from xpuquant import layers
     from xpuquant.transformers_layers import XpuquantLinear
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(converted, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
     for name, module in list(model.named_modules()):
         if isinstance(module, XpuquantLinear):
-            plain = torch.nn.Linear(module.in_features, module.out_features, bias=False, dtype=torch.bfloat16)
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=False, dtype=torch.float32)
             tensors = dict(module.named_parameters())
-            plain.weight.data = layers.dequantize(module.scheme, tensors, torch.bfloat16)
+            plain.weight.data = layers.dequantize(module.scheme, tensors, torch.float32)
             model.set_submodule(name, plain)
     model.hf_quantizer.remove_quantization_config(model)
     model.save_pretrained(out)
