@@ -19,11 +19,12 @@ GPTQ = {
     "desc_act": False,
     "checkpoint_format": "gptq_v2",
 }
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "act_bits": 16}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 SOURCES = {
     "int4": (Scheme("int4_linear", group_size=32), {**GPTQ, "sym": True}),
     "int4-asym": (Scheme("int4_linear", group_size=32, symmetric=False), {**GPTQ, "sym": False}),
-    "fp8-channel": (Scheme("fp8_linear", granularity="channel", scale_dtype="F32"), FP8),
+    "fp8-dynamic": (Scheme("fp8_linear", granularity="channel", scale_dtype="F32"), FP8),
+    "fp8-weights": (Scheme("fp8_linear", granularity="channel", scale_dtype="F32"), {**FP8, "act_bits": 16}),
 }
 """Scheme of every linear → how a producer would say it."""
 

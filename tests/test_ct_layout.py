@@ -318,7 +318,7 @@ def logits(model: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "int4"), ("llama", "fp8-channel"), ("qwen3_moe", "int4"), ("mixtral", "int4")],
+    [("llama", "int4"), ("llama", "fp8-weights"), ("qwen3_moe", "int4"), ("mixtral", "int4")],
 )
 def test_transformers_computes_what_the_dequantized_source_computes(
     family: str, kind: str, tmp_path: Path
