@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from xpuquant.convert.integrity import VERDICT, seal
-from xpuquant.convert.numerics import BINS, ROWS, SEED
+from xpuquant.convert.numerics import BINS, ROWS
 from xpuquant.convert.report_html import page
 from xpuquant.convert.report_md import markdown
 from xpuquant.convert.report_svg import heat_map
+from xpuquant.convert.truth import SEED
 from xpuquant.convert.verdict import REFERENCE, Agreement, Verdict
 
 
@@ -108,8 +109,7 @@ def sentences(verdict: Verdict) -> list[str]:
             f"Exactness: {matrices} matrices in {len(modules)} modules {equal}; {tensors} unquantized tensors "
             f"are the same bytes. Checked against {verdict.basis}."
         )
-    for backend in dict.fromkeys(run.backend for run in verdict.kernels if run.ran):
-        said.append(_kernel_sentence(verdict, backend))
+    said += [_kernel_sentence(runs) for runs in by_kernel(verdict).values()]
     if verdict.schemes and verdict.unchecked:
         said.append(
             f"{len(verdict.unchecked)} of {len(verdict.schemes)} modules were computed by no real kernel here."
@@ -118,15 +118,23 @@ def sentences(verdict: Verdict) -> list[str]:
     return said
 
 
-def _kernel_sentence(verdict: Verdict, backend: str) -> str:
-    runs = [run for run in verdict.kernels if run.backend == backend and run.ran]
-    worst = max(runs, key=lambda run: run.error or 0.0)
+def by_kernel(verdict: Verdict) -> dict[tuple[str, str], list[Agreement]]:
+    """(backend, dtype of the activations) → its runs."""
+    found: dict[tuple[str, str], list[Agreement]] = {}
+    for run in verdict.kernels:
+        if run.ran:
+            found.setdefault((run.backend, run.activation), []).append(run)
+    return found
+
+
+def _kernel_sentence(runs: list[Agreement]) -> str:
+    first, worst = runs[0], max(runs, key=lambda run: run.error or 0.0)
     shapes = len({(run.scheme, run.N, run.K) for run in runs})
-    kind = "float64 reference over the stored bytes" if backend == REFERENCE else f"kernel {backend}"
+    is_reference = first.backend == REFERENCE
+    kind = "float64 reference over the stored bytes" if is_reference else f"kernel {first.backend}"
     return (
-        f"Kernels: {kind} computes {len({run.module for run in runs})} modules ({shapes} distinct shapes, M = "
-        f"{', '.join(map(str, ROWS))}) with a relative error of at most {worst.error:.1e} "
-        f"({decibels(worst)}) against float64 on the source."
+        f"Kernels: {kind}, {first.activation} activations, on {len({run.module for run in runs})} modules ({shapes} "
+        f"distinct shapes): relative error at most {worst.error:.1e} ({decibels(worst)}) against float64 on the source."
     )
 
 
@@ -141,9 +149,9 @@ def in_one_line(verdict: Verdict) -> str:
     """The end of `convert`: what was checked."""
     matrices = sum(checked.matrices for checked in verdict.exact)
     parts = [f"{matrices} matrices decode exactly to the source"]
-    for backend in dict.fromkeys(run.backend for run in verdict.kernels if run.ran):
-        worst = max(run.error or 0.0 for run in verdict.kernels if run.backend == backend and run.ran)
-        parts.append(f"{backend} within {worst:.0e} of float64")
+    for (backend, activation), runs in by_kernel(verdict).items():
+        kind = backend if backend == REFERENCE else f"{backend} {activation}"
+        parts.append(f"{kind} within {max(run.error or 0.0 for run in runs):.0e} of float64")
     if verdict.unchecked:
         parts.append(
             f"{len(verdict.unchecked)} of {len(verdict.schemes)} modules computed by no real kernel here"

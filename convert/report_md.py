@@ -24,9 +24,12 @@ def markdown(verdict: Verdict) -> str:
         sections += ["## Warnings", _list(finding.line() for finding in verdict.warnings)]
     ran = [run for run in verdict.kernels if run.ran]
     if ran:
-        worst = sorted(ran, key=lambda run: run.error or 0.0, reverse=True)
+        worst = sorted(ran, key=lambda run: (run.error or 0.0) / (run.tolerance or 1.0), reverse=True)
         real = [run for run in worst if run.backend != REFERENCE] or worst
-        sections += [f"## Kernels: the {min(_WORST, len(real))} largest errors", _runs(real[:_WORST])]
+        sections += [
+            f"## Kernels: the {min(_WORST, len(real))} largest errors, by their tolerance",
+            _runs(real[:_WORST]),
+        ]
         sections += ["## Kernels: each scheme and shape at every M", _runs(_representatives(ran))]
     refused = {(run.backend, run.reason) for run in verdict.kernels if not run.ran and run.reason}
     not_run = [*verdict.unavailable.items(), *sorted(refused)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from xpuquant.convert.output import Answer, Grid
-from xpuquant.convert.report import as_data, decibels
+from xpuquant.convert.report import as_data, by_kernel, decibels
 from xpuquant.convert.report_md import checks
 from xpuquant.convert.verdict import Verdict
 
@@ -21,16 +21,11 @@ def answer(verdict: Verdict, report: Path | None) -> Answer:
             parts.append(Grid(title, ("check", "where", "what"), rows))
         if len(found) > _SHOWN:
             parts.append(f"and {len(found) - _SHOWN} more {title}; --json lists them all")
-    ran = [run for run in verdict.kernels if run.ran]
     figures: list[tuple[str, str, str, str]] = []
-    for backend in dict.fromkeys(run.backend for run in verdict.kernels):
-        mine = [run for run in ran if run.backend == backend]
-        if mine:
-            worst = max(mine, key=lambda run: run.error or 0.0)
-            modules = len({run.module for run in mine})
-            figures.append(
-                (backend, f"{modules} of {len(verdict.schemes)}", decibels(worst), f"{worst.error:.1e}")
-            )
+    for (backend, activation), runs in by_kernel(verdict).items():
+        worst = max(runs, key=lambda run: run.error or 0.0)
+        modules = f"{len({run.module for run in runs})} of {len(verdict.schemes)}"
+        figures.append((f"{backend} {activation}", modules, decibels(worst), f"{worst.error:.1e}"))
     refusals = dict.fromkeys((run.backend, run.reason or "") for run in verdict.kernels if not run.ran)
     not_run = [*verdict.unavailable.items(), *refusals]
     if figures:

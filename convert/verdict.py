@@ -214,7 +214,10 @@ class Verdict:
         return [name for name in self.schemes if name not in computed]
 
     def cell(self, module: str) -> Agreement | None:
-        """The least exact kernel run of a module, real kernels first: the colour of its cell."""
+        """The run that colours a module's cell: one that failed, or the least exact of the most exact dtype of
+        activations; real kernels first."""
         runs = [run for run in self.kernels if run.module == module and run.ran]
-        real = [run for run in runs if run.backend != REFERENCE]
-        return max(real or runs, key=lambda run: run.error or 0.0, default=None)
+        real = [run for run in runs if run.backend != REFERENCE] or runs
+        shown = [run for run in real if not run.passed]
+        shown = shown or [run for run in real if run.activation == real[0].activation]
+        return max(shown, key=lambda run: run.error or 0.0, default=None)

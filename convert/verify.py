@@ -24,13 +24,14 @@ from xpuquant.convert.exactness import (
 from xpuquant.convert.files import read_json
 from xpuquant.convert.integrity import Integrity, check_integrity
 from xpuquant.convert.journal import PROVENANCE
-from xpuquant.convert.numerics import Rows, Subject, check_kernels
+from xpuquant.convert.numerics import check_kernels
 from xpuquant.convert.options import Options
 from xpuquant.convert.plan import Plan, make_plan
 from xpuquant.convert.recorded import check_recorded
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import findings
 from xpuquant.convert.source import Source
+from xpuquant.convert.truth import Rows, Subject
 from xpuquant.convert.verdict import CONTRADICTIONS, REFERENCE, Checked, Finding, Health, Verdict
 from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
 from xpuquant.formats.ct_stored import for_kernels

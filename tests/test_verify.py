@@ -1,0 +1,327 @@
+"""`xpuquant verify`: verdicts, exit codes, reports where they were asked for, and nothing skipped silently."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import injected_faults as inject
+import kernel_layers as hand
+import numpy as np
+import pytest
+from checkpoints import FIXTURES
+
+from xpuquant.convert import numerics, truth
+from xpuquant.convert.cli import run
+from xpuquant.convert.digests import MatrixDigest
+from xpuquant.convert.panels import Panels
+from xpuquant.convert.sanity import Counter, findings
+from xpuquant.convert.verdict import Agreement, Checked, Finding, Health, Verdict
+from xpuquant.formats.checkpoint import Slice, columns, whole
+from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.layout import Matrix
+from xpuquant.formats.safetensors import Tensor
+from xpuquant.kernels import backends
+
+SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
+STACKS = FIXTURES / "gptqmodel-qwen3moe-w4g32"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("made")
+    assert run(["convert", str(SOURCE), str(folder / "linear"), "--jobs", "1"]) == 0
+    assert run(["convert", str(STACKS), str(folder / "experts"), "--jobs", "1"]) == 0
+    assert run(["convert", str(SOURCE), str(folder / "unverified"), "--no-verify"]) == 0
+    return {name: folder / name for name in ("linear", "experts", "unverified")}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+class TestCommand:
+    def test_a_sound_repo_passes_with_and_without_its_source(self, made, capsys):
+        before = contents(made["linear"])
+        assert run(["verify", str(made["linear"]), "--backend", "onednn"]) == 0
+        assert "against the digests recorded at conversion" in capsys.readouterr().out
+        assert run(["verify", str(made["linear"]), "--source", str(SOURCE), "--backend", "reference"]) == 0
+        assert f"every value of the source, {SOURCE.name}" in capsys.readouterr().out
+        assert contents(made["linear"]) == before, "OUT is only read"
+
+    def test_a_damaged_repo_is_exit_1_and_named(self, made, tmp_path, capsys):
+        repo = inject.copy(made["linear"], tmp_path / "repo")
+        inject.FAULTS["one nibble of a linear"](repo)
+        inject.reseal(repo.folder)
+        command = ["verify", str(repo.folder), "--source", str(SOURCE), "--backend", "reference"]
+        assert run(command) == 1
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and "must not be deployed" in said.err
+        assert "mlp.down_proj" in said.err and "source has" in said.err
+
+    def test_json_is_one_object_even_where_it_fails(self, made, tmp_path, capsys):
+        repo = inject.copy(made["linear"], tmp_path / "repo")
+        inject.FAULTS["shard truncated"](repo)
+        assert run(["verify", str(repo.folder), "--json", "--backend", "reference"]) == 1
+        verdict = json.loads(capsys.readouterr().out)
+        assert verdict["passed"] is False and any("truncated" in line for line in verdict["failures"])
+
+    def test_reports_are_written_where_asked(self, made, tmp_path):
+        out = tmp_path / "deep" / "reports"
+        assert run(["verify", str(made["linear"]), "--report", str(out), "--backend", "reference"]) == 0
+        assert sorted(path.name for path in out.iterdir()) == [
+            "verify.html", "verify.json", "verify.md", "verify.svg",
+        ]  # fmt: skip
+
+    def test_reports_do_not_go_into_what_is_checked(self, made, capsys):
+        assert run(["verify", str(made["linear"]), "--report", str(made["linear"])]) == 2
+        assert "name another folder" in capsys.readouterr().err
+
+    def test_an_unknown_backend_is_a_usage_error_that_lists_them(self, made, capsys):
+        assert run(["verify", str(made["linear"]), "--backend", "cuda"]) == 2
+        assert "onednn" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("folder", "said"), [("nowhere", "no such folder"), (".", "not converted by xpuquant")]
+    )
+    def test_something_else_than_a_conversion_is_a_usage_error(self, folder, said, tmp_path, capsys):
+        assert run(["verify", str(tmp_path / folder)]) == 2
+        assert said in capsys.readouterr().err
+
+    def test_an_unfinished_conversion_says_how_to_finish(self, tmp_path, capsys):
+        (tmp_path / ".xpuquant").mkdir()
+        assert run(["verify", str(tmp_path)]) == 2
+        assert "run the same convert command again" in capsys.readouterr().err
+
+
+class TestNothingIsSkippedSilently:
+    def test_a_conversion_without_verification_has_no_digests_and_says_so(self, made, capsys):
+        assert run(["verify", str(made["unverified"]), "--backend", "reference"]) == 0
+        out = capsys.readouterr().out
+        assert "no recorded digest" in out and "--source" in out
+        assert (
+            run(["verify", str(made["unverified"]), "--source", str(SOURCE), "--backend", "reference"]) == 0
+        )
+
+    def test_modules_without_a_real_kernel_are_counted(self, made, capsys):
+        assert run(["verify", str(made["linear"]), "--backend", "reference", "--json"]) == 0
+        kernels = json.loads(capsys.readouterr().out)["kernels"]
+        assert len(kernels["modules_no_real_kernel_computed"]) == 7
+        assert run(["verify", str(made["linear"]), "--backend", "reference"]) == 0
+        assert "7 of 7 modules were computed by no real kernel here" in capsys.readouterr().out
+
+    def test_a_backend_that_cannot_run_is_listed_with_its_reason(self, made, capsys):
+        missing = [name for name, backend in backends().items() if backend.unavailable() is not None]
+        if not missing:
+            pytest.skip("every backend runs here")
+        assert run(["verify", str(made["linear"]), "--backend", missing[0], "--json"]) == 0
+        assert missing[0] in json.loads(capsys.readouterr().out)["kernels"]["not_available"]
+
+    def test_every_module_and_every_m_is_computed(self, made, capsys):
+        if backends()["onednn"].unavailable() is not None:
+            pytest.skip("oneDNN is not installed")
+        assert run(["verify", str(made["experts"]), "--backend", "onednn", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        runs = [one for one in report["kernels"]["runs"] if one["backend"] == "onednn"]
+        assert {one["module"] for one in runs} == set(report["sanity"])
+        by_shape = {(one["scheme"], one["N"], one["K"]) for one in runs}
+        thorough = [one for one in runs if one["M"] == [1, 2, 8, 33, 64] and one["activations"] == "F32"]
+        served = [one for one in runs if one["activations"] == "BF16"]
+        assert len(served) == len(thorough)
+        assert {(one["scheme"], one["N"], one["K"]) for one in thorough} == by_shape
+        assert all(one["wrong_layout_error"] > 0.1 > 1e3 * one["tolerance"] for one in thorough)
+        assert report["kernels"]["modules_no_real_kernel_computed"] == []
+
+    def test_all_computes_every_expert(self, made, capsys):
+        assert run(["verify", str(made["experts"]), "--backend", "reference", "--all", "--json"]) == 0
+        runs = json.loads(capsys.readouterr().out)["kernels"]["runs"]
+        stack = [one for one in runs if one["expert"] is not None]
+        matrices = json.loads((made["experts"] / "verify.json").read_text())["exact"]["matrices"]
+        assert len(runs) == matrices and {one["matrix"] for one in stack} == {"gate", "up", "down"}
+
+
+class TestKernels:
+    """The check of the kernels, with kernels that are wrong on purpose."""
+
+    class Wrong:
+        name = "wrong"
+
+        def __init__(self, compute):
+            self.compute = compute
+
+        def unavailable(self):
+            return None
+
+        def refuses(self, scheme, N, K, activation="BF16"):
+            return None
+
+        def linear(self, layer, x):
+            return self.compute(backends()["reference"].linear(layer, x), layer, x)
+
+    def judge(self, compute) -> Agreement:
+        layer, weight = hand.int4_linear(64, 256, 32, scale="F32", symmetric=False)
+
+        class Layout:
+            def layer(self, stored, matrix, start, stop):
+                return layer.tensors
+
+        class Stored:
+            scheme, name = layer.scheme, "m"
+
+        def rows(start, stop):
+            return Decoded(
+                "float", weight[start:stop], np.ones((1, 1)), np.zeros(stop - start, int), np.zeros(256, int)
+            )
+
+        subject = truth.Subject(Stored(), Layout(), Matrix("linear", 64, 256), rows)
+        found, bf16 = numerics.check_kernels([subject], [self.Wrong(compute)], full=False, every=False)
+        assert bf16.activation == "BF16" and bf16.tolerance > 100 * found.tolerance
+        return found
+
+    def test_a_right_kernel_passes(self):
+        found = self.judge(lambda y, layer, x: y)
+        assert found.passed and found.error < 1e-6 and found.wrong_layout > 0.5
+        assert sum(found.histogram) == 64 * sum(numerics.ROWS)
+
+    def test_right_for_one_request_and_wrong_for_two_is_noticed(self):
+        found = self.judge(lambda y, layer, x: y if len(y) == 1 else y[::-1])
+        assert not found.passed and found.sqnr_db < 10
+
+    def test_one_wrong_output_row_is_noticed(self):
+        def wrong(y, layer, x):
+            y = y.copy()
+            y[:, 17] *= 1.001
+            return y
+
+        assert not self.judge(wrong).passed
+
+    def test_a_kernel_that_ignores_the_layout_is_blind_and_fails(self):
+        right: dict[int, np.ndarray] = {}
+
+        def remembers(y, layer, x):
+            return right.setdefault(hash(x.tobytes()), y)
+
+        # It is given the wrong layout after the right one with the same activations: what it returns "agrees".
+        layer, weight = hand.int4_linear(64, 256, 32, scale="F32", symmetric=False)
+        x = truth.activations(numerics.CELL_M, 256, truth.SEED, "F32")
+        remembers((x.astype(np.float64) @ weight.T).astype(np.float32), layer, x)
+        found = self.judge(remembers)
+        assert found.error < 1e-6 and found.blind and not found.passed
+        assert "accepts a wrong layout" in found.failure()
+
+    def test_nan_where_the_source_has_none_fails(self):
+        found = self.judge(lambda y, layer, x: np.where(y > 0, np.nan, y))
+        assert not found.passed and np.isinf(found.error)
+
+    def test_activations_are_of_unit_rms_with_outliers_and_repeatable(self):
+        x = truth.activations(8, 1024, 1, "F32")
+        assert np.allclose(np.sqrt((x.astype(np.float64) ** 2).mean(axis=1)), 1, atol=1e-5)
+        assert np.abs(x[:, ::256]).mean() > 10 * np.abs(x[:, 1::256]).mean()
+        assert np.array_equal(x, truth.activations(8, 1024, 1, "F32"))
+
+
+def decoded(codes, scale) -> Decoded:
+    n, K = codes.shape
+    return Decoded("int", codes, scale, np.arange(n), np.arange(K) // (K // scale.shape[1]))
+
+
+class TestSanity:
+    def count(self, codes, scale) -> Health:
+        counter = Counter()
+        counter.update(decoded(codes, scale))
+        return counter.health
+
+    def test_by_eye(self):
+        codes = np.array([[0] * 8 + [1] * 8, [-8] * 8 + [7] * 4 + [0] * 4], np.int8)
+        health = self.count(codes, np.array([[1, 0], [np.nan, np.inf]], np.float16))
+        assert (health.groups, health.codes) == (4, 32)
+        assert (health.bad_scales, health.zero_scales, health.dead_groups, health.saturated) == (2, 1, 1, 12)
+
+    def test_scales_of_a_block_are_counted_once(self):
+        counter = Counter()
+        for start in (0, 8):
+            row = np.arange(start, start + 8) // 16
+            counter.update(
+                Decoded("e4m3", np.zeros((8, 32), np.uint8), np.ones((1, 1)), row, np.zeros(32, int))
+            )
+        assert counter.health.groups == 1
+
+    def test_nan_fails_only_where_it_is_not_the_source_s(self):
+        health = {"m": Health(groups=4, bad_scales=1, codes=32)}
+        assert [finding.fails for finding in findings(health, exact=True)] == [False]
+        assert [finding.fails for finding in findings(health, exact=False)] == [True]
+
+    def test_warnings_name_what_is_odd(self):
+        health = {"m": Health(groups=100, zero_scales=1, dead_groups=2, codes=100, saturated=30, scale_max=101.0,
+                              scale_typical=1.0)}  # fmt: skip
+        said = [finding.what for finding in findings(health, exact=True)]
+        assert len(said) == 4 and all(not finding.fails for finding in findings(health, exact=True))
+        assert list(findings({"m": Health(groups=100, codes=100, saturated=13)}, exact=True)) == []
+
+
+class TestDigests:
+    def line(self, *blocks: Decoded) -> str:
+        digest = MatrixDigest(Matrix("linear", 4, 16))
+        for block in blocks:
+            digest.update(block)
+        return digest.line()
+
+    def test_the_cut_into_blocks_does_not_matter_and_every_value_does(self):
+        rng = np.random.default_rng(0)
+        codes = rng.integers(-8, 8, (4, 16)).astype(np.int8)
+        scale = rng.random((4, 2)).astype(np.float16)
+        whole_matrix = self.line(decoded(codes, scale))
+        assert self.line(decoded(codes[:1], scale[:1]), decoded(codes[1:], scale[1:])) == whole_matrix
+        other = codes.copy()
+        other[3, 15] ^= 1
+        assert self.line(decoded(other, scale)) != whole_matrix
+        assert self.line(decoded(codes, scale.astype(np.float32))) != whole_matrix
+        assert self.line(replace(decoded(codes, scale), col=np.arange(16) % 2)) != whole_matrix
+
+    def test_golden(self):
+        codes = np.arange(-8, 8, dtype=np.int8).reshape(1, 16)
+        line = self.line(decoded(codes, np.array([[0.5, 2.0]], np.float16)))
+        expected = [hashlib.sha256(part.tobytes()).hexdigest() for part in (
+            codes, np.array([[0.5, 2.0]], "<f2"), np.repeat(np.array([0, 1], "<i4"), 8))]  # fmt: skip
+        assert line == " ".join(["linear", "-", "4", "16", "int", "float16", *expected])
+
+
+class TestPanels:
+    def test_columns_come_from_one_read(self):
+        data = np.arange(4 * 100, dtype=np.float32).reshape(4, 100)
+        reads = []
+
+        def load(part: Slice):
+            reads.append(part)
+            return data[:, part.start : part.stop] if part.axis else data[part.start : part.stop]
+
+        tensor = Tensor("t", "F32", (4, 100), "f", 0, 1600)
+        panels = Panels(load)
+        for start in (0, 40, 8, 92):
+            assert np.array_equal(panels(columns(tensor, start, start + 8)), data[:, start : start + 8])
+        assert len(reads) == 1
+        assert np.array_equal(panels(whole(tensor)), data) and np.array_equal(panels(whole(tensor)), data)
+        assert np.array_equal(panels(Slice(tensor, 1, 3)), data[1:3])
+        assert len(reads) == 3
+
+
+def test_the_verdict_counts_every_kind_of_failure():
+    sound = Verdict("r", "p", exact=[Checked("m", 1, None)], schemes={"m": "s"})
+    assert sound.passed and sound.unchecked == ["m"]
+    failing = Agreement("onednn", "m", "linear", None, "s", 8, 32, 8, (1,), "F32", 0.5, tolerance=0.1)
+    for broken in (
+        replace(sound, exact=[Checked("m", 1, "differs")]),
+        replace(sound, kernels=[failing]),
+        replace(sound, findings=[Finding("integrity", "f", "changed")]),
+    ):
+        assert not broken.passed and len(broken.failures) == 1
+    warned = replace(sound, findings=[Finding("sanity", "m", "odd", fails=False)])
+    assert warned.passed and len(warned.warnings) == 1
+
+
+def test_a_copy_under_another_name_is_the_same_repo(made, tmp_path):
+    shutil.copytree(made["linear"], tmp_path / "renamed")
+    assert run(["verify", str(tmp_path / "renamed"), "--backend", "reference"]) == 0
