@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from xpuquant.errors import DamagedError, one_line
 
@@ -213,10 +214,19 @@ class Verdict:
         computed = {run.module for run in self.kernels if run.ran and run.backend != REFERENCE}
         return [name for name in self.schemes if name not in computed]
 
+    @cached_property
+    def _ran(self) -> dict[str, list[Agreement]]:
+        """Module → its runs. Looked up per module: with ten thousand of them, a list is too slow."""
+        by_module: dict[str, list[Agreement]] = {}
+        for run in self.kernels:
+            if run.ran:
+                by_module.setdefault(run.module, []).append(run)
+        return by_module
+
     def cell(self, module: str) -> Agreement | None:
         """The run that colours a module's cell: one that failed, or the least exact of the most exact dtype of
         activations; real kernels first."""
-        runs = [run for run in self.kernels if run.module == module and run.ran]
+        runs = self._ran.get(module, [])
         real = [run for run in runs if run.backend != REFERENCE] or runs
         shown = [run for run in real if not run.passed]
         shown = shown or [run for run in real if run.activation == real[0].activation]
