@@ -1,4 +1,4 @@
-"""The command line. Each command gathers its arguments, calls the library, and hands an `Answer` to the sink.
+"""The command line: the app, its exit codes, its errors. Commands are in `cli_convert`, `cli_push`, `cli_verify`.
 
 Exit codes: 0 ok, 1 failed verification, 2 usage or unconvertible, 3 damaged input, 4 environment, 130 interrupted.
 """
@@ -10,14 +10,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from xpuquant.convert import cli_push, cli_verify
-from xpuquant.errors import EnvironmentFault, Interrupted, UsageError, XpuquantError
+from xpuquant.convert import cli_convert, cli_push, cli_verify
+from xpuquant.errors import EnvironmentFault, Interrupted, XpuquantError
 
 INTERNAL_ERROR = 70
 """sysexits.h EX_SOFTWARE: a bug of ours, not of the user's input."""
@@ -30,30 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-DEFAULT_JOBS = max(1, min(8, len(os.sched_getaffinity(0))))
-"""A worker per core; beyond 8 the disk is the limit."""
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Jobs = Annotated[int, typer.Option(min=1, max=256, help="Workers (default: one per core, at most 8).")]
-SourceName = Annotated[
-    str, typer.Argument(metavar="SRC", help="Folder with a quantized checkpoint, or OWNER/NAME on the Hub.")
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub (default: main).")
-]
-LayoutName = Annotated[
-    str, typer.Option("--layout", help="Layout to write: xpu, or compressed-tensors, which stock loaders read.")
-]
-OnUnsupported = Annotated[
-    str, typer.Option(help="Modules no XPU kernel takes: refuse, or dequantize them to bf16 (lossy).")
-]
-
-ScaleDtype = Annotated[
-    str, typer.Option(help="keep the source's, or round scales to float16, bfloat16, float32.")
-]
-MaxShardSize = Annotated[str, typer.Option(help="Largest output file, e.g. 5GB or 512MiB.")]
-Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check every value of the output.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -70,167 +45,16 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
-def convert(
-    source: SourceName,
-    out: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="Folder to write (default: SRC-xpu).")
-    ] = None,
-    layout: LayoutName = "xpu",
-    scale_dtype: ScaleDtype = "keep",
-    on_unsupported: OnUnsupported = "refuse",
-    max_shard_size: MaxShardSize = "5GB",
-    jobs: Jobs = DEFAULT_JOBS,
-    verify: Verify = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in OUT.")] = False,
-    ray: Annotated[str, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")] = "",
-    part: Annotated[
-        str, typer.Option("--shard", help="Make only part i/n; `finish` puts parts together.")
-    ] = "",
-    revision: Revision = None,
-    push_to: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Publish the result on the Hub as OWNER/NAME.")
-    ] = None,
-    private: cli_push.Private = True,
-    branch: cli_push.Branch = None,
-    pr: cli_push.PullRequest = False,
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream", help="Keep only the shards of SRC in use; with --push-to, of the output too."
-        ),
-    ] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Convert, verify and write a ready-to-load repo. Run it again to resume after an interruption."""
-    from functools import partial
-
-    from xpuquant.convert import conversion, execute, summary
-    from xpuquant.convert.journal import check_output
-    from xpuquant.convert.options import Options, parse_dtype, parse_size
-    from xpuquant.convert.output import Output
-    from xpuquant.convert.plan import make_plan
-    from xpuquant.convert.source import Source, downloaded, open_source
-
-    options = Options(layout, parse_dtype(scale_dtype), on_unsupported, parse_size(max_shard_size))
-    output = Output(as_json)
-    destination = cli_push.Destination(push_to, private, branch, pr) if push_to else None
-    opened: Source = open_source(source, revision, stream)
-    if destination is not None:
-        destination.check_source(opened.name)
-    if dry_run:
-        output.answer(summary.planned(make_plan(opened.checkpoint, options), opened, jobs))
-        return
-    target = out or conversion.default_output(source, layout)
-    if destination is not None and not force and cli_push.is_converted(target, opened, options):
-        # An earlier run came as far as publishing.
-        with output.progress() as progress:
-            pushed = cli_push.push_folder(target, destination, progress)
-        output.answer(cli_push.pushed_answer(pushed))
-        return
-    if stream:
-        if ray or part:
-            raise UsageError(
-                "--stream makes one shard after the other; it goes with neither --ray nor --shard"
-            )
-        work = cli_push.Streaming(opened, target, options, destination, jobs, verify, force)
-        output.answer(cli_push.stream(work, output, command_line()))
-        return
-    check_output(target, force or bool(part))
-    with output.progress() as progress:
-        opened = downloaded(opened, options, progress)
-    if part:
-        from xpuquant.convert import parts
-
-        with output.progress() as progress:
-            output.answer(parts.convert_part(opened, target, options, parts.parse_part(part), jobs, progress))
-        return
-    executor: conversion.Executor = execute.execute
-    if ray:
-        from xpuquant.convert.ray_executor import execute_on_ray
-
-        executor = partial(execute_on_ray, address=ray)
-    with output.progress() as progress:
-        result = conversion.convert(
-            opened,
-            target,
-            options,
-            jobs=jobs,
-            verify=verify,
-            force=force,
-            reporter=progress,
-            command=command_line(),
-            executor=executor,
-        )
-        answer = summary.converted(result)
-        if destination is not None:
-            pushed = cli_push.push_folder(target, destination, progress)
-            answer = cli_push.together(answer, cli_push.pushed_answer(pushed))
-    output.answer(answer)
-
-
-app.command()(cli_push.push)
-app.command()(cli_verify.verify)
-app.command()(cli_verify.diff)
-app.command()(cli_verify.doctor)
-
-
-@app.command()
-def finish(
-    source: SourceName,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder the parts were written to.")],
-    layout: LayoutName = "xpu",
-    scale_dtype: ScaleDtype = "keep",
-    on_unsupported: OnUnsupported = "refuse",
-    max_shard_size: MaxShardSize = "5GB",
-    jobs: Jobs = DEFAULT_JOBS,
-    verify: Verify = True,
-    revision: Revision = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Put the parts of `convert --shard i/n` together: check that all are there, verify, publish."""
-    from xpuquant.convert import conversion, parts, summary
-    from xpuquant.convert.options import Options, parse_dtype, parse_size
-    from xpuquant.convert.output import Output
-    from xpuquant.convert.source import downloaded, open_source
-
-    options = Options(layout, parse_dtype(scale_dtype), on_unsupported, parse_size(max_shard_size))
-    output = Output(as_json)
-    with output.progress() as progress:
-        opened = downloaded(open_source(source, revision), options, progress)
-        parts.adopt_parts(opened, options, out)
-        result = conversion.convert(
-            opened, out, options, jobs=jobs, verify=verify, reporter=progress, command=command_line()
-        )
-    output.answer(summary.converted(result))
-
-
-@app.command()
-def inspect(
-    source: SourceName,
-    on_unsupported: OnUnsupported = "refuse",
-    tp: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tensor-parallel sizes to check (repeatable).")
-    ] = None,
-    revision: Revision = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """What is it, will it convert, how big, which kernel per module: from headers only."""
-    from xpuquant.convert import inspect as inspection
-    from xpuquant.convert.options import Options
-    from xpuquant.convert.output import Output
-    from xpuquant.convert.source import open_source
-
-    options = Options(on_unsupported=on_unsupported)
-    Output(as_json).answer(inspection.inspect(open_source(source, revision), options, tuple(tp or (2, 4, 8))))
-
-
-def command_line() -> str:
-    """The command as typed, for the card."""
-    import shlex
-
-    return shlex.join(["xpuquant", *sys.argv[1:]])
+for _command in (
+    cli_convert.convert,
+    cli_convert.finish,
+    cli_convert.inspect,
+    cli_verify.verify,
+    cli_push.push,
+    cli_verify.diff,
+    cli_verify.doctor,
+):
+    app.command()(_command)
 
 
 def run(arguments: Sequence[str]) -> int:
