@@ -1,6 +1,6 @@
 """The `quantization_config` of a compressed-tensors checkpoint, as this tool writes it and reads it back.
 
-Only keys that releases 0.14 to 0.20 all know are written, since their parsers reject others. Which modules a group
+Only keys that releases 0.13 to 0.20 all know are written, since their parsers reject others. Which modules a group
 means is read in two ways: the library (utils/match.py) takes exact names, then regexes, then class names; vLLM
 (compressed_tensors/utils.py) the first equal name or regex in the order of the config, asked for `q_proj` as well as
 for the fused `qkv_proj`, then class names. So where all modules share a scheme the target is `Linear` and every

@@ -19,12 +19,22 @@ GPTQ = {
     "desc_act": False,
     "checkpoint_format": "gptq_v2",
 }
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+FP8_WEIGHTS = {"quant_method": "fp8", "activation_scheme": "dynamic", "act_bits": 16}
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+FP8_DYNAMIC = {
+    "quant_method": "compressed-tensors", "version": "0.19.0", "format": "float-quantized",
+    "quantization_status": "compressed", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {
+        "targets": ["Linear"], "weights": {**_FP8, "strategy": "channel", "dynamic": False},
+        "input_activations": {**_FP8, "strategy": "token", "dynamic": True}, "format": "float-quantized",
+    }},
+}  # fmt: skip
+"""As llm-compressor's FP8_DYNAMIC; stock loaders read it too."""
 SOURCES = {
     "int4": (Scheme("int4_linear", group_size=32), {**GPTQ, "sym": True}),
     "int4-asym": (Scheme("int4_linear", group_size=32, symmetric=False), {**GPTQ, "sym": False}),
-    "fp8-dynamic": (Scheme("fp8_linear", granularity="channel", scale_dtype="F32"), FP8),
-    "fp8-weights": (Scheme("fp8_linear", granularity="channel", scale_dtype="F32"), {**FP8, "act_bits": 16}),
+    "fp8-dynamic": (Scheme("fp8_linear", granularity="channel", scale_dtype="F32"), FP8_DYNAMIC),
+    "fp8-weights": (Scheme("fp8_linear", granularity="channel", scale_dtype="F32"), FP8_WEIGHTS),
 }
 """Scheme of every linear → how a producer would say it."""
 
@@ -58,6 +68,8 @@ def write_source(folder: Path, family: str, kind: str) -> Twins:
                 "qzeros", torch.full((K // 32, N // 8), 0x88888888 - (1 << 32), dtype=torch.int32)
             )
             packed["g_idx"] = torch.arange(K, dtype=torch.int32) // 32
+        else:
+            packed["weight_scale"] = packed["weight_scale"][:, None]
         source |= {f"{module}.{suffix}": part.contiguous() for suffix, part in packed.items()}
     save_file(plain, twins.plain / "model.safetensors", {"format": "pt"})
     twins.source.mkdir()
