@@ -15,7 +15,9 @@ import numpy as np
 
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.experts import expert_of
 from xpuquant.formats.layout import Array, Conversion, ExpertStack, Module, OutTensor, Piece
+from xpuquant.formats.split import SplitFloat, SplitInt
 from xpuquant.formats.weight import CACHED_CODES, Weight, row_blocks
 
 DTYPE = "BF16"
@@ -49,13 +51,22 @@ def to_bf16(values: Array) -> Array:
     return wide.astype(numpy_dtype(DTYPE))
 
 
+def _is_fused(module: Module) -> bool:
+    """Whether a module is, or is cut from, a tensor that holds gate and up of all experts."""
+    if isinstance(module, ExpertStack):
+        return "gate_up" in module.weights or module.interleaved
+    expert = expert_of(module.name)
+    is_part = isinstance(module.weight, SplitInt | SplitFloat)
+    return is_part or (expert is not None and expert[2] == "gate_up")
+
+
 def convert(module: Module, reason: str) -> Conversion:
     """Every matrix of a module as its own bf16 tensor.
 
     Raises:
         UnsupportedError: experts that the unquantized model does not have one by one.
     """
-    if isinstance(module, ExpertStack) and ("gate_up" in module.weights or module.interleaved):
+    if _is_fused(module):
         raise UnsupportedError(
             f"{module.name}: {reason}; nor can they be dequantized, because the unquantized model has all experts "
             "of a layer in one tensor"

@@ -334,3 +334,73 @@ def test_transformers_computes_what_the_dequantized_source_computes(
     wanted = logits(load_transformers(twins.plain, dtype))
     assert wanted.abs().max() > 1
     torch.testing.assert_close(logits(load_transformers(tmp_path / "out", dtype)), wanted, atol=1e-4, rtol=0)
+
+
+FUSED = {
+    "blocks": ((2, 512, 128), (2, 4, 1), {"weight_block_size": [128, 128]}, False),
+    "blocks, transposed": ((2, 128, 512), (2, 1, 4), {"weight_block_size": [128, 128]}, True),
+    "per tensor": ((2, 512, 128), (2, 1, 1), {}, False),
+    "per tensor, transposed": ((2, 128, 512), (2, 1, 1), {}, True),
+    "per row": ((2, 512, 128), (2, 512, 1), {}, False),
+}
+
+
+def fused_source(
+    folder: Path, shape: tuple[int, ...], scales: tuple[int, ...], keys: Any, model: str
+) -> Path:
+    """Two experts with gate and up in one fp8 tensor; down_proj beside it is I x H, with one scale each."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(5)
+    E, inner = shape[0], max(shape[1:]) // 2
+    hidden = min(shape[1:])
+    down = (E, hidden, inner) if shape[1] > shape[2] else (E, inner, hidden)
+    down_scales = (E, 1, 1)
+    if keys:
+        down_scales = (E, *(-(-side // 128) for side in down[1:]))
+    experts = "model.layers.0.mlp.experts."
+    arrays: dict[str, Any] = {
+        f"{experts}gate_up_proj": (rng.integers(0, 256, shape, np.uint8) & 0xF7).view(
+            ml_dtypes.float8_e4m3fn
+        ),
+        f"{experts}gate_up_proj_scale_inv": rng.random(scales, np.float32) + np.float32(0.5),
+        f"{experts}down_proj": (rng.integers(0, 256, down, np.uint8) & 0xF7).view(ml_dtypes.float8_e4m3fn),
+        f"{experts}down_proj_scale_inv": rng.random(down_scales, np.float32) + np.float32(0.5),
+    }
+    folder.mkdir()
+    save_file(arrays, folder / "model.safetensors")
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", **keys}
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": model, "quantization_config": quantization})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize("model", ["qwen3_moe", "gpt_oss"])
+def test_fused_experts_are_taken_apart(case: str, model: str, tmp_path: Path) -> None:
+    shape, scales, keys, transposed = FUSED[case]
+    source = fused_source(tmp_path / "source", shape, scales, keys, model)
+    if model == "gpt_oss" and keys:
+        arguments = ["convert", str(source), str(tmp_path / "out"), "--layout", "compressed-tensors"]
+        assert run(arguments) == 2, "alternating rows share blocks"
+        assert run([*arguments, "--on-unsupported", "dequantize"]) == 2, "no model has these names"
+        return
+    config = convert(source, tmp_path / "out")
+    load_torch = pytest.importorskip("safetensors.torch").load_file
+    stored = {n: t.float().numpy() for n, t in load_torch(source / "model.safetensors").items()}
+    gate_up = stored["model.layers.0.mlp.experts.gate_up_proj"]
+    factor = stored["model.layers.0.mlp.experts.gate_up_proj_scale_inv"]
+    if keys:
+        factor = factor.repeat(128, 1).repeat(128, 2)
+    values = gate_up * factor
+    if transposed:
+        values = values.swapaxes(1, 2)
+    rows = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
+    if model != "gpt_oss":
+        rows = {"gate": slice(0, 256), "up": slice(256, 512)}
+    decoded = by_library(tmp_path / "out", config)
+    for expert in range(2):
+        for role, part in rows.items():
+            found, _ = decoded[f"model.layers.0.mlp.experts.{expert}.{role}_proj"]
+            assert np.array_equal(found, values[expert, part]), (expert, role)
