@@ -127,7 +127,7 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _opening(facts: CardFacts) -> str:
-    base = "a quantized checkpoint"
+    base = "A quantized checkpoint"
     if facts.base_model is not None:
         base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     precisions = " and ".join(dict.fromkeys(s.precision for s in facts.schemes)) or "its"
