@@ -35,7 +35,9 @@ th button{all:unset;cursor:pointer;font-weight:600}th button:focus-visible{outli
 th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
 tr:target td{background:color-mix(in srgb,var(--bar) 25%,transparent)}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:32px}
-.chart text{font:12px system-ui,sans-serif;fill:var(--fg)}.chart .soft{fill:var(--soft)}.chart rect{fill:var(--bar)}
+.chart text{font:12px system-ui,sans-serif;fill:var(--fg)}.chart .soft{fill:var(--soft)}
+.chart .bar0{fill:var(--bar)}.chart .bar1{fill:#6e7fd1}
+.chart .bar2{fill:#c98a2b}
 """
 
 _SCRIPT = """
@@ -102,30 +104,46 @@ def _findings(title: str, kind: str, found: Sequence[Finding]) -> str:
 
 
 def _histogram(ran: Sequence[Agreement]) -> str:
-    """Counts of |error| / rms, a bar for each power of ten."""
+    """Shares of |error| / rms, a bar for each power of ten and dtype of the activations."""
     real = [run for run in ran if run.backend != REFERENCE] or list(ran)
-    counts = [sum(run.histogram[i] for run in real if run.histogram) for i in range(len(BINS) + 1)]
-    if not sum(counts):
+    groups: dict[str, list[int]] = {}
+    for run in real:
+        counts = groups.setdefault(run.activation, [0] * (len(BINS) + 1))
+        groups[run.activation] = [a + b for a, b in zip(counts, run.histogram or counts, strict=True)]
+    groups = {dtype: counts for dtype, counts in groups.items() if sum(counts)}
+    if not groups:
         return ""
-    width, height, base, step = 380, 160, 112, 34
+    width, height, base, step = 400, 176, 112, 36
+    each = (step - 6) / len(groups)
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="Histogram of errors">'
     ]
-    for i, count in enumerate(counts):
-        share = count / sum(counts)
-        tall = 0.0 if not count else max(2.0, share * 92)
-        x = 4 + i * step
-        below = f"errors up to {BINS[i]:.0e}" if i < len(BINS) else "larger errors"
-        parts.append(f'<rect x="{x}" y="{base - tall:.1f}" width="{step - 4}" height="{tall:.1f}">'
-                     f"<title>{_text(f'{below} of the rms: {count} outputs, {share:.1%}')}</title></rect>")  # fmt: skip
-        if count:
-            shown = f"{share:.0%}" if share >= 0.005 else "&lt;1%"
-            parts.append(f'<text x="{x + 15}" y="{base - tall - 5:.1f}" text-anchor="middle">{shown}</text>')
+    for order, (dtype, counts) in enumerate(groups.items()):
+        for i, count in enumerate(counts):
+            share = count / sum(counts)
+            tall = 0.0 if not count else max(2.0, share * 92)
+            x = 3 + i * step + order * each
+            below = f"errors up to {BINS[i]:.0e}" if i < len(BINS) else "larger errors"
+            said = f"{dtype}: {below} of the rms: {count} outputs, {share:.1%}"
+            parts.append(f'<rect class="bar{order % 3}" x="{x:.1f}" y="{base - tall:.1f}" width="{each:.1f}" '
+                         f'height="{tall:.1f}"><title>{_text(said)}</title></rect>')  # fmt: skip
+            if share >= 0.05:
+                at = f'x="{x + each / 2:.1f}" y="{base - tall - 5:.1f}"'
+                parts.append(f'<text {at} text-anchor="middle">{share:.0%}</text>')
+        legend = 4 + order * 130
+        parts.append(f'<rect class="bar{order % 3}" x="{legend}" y="{base + 46}" width="12" height="10"/>')
+        parts.append(
+            f'<text class="soft" x="{legend + 18}" y="{base + 55}">{_text(dtype)} activations</text>'
+        )
+    for i in range(len(BINS) + 1):
         label = f"10{_superscript(round(math.log10(BINS[i])))}" if i < len(BINS) else "more"
-        parts.append(f'<text class="soft" x="{x + 15}" y="{base + 16}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="soft" x="4" y="{base + 38}">upper edge of |error| / rms(output)</text></svg>')
+        parts.append(
+            f'<text class="soft" x="{i * step + 18}" y="{base + 16}" text-anchor="middle">{label}</text>'
+        )
+    parts.append(f'<text class="soft" x="4" y="{base + 36}">upper edge of |error| / rms(output)</text></svg>')
     names = ", ".join(dict.fromkeys(run.backend for run in real))
-    return f"<h2>Errors of {sum(counts):,} outputs ({_text(names)})</h2>" + "".join(parts)
+    total = sum(sum(counts) for counts in groups.values())
+    return f"<h2>Errors of {total:,} outputs ({_text(names)})</h2>" + "".join(parts)
 
 
 def _superscript(number: int) -> str:
