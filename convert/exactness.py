@@ -26,7 +26,6 @@ from xpuquant.convert.source import Source
 from xpuquant.convert.verdict import CONTRADICTIONS, Checked, Health, contradiction
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_array, as_bytes, whole
-from xpuquant.formats.ct_modules import CtLinear
 from xpuquant.formats.decoded import Decoded, difference
 from xpuquant.formats.dequantized import to_bf16
 from xpuquant.formats.dtypes import numpy_dtype
@@ -68,11 +67,7 @@ def check_exact(
     # Largest first, so that no worker is left with a long one at the end.
     largest = sorted(plan.modules, key=lambda planned: -planned.nbytes)
     calls = [partial(module, planned) for planned in largest] + [partial(passed, one) for one in plan.passed]
-    calls += [
-        partial(bias, planned.source.bias, f"{planned.conversion.name}.bias")
-        for planned in plan.modules
-        if isinstance(planned.source, CtLinear) and planned.source.bias is not None
-    ]
+    calls += [partial(bias, split, name) for name, split in plan.split_biases.items()]
     results = run_all(jobs, calls)
     return [checked for checked, _ in results], {
         c.name: health for c, health in results if health is not None

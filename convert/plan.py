@@ -24,6 +24,7 @@ from xpuquant.formats.reader import Reading, read
 from xpuquant.formats.registry import layouts
 from xpuquant.formats.safetensors import Tensor, build_header
 from xpuquant.formats.scheme import FORMAT_VERSION, compact, to_config
+from xpuquant.formats.split import SplitBias
 from xpuquant.formats.weight import Weight
 
 _METADATA = {"format": "pt"}
@@ -91,6 +92,12 @@ class Plan:
     @property
     def dequantized(self) -> tuple[PlannedModule, ...]:
         return tuple(module for module in self.modules if module.conversion.scheme is None)
+
+    @property
+    def split_biases(self) -> dict[str, SplitBias]:
+        """Tensor name → how it is taken out of a stacked or fused bias of the source."""
+        linears = [m.source for m in self.modules if isinstance(m.source, ct_modules.CtLinear)]
+        return {f"{linear.name}.bias": linear.bias for linear in linears if linear.bias is not None}
 
     def part(self, shards: Sequence[Shard]) -> Plan:
         """The plan of some of the shards: with the modules and passed tensors that lie wholly in them."""

@@ -42,7 +42,7 @@ def provenance(
         },
         "options": plan.options.as_dict(),
         "modules": {planned.conversion.name: _module(planned, digests) for planned in plan.modules},
-        "unquantized": compact(tensor.name for tensor in plan.passed),
+        "unquantized": compact([*(tensor.name for tensor in plan.passed), *plan.split_biases]),
         "tensors_sha256": {name: digest for name, digest in sorted(digests.items()) if name not in modules},
         "left_files": dict(source.left_files),
         "shards": {

@@ -107,7 +107,7 @@ def to_config(
             "output_activations": None,
             "format": scheme.format,
         }
-    formats = {scheme.format for scheme in groups}
+    formats = {scheme.format for scheme in groups} or {"dense"}
     return {
         "quant_method": FAMILY,
         "version": VERSION,

@@ -47,6 +47,7 @@ def test_the_library_decodes_what_the_producer_meant(name: str, tmp_path: Path) 
     config = convert(FIXTURES / name, tmp_path / "out")
     verdict = json.loads((tmp_path / "out" / "verify.json").read_text())
     assert verdict["passed"] is True
+    assert run(["verify", str(tmp_path / "out"), "--backend", "reference"]) == 0, "by its own records"
     decoded = by_library(tmp_path / "out", config)
     assert decoded, "the library saw no quantized module"
     wanted = dict(oracles().get(name, {}))
