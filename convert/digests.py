@@ -7,7 +7,7 @@ in the pass that has just found it equal to the decoded source.
 Definition, for the module's matrices in order (`linear`; or gate, up, down of each expert, or gate_up, down):
 
     codes    sha256 of the codes of `Decoded`, row by row in source column order: int8 (int16 above 4 bits) for
-             integers (code minus zero point), uint8 for float codes
+             integers (code minus zero point), uint8 for fp8 codes, two e2m1 codes to a byte (the even column low)
     scales   sha256 of the stored scale rows that cover each weight row, in their dtype, little-endian
     columns  sha256 of the scale column of each weight column, int32
 
@@ -41,7 +41,11 @@ class MatrixDigest:
         self._types = ""
 
     def update(self, rows: Decoded) -> None:
-        self._codes.update(np.ascontiguousarray(rows.codes).reshape(-1).view(np.uint8).data)
+        codes = np.ascontiguousarray(rows.codes).reshape(-1)
+        if rows.number == "e2m1":
+            pairs = codes.view("<u2")
+            codes = (pairs | pairs >> np.uint16(4)).astype(np.uint8)
+        self._codes.update(codes.view(np.uint8).data)
         scale = rows.scale if _is_count(rows.row, len(rows.scale)) else np.take(rows.scale, rows.row, axis=0)
         self._scales.update(np.ascontiguousarray(scale).reshape(-1).view(np.uint8).data)
         if not self._columns:

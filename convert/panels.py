@@ -44,9 +44,12 @@ class Panels:
         held = self._panels.get(tensor)
         if held is None or not (held[0] <= part.start and part.stop <= held[1]):
             self._make_room(self._panels)
-            width = max(part.stop - part.start, PANEL_BYTES * columns // max(tensor.nbytes, 1))
-            stop = min(part.start + width, columns)
-            held = part.start, stop, self._load(Slice(tensor, part.start, stop, axis=1))
+            # A tensor that fits is read in one run; a wider one from here on.
+            fits = tensor.nbytes <= PANEL_BYTES
+            start = 0 if fits else part.start
+            width = max(part.stop - start, PANEL_BYTES * columns // max(tensor.nbytes, 1))
+            stop = min(start + width, columns)
+            held = start, stop, self._load(Slice(tensor, start, stop, axis=1))
             self._panels[tensor] = held
         first, _, array = held
         return array[:, part.start - first : part.stop - first]

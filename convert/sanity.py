@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 
@@ -106,7 +107,8 @@ def _dead(rows: Decoded) -> int:
         # The sign bit of a float zero says nothing.
         sign = 0x08 if rows.number == "e2m1" else 0x80
         codes = codes & np.uint64(int.from_bytes(bytes([0xFF ^ sign]) * 8, "little"))
-    alive = int(np.count_nonzero(np.bitwise_or.reduce(codes, axis=2)))
+    # Word by word: numpy reduces a short axis element by element.
+    alive = int(np.count_nonzero(reduce(np.bitwise_or, (codes[:, :, i] for i in range(size // 8)))))
     return int(n * groups - alive)
 
 
