@@ -21,6 +21,7 @@ from xpuquant.convert.journal import PROVENANCE, STAGING
 from xpuquant.convert.repo import Repo, open_repo
 from xpuquant.convert.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
+from xpuquant.formats.reader import guarded
 from xpuquant.formats.scheme import FORMAT_VERSION, expand
 
 UNPROTECTED = ("README.md", ".gitattributes", ".gitignore")
@@ -96,7 +97,8 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
     repo: Repo | None = None
     try:
         repo = open_repo(folder)
-        found += _as_recorded(record, repo)
+        with guarded(PROVENANCE):
+            found += _as_recorded(record, repo)
     except EnvironmentFault:
         raise
     except XpuquantError as error:

@@ -112,6 +112,8 @@ def _stack(checkpoint: Checkpoint, name: str, members: Mapping[tuple[str, int], 
     biases = {role: slices for role in weights if (slices := _biases(checkpoint, weights[role]))}
     if biases and set(biases) != set(weights):
         raise DamagedError(f"{name}: only {', '.join(sorted(biases))} matrices have biases")
+    if len(dtypes := {bias.tensor.dtype for slices in biases.values() for bias in slices}) > 1:
+        raise DamagedError(f"{name}: biases are {' and '.join(sorted(dtypes))}; want one dtype")
     if is_interleaved(checkpoint) and "gate" in weights:
         weights = _in_order(checkpoint, name, weights)
     return ExpertStack(name, weights, biases, is_interleaved(checkpoint))

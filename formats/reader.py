@@ -126,7 +126,7 @@ def guarded(name: str) -> Iterator[None]:
     except _STUMBLES as error:
         said = f"{type(error).__name__}: {error}"
         raise DamagedError(
-            one_line(f"{name}: its tensors or what the config says of it cannot be ({said})")
+            one_line(f"{name}: its tensors or what is said of it cannot be ({said})")
         ) from error
 
 

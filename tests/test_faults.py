@@ -367,10 +367,11 @@ def start(source: Path, out: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def listens(pid: int) -> bool:
-    """Whether the command line has begun: it handles SIGTERM. Before, a signal is the interpreter's to take."""
-    caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()
-    return bool(caught) and bool(int(caught[0], 16) >> (signal.SIGTERM - 1) & 1)
+def works(pid: int, out: Path) -> bool:
+    """Whether it holds the lock of OUT. Before, a signal may find it in the imports of others, which swallow it."""
+    with contextlib.suppress(OSError):
+        return any(str(fd.readlink()).startswith(str(out)) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 class TestSignals:
@@ -382,7 +383,7 @@ class TestSignals:
         span = 0.3
         for _ in range(ROUNDS):
             process = start(source, out)
-            while process.poll() is None and not listens(process.pid):
+            while process.poll() is None and not works(process.pid, out):
                 time.sleep(0.002)
             began = time.monotonic()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -394,7 +395,9 @@ class TestSignals:
             count("faults: signals at random moments")
             if number in (signal.SIGTERM, signal.SIGINT) and process.returncode == 130:
                 assert "resume" in error or "interrupted" in error
-            assert process.returncode in (0, 130, -number, 2), (process.returncode, error)
+            # An interrupt inside `exec` makes the interpreter end by SIGINT, though it was handled.
+            handled = -signal.SIGINT if "interrupted" in error else 0
+            assert process.returncode in (0, 130, -number, 2, handled), (process.returncode, error)
             assert digests(source) == before
             if loadable(out):
                 shutil.rmtree(out)
