@@ -1,6 +1,6 @@
 """AWQ to compressed-tensors: xpuquant against compressed-tensors' own converter, on the same input.
 
-    python scripts/bench_awq_to_ct.py [--rounds 3] [--folder DIR] [--dense 8] [--moe 0]
+    python scripts/bench_awq_to_ct.py [--rounds 3] [--folder DIR] [--dense 34] [--moe 0]
 
 An asymmetric AWQ checkpoint with the shapes of Llama-3.1-8B layers (and Qwen3-30B-A3B expert layers) is written; then,
 in turn, `cp -r`, `xpuquant convert --layout compressed-tensors` (unverified and verified) and
@@ -94,7 +94,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dense", type=int, default=8)
+    parser.add_argument("--dense", type=int, default=34)
     parser.add_argument("--moe", type=int, default=0)
     parser.add_argument(
         "--folder", type=Path, default=None, help="scratch space (default: a temporary folder)"
