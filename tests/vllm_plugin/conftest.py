@@ -22,14 +22,14 @@ HERE = Path(__file__).parent
 Reports = dict[str, dict[str, Any]]
 
 
-def run_models(models: list[Path], environment: dict[str, str] | None = None, **job: Any) -> Reports:
+def run_models(models: list[Path], **job: Any) -> Reports:
     """What each model says under vLLM, by folder; one child process for all."""
     binding = "0|1" if job.get("tp", 1) == 2 else "0-1"
     if (os.cpu_count() or 1) < 2:
         binding = "nobind"
     done = subprocess.run(
         [sys.executable, str(HERE / "generate.py"), json.dumps({"models": [str(m) for m in models], **job})],
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": binding, **(environment or {})},
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": binding},
         capture_output=True,
         text=True,
         timeout=1500,

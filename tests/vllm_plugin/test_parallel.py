@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +18,10 @@ TENSOR = [
     ("qwen3_moe", "int4", "int4"),
     ("mixtral", "fp8-channel", "mxfp8"),
     ("mixtral", "mxfp4", "fp8-block"),
-    ("deepseek_v2", "int4", "int4"),
     ("gpt_oss", "mxfp4", "mxfp4"),
 ]
-EXPERT = [("qwen3_moe", "int4", "int4"), ("deepseek_v3", "int4", "fp8-block"), ("gpt_oss", "mxfp4", "mxfp4")]
+EXPERT = [("qwen3_moe", "int4", "int4"), ("gpt_oss", "mxfp4", "mxfp4")]
 TOLERANCE = 2e-3
-# On the CPU, vLLM 0.32's latent attention on two ranks answers differently from start to start (seen with the plain
-# model, which is not ours); with it switched off the same layers run, sharded the same way.
-NO_MLA = {"VLLM_MLA_DISABLE": "1"}
 
 
 def name(case: tuple[str, ...]) -> str:
@@ -44,17 +41,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
 
 @pytest.fixture(scope="module")
 def plain(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
-    return generate([pair.plain for pair in pairs.values()], NO_MLA, dtype="float32")
+    return generate([pair.plain for pair in pairs.values()], dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def tensor(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
-    return generate([pairs[name(case)].converted for case in TENSOR], NO_MLA, dtype="float32", tp=2)
+    return generate([pairs[name(case)].converted for case in TENSOR], dtype="float32", tp=2)
 
 
 @pytest.fixture(scope="module")
 def expert(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
-    return generate([pairs[name(case)].converted for case in EXPERT], NO_MLA, dtype="float32", tp=2, ep=True)
+    return generate([pairs[name(case)].converted for case in EXPERT], dtype="float32", tp=2, ep=True)
 
 
 def check(pair: Pair, plain: Any, said: Any) -> None:
@@ -74,3 +71,25 @@ def test_tensor_parallel(case: tuple[str, ...], pairs: dict[str, Pair], plain: A
 @pytest.mark.parametrize("case", EXPERT, ids=name)
 def test_expert_parallel(case: tuple[str, ...], pairs: dict[str, Pair], plain: Any, expert: Any) -> None:
     check(pairs[name(case)], plain, expert)
+
+
+@pytest.mark.parametrize(("family", "ep"), [("deepseek_v2", False), ("deepseek_v3", True)])
+def test_deepseek(family: str, ep: bool, tmp_path: Path, generate: Callable[..., Any]) -> None:
+    """On two CPU ranks stock vLLM 0.32 answers a plain DeepSeek model in one of several ways, from start to start.
+
+    So the dequantized model runs on two ranks too, and one of its answers must be the converted model's, exactly.
+    """
+    pair = write(tmp_path, family, SCHEMES["int4"], EXPERTS["int4"])
+    wanted, got = [], []
+    for _ in range(4):
+        # Stock vLLM has no expert parallelism on the CPU: the plain model runs tensor parallel.
+        said = {
+            **generate([pair.plain], dtype="float32", tp=2),
+            **generate([pair.converted], dtype="float32", tp=2, ep=ep),
+        }
+        for folder, answers in ((pair.plain, wanted), (pair.converted, got)):
+            assert "error" not in said[str(folder)], said[str(folder)]["log"][-3000:]
+            answers.append(said[str(folder)]["tokens"])
+        if any(answer in wanted for answer in got):
+            return
+    raise AssertionError(f"converted: {got}\nplain: {wanted}")
