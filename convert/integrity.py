@@ -32,6 +32,7 @@ REPORTS = ("verify.md", "verify.html", "verify.svg")
 
 _SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 _CHUNK = 4 << 20
+_MODULE_LISTS = ("roles", "dequantized")
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _recorded(record: Mapping[str, Any]) -> dict[str, str]:
         raise DamagedError(
             f"has format_version {record.get('format_version')!r}, this xpuquant reads {FORMAT_VERSION}"
         )
+    _check_types(record)
     shards, files = record.get("shards"), record.get("files")
     if not isinstance(shards, dict) or not isinstance(files, dict) or not shards:
         raise DamagedError("lists no shards or no files")
@@ -144,6 +146,28 @@ def _recorded(record: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(sha256, str):
             raise DamagedError(f"has no sha256 for {name}")
     return table
+
+
+def _check_types(record: Mapping[str, Any]) -> None:
+    """A seal keeps accidents out, not people: raises DamagedError for a field of a type that no conversion writes."""
+    modules, source = record.get("modules", {}), record.get("source", {})
+    tables = [record, modules, source, *(modules.values() if isinstance(modules, dict) else ())]
+    if not all(isinstance(table, dict) for table in tables):
+        raise DamagedError("has a module or a source that is no object")
+    fields: list[tuple[Any, type]] = [(record.get("options", {}), dict)]
+    for table, key, kind in (
+        (record, "unquantized", str), *((entry, key, str) for entry in modules.values() for key in _MODULE_LISTS),
+    ):  # fmt: skip
+        values = table.get(key, [])
+        fields += [(values, list), *((value, kind) for value in (values if isinstance(values, list) else ()))]
+    for table, key, kind in ((record, "tensors_sha256", str), (source, "bytes_by_dtype", int)):
+        values = table.get(key, {})
+        fields += [
+            (values, dict),
+            *((value, kind) for value in (values.values() if isinstance(values, dict) else ())),
+        ]
+    if not all(isinstance(value, kind) for value, kind in fields):
+        raise DamagedError("has a field of a type that no conversion writes")
 
 
 def _file(folder: Path, name: str, sha256: str, progress: Progress) -> Finding | None:
@@ -174,7 +198,12 @@ def _reports(folder: Path, present: list[str], progress: Progress) -> list[Findi
         progress(len(content))
         if not is_sealed(content):
             return [_wrong(VERDICT, "is not as it was written: its own sha256 differs")]
-        hashes = parse_json(content, VERDICT).get("reports", {})
+        try:
+            hashes = parse_json(content, VERDICT).get("reports", {})
+        except DamagedError as error:
+            return [_wrong(VERDICT, str(error))]
+        if not isinstance(hashes, dict):
+            return [_wrong(VERDICT, "lists no reports")]
     for name in REPORTS:
         if name in present:
             wrong = _file(folder, name, str(hashes.get(name, "")), progress)

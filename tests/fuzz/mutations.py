@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections.abc import Callable
@@ -35,6 +36,11 @@ KEYS = [
 ]  # fmt: skip
 
 DTYPES = sorted(BITS)
+
+
+def odd(rng: random.Random) -> Any:
+    """A bad value, of its own: it may be changed in turn."""
+    return copy.deepcopy(rng.choice(ODD))
 
 
 def names(rng: random.Random, folder: Folder) -> list[str]:
@@ -207,7 +213,7 @@ def entry(rng: random.Random, folder: Folder) -> str:
     """A header entry that lies about its bytes."""
     name = pick(rng, folder)
     key = rng.choice(["dtype", "shape", "data_offsets"])
-    value: Any = rng.choice(ODD)
+    value: Any = odd(rng)
     if key != "dtype" and rng.random() < 0.7:
         value = [rng.choice([0, 1, 8, 100, -1, 2**31, 2**40, 2**62, 2**63, 2**64, True, 1.0, "1", None])
                  for _ in range(rng.choice([0, 1, 2, 2, 2, 3, 40]))]  # fmt: skip
@@ -230,13 +236,13 @@ def change_at(rng: random.Random, value: Any, depth: int = 0) -> str:
             return f"{key} renamed"
         if how < 0.5:
             new = rng.choice(KEYS)
-            value[new] = rng.choice(ODD)
+            value[new] = odd(rng)
             return f"{new} = {value[new]!r:.60}"
-        value[key] = rng.choice(ODD)
+        value[key] = odd(rng)
         return f"{key} = {value[key]!r:.60}"
     if isinstance(value, list) and value:
         at = rng.randrange(len(value))
-        value[at] = rng.choice(ODD)
+        value[at] = odd(rng)
         return f"[{at}] = {value[at]!r:.60}"
     return "nothing to change"
 
@@ -274,7 +280,7 @@ def rules(rng: random.Random, folder: Folder) -> str:
 
 
 def top(rng: random.Random, folder: Folder) -> str:
-    folder.config = rng.choice([[], None, 7, "x", {}, {"quantization_config": rng.choice(ODD)},
+    folder.config = rng.choice([[], None, 7, "x", {}, {"quantization_config": odd(rng)},
                                 {"text_config": folder.config}, {"compression_config": folder.config}])  # fmt: skip
     return "config.json replaced"
 
@@ -316,9 +322,9 @@ def index(rng: random.Random, folder: Folder) -> str:
         elif how == 1:
             table[again.choice(["nothing.weight", "model.layers.0.x.qweight", "\x1b"])] = table[name]
         elif how == 2:
-            value["weight_map"] = again.choice(ODD)
+            value["weight_map"] = odd(again)
         elif how == 3:
-            return again.choice(ODD)
+            return odd(again)
         else:
             table[name] = again.choice(where)
         return value
