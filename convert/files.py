@@ -13,10 +13,8 @@ from typing import Any
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, one_line
 
 _MAX_CONFIG_BYTES = 32 << 20
-_MAX_INDEX_BYTES = 128 << 20
-"""About 10^6 tensors, as for a header."""
-_MAX_CONTAINERS = 2_000_000
-"""JSON objects and lists in one file; an empty list is 3 bytes of text and 64 of memory."""
+_MAX_INDEX_BYTES = 128 << 20  # about 10^6 tensors, as for a header
+_MAX_CONTAINERS = 2_000_000  # an empty list is 3 bytes of text, 64 of memory
 _MAX_DEPTH = 100
 _MAX_FILES = 100_000
 _INDEX = "model.safetensors.index.json"
