@@ -124,12 +124,24 @@ def execute(
             for future in running:
                 name, result = future.result()
                 finished[name] = result
-        except BaseException:
+        except BaseException as error:
             stop.set()
             for future in running:
                 future.cancel()
-            raise
+            raise _cause(running, error) from None
     return finished
+
+
+class _Stopped(Exception):
+    """A worker gave up because another had failed; never the error that is reported."""
+
+
+def _cause(running: Sequence[Future[tuple[str, Finished]]], error: BaseException) -> BaseException:
+    """The error that stopped the others, where `error` is only that of one that was stopped."""
+    if not isinstance(error, _Stopped):
+        return error
+    errors = [future.exception() for future in running if not future.cancelled()]
+    return next((other for other in errors if other is not None and not isinstance(other, _Stopped)), error)
 
 
 class _ShardWriter:
@@ -200,7 +212,7 @@ class _ShardWriter:
 
     def _run(self, task: Task, buffer: Array) -> tuple[Array, int]:
         if self._stop.is_set():
-            raise EnvironmentFault("stopped")
+            raise _Stopped
         if buffer.size < task.nbytes:
             buffer = np.empty(task.nbytes, np.uint8)
         position = 0

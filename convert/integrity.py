@@ -155,11 +155,10 @@ def _check_types(record: Mapping[str, Any]) -> None:
     if not all(isinstance(table, dict) for table in tables):
         raise DamagedError("has a module or a source that is no object")
     fields: list[tuple[Any, type]] = [(record.get("options", {}), dict)]
-    for table, key, kind in (
-        (record, "unquantized", str), *((entry, key, str) for entry in modules.values() for key in _MODULE_LISTS),
-    ):  # fmt: skip
+    names = [(record, "unquantized"), *((entry, key) for entry in modules.values() for key in _MODULE_LISTS)]
+    for table, key in names:
         values = table.get(key, [])
-        fields += [(values, list), *((value, kind) for value in (values if isinstance(values, list) else ()))]
+        fields += [(values, list), *((value, str) for value in (values if isinstance(values, list) else ()))]
     for table, key, kind in ((record, "tensors_sha256", str), (source, "bytes_by_dtype", int)):
         values = table.get(key, {})
         fields += [

@@ -176,7 +176,7 @@ def convert_part(
     with PartStaging(out, part, plan.digest(source.fingerprint())) as staging:
         finished = execute(mine, source, staging, jobs, staging.done(), reporter.advance)
     text = f"part {part}: {len(finished)} of {len(plan.shards)} shards, {size(mine.write_bytes)}, staged in {out}"
-    hint = f"when every part is done: xpuquant finish {source.name} {out}"
+    hint = f"when every part is done: xpuquant finish {source.name} {out}, with the same options"
     return Answer([text, hint], {"part": str(part), "shards": {n: f.sha256 for n, f in finished.items()}})
 
 

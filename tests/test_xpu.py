@@ -34,7 +34,13 @@ def powers(scale: torch.Tensor) -> torch.Tensor:
 
 
 def int4_gemm_w4a16(
-    a: torch.Tensor, b: torch.Tensor, bias: Any, scale: torch.Tensor, zero: torch.Tensor, group: int, g_idx: Any
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: Any,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    group: int,
+    g_idx: Any,
 ) -> torch.Tensor:
     assert b.dtype == torch.int32 and scale.is_contiguous() and g_idx is None
     words = nt(b)
@@ -62,13 +68,19 @@ def fp8_gemm_w8a16(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, bias: 
     return torch.nn.functional.linear(a, weight.to(a.dtype), bias)
 
 
-def fp8_gemm(a: Any, b: torch.Tensor, dtype: Any, a_scale: Any, scale: torch.Tensor, bias: Any) -> torch.Tensor:
+def fp8_gemm(
+    a: Any, b: torch.Tensor, dtype: Any, a_scale: Any, scale: torch.Tensor, bias: Any
+) -> torch.Tensor:
     weight = nt(b)
     assert scale.is_contiguous() and scale.shape == (weight.shape[1] // 32, weight.shape[0])
-    return torch.nn.functional.linear(a, (weight.float() * powers(scale).repeat_interleave(32, 0).t()).to(dtype), bias)
+    return torch.nn.functional.linear(
+        a, (weight.float() * powers(scale).repeat_interleave(32, 0).t()).to(dtype), bias
+    )
 
 
-def fp4_gemm(a: Any, b: torch.Tensor, a_scale: Any, scale: torch.Tensor, dtype: Any, bias: Any) -> torch.Tensor:
+def fp4_gemm(
+    a: Any, b: torch.Tensor, a_scale: Any, scale: torch.Tensor, dtype: Any, bias: Any
+) -> torch.Tensor:
     assert b.dtype == torch.float4_e2m1fn_x2
     pairs = nt(b.view(torch.uint8))
     assert scale.is_contiguous() and scale.shape == (pairs.shape[1] * 2 // 32, pairs.shape[0])
@@ -112,7 +124,9 @@ def test_a_linear_is_handed_over_as_stored(name: str, bias: bool, ops: None) -> 
     assert answer.shape == (5, N)
     torch.testing.assert_close(answer.float(), wanted, atol=0.02 * wanted.abs().max().item(), rtol=0)
     # The same layer on any other machine.
-    torch.testing.assert_close(layers.linear(scheme, tensors, x, b).float(), answer.float(), atol=0.5, rtol=0.05)
+    torch.testing.assert_close(
+        layers.linear(scheme, tensors, x, b).float(), answer.float(), atol=0.5, rtol=0.05
+    )
 
 
 def test_a_single_row_of_blocks_is_not_read_as_channels(ops: None) -> None:
@@ -145,7 +159,8 @@ def test_experts_are_handed_over_as_stored(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "vllm_xpu_kernels", ModuleType("vllm_xpu_kernels"))
     monkeypatch.setitem(sys.modules, "vllm_xpu_kernels.fused_moe_interface", interface)
     tensors = {
-        n: torch.zeros(stored.shape).to(stored.dtype) for n, stored in layers.expert_tensors(scheme, E, H, I).items()
+        n: torch.zeros(stored.shape).to(stored.dtype)
+        for n, stored in layers.expert_tensors(scheme, E, H, I).items()
     }
     moe = xpu.fused_moe(scheme, tensors, top_k=2, activation="silu")
     assert not moe.converts, "the first forward must copy nothing"
