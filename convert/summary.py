@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xpuquant.convert.conversion import Result
+from xpuquant.convert.execute import SPARE_BUFFERS
 from xpuquant.convert.output import Answer, Grid, size
 from xpuquant.convert.plan import Plan, PlannedModule, kind_of
 from xpuquant.convert.report import as_data, in_one_line
@@ -68,7 +69,7 @@ def planned(plan: Plan, source: Source, jobs: int) -> Answer:
         ("file", "tensors", "size"),
         [(shard.name, str(len(shard.tensors)), size(shard.nbytes)) for shard in plan.shards],
     )
-    memory = (jobs * 3 + 2) * PIECE_BYTES
+    memory = (2 * jobs + SPARE_BUFFERS) * PIECE_BYTES
     facts = Grid(
         "",
         ("", ""),
