@@ -22,10 +22,10 @@ from xpuquant.convert.panels import Panels
 from xpuquant.convert.plan import Plan, PlannedModule
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import Counter
-from xpuquant.convert.source import Source
+from xpuquant.convert.source import Source, read_slice
 from xpuquant.convert.verdict import CONTRADICTIONS, Checked, Health, contradiction
 from xpuquant.errors import DamagedError
-from xpuquant.formats.checkpoint import Array, Slice, as_array, as_bytes, whole
+from xpuquant.formats.checkpoint import Array, Slice, as_bytes, whole
 from xpuquant.formats.decoded import Decoded, difference
 from xpuquant.formats.dequantized import to_bf16
 from xpuquant.formats.dtypes import numpy_dtype
@@ -194,18 +194,11 @@ def decoded_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, D
     reads want long runs, decoding wants the cache."""
     for top, bottom in row_blocks(weight.N, weight.K, 8, PIECE_BYTES):
         outer = weight.decode_inputs(top, bottom)
-        arrays = [read(source, part) for part in outer]
+        arrays = [read_slice(source, part) for part in outer]
         for start, stop in row_blocks(bottom - top, weight.K, 8, BLOCK_CODES):
             inner = weight.decode_inputs(top + start, top + stop)
             narrowed = [_narrow(*parts) for parts in zip(inner, outer, arrays, strict=True)]
             yield top + start, top + stop, weight.decode(narrowed, top + start, top + stop)
-
-
-def read(source: Source, part: Slice) -> Array:
-    """A slice of the source as an array."""
-    out = np.empty(part.nbytes, np.uint8)
-    source.read_into(part, out)
-    return as_array(part, out)
 
 
 def _narrow(inner: Slice, outer: Slice, array: Array) -> Array:
@@ -240,7 +233,7 @@ def _check_biases(planned: PlannedModule, source: Source, stored: Stored) -> str
     }  # fmt: skip
     for role, slices in stack.biases.items():
         for expert, part in enumerate(slices):
-            if not np.array_equal(read(source, part).reshape(-1), rows[role][expert], equal_nan=True):
+            if not np.array_equal(read_slice(source, part).reshape(-1), rows[role][expert], equal_nan=True):
                 return f"{part.tensor.name} differs (bias of {role}, expert {expert})"
     return None
 
@@ -254,7 +247,7 @@ def _check_input_scale(planned: PlannedModule, source: Source, stored: Stored) -
         tensor = getattr(weight, "input_scale", None)
         if tensor is None:
             return f"{weight.name}.input_scale: the source has none"
-        expected = read(source, whole(tensor)).reshape(-1)
+        expected = read_slice(source, whole(tensor)).reshape(-1)
         if not np.array_equal(expected.astype(np.float32), held, equal_nan=True):
             return f"{weight.name}.input_scale is {held[0]!r}, source has {expected[0]!r}"
     return None
@@ -264,7 +257,7 @@ def _check_bytes(source: Source, tensor: Tensor, repo: Repo, progress: Progress)
     """An unquantized tensor: the same bytes, and their sha256."""
     digest = hashlib.sha256()
     for start, stop in byte_blocks(tensor):
-        before = read(source, Slice(as_bytes(tensor), start, stop))
+        before = read_slice(source, Slice(as_bytes(tensor), start, stop))
         after = read_bytes(repo, repo.tensors[tensor.name], start, stop)
         if not np.array_equal(before, after):
             return Checked(tensor.name, 0, "bytes differ from the source's")
@@ -276,7 +269,7 @@ def _check_bytes(source: Source, tensor: Tensor, repo: Repo, progress: Progress)
 def _check_split_bias(split: SplitBias, source: Source, held: Tensor, repo: Repo) -> Checked:
     """A bias out of a stacked or fused one: the same values, and the sha256 of its bytes."""
     actual = repo.reader.read(whole(held))
-    expected = split.values([read(source, part) for part in split.parts])
+    expected = split.values([read_slice(source, part) for part in split.parts])
     if not np.array_equal(expected, actual, equal_nan=True):
         return Checked(held.name, 0, "differs from its rows of the source's")
     return Checked(held.name, 0, None, hashlib.sha256(actual.view(np.uint8).data).hexdigest())

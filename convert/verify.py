@@ -19,7 +19,6 @@ from xpuquant.convert.exactness import (
     check_exact,
     find_matrix,
     matrices_by_role,
-    read,
 )
 from xpuquant.convert.files import read_json
 from xpuquant.convert.integrity import Integrity, check_integrity
@@ -30,7 +29,7 @@ from xpuquant.convert.plan import Plan, make_plan
 from xpuquant.convert.recorded import check_recorded
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import findings
-from xpuquant.convert.source import Source
+from xpuquant.convert.source import Source, read_slice
 from xpuquant.convert.truth import Rows, Subject
 from xpuquant.convert.verdict import CONTRADICTIONS, REFERENCE, Checked, Finding, Health, Verdict
 from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
@@ -221,7 +220,7 @@ def _subjects(plan: Plan, source: Source, repo: Repo) -> Iterator[Subject]:
 
 def _source_rows(weight: Weight, source: Source, scheme: Scheme) -> Rows:
     def rows(start: int, stop: int) -> Decoded:
-        arrays = [read(source, part) for part in weight.decode_inputs(start, stop)]
+        arrays = [read_slice(source, part) for part in weight.decode_inputs(start, stop)]
         decoded = weight.decode(arrays, start, stop)
         if scheme.scale_dtype not in FLOATS:
             return decoded

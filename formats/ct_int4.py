@@ -22,11 +22,11 @@ from xpuquant.formats.ct_modules import CtLinear, bias_tensors, groups_of, has_z
 from xpuquant.formats.ct_stored import CtLayout, weight_of
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.groups import GROUP_MULTIPLE, Regrouping
-from xpuquant.formats.int4_linear import K_MULTIPLE, Scales, Words
+from xpuquant.formats.int4_linear import K_MULTIPLE, Scales, word_pieces
 from xpuquant.formats.layout import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
 from xpuquant.formats.nibbles import NIBBLES_PER_WORD, pack_nibbles
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weight import IntWeight, row_blocks
+from xpuquant.formats.weight import IntWeight
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,7 @@ class CtInt4(CtLayout):
         assert groups is not None, "convert follows refuses"
         N, K, G = weight.N, weight.K, weight.K // groups.size
         dtype = scale_dtype or weight.scale_dtype
-        words = tuple(
-            Piece(
-                weight.word_inputs(start, stop),
-                (stop - start) * K // 2,
-                None if weight.verbatim else Words(weight, start),
-            )
-            for start, stop in row_blocks(N, K // 2, NIBBLES_PER_WORD)
-        )
+        words = word_pieces(weight)
         scale_bytes = G * N * numpy_dtype(dtype).itemsize
         scales = Piece(weight.scale_inputs(), scale_bytes, Scales(weight, groups, dtype, transposed=True))
         tensors = [

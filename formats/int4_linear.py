@@ -82,6 +82,18 @@ class Order:
         out.view(np.int32)[...] = order
 
 
+def word_pieces(weight: IntWeight) -> tuple[Piece, ...]:
+    """`[N, K/8]` u4 words, in blocks of rows; bytes that already are the words are copied."""
+    return tuple(
+        Piece(
+            weight.word_inputs(start, stop),
+            (stop - start) * weight.K // 2,
+            None if weight.verbatim else Words(weight, start),
+        )
+        for start, stop in row_blocks(weight.N, weight.K // 2, NIBBLES_PER_WORD)
+    )
+
+
 class Int4Linear:
     name = "int4_linear"
     family = "xpu"
@@ -109,14 +121,7 @@ class Int4Linear:
         assert groups is not None, "convert follows refuses"
         N, K, G = weight.N, weight.K, weight.K // groups.size
         dtype = scale_dtype or weight.scale_dtype
-        words = tuple(
-            Piece(
-                weight.word_inputs(start, stop),
-                (stop - start) * K // 2,
-                None if weight.verbatim else Words(weight, start),
-            )
-            for start, stop in row_blocks(N, K // 2, NIBBLES_PER_WORD)
-        )
+        words = word_pieces(weight)
         scale_bytes = G * N * numpy_dtype(dtype).itemsize
         tensors = [
             OutTensor(f"{module.name}.qweight", "I32", (N, K // NIBBLES_PER_WORD), words),
