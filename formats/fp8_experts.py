@@ -123,6 +123,7 @@ class Fp8Experts:
             scale_dtype="F32",
             bias=bool(stack.biases),
             interleaved=stack.interleaved,
+            weight_dtype=tensors[0].dtype,
         )
         sources = all_parts(stack)
         facts = list(stack_facts(stack))

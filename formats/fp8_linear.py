@@ -80,6 +80,7 @@ class Fp8Linear:
             block_n=steps[0] if is_block else 0,
             scale_dtype="F32",
             input_scale=weight.input_scale is not None,
+            weight_dtype=weight.dtype,
         )
         expanded = weight.granularity == "block" and granularity == "channel"
         facts = ("one block covers all of K: stored as a scale per row, exactly",) * expanded
@@ -90,8 +91,10 @@ class Fp8Linear:
 
     def matrices(self, stored: Stored) -> list[Matrix]:
         weight, scheme = stored.tensors["weight"], stored.scheme
-        if weight.dtype not in ELEMENTS or len(weight.shape) != 2:
-            raise DamagedError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, want fp8 [N, K]")
+        if weight.dtype != scheme.weight_dtype or len(weight.shape) != 2:
+            raise DamagedError(
+                f"{weight.name} is {weight.dtype} {list(weight.shape)}, config.json says {scheme.weight_dtype} [N, K]"
+            )
         N, K = weight.shape
         scales: dict[str, tuple[int, ...]] = {"tensor": (1,), "channel": (N,)}
         if scheme.granularity == "block":

@@ -6,11 +6,12 @@ Rows of `gate_up_proj_scale` are all gate, then all up; gpt-oss alternates gate,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from xpuquant.formats.float_weight import MX_GROUP, FloatWeight, Scales
 from xpuquant.formats.fp8_linear import check_tensor
 from xpuquant.formats.layout import Conversion, ExpertStack, Module, OutTensor, Piece, Stored
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.scheme import FP8_DTYPES, Scheme
 from xpuquant.formats.stacks import bias_tensor, interleaved, upper_roles
 from xpuquant.formats.transposed_stacks import (
     STACKS,
@@ -62,6 +63,8 @@ def convert_stack(
         bias=bool(module.biases),
         interleaved=module.interleaved,
     )
+    if tensors[0].dtype in FP8_DTYPES:
+        scheme = replace(scheme, weight_dtype=tensors[0].dtype)
     return Conversion(module.name, scheme, tuple(tensors), stack_facts(module))
 
 

@@ -6,7 +6,7 @@ P.weight_scale  uint8 [K/32, N]   E8M0: 2^(byte - 127), 255 is NaN (OCP Microsca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from xpuquant.formats.float_weight import E8M0, MX_GROUP, FloatWeight, Scales
 from xpuquant.formats.fp8_linear import check_tensor
 from xpuquant.formats.layout import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
 from xpuquant.formats.nibbles import unpack_nibbles
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.scheme import FP8_DTYPES, Scheme
 from xpuquant.formats.weight import row_blocks
 
 
@@ -63,6 +63,8 @@ class MxLinear:
             OutTensor(f"{module.name}.weight_scale", "U8", (G, N), (scales,)),
         )
         scheme = Scheme(layout=self.name, group_size=MX_GROUP, scale_dtype="U8")
+        if weight.dtype in FP8_DTYPES:
+            scheme = replace(scheme, weight_dtype=weight.dtype)
         return Conversion(module.name, scheme, tensors, weight.facts)
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
@@ -70,9 +72,10 @@ class MxLinear:
 
     def matrices(self, stored: Stored) -> list[Matrix]:
         weight = stored.tensors["weight"]
-        if weight.dtype not in self.elements or len(weight.shape) != 2:
+        wanted = stored.scheme.weight_dtype if self.packed == 1 else "U8"
+        if weight.dtype != wanted or len(weight.shape) != 2:
             raise DamagedError(
-                f"{weight.name} is {weight.dtype} {list(weight.shape)}, want {' or '.join(self.elements)} [N, K]"
+                f"{weight.name} is {weight.dtype} {list(weight.shape)}, config.json says {wanted} [N, K]"
             )
         N, K = weight.shape[0], weight.shape[1] * self.packed
         check_tensor(stored.tensors["weight_scale"], "U8", (K // MX_GROUP, N))

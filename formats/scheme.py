@@ -25,6 +25,9 @@ FORMAT_VERSION = 1
 MAX_MODULES = 1_000_000
 """Modules that a config may name."""
 
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
+"""safetensors labels of the fp8 codes that kernels take."""
+
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
@@ -43,6 +46,8 @@ class Scheme:
     input_scale  True: a static activation scale is stored (fp8 linear only)
     bias         True: experts carry `gate_up_proj_bias` and `down_proj_bias`
     interleaved  True: rows of `gate_up_proj` alternate gate, up (gpt-oss); False: all gate, then all up
+    weight_dtype safetensors label of the stored codes (fp8 and mxfp8 layouts only); not written where it is
+                 F8_E4M3, as nearly every checkpoint has it
     """
 
     layout: str
@@ -55,6 +60,7 @@ class Scheme:
     input_scale: bool = False
     bias: bool = False
     interleaved: bool = False
+    weight_dtype: str = "F8_E4M3"
 
     @property
     def experts(self) -> bool:
@@ -66,7 +72,7 @@ class Scheme:
         size = {"group": f"g{self.group_size}", "block": f"{self.block_n}x{self.group_size}"}
         words = [self.layout, size.get(self.granularity, self.granularity)]
         words += ["asymmetric"] * (not self.symmetric) + ["act-order"] * self.act_order
-        words += ["interleaved"] * self.interleaved
+        words += ["e5m2"] * (self.weight_dtype == "F8_E5M2") + ["interleaved"] * self.interleaved
         return " ".join(words)
 
 
@@ -139,9 +145,17 @@ def to_config(modules: Mapping[str, Scheme], producer: str) -> dict[str, Any]:
         # vLLM reads `producer` of every quantized model and expects a mapping with a name.
         "producer": {"name": producer},
         "schemes": [
-            {**asdict(scheme), "modules": compact(names)} for scheme, names in sorted(by_scheme.items())
+            {**_written(scheme), "modules": compact(names)} for scheme, names in sorted(by_scheme.items())
         ],
     }
+
+
+def _written(scheme: Scheme) -> dict[str, Any]:
+    keys = asdict(scheme)
+    # A later key of version 1: readers that do not know it can read every repo that does not need it.
+    if scheme.weight_dtype == Scheme.weight_dtype:
+        del keys["weight_dtype"]
+    return keys
 
 
 def from_config(config: Mapping[str, Any]) -> dict[str, Scheme]:
@@ -196,4 +210,6 @@ def _scheme(entry: Mapping[str, Any]) -> Scheme:
         raise DamagedError(f"quantization_config: scheme {shown(scheme.label())} has no group_size")
     if scheme.granularity == "block" and not scheme.block_n:
         raise DamagedError(f"quantization_config: scheme {shown(scheme.label())} has no block_n")
+    if scheme.weight_dtype not in FP8_DTYPES:
+        raise DamagedError(f"quantization_config: 'weight_dtype' is {shown(scheme.weight_dtype)}")
     return scheme

@@ -13,7 +13,7 @@ import numpy as np
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import columns, rows
-from xpuquant.formats.float_weight import ELEMENTS, FloatWeight, view
+from xpuquant.formats.float_weight import FloatWeight, view
 from xpuquant.formats.joined import parts
 from xpuquant.formats.layout import Array, ExpertStack, Matrix, OutTensor, Piece, Stored
 from xpuquant.formats.safetensors import Tensor
@@ -96,12 +96,15 @@ def transposed_matrices(stored: Stored) -> list[Matrix]:
     """Every expert's gate, up and down of a transposed stack.
 
     Raises:
-        DamagedError: not fp8 `[E, K, N]`.
+        DamagedError: not fp8 `[E, K, N]` of the scheme's type.
     """
     for part in STACKS:
         weight = stored.tensors[part]
-        if weight.dtype not in ELEMENTS or len(weight.shape) != 3:
-            raise DamagedError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, want fp8 [E, K, N]")
+        wanted = stored.scheme.weight_dtype
+        if weight.dtype != wanted or len(weight.shape) != 3:
+            raise DamagedError(
+                f"{weight.name} is {weight.dtype} {list(weight.shape)}, config.json says {wanted} [E, K, N]"
+            )
     E, H, both = stored.tensors["gate_up_proj"].shape
     experts, I, N = stored.tensors["down_proj"].shape
     if (experts, I, N) != (E, both // 2, H):

@@ -96,11 +96,16 @@ def mxfp4(weight: torch.Tensor, scheme: Scheme) -> Packed:
     )
 
 
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
 def mxfp8(weight: torch.Tensor, scheme: Scheme) -> Packed:
     groups = grouped(weight, 32)
-    exponent = _power(groups, 8)
+    dtype = FP8[scheme.weight_dtype]
+    largest = torch.finfo(dtype).max
+    exponent = _power(groups, 8 if dtype is torch.float8_e4m3fn else 15)
     scale = torch.exp2(exponent.float() - 127).unsqueeze(-1)
-    stored = (groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    stored = (groups / scale).clamp(-largest, largest).to(dtype)
     values = (stored.float() * scale).reshape(weight.shape)
     stored = stored.reshape(weight.shape)
     if scheme.experts:
@@ -110,19 +115,21 @@ def mxfp8(weight: torch.Tensor, scheme: Scheme) -> Packed:
 
 def fp8(weight: torch.Tensor, scheme: Scheme) -> Packed:
     wide = weight.float()
+    dtype = FP8[scheme.weight_dtype]
+    largest = torch.finfo(dtype).max
     N, K = wide.shape
     if scheme.granularity == "block":
         blocks = wide.reshape(N // scheme.block_n, scheme.block_n, K // scheme.group_size, scheme.group_size)
-        scale = blocks.abs().amax((1, 3)) / 448
+        scale = blocks.abs().amax((1, 3)) / largest
         spread = scale[:, None, :, None].expand_as(blocks).reshape(N, K)
         stored_scale = scale.t().contiguous()
     elif scheme.granularity == "channel":
-        stored_scale = wide.abs().amax(1) / 448
+        stored_scale = wide.abs().amax(1) / largest
         spread = stored_scale[:, None]
     else:
-        stored_scale = (wide.abs().amax() / 448).reshape(1)
+        stored_scale = (wide.abs().amax() / largest).reshape(1)
         spread = stored_scale
-    stored = (wide / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+    stored = (wide / spread).clamp(-largest, largest).to(dtype)
     values = stored.float() * spread
     if scheme.experts:
         return {"": stored.t().contiguous(), "_scale": stored_scale}, values
@@ -146,6 +153,8 @@ SCHEMES: dict[str, Scheme] = {
     "fp8-block": Scheme("fp8_linear", granularity="block", group_size=128, block_n=128, scale_dtype="F32"),
     "mxfp4": Scheme("mxfp4_linear", group_size=32, scale_dtype="U8"),
     "mxfp8": Scheme("mxfp8_linear", group_size=32, scale_dtype="U8"),
+    "fp8-e5m2": Scheme("fp8_linear", granularity="channel", scale_dtype="F32", weight_dtype="F8_E5M2"),
+    "mxfp8-e5m2": Scheme("mxfp8_linear", group_size=32, scale_dtype="U8", weight_dtype="F8_E5M2"),
 }
 EXPERTS: dict[str, Scheme] = {
     "int4": Scheme("int4_experts", group_size=32),
@@ -153,6 +162,8 @@ EXPERTS: dict[str, Scheme] = {
     "fp8-block": Scheme("fp8_experts", granularity="block", group_size=128, block_n=128, scale_dtype="F32"),
     "mxfp4": Scheme("mxfp4_experts", group_size=32, scale_dtype="U8"),
     "mxfp8": Scheme("mxfp8_experts", group_size=32, scale_dtype="U8"),
+    "fp8-e5m2": Scheme("fp8_experts", granularity="tensor", scale_dtype="F32", weight_dtype="F8_E5M2"),
+    "mxfp8-e5m2": Scheme("mxfp8_experts", group_size=32, scale_dtype="U8", weight_dtype="F8_E5M2"),
 }
 FAMILIES = (
     "llama",

@@ -260,7 +260,7 @@ def stored_with(out, module, **changes):
             {"weight_scale": {"dtype": "BF16"}},
             "weight_scale is BF16 [48], config.json says F32 [48]",
         ),
-        ("tensor", {"weight": {"dtype": "U8"}}, "weight is U8 [48, 64], want fp8 [N, K]"),
+        ("tensor", {"weight": {"dtype": "U8"}}, "weight is U8 [48, 64], config.json says F8_E4M3 [N, K]"),
         (
             "block",
             {"weight_scale": {"shape": (5, 2)}},
@@ -271,7 +271,7 @@ def stored_with(out, module, **changes):
             {"weight_scale": {"shape": (48, 3)}},
             "weight_scale is U8 [48, 3], config.json says U8 [3, 48]",
         ),
-        ("mxfp4", {"weight": {"dtype": "I8"}}, "weight is I8 [48, 48], want U8 [N, K]"),
+        ("mxfp4", {"weight": {"dtype": "I8"}}, "weight is I8 [48, 48], config.json says U8 [N, K]"),
     ],
 )
 def test_broken_linears_are_named(tmp_path, case, changes, message):
@@ -296,7 +296,11 @@ def test_broken_linears_are_named(tmp_path, case, changes, message):
             {"down_proj": {"shape": (2, 96, 128)}},
             "down_proj is [2, 96, 128], gate_up_proj [2, 128, 256]",
         ),
-        ("block", {"gate_up_proj": {"dtype": "U8"}}, "gate_up_proj is U8 [2, 128, 256], want fp8 [E, K, N]"),
+        (
+            "block",
+            {"gate_up_proj": {"dtype": "U8"}},
+            "gate_up_proj is U8 [2, 128, 256], config.json says F8_E4M3 [E, K, N]",
+        ),
         ("mxfp4", {"gate_up_proj": {"shape": (2, 128, 128)}}, "gate_up_proj_scale is U8 [2, 256, 4]"),
         ("mxfp8", {"down_proj_scale": {"dtype": "F32"}}, "down_proj_scale is F32 [2, 128, 4]"),
     ],

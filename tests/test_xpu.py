@@ -99,7 +99,7 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     prefix = "vllm.model_executor.layers.quantization.utils."
     for module, name in (("mxfp4_utils", "xpu_mxfp4_quantize"), ("mxfp8_utils", "xpu_mxfp8_quantize")):
         stub = ModuleType(prefix + module)
-        setattr(stub, name, lambda x: (x, None))
+        setattr(stub, name, lambda x, dtype=None: (x, None))
         monkeypatch.setitem(sys.modules, prefix + module, stub)
         parts = prefix.rstrip(".").split(".")
         for end in range(1, len(parts) + 1):
@@ -169,7 +169,7 @@ def test_experts_are_handed_over_as_stored(name: str, monkeypatch: pytest.Monkey
         assert held.dtype == {
             "int4_experts": torch.int8,  # what the C++ takes for int4
             "mxfp4_experts": torch.float4_e2m1fn_x2,
-        }.get(scheme.layout, torch.float8_e4m3fn)
+        }.get(scheme.layout, torch.float8_e5m2 if "e5m2" in name else torch.float8_e4m3fn)
     assert moe.arguments["w13_scales"].data_ptr() == tensors["gate_up_proj_scale"].data_ptr()
     assert moe.arguments["num_experts"] == E
     assert moe.is_int4 == (scheme.layout == "int4_experts"), "the constructor takes uint8 for int4"

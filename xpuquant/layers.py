@@ -21,6 +21,7 @@ from xpuquant.formats.scheme import Scheme
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 # Activations as wide as these have grouped or dense XPU kernels.
 XPU_ACTIVATIONS = (torch.float16, torch.bfloat16)
 
@@ -59,7 +60,7 @@ def linear_tensors(scheme: Scheme, N: int, K: int) -> dict[str, Stored]:
         shape = (K // scheme.group_size, N // scheme.block_n)
     else:
         shape = (N,) if scheme.granularity == "channel" else (1,)
-    tensors = {"weight": Stored((N, K), torch.float8_e4m3fn), "weight_scale": Stored(shape, scale)}
+    tensors = {"weight": Stored((N, K), _FP8[scheme.weight_dtype]), "weight_scale": Stored(shape, scale)}
     if scheme.input_scale:
         tensors["input_scale"] = Stored((1,), torch.float32)
     return tensors
@@ -73,7 +74,7 @@ def expert_tensors(scheme: Scheme, E: int, H: int, I: int) -> dict[str, Stored]:
         if packed:
             tensors[name] = Stored((E, N, K // 2), torch.uint8)
         else:
-            tensors[name] = Stored((E, K, N), torch.float8_e4m3fn)
+            tensors[name] = Stored((E, K, N), _FP8[scheme.weight_dtype])
         shape: tuple[int, ...] = (E, N, K // scheme.group_size) if scheme.group_size else (E,)
         if scheme.granularity == "block":
             shape = (E, K // scheme.group_size, N // scheme.block_n)

@@ -58,7 +58,7 @@ def linear(
     if scheme.layout == "mxfp8_linear":
         from vllm.model_executor.layers.quantization.utils.mxfp8_utils import xpu_mxfp8_quantize
 
-        x8, x_scale = xpu_mxfp8_quantize(x)
+        x8, x_scale = xpu_mxfp8_quantize(x, weight.dtype)  # the op wants both of one type
         scale8 = scale.view(torch.float8_e8m0fnu)
         return ops.fp8_gemm(x8, weight.t(), x.dtype, x_scale, scale8, bias)  # type: ignore[no-any-return]
     if scheme.granularity == "block" and scale.shape[0] == 1:
