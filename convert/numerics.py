@@ -7,22 +7,23 @@ Exactness has shown what the bytes decode to; what is left is that a kernel read
   check that cannot fail would show nothing.
 * Each module is computed at one M on some of its rows, which also gives the heat map its colours.
 
-What is right, `convert/truth.py` says.
+What is right, `convert/truth.py` says, and what rounding is in proportion to. Every output is judged by itself, so
+that neither a large one hides a wrong one, nor one whose terms cancel fails a right kernel.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 
-from xpuquant.convert.truth import LARGEST, SEED, Subject, Truths, activations, misread_truth
+from xpuquant.convert.truth import Subject, Truth, Truths, misread_truth
 from xpuquant.convert.verdict import CONTRADICTIONS, REFERENCE, Agreement, contradiction
 from xpuquant.errors import UnsupportedError, one_line
-from xpuquant.kernels import Array, Backend, Layer, tolerance
+from xpuquant.kernels import Backend, tolerance
 
 ROWS = (1, 2, 8, 33, 64)
 SAMPLE_ROWS = 256
@@ -45,6 +46,10 @@ it would take half a gigabyte."""
 
 BINS = tuple(10.0**-e for e in range(9, -1, -1))
 """Upper edges of the histogram of |error| / rms(product); one more bin above the last."""
+
+_WORST = 2
+"""`kernels.tolerance` is for the norm of all errors; the worst of millions of outputs gets so many times that, of its
+`Truth.size`, itself two to three times a usual output."""
 
 _REFERENCE_TOLERANCE = 2.0**-20
 """The reference computes in float64 and returns float32, rounding each output once (2^-24)."""
@@ -94,14 +99,14 @@ def _chosen(members: Sequence[Subject]) -> Iterator[tuple[Subject, bool]]:
 def _thorough(subject: Subject, backends: Sequence[Backend], full: bool, every: bool) -> Iterator[Agreement]:
     """All M, all rows where they are affordable, and the wrong layout."""
     N, K = subject.matrix.N, subject.matrix.K
-    truths, sample, misread = Truths(subject), subject.window(SAMPLE_ROWS), misread_truth(subject)
+    truths, sample = Truths(subject), subject.window(SAMPLE_ROWS)
     for backend in backends:
         is_fast = full and backend.name in FAST and N * K <= FULL_CODES
         window = (0, N) if (every and backend.name != REFERENCE) or is_fast else sample
         # What the reference computes does not depend on M.
         run = _agreement(truths, backend, window, ROWS[-1:] if backend.name == REFERENCE else ROWS)
-        if run.ran and run.reason is None and misread is not None:
-            run = replace(run, wrong_layout=_wrong_layout(misread, backend, run.activation))
+        if run.ran and run.reason is None:
+            run = replace(run, wrong_layout=_wrong_layout(subject, backend, run.activation, run.tolerance))
         yield run
         if backend.name != REFERENCE and run.activation not in ("", SERVED):
             as_served = _agreement(truths, backend, sample, ROWS, (SERVED,))
@@ -109,14 +114,9 @@ def _thorough(subject: Subject, backends: Sequence[Backend], full: bool, every: 
                 yield as_served
 
 
-def _taken(backend: Backend, subject: Subject, N: int, dtypes: Sequence[str]) -> tuple[str, str | None]:
-    """The first of the activation dtypes that a backend takes for a matrix, or why it takes none."""
-    reason: str | None = None
-    for dtype in dtypes:
-        reason = backend.refuses(subject.stored.scheme, N, subject.matrix.K, dtype)
-        if reason is None:
-            return dtype, None
-    return "", reason
+def _limit(backend: Backend, dtype: str, K: int) -> float:
+    """The largest error of an output, over its `Truth.size`, that arithmetic alone explains."""
+    return _REFERENCE_TOLERANCE if backend.name == REFERENCE else _WORST * tolerance(dtype, K)
 
 
 def _agreement(
@@ -126,61 +126,83 @@ def _agreement(
     Ms: Sequence[int],
     dtypes: Sequence[str] = SHARPEST,
 ) -> Agreement:
+    """In the first of the activation dtypes that the backend takes and that can hold the sums."""
     stored, matrix = truths.subject.stored, truths.subject.matrix
     start, stop = window
     blank = Agreement(
         backend.name, stored.name, matrix.role, matrix.expert, stored.scheme.label(), matrix.N, matrix.K
     )
-    dtype, reason = _taken(backend, truths.subject, stop - start, dtypes)
-    if reason is not None:
-        return replace(blank, reason=one_line(reason))
+    refused, overflow = None, None
     try:
-        truth = truths.of(start, stop, max(Ms), dtype)
-        if truth.overflow:
-            return replace(blank, reason="sums of these values can exceed float32")
-        with np.errstate(invalid="ignore", over="ignore"):
-            runs = [_compare(backend.linear(truth.layer, truth.x[:M]), truth.wanted[:M]) for M in Ms]
+        for dtype in dtypes:
+            refused = backend.refuses(stored.scheme, stop - start, matrix.K, dtype)
+            if refused is not None:
+                continue
+            truth = truths.of(start, stop, max(Ms), dtype)
+            if not truth.overflow:
+                runs = [_compare(backend, truth, M) for M in Ms]
+                break
+            overflow = f"sums of these values can exceed {'float16' if dtype == 'F16' else 'float32'}"
+        else:
+            return replace(blank, reason=one_line(overflow or refused or ""))
     except UnsupportedError as error:
         return replace(blank, reason=one_line(error))
     except CONTRADICTIONS as error:
-        return replace(blank, error=float("inf"), reason=contradiction(error))
-    worst = max(runs, key=lambda run: run[0])
-    limit = _REFERENCE_TOLERANCE if backend.name == REFERENCE else tolerance(dtype, matrix.K)
+        return replace(blank, error=float("inf"), deviation=float("inf"), reason=contradiction(error))
     return replace(
         blank,
         rows=stop - start,
         M=tuple(Ms),
         activation=dtype,
-        error=worst[0],
-        max_abs=max(run[1] for run in runs),
-        cosine=min(run[2] for run in runs),
-        tolerance=limit,
-        histogram=tuple(int(n) for n in np.sum([run[3] for run in runs], axis=0)),
+        error=max(run.error for run in runs),
+        deviation=max(run.deviation for run in runs),
+        max_abs=max(run.max_abs for run in runs),
+        cosine=min(run.cosine for run in runs),
+        tolerance=_limit(backend, dtype, matrix.K),
+        histogram=tuple(int(n) for n in np.sum([run.histogram for run in runs], axis=0)),
     )
 
 
-def _compare(got: Array, wanted: Array) -> tuple[float, float, float, Array]:
-    """(relative Frobenius error, largest absolute error, cosine, histogram)."""
-    finite = np.abs(wanted) <= LARGEST  # and neither infinite nor NaN
+@dataclass(frozen=True)
+class _Comparison:
+    """See `Agreement`, which has the worst over several M."""
+
+    error: float = float("inf")
+    deviation: float = float("inf")
+    max_abs: float = float("inf")
+    cosine: float = 0.0
+    histogram: Sequence[int] = (0,) * (len(BINS) + 1)
+
+
+def _compare(backend: Backend, truth: Truth, M: int) -> _Comparison:
+    """What a kernel makes of the first M activations."""
+    wanted, size = truth.wanted[:M], truth.size[:M]
+    with np.errstate(invalid="ignore", over="ignore"):
+        got = backend.linear(truth.layer, truth.x[:M])
+    finite = np.isfinite(wanted)
     if got.shape != wanted.shape or not np.array_equal(finite, np.isfinite(got)):
-        return float("inf"), float("inf"), 0.0, np.zeros(len(BINS) + 1, np.int64)
-    truth, result = wanted[finite], got.astype(np.float64)[finite]
-    errors = np.abs(result - truth)
-    norm, size = float(np.linalg.norm(truth)), max(truth.size, 1)
-    scale = norm / np.sqrt(size) or 1.0
-    counts = np.bincount(np.searchsorted(BINS, errors / scale), minlength=len(BINS) + 1)
+        return _Comparison()
+    right, result = wanted[finite], got.astype(np.float64)[finite]
+    errors = np.abs(result - right)
+    norm = float(np.linalg.norm(right))
+    scale = norm / np.sqrt(max(right.size, 1)) or 1.0
     product = float(np.linalg.norm(result)) * norm
-    cosine = float(truth @ result) / product if product else 1.0
-    error = float(np.linalg.norm(errors)) / (norm or 1.0)
-    return error, float(errors.max(initial=0.0)), cosine, counts
+    return _Comparison(
+        error=float(np.linalg.norm(errors)) / (norm or 1.0),
+        deviation=float((errors / size[finite]).max(initial=0.0)),
+        max_abs=float(errors.max(initial=0.0)),
+        cosine=float(right @ result) / product if product else 1.0,
+        histogram=np.bincount(np.searchsorted(BINS, errors / scale), minlength=len(BINS) + 1).tolist(),
+    )
 
 
-def _wrong_layout(misread: tuple[Layer, Array], backend: Backend, dtype: str) -> float | None:
-    """The error where a kernel is given the bytes in a wrong order."""
-    broken, values = misread
-    x = activations(CELL_M, broken.K, SEED, dtype)
+def _wrong_layout(subject: Subject, backend: Backend, dtype: str, limit: float) -> float | None:
+    """The deviation where a kernel is given the bytes in a wrong order. None where that changes nothing (all codes of a
+    byte alike), or so little beside larger weights that a right kernel may round it away."""
+    misread = misread_truth(subject, CELL_M, dtype)
+    if misread is None or misread[1] <= 2 * limit:
+        return None
     try:
-        with np.errstate(invalid="ignore", over="ignore"):
-            return _compare(backend.linear(broken, x), x.astype(np.float64) @ values.T)[0]
+        return _compare(backend, misread[0], CELL_M).deviation
     except (UnsupportedError, *CONTRADICTIONS):
         return None

@@ -80,8 +80,9 @@ def _run(run: Agreement) -> dict[str, Any]:
         return {**what, "not_run": run.reason}
     figures = {
         "rows": run.rows, "M": list(run.M), "activations": run.activation, "relative_error": run.error,
-        "tolerance": run.tolerance, "sqnr_db": run.sqnr_db, "max_abs": run.max_abs, "cosine": run.cosine,
-        "wrong_layout_error": run.wrong_layout, "histogram": list(run.histogram), "passed": run.passed,
+        "deviation": run.deviation, "tolerance": run.tolerance, "sqnr_db": run.sqnr_db, "max_abs": run.max_abs,
+        "cosine": run.cosine, "wrong_layout_error": run.wrong_layout, "histogram": list(run.histogram),
+        "passed": run.passed,
     }  # fmt: skip
     return {**what, **_plain(figures)}
 

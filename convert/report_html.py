@@ -170,8 +170,8 @@ def _bytes(before: Mapping[str, int], after: Mapping[str, int]) -> str:
 
 
 def _runs(ids: Mapping[Agreement, str]) -> str:
-    columns = ("Module", "Backend", "Scheme", "N", "K", "Rows", "M", "Acts", "Rel. error", "Tolerance", "SQNR dB",
-               "Max abs", "Cosine", "Wrong layout")  # fmt: skip
+    columns = ("Module", "Backend", "Scheme", "N", "K", "Rows", "M", "Acts", "Rel. error", "Deviation", "Tolerance",
+               "SQNR dB", "Max abs", "Cosine", "Wrong layout")  # fmt: skip
     rows = []
     for run in ids:
         error = run.error or 0.0
@@ -179,15 +179,14 @@ def _runs(ids: Mapping[Agreement, str]) -> str:
         rows.append((
             _td(matrix_name(run)), _td(run.backend), _td(run.scheme), _number(run.N), _number(run.K),
             _number(run.rows), _td(" ".join(map(str, run.M))), _td(run.activation),
-            f'<td class="num{"" if run.passed else " bad"}" data-v="{error!r}">{error:.2e}</td>',
+            _number(error, f"{error:.2e}"),
+            f'<td class="num{"" if run.passed else " bad"}" data-v="{run.deviation!r}">{run.deviation:.1e}</td>',
             _number(run.tolerance, f"{run.tolerance:.1e}"),
             _number(-1.0 if sqnr is None else min(sqnr, 999.0), "" if sqnr is None else f"{sqnr:.1f}"),
             _number(run.max_abs, f"{run.max_abs:.1e}"), _number(run.cosine, f"{run.cosine:.7f}"),
             _number(run.wrong_layout or 0.0, "" if run.wrong_layout is None else f"{run.wrong_layout:.1e}"),
         ))  # fmt: skip
-    return _table(
-        columns, rows, numbers=(3, 4, 5, 8, 9, 10, 11, 12, 13), ids=list(ids.values()), sortable=True
-    )
+    return _table(columns, rows, numbers=(3, 4, 5, *range(8, 15)), ids=list(ids.values()), sortable=True)
 
 
 def _health(health: Mapping[str, Health]) -> str:

@@ -24,10 +24,10 @@ def markdown(verdict: Verdict) -> str:
         sections += ["## Warnings", _list(finding.line() for finding in verdict.warnings)]
     ran = [run for run in verdict.kernels if run.ran]
     if ran:
-        worst = sorted(ran, key=lambda run: (run.error or 0.0) / (run.tolerance or 1.0), reverse=True)
+        worst = sorted(ran, key=lambda run: run.deviation / (run.tolerance or 1.0), reverse=True)
         real = [run for run in worst if run.backend != REFERENCE] or worst
         sections += [
-            f"## Kernels: the {min(_WORST, len(real))} largest errors, by their tolerance",
+            f"## Kernels: the {min(_WORST, len(real))} largest deviations, by their tolerance",
             _runs(real[:_WORST]),
         ]
         sections += ["## Kernels: each scheme and shape at every M", _runs(_representatives(ran))]
@@ -99,19 +99,20 @@ def _runs(runs: Sequence[Agreement]) -> str:
         "M",
         "Acts",
         "Rel. error",
+        "Deviation",
         "Tolerance",
         "SQNR dB",
         "Cosine",
         "Module",
     )
-    return _table(columns, [_row(run) for run in runs], "llrrllrrrrl")
+    return _table(columns, [_row(run) for run in runs], "llrrllrrrrrl")
 
 
 def _row(run: Agreement) -> tuple[str, ...]:
     sqnr = "" if run.sqnr_db is None else f"{run.sqnr_db:.1f}"
     return (
         run.backend, run.scheme, str(run.N), str(run.K), " ".join(map(str, run.M)), run.activation,
-        f"{run.error:.2e}", f"{run.tolerance:.1e}", sqnr, f"{run.cosine:.7f}", matrix_name(run),
+        f"{run.error:.2e}", f"{run.deviation:.1e}", f"{run.tolerance:.1e}", sqnr, f"{run.cosine:.7f}", matrix_name(run),
     )  # fmt: skip
 
 

@@ -21,7 +21,13 @@ from xpuquant.kernels import Array, Layer
 from xpuquant.kernels.reference import dequantize
 
 SEED = 20240229
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST = {"F32": 2.0**127, "BF16": 2.0**127, "F16": 2.0**15}
+"""Activation dtype → the largest weight, sum and output that kernels surely hold: half of what the dtype does."""
+
+_FLUSHED = {"F32": 2.0**-95, "BF16": 2.0**-95, "F16": 2.0**-12}
+"""Activation dtype → what an output loses where its terms underflow, over the rounding that is allowed. Subnormals
+may be flushed to zero, 2^-126 times the largest FP8 code; float16 rounds scales to multiples of 2^-24, √K of them."""
+
 _MISREAD_ROWS = 64
 _BLOCK_CODES = 1 << 20
 _PLAIN = 1e30
@@ -72,13 +78,15 @@ class Truth:
 
     x         activations `[M, K]`
     wanted    float64 `[M, n]`
-    overflow  a sum on the way can exceed float32, in which kernels add up: infinity, or the NaN of two of them, is
-              then no error of theirs
+    size      float64 `[M, n]`, positive: what rounding is in proportion to; see `_size`
+    overflow  a weight, an output or a sum on the way can exceed what kernels hold: infinity, or the NaN of two of
+              them, is then no error of theirs
     """
 
     layer: Layer
     x: Array
     wanted: Array
+    size: Array
     overflow: bool
 
 
@@ -101,22 +109,51 @@ class Truths:
         layer = self.subject.layer(start, stop)
         x = activations(M, K, SEED ^ zlib.crc32(self.subject.stored.name.encode()), dtype)
         wide = x.astype(np.float64)
-        wanted, largest = np.empty((M, stop - start)), 0.0
+        wanted, size, largest = np.empty((M, stop - start)), np.empty((M, stop - start)), 0.0
         # A NaN that the source has makes NaN outputs on both sides, which is agreement.
         with np.errstate(invalid="ignore", over="ignore"):
             for top, bottom in row_blocks(stop - start, K, 8, _BLOCK_CODES):
-                values = self.subject.rows(start + top, start + bottom).values()
-                wanted[:, top:bottom] = wide @ values.T
-                largest = max(largest, float(np.fmax.reduce(np.abs(values), axis=None, initial=0.0)))
+                decoded = self.subject.rows(start + top, start + bottom)
+                values, part = decoded.values(), slice(top, bottom)
+                wanted[:, part] = wide @ values.T
+                weights = _magnitudes(decoded, values)
+                size[:, part] = _size(wide, wanted[:, part], weights, dtype)
+                largest = max(largest, float(np.fmax.reduce(weights, axis=None, initial=0.0)))
             if "bias" in layer.tensors:
-                wanted += layer.tensors["bias"].astype(np.float64)
+                bias = layer.tensors["bias"].astype(np.float64)
+                wanted += bias
+                size += np.abs(bias)
         reach = largest * float(np.abs(wide).sum(axis=1).max())
-        return Truth(layer, x, wanted, reach > LARGEST)
+        highest = max(largest, float(np.fmax.reduce(np.abs(wanted), axis=None, initial=0.0)))
+        return Truth(layer, x, wanted, size, reach > LARGEST["F32"] or highest > LARGEST[dtype])
 
 
-def misread_truth(subject: Subject) -> tuple[Layer, Array] | None:
-    """(a few rows with the weight's bytes in a wrong order, the right weight `[n, K]`); None where that order
-    changes nothing (all codes of a byte alike), or nothing finite.
+def _magnitudes(decoded: Decoded, values: Array) -> Array:
+    """|W| `[n, K]`; of integers at least one step, because a kernel may multiply code and zero point by the scale
+    before it subtracts them."""
+    if decoded.number != "int":
+        return np.abs(values)
+    step = np.abs(decoded.scale.astype(np.float64))
+    return np.maximum(np.abs(values), step[decoded.row][:, decoded.col])
+
+
+def _size(x: Array, products: Array, weights: Array, dtype: str) -> Array:
+    """`[M, n]`: |output| + the root of the sum of the squares of its terms `x · w`.
+
+    A weight or a partial sum that is rounded changes the output by a part of itself. Signs of activations are random,
+    so partial sums, and what rounding adds to them, walk as far as the root of the sum of the squares. The sum of the
+    magnitudes, which would be safe for any signs, is √K times larger and hides as much; the output alone will not do,
+    because its terms may cancel. An activation counts at least as its row's RMS, 1: kernels that quantize activations
+    leave a part of that (`kernels/activations.py`).
+    """
+    terms = np.sqrt((np.square(x) + 1) @ np.square(weights).T)
+    found: Array = np.abs(products) + terms + _FLUSHED[dtype]
+    return found
+
+
+def misread_truth(subject: Subject, M: int, dtype: str) -> tuple[Truth, float] | None:
+    """The truth of a few rows, with a layer whose bytes are in a wrong order; and how far the product of that layer is
+    off at the worst, over the sizes of both. None where nothing is finite.
 
     Without the bias, which may be so large that the weight does not show.
     """
@@ -125,13 +162,19 @@ def misread_truth(subject: Subject) -> tuple[Layer, Array] | None:
         layer = subject.layer(start, stop)
         layer = replace(layer, tensors={role: a for role, a in layer.tensors.items() if role != "bias"})
         broken = replace(layer, tensors=dict(_misread(layer)))
-        values = subject.rows(start, stop).values()
-        with np.errstate(invalid="ignore", over="ignore"):
-            same = np.array_equal(values, dequantize(broken), equal_nan=True)
-        largest = float(np.abs(values).max(initial=0.0))
-        return None if same or not largest < _PLAIN else (broken, values)
+        decoded = subject.rows(start, stop)
+        values, misread = decoded.values(), dequantize(broken)
     except CONTRADICTIONS:
         return None
+    weights = _magnitudes(decoded, values)
+    if not weights.max(initial=0.0) < _PLAIN or not np.abs(misread).max(initial=0.0) < _PLAIN:
+        return None
+    x = activations(M, layer.K, SEED, dtype)
+    wide = x.astype(np.float64)
+    right, wrong = wide @ values.T, wide @ misread.T
+    size = _size(wide, right, weights, dtype)
+    sizes = size + _size(wide, wrong, np.abs(misread), dtype)
+    return Truth(broken, x, right, size, False), float((np.abs(right - wrong) / sizes).max(initial=0.0))
 
 
 def _misread(layer: Layer) -> Iterator[tuple[str, Array]]:

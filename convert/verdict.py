@@ -69,10 +69,11 @@ class Agreement:
     M             numbers of activation rows; figures are the worst over them
     activation    dtype of the activations: `F32`, `F16`, `BF16`
     error         relative Frobenius error; None where it was not run
+    deviation     largest error of an output, over its magnitude and that of its terms (`Truth.size`)
     max_abs       largest absolute error
     cosine        cosine of the two products, as one vector
-    tolerance     what passes
-    wrong_layout  relative error when the kernel is given the same weight in a wrong layout: it must not pass;
+    tolerance     the deviation that passes
+    wrong_layout  deviation when the kernel is given the same weight in a wrong layout: it must not pass;
                   None where that was not tried or could not show
     reason        why it was not run
     histogram     counts of |error| / rms(product), by power of ten: see `report.BINS`
@@ -89,6 +90,7 @@ class Agreement:
     M: tuple[int, ...] = ()
     activation: str = ""
     error: float | None = None
+    deviation: float = math.inf
     max_abs: float = 0.0
     cosine: float = 1.0
     tolerance: float = 0.0
@@ -107,7 +109,7 @@ class Agreement:
 
     @property
     def passed(self) -> bool:
-        return self.error is None or (self.error <= self.tolerance and not self.blind)
+        return self.error is None or (self.deviation <= self.tolerance and not self.blind)
 
     @property
     def sqnr_db(self) -> float | None:
@@ -122,12 +124,12 @@ class Agreement:
             return f"kernel '{self.backend}': {self.reason}"
         if self.blind:
             return (
-                f"kernel '{self.backend}' accepts a wrong layout (error {self.wrong_layout:.1e}): "
+                f"kernel '{self.backend}' accepts a wrong layout (deviation {self.wrong_layout:.1e}): "
                 "its agreement shows nothing"
             )
         return (
-            f"kernel '{self.backend}' ({self.activation}) is off by {self.error:.1e}, "
-            f"at most {self.tolerance:.0e} is rounding"
+            f"kernel '{self.backend}' ({self.activation}) is off by {self.deviation:.1e} of an output "
+            f"and its terms, at most {self.tolerance:.0e} is rounding"
         )
 
 

@@ -22,7 +22,10 @@ LANES: dict[str, tuple[list[str], dict[str, str]]] = {
     ),
     "fuzz": (["test_fuzz.py"], {"XPUQUANT_TRUST_CASES": os.environ.get("XPUQUANT_TRUST_CASES", "20000")}),
     "faults": (["test_faults.py"], {"XPUQUANT_TRUST_ROUNDS": "25"}),
-    "integrity": (["test_integrity.py", "test_injected_faults.py"], {"XPUQUANT_TRUST_PLACES": "2000"}),
+    "integrity": (
+        ["test_integrity.py", "test_injected_faults.py", "test_numerics.py"],
+        {"XPUQUANT_TRUST_PLACES": "2000", "XPUQUANT_TRUST_ROUNDS": "25"},
+    ),
     "supply": (["test_supply_chain.py"], {}),
 }
 """Lane → test files, and what makes them longer than in the default suite."""

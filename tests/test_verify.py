@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import injected_faults as inject
-import kernel_layers as hand
 import numpy as np
 import pytest
 from checkpoints import FIXTURES
 
-from xpuquant.convert import numerics, truth
 from xpuquant.convert.cli import run
 from xpuquant.convert.digests import MatrixDigest
 from xpuquant.convert.panels import Panels
@@ -143,86 +141,6 @@ class TestNothingIsSkippedSilently:
         assert len(runs) == matrices and {one["matrix"] for one in stack} == {"gate", "up", "down"}
 
 
-class TestKernels:
-    """The check of the kernels, with kernels that are wrong on purpose."""
-
-    class Wrong:
-        name = "wrong"
-
-        def __init__(self, compute):
-            self.compute = compute
-
-        def unavailable(self):
-            return None
-
-        def refuses(self, scheme, N, K, activation="BF16"):
-            return None
-
-        def linear(self, layer, x):
-            return self.compute(backends()["reference"].linear(layer, x), layer, x)
-
-    def judge(self, compute) -> Agreement:
-        layer, weight = hand.int4_linear(64, 256, 32, scale="F32", symmetric=False)
-
-        class Layout:
-            def layer(self, stored, matrix, start, stop):
-                return layer.tensors
-
-        class Stored:
-            scheme, name = layer.scheme, "m"
-
-        def rows(start, stop):
-            return Decoded(
-                "float", weight[start:stop], np.ones((1, 1)), np.zeros(stop - start, int), np.zeros(256, int)
-            )
-
-        subject = truth.Subject(Stored(), Layout(), Matrix("linear", 64, 256), rows)
-        found, bf16 = numerics.check_kernels([subject], [self.Wrong(compute)], full=False, every=False)
-        assert bf16.activation == "BF16" and bf16.tolerance > 100 * found.tolerance
-        return found
-
-    def test_a_right_kernel_passes(self):
-        found = self.judge(lambda y, layer, x: y)
-        assert found.passed and found.error < 1e-6 and found.wrong_layout > 0.5
-        assert sum(found.histogram) == 64 * sum(numerics.ROWS)
-
-    def test_right_for_one_request_and_wrong_for_two_is_noticed(self):
-        found = self.judge(lambda y, layer, x: y if len(y) == 1 else y[::-1])
-        assert not found.passed and found.sqnr_db < 10
-
-    def test_one_wrong_output_row_is_noticed(self):
-        def wrong(y, layer, x):
-            y = y.copy()
-            y[:, 17] *= 1.001
-            return y
-
-        assert not self.judge(wrong).passed
-
-    def test_a_kernel_that_ignores_the_layout_is_blind_and_fails(self):
-        right: dict[int, np.ndarray] = {}
-
-        def remembers(y, layer, x):
-            return right.setdefault(hash(x.tobytes()), y)
-
-        # It is given the wrong layout after the right one with the same activations: what it returns "agrees".
-        layer, weight = hand.int4_linear(64, 256, 32, scale="F32", symmetric=False)
-        x = truth.activations(numerics.CELL_M, 256, truth.SEED, "F32")
-        remembers((x.astype(np.float64) @ weight.T).astype(np.float32), layer, x)
-        found = self.judge(remembers)
-        assert found.error < 1e-6 and found.blind and not found.passed
-        assert "accepts a wrong layout" in found.failure()
-
-    def test_nan_where_the_source_has_none_fails(self):
-        found = self.judge(lambda y, layer, x: np.where(y > 0, np.nan, y))
-        assert not found.passed and np.isinf(found.error)
-
-    def test_activations_are_of_unit_rms_with_outliers_and_repeatable(self):
-        x = truth.activations(8, 1024, 1, "F32")
-        assert np.allclose(np.sqrt((x.astype(np.float64) ** 2).mean(axis=1)), 1, atol=1e-5)
-        assert np.abs(x[:, ::256]).mean() > 10 * np.abs(x[:, 1::256]).mean()
-        assert np.array_equal(x, truth.activations(8, 1024, 1, "F32"))
-
-
 def decoded(codes, scale) -> Decoded:
     n, K = codes.shape
     return Decoded("int", codes, scale, np.arange(n), np.arange(K) // (K // scale.shape[1]))
@@ -317,7 +235,7 @@ class TestPanels:
 def test_the_verdict_counts_every_kind_of_failure():
     sound = Verdict("r", "p", exact=[Checked("m", 1, None)], schemes={"m": "s"})
     assert sound.passed and sound.unchecked == ["m"]
-    failing = Agreement("onednn", "m", "linear", None, "s", 8, 32, 8, (1,), "F32", 0.5, tolerance=0.1)
+    failing = Agreement("onednn", "m", "linear", None, "s", 8, 32, 8, (1,), "F32", 0.5, 0.5, tolerance=0.1)
     for broken in (
         replace(sound, exact=[Checked("m", 1, "differs")]),
         replace(sound, kernels=[failing]),
