@@ -179,7 +179,7 @@ FAMILIES = (
 MOE = FAMILIES[4:]
 
 
-def tiny(family: str) -> torch.nn.Module:
+def tiny(family: str, **changes: object) -> torch.nn.Module:
     """Two layers, hidden 256, random weights wide enough that greedy tokens are not near-ties."""
     import transformers
 
@@ -207,7 +207,7 @@ def tiny(family: str) -> torch.nn.Module:
             "layer_types": ["sliding_attention", "full_attention"],
         },
     }  # fmt: skip
-    config = transformers.AutoConfig.for_model(family, **{**size, **special.get(family, {})})
+    config = transformers.AutoConfig.for_model(family, **{**size, **special.get(family, {}), **changes})
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, param in model.named_parameters():
@@ -222,16 +222,18 @@ def write(
     scheme: Scheme,
     experts: Scheme | None = None,
     others: Mapping[str, Scheme | None] | None = None,
+    **changes: object,
 ) -> Pair:
     """A tiny model of `family` with every linear in `scheme` and every stack of experts in `experts`.
 
     `others`: last part of a linear's name → another scheme, or None for unquantized.
+    `changes`: to the model's config.
 
-    Routers, `lm_head` and embeddings stay as they are. Scheme fields that depend on the module
+    Routers and embeddings stay as they are, and `lm_head` unless `others` names it. Scheme fields that depend on the module
     (interleaving, biases, a group as long as K) are filled in.
     """
     pair = Pair(folder / "converted", folder / "plain")
-    model = tiny(family)
+    model = tiny(family, **changes)
     model.save_pretrained(pair.plain)
     plain = {name: tensor.float() for name, tensor in load_file(pair.plain / "model.safetensors").items()}
     converted: dict[str, torch.Tensor] = {}
@@ -241,7 +243,7 @@ def write(
         if experts is not None and ".experts." in name:
             stack, _, part = name.partition(".experts.")
             stacks.setdefault(f"{stack}.experts", {})[part] = tensor
-        elif _is_linear(name, tensor):
+        elif _is_linear(name, tensor) or name.removesuffix(".weight") in (others or {}):
             module = name.removesuffix(".weight")
             own = (others or {}).get(module.rpartition(".")[2], scheme)
             if own is None:

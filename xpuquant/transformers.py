@@ -75,6 +75,7 @@ class XpuquantQuantizer(HfQuantizer):
                 ) from None
             replacement = XpuquantExperts if scheme.experts else XpuquantLinear
             model.set_submodule(name, replacement(scheme, module))
+            _untie(model, name)
         self.other_experts = any(
             hasattr(m, "gate_up_proj")
             and getattr(m.gate_up_proj, "ndim", 0) == 3
@@ -120,6 +121,14 @@ def _conversions(model: Any) -> list[Any]:
 
     conversions: list[Any] = get_model_conversion_mapping(model)
     return conversions
+
+
+def _untie(model: Any, name: str) -> None:
+    """A head that is stored on its own is not tied to the embeddings, whatever the model's config says."""
+    tied = [target for target in model.all_tied_weights_keys if target.rpartition(".")[0] == name]
+    for target in tied:
+        del model.all_tied_weights_keys[target]
+        model.config.get_text_config().tie_word_embeddings = False
 
 
 def _unused(model: nn.Module, name: str) -> bool:

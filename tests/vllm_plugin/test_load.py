@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,52 @@ def test_names_the_wrong_kernels(
     monkeypatch.setattr(metadata, "version", found)
     with pytest.raises(EnvironmentFault, match=complaint):
         check_kernels()
+
+
+HEADS = {
+    **{name: SCHEMES[name] for name in ("int4", "int4-asym", "int4-channel", "int4-act-order", "fp8-tensor")},
+    **{name: SCHEMES[name] for name in ("fp8-e5m2", "mxfp4", "mxfp8")},
+    "fp8-block": replace(SCHEMES["fp8-block"], block_n=16),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_quantized_head(head: str, tied: bool, tmp_path: Path, load: Any) -> None:
+    """496 rows, which vLLM pads to 512; a config that calls it tied is overruled by its tensors."""
+    pair = write(tmp_path, "llama", SCHEMES["int4"], others={"lm_head": HEADS[head]}, vocab_size=496)
+    for folder in (pair.converted, pair.plain):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    model = load(pair.converted, dtype="float32")
+    plain = load_file(pair.plain / "model.safetensors")
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(
+        model.compute_logits(x), x @ plain["lm_head.weight"].t().float(), atol=1e-4, rtol=0
+    )
+    embedded = model.model.embed_tokens(torch.arange(496))
+    torch.testing.assert_close(embedded, plain["model.embed_tokens.weight"].float(), atol=0, rtol=0)
+
+
+def test_refuses_a_missing_tensor_of_the_head(tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"], others={"lm_head": SCHEMES["int4-asym"]}).converted
+    with pytest.raises(DamagedError, match=r"tensor lm_head\.qzeros is missing"):
+        load(edit(folder, lambda tensors: tensors.pop("lm_head.qzeros")))
+
+
+def test_refuses_a_quantized_head_that_the_model_does_not_take(tmp_path: Path, load: Any) -> None:
+    """vLLM 0.32 and 0.33 give gpt-oss's head no quantization method."""
+    folder = write(
+        tmp_path, "gpt_oss", SCHEMES["int4"], EXPERTS["int4"], others={"lm_head": SCHEMES["int4"]}
+    ).converted
+    with pytest.raises((DamagedError, ValueError), match="lm_head"):
+        load(folder)
+
+
+def test_tied_embeddings(tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"], tie_word_embeddings=True).converted
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(DamagedError, match=r"embed_tokens\.weight is missing"):
+        load(edit(folder, lambda tensors: tensors.pop("model.embed_tokens.weight")))

@@ -152,7 +152,10 @@ class XpuquantHeadMethod(XpuquantLinearMethod):
             if dim is None:
                 param.data.copy_(loaded)
                 return
+            # Vocabulary rows per element of that dimension: zero points share words, scales cover blocks.
             factor = param.packed_factor if getattr(param, "packed_dim", None) == dim else 1
+            if isinstance(param, BlockQuantScaleParameter):
+                factor = self.scheme.block_n
             param.data.zero_()
             param.data.narrow(dim, 0, size // factor).copy_(
                 loaded.narrow(dim, start // factor, size // factor)
@@ -160,6 +163,10 @@ class XpuquantHeadMethod(XpuquantLinearMethod):
 
         for param in layer.parameters(recurse=False):
             param.weight_loader = load
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """A head that is stored on its own is not tied, whatever the model's config says."""
+        return layer
 
 
 def _parameter(
