@@ -20,7 +20,7 @@ from xpuquant.convert.card import CardFacts, render
 from xpuquant.convert.card_edits import merge
 from xpuquant.convert.card_facts import CARD, gather
 from xpuquant.convert.earlier import clear_output
-from xpuquant.convert.execute import Progress, execute
+from xpuquant.convert.execute import execute
 from xpuquant.convert.integrity import seal
 from xpuquant.convert.journal import (
     PROVENANCE,
@@ -35,6 +35,7 @@ from xpuquant.convert.plan import Plan, make_plan
 from xpuquant.convert.provenance import provenance
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.report import write_reports
+from xpuquant.convert.shard_writer import Progress
 from xpuquant.convert.source import Source
 from xpuquant.convert.verdict import Verdict
 from xpuquant.convert.verify import verify_staged

@@ -141,18 +141,18 @@ class Journal:
         """
         ordered = sorted(files, key=lambda name: name != PROVENANCE)
         for name in ordered:
-            _sync(self.folder / name)
+            sync(self.folder / name)
         for name in ordered:
             target = self.out / name
             target.parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).replace(target)
         for folder in {(self.out / name).parent for name in ordered}:
-            _sync(folder)
+            sync(folder)
         staged = self._staging / "config.json.new"
         staged.write_bytes(config)
-        _sync(staged)
+        sync(staged)
         staged.replace(self.out / "config.json")
-        _sync(self.out)
+        sync(self.out)
         # The journal goes first: without it, what is left of the staging folder claims nothing.
         (self._staging / _JOURNAL).unlink()
         shutil.rmtree(self._staging)
@@ -198,7 +198,8 @@ def _parse(text: bytes, first: bool) -> dict[str, Any] | None:
     return None if "/" in line.get("shard", "") else line
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from xpuquant.convert.conversion import Reporter
 from xpuquant.convert.execute import execute
-from xpuquant.convert.journal import STAGING, Finished, check_output, file_sha256
+from xpuquant.convert.journal import STAGING, Finished, check_output, file_sha256, sync
 from xpuquant.convert.options import Options
 from xpuquant.convert.output import Answer, size
 from xpuquant.convert.plan import Plan, Shard, make_plan
@@ -119,6 +119,7 @@ class PartStaging:
 
     def finish(self, shard: str, finished: Finished) -> None:
         """Note a complete shard."""
+        sync(self.folder / shard)  # another machine will read it
         self._append({"shard": shard, "sha256": finished.sha256, "nbytes": finished.nbytes})
 
     def _lock(self, path: Path, kind: int, busy: str) -> None:

@@ -240,8 +240,11 @@ def _shards(units: Sequence[Sequence[OutTensor]], max_bytes: int) -> tuple[Shard
     """Fill shards evenly. A module's tensors stay in one shard where they fit, so that a shard can be made and
     verified on its own."""
     sizes = [sum(tensor.nbytes for tensor in unit) for unit in units]
-    # Even shards: the same number of files, none of them a stub.
-    target = sum(sizes) / max(1, -(-sum(sizes) // max_bytes))
+    total = sum(sizes)
+    # Even shards: the same number of files, none of them a stub. Two where one would be more than half full: a file is
+    # hashed in one thread, here, when it is sent and when it is checked.
+    count = max(-(-total // max_bytes), 1 + (total > max_bytes // 2))
+    target = total / count
     filled: list[list[OutTensor]] = [[]]
     filled_bytes = 0
     for unit, unit_bytes in zip(units, sizes, strict=True):

@@ -19,10 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from xpuquant.convert.execute import Progress, execute
-from xpuquant.convert.journal import Finished, Journal
+from xpuquant.convert.execute import execute
+from xpuquant.convert.journal import Finished, Journal, sync
 from xpuquant.convert.options import Options
 from xpuquant.convert.plan import Plan, make_plan
+from xpuquant.convert.shard_writer import Progress
 from xpuquant.convert.source import Source, open_source
 from xpuquant.errors import DamagedError, EnvironmentFault
 
@@ -53,6 +54,7 @@ class _Attempt:
         self.folder.mkdir()
 
     def finish(self, shard: str, finished: Finished) -> None:
+        sync(self.folder / shard)  # another machine will read it
         (self.folder / shard).replace(self._target / shard)
         self.folder.rmdir()
 

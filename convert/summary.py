@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xpuquant.convert.conversion import Result
-from xpuquant.convert.execute import SPARE_BUFFERS
 from xpuquant.convert.output import Answer, Grid, size
 from xpuquant.convert.plan import Plan, PlannedModule, kind_of
 from xpuquant.convert.report import as_data, in_one_line
+from xpuquant.convert.shard_writer import AHEAD
 from xpuquant.convert.source import Source
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weight import PIECE_BYTES
@@ -69,7 +69,7 @@ def planned(plan: Plan, source: Source, jobs: int) -> Answer:
         ("file", "tensors", "size"),
         [(shard.name, str(len(shard.tensors)), size(shard.nbytes)) for shard in plan.shards],
     )
-    memory = (2 * jobs + SPARE_BUFFERS) * PIECE_BYTES
+    memory = (2 * jobs + AHEAD) * PIECE_BYTES
     facts = Grid(
         "",
         ("", ""),

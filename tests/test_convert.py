@@ -305,20 +305,20 @@ class TestInterruption:
     def test_finished_shards_are_not_made_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from xpuquant.convert import execute
+        from xpuquant.convert import shard_writer
 
         out = tmp_path / "out"
         written: list[str] = []
-        stream = execute._ShardWriter._stream
+        run = shard_writer.ShardWriter.run
 
-        def failing(self: Any, digest: Any, buffers: int) -> None:
+        def failing(self: Any) -> Any:
             written.append(self._shard.name)
             if len(written) == 3:
                 raise KeyboardInterrupt
-            stream(self, digest, buffers)
+            return run(self)
 
-        monkeypatch.setattr(execute._ShardWriter, "_stream", failing)
-        options = ["--max-shard-size", "20kB"]
+        monkeypatch.setattr(shard_writer.ShardWriter, "run", failing)
+        options = ["--max-shard-size", "20kB", "--jobs", "1"]
         assert convert(MOE, out, *options) == 130
         assert not (out / "config.json").exists()
         first = written[:2]
