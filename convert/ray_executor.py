@@ -3,6 +3,8 @@
 What flows: the driver holds the lock and the journal. Each task gets the name of a shard; its worker opens the source
 and plans once (a plan is a function of source and options, and its digest must be the driver's), writes the shard in a
 folder of its own and moves it when it is complete. The driver notes it in the journal and moves the progress on.
+A repository on the Hub is read from where the driver downloaded it; a node that does not see that folder downloads
+the shards it needs into its own cache.
 
 What survives: a worker or node that is lost takes its running tasks with it, and Ray gives them to others; two that
 write the same shard, because a lost one was not dead, write equal bytes in different places. A lost driver resumes as
@@ -14,6 +16,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,8 +27,8 @@ from xpuquant.convert.journal import Finished, Journal, sync
 from xpuquant.convert.options import Options
 from xpuquant.convert.plan import Plan, make_plan
 from xpuquant.convert.shard_writer import Progress
-from xpuquant.convert.source import Source, open_source
-from xpuquant.errors import DamagedError, EnvironmentFault
+from xpuquant.convert.source import LocalSource, Source, open_source
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 LOCAL = "local"
 _RETRIES = 10
@@ -36,12 +39,21 @@ _PROBE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker needs to know besides the shard: `digest` is of the driver's plan and source."""
+    """What a worker needs to know besides the shard.
+
+    source    as the driver's is named; `revision` is the commit of one from the Hub
+    folder    where the driver reads it; None where it reads from the Hub itself
+    digest    of the driver's plan and source
+    target    where finished shards go
+    jobs      threads of one task
+    """
 
     source: str
+    revision: str | None
+    folder: Path | None
     options: Options
     digest: str
-    folder: Path
+    target: Path
     jobs: int
 
 
@@ -80,7 +92,9 @@ def execute_on_ray(
     if started:
         _connect(ray, address, jobs)
     assignment = Assignment(
-        str(Path(source.name).resolve()) if Path(source.name).exists() else source.name,
+        source.name,
+        source.revision,
+        source.folder.resolve() if isinstance(source, LocalSource) else None,
         plan.options,
         plan.digest(source.fingerprint()),
         journal.folder.resolve(),
@@ -113,16 +127,29 @@ def write_shard(assignment: Assignment, name: str) -> Finished:
     """Make one shard; runs on a worker."""
     source, plan = _planned(assignment)
     part = plan.part([shard for shard in plan.shards if shard.name == name])
-    return execute(part, source, _Attempt(assignment.folder), assignment.jobs, {}, _silent)[name]
+    return execute(part, source, _Attempt(assignment.target), assignment.jobs, {}, _silent)[name]
 
 
 @cache
 def _planned(assignment: Assignment) -> tuple[Source, Plan]:
-    source = open_source(assignment.source)
+    source = _opened(assignment)
     plan = make_plan(source.checkpoint, assignment.options)
     if plan.digest(source.fingerprint()) != assignment.digest:
         raise DamagedError(f"{assignment.source}: is not the same on every node; is it on shared storage?")
     return source, plan
+
+
+def _opened(assignment: Assignment) -> Source:
+    folder, commit = assignment.folder, assignment.revision
+    if commit is None:
+        return open_source(assignment.source if folder is None else str(folder))
+    from xpuquant.convert.hub import CachedSource
+
+    if folder is not None:
+        # Not shared after all, or another, incomplete cache at the same place: the Hub has it.
+        with suppress(DamagedError, EnvironmentFault, UsageError):
+            return CachedSource(folder, assignment.source, commit)
+    return open_source(assignment.source, commit, stream=True)
 
 
 def _silent(nbytes: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 from checkpoints import FIXTURES
+from hub.process import Hub
 
 from xpuquant.convert.cli import run
 from xpuquant.convert.options import Options
@@ -16,6 +18,8 @@ from xpuquant.convert.parts import Part, parse_part, share
 from xpuquant.convert.plan import make_plan
 from xpuquant.convert.source import open_source
 from xpuquant.errors import UsageError
+
+pytest_plugins = "hub.fixtures"
 
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
 SMALL = ["--max-shard-size", "20kB", "--jobs", "1"]
@@ -113,6 +117,31 @@ class TestRay:
         assert convert(tmp_path / "out", "--ray", "127.0.0.1:1") == 4
         assert "cannot connect" in capsys.readouterr().err
 
+    def test_a_repository_is_read_where_it_was_downloaded(self, hub: Hub, tmp_path: Path) -> None:
+        """Workers ask the Hub for nothing: Ray or not, the same requests."""
+        hub.seed("producer/model", MOE)
+        made, asked = [], []
+        for ray in ([], ["--ray", "local"]):
+            folder = tmp_path / f"with{len(ray)}"
+            folder.mkdir()
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "xpuquant",
+                "convert",
+                "producer/model",
+                "out",
+                *SMALL,
+                *ray,
+            ]
+            subprocess.run(command, cwd=folder, env=hub.environment(folder / "home"), check=True)
+            made.append(digests(folder / "out"))
+            asked.append(sorted((request.method, request.path) for request in hub.requests()))
+            hub.forget_requests()
+        assert made[0] == made[1]
+        assert asked[0] == asked[1]
+
     def test_a_node_is_killed_midway(self, tmp_path: Path) -> None:
         """Two real nodes on this machine; one is killed while its worker is writing. Same bytes as a local run."""
         import ray
@@ -156,3 +185,44 @@ class TestRay:
         assert result.shards == local.shards
         left = {path.name for path in (tmp_path / "ray").iterdir()}
         assert not any(name.startswith((".xpuquant", "attempt")) for name in left)
+
+
+@pytest.mark.parametrize("folder", ["absent", "incomplete"])
+def test_a_node_that_does_not_see_the_download(
+    folder: str, hub: Hub, client: str, tmp_path: Path, wanted: dict[str, str]
+) -> None:
+    """It downloads the source's shards it needs, and no others, into its own cache."""
+    from hub.fixtures import split_shards
+    from huggingface_hub import try_to_load_from_cache
+
+    from xpuquant.convert.ray_executor import Assignment, write_shard
+
+    source = split_shards(MOE, tmp_path / "source", 4)
+    commit = hub.seed("producer/model", source)
+    if folder == "incomplete":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    options = Options(max_shard_bytes=20_000)
+    plan = make_plan(open_source(str(source)).checkpoint, options)
+    assignment = Assignment(
+        "producer/model",
+        commit,
+        tmp_path / folder,
+        options,
+        plan.digest(f"producer/model@{commit}"),
+        tmp_path / "t",
+        1,
+    )
+    (tmp_path / "t").mkdir()
+    first = plan.shards[0]
+    finished = write_shard(assignment, first.name)
+    content = (tmp_path / "t" / first.name).read_bytes()
+    assert finished.sha256 == hashlib.sha256(content).hexdigest() == wanted[first.name]
+    needed = {part.tensor.file for t in first.tensors for piece in t.pieces for part in piece.inputs}
+    shards = {path.name for path in source.glob("*.safetensors")}
+    cached = {
+        name
+        for name in shards
+        if isinstance(try_to_load_from_cache("producer/model", name, revision=commit), str)
+    }
+    assert needed == cached < shards
