@@ -1,0 +1,85 @@
+"""A large checkpoint on paper: time, memory, disk and traffic, from measured rates.
+
+    python scripts/plan_scale.py --convert 0.8 --verify 0.7 [--hash 2.0] [--size 1000] [--nodes 16] [--shard 5]
+                                 [--markdown docs/scale.md]
+
+Rates are GB/s of one node. From a table of bench_convert.py: `--convert` is size over the unverified time, `--verify`
+is size over what verification takes longer than that, `--hash` is one thread's sha256 of files in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _bench import insert
+
+
+def table(size: float, shard: float, nodes: int, convert: float, verify: float, hashing: float) -> str:
+    """Markdown for `size` GB in shards of `shard` GB: one node against `nodes`."""
+    shards = math.ceil(size / shard)
+    rows = [("", "one node", f"{nodes} nodes"), ("---",) * 3]
+    share = [(n, math.ceil(shards / n)) for n in (1, nodes)]
+    # A node makes whole shards: the one with most of them is the last to end.
+    bytes_each = [min(size, most * shard) for _, most in share]
+    converting = [each / convert for each in bytes_each]
+    rows.append((f"shards of {shard:g} GB", str(shards), f"at most {share[1][1]} each"))
+    rows.append(("read while converting", _gb(size), f"{_gb(bytes_each[1])} each"))
+    rows.append(("written", f"about {_gb(size)}", f"about {_gb(bytes_each[1])} each"))
+    rows.append(("traffic of a node while converting", *(f"{convert:g} GB/s in, {convert:g} GB/s out",) * 2))
+    rows.append(("the storage must give", *(f"{convert * n:.1f} GB/s each way" for n in (1, nodes))))
+    rows.append(("disk", f"{_gb(2 * size)}: source and output", "the same, shared"))
+    rows.append(("memory", "under 1 GiB", "under 1 GiB each"))
+    rows.append(("converting", *(_minutes(seconds) for seconds in converting)))
+    rehash, verification = size / hashing, size / verify
+    rows.append(
+        ("hashing what the parts wrote (`finish`; not with Ray)", "–", f"{_minutes(rehash)}, one node")
+    )
+    rows.append(
+        (
+            f"verification, reads {_gb(2 * size)}",
+            _minutes(verification),
+            f"{_minutes(verification)}, one node",
+        )
+    )
+    total = (converting[0] + verification, converting[1] + rehash + verification)
+    rows.append(("together", *(_minutes(seconds) for seconds in total)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1000:g} TB" if size >= 1000 else f"{size:.0f} GB"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 600 else f"{seconds / 60:.1f} min"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--convert", type=float, required=True, help="GB/s of one node")
+    parser.add_argument(
+        "--verify", type=float, required=True, help="GB/s of one node, the verification alone"
+    )
+    parser.add_argument("--hash", type=float, default=2.0, help="GB/s of one thread")
+    parser.add_argument("--size", type=float, default=1000.0, help="GB of the checkpoint")
+    parser.add_argument("--shard", type=float, default=5.0, help="GB of an output file")
+    parser.add_argument("--nodes", type=int, default=16)
+    parser.add_argument("--markdown", type=Path, help="renew the table in this file")
+    given = parser.parse_args()
+    rates = f"{given.convert:g} GB/s converted, {given.verify:g} GB/s verified, {given.hash:g} GB/s hashed"
+    text = f"Rates of one node: {rates}.\n\n" + table(
+        given.size, given.shard, given.nodes, given.convert, given.verify, given.hash
+    )
+    print(text)
+    if given.markdown:
+        insert(given.markdown, "plan_scale", text)
+
+
+if __name__ == "__main__":
+    main()
