@@ -1,13 +1,13 @@
 """AWQ to compressed-tensors: xpuquant against compressed-tensors' own converter, on the same input.
 
-    python scripts/bench_awq_to_ct.py [--rounds 3] [--folder DIR] [--dense 34] [--moe 0]
+    python scripts/bench_awq_to_ct.py [--rounds 5] [--folder DIR] [--dense 34] [--moe 0]
 
 An asymmetric AWQ checkpoint with the shapes of Llama-3.1-8B layers (and Qwen3-30B-A3B expert layers) is written; then,
 in turn, `cp -r`, `xpuquant convert --layout compressed-tensors` (unverified and verified) and
 `compressed_tensors.entrypoints.convert.convert_checkpoint` convert it as whole processes, start-up included, page cache
 warm, outputs removed in between. The peer runs in an environment of its own, `.venv-compressed-tensors` in
 $XPUQUANT_VENVS or the repository's root, which is made where it is missing. The two outputs are compared, tensor by
-tensor, once. Reported are medians, and the median of the ratios of neighbouring runs; exits 1 when the goal is missed.
+tensor, once. The ratio is the median of those of neighbouring runs; exits 1 when the goal is missed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _bench import XPUQUANT, Line, Run, Table, apart, fresh, median, ratio, timed, warm
 from bench_checkpoints import Model, write_checkpoint
-from bench_convert import Run, fresh, machine, timed, warm
 
 from xpuquant.convert.shards import ShardReader
 
 GOAL = 20.0
+LAYERS = 34
+"""Llama-3.1-8B layers that make 4 GB."""
+
+SHARD_BYTES = 500_000_000
+"""The peer's unit of work, of which it holds two at a time in memory."""
+
 PEER = "compressed-tensors==0.20.0"
 _PEER_PROGRAM = """
 import sys
@@ -89,59 +95,76 @@ def compare(ours: Path, theirs: Path) -> str:
     return f"both outputs hold the same {len(mine)} tensors, byte for byte"
 
 
+def write_source(folder: Path, model: Model) -> int:
+    """An asymmetric AWQ checkpoint; returns its bytes."""
+    size = write_checkpoint(folder, "awq", model, SHARD_BYTES)
+    make_asymmetric(folder)
+    return size
+
+
+def bench(folder: Path, python: Path, model: Model, rounds: int) -> tuple[list[Line], str]:
+    """The lines of the table, and what the comparison of the outputs said.
+
+    Args:
+        folder: scratch space.
+        python: of the peer's environment.
+    """
+    source, out, other = (folder / name for name in ("source", "out", "peer"))
+    size = apart(write_source, source, model)
+    ours = [*XPUQUANT, "convert", source, out, "--layout", "compressed-tensors"]
+    copies: list[Run] = []
+    plain: list[Run] = []
+    verified: list[Run] = []
+    theirs: list[Run] = []
+    same = ""
+    warm(source)
+    for turn in range(rounds):
+        copies.append(timed(["cp", "-r", source, fresh(out)]))
+        fresh(out)
+        verified.append(timed(ours))
+        fresh(out)
+        plain.append(timed([*ours, "--no-verify"]))
+        fresh(other).mkdir()
+        theirs.append(timed([python, "-c", _PEER_PROGRAM, source, other]))
+        if not turn:
+            same = apart(compare, out, other)
+            config = json.loads((other / "config.json").read_text())["quantization_config"]
+            assert config["quant_method"] == "compressed-tensors", config
+        shutil.rmtree(other)
+    shutil.rmtree(source)
+    shutil.rmtree(out)
+    detail = (
+        f"{size / 1e9:.1f} GB: {PEER} {median(theirs):.1f} s, xpuquant {median(plain):.2f} s, verified "
+        f"{median(verified):.2f} s ({ratio(theirs, verified):.1f} times), cp {median(copies):.2f} s; processor "
+        f"{_cpu(theirs):.1f} s against {_cpu(plain):.2f} s"
+    )
+    what = "awq → compressed-tensors, --no-verify"
+    return [Line(what, ratio(theirs, plain), "times faster", GOAL, detail, at_least=True)], same
+
+
+def _cpu(runs: list[Run]) -> float:
+    return statistics.median(run.cpu for run in runs)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dense", type=int, default=34)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dense", type=int, default=LAYERS)
     parser.add_argument("--moe", type=int, default=0)
     parser.add_argument(
         "--folder", type=Path, default=None, help="scratch space (default: a temporary folder)"
     )
     arguments = parser.parse_args()
     python = peer_python()
-    print(machine())
-    print(f"load average before: {os.getloadavg()[0]:.1f}; {arguments.rounds} rounds; peer: {PEER}\n")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-        source, out, other = (Path(scratch) / name for name in ("source", "out", "peer"))
-        size = write_checkpoint(
-            source, "awq", Model(dense=arguments.dense, moe=arguments.moe), shard_bytes=500_000_000
-        )
-        make_asymmetric(source)
-        ours = [sys.executable, "-m", "xpuquant", "convert", str(source), str(out)]
-        ours += ["--layout", "compressed-tensors"]
-        theirs = [str(python), "-c", _PEER_PROGRAM, str(source), str(other)]
-        runs: dict[str, list[Run]] = {"cp -r": [], "xpuquant --no-verify": [], "xpuquant": [], "peer": []}
-        warm(source)
-        for turn in range(arguments.rounds):
-            runs["cp -r"].append(timed(["cp", "-r", str(source), str(fresh(out))]))
-            fresh(out)
-            runs["xpuquant --no-verify"].append(timed([*ours, "--no-verify"]))
-            fresh(out)
-            runs["xpuquant"].append(timed(ours))
-            fresh(other).mkdir()
-            runs["peer"].append(timed(theirs))
-            if not turn:
-                print(compare(out, other) + "\n", flush=True)
-                config = json.loads((other / "config.json").read_text())["quantization_config"]
-                assert config["quant_method"] == "compressed-tensors", config
-        shutil.rmtree(source)
-    print(f"{'what':24} {'median':>9} {'CPU':>9} {'GB/s':>7} {'peak MiB':>9}   AWQ, {size / 1e9:.2f} GB")
-    for name, made in runs.items():
-        seconds = statistics.median(run.wall for run in made)
-        cpu = statistics.median(run.cpu for run in made)
-        peak = max(run.peak for run in made) / 2**20
-        print(f"{name:24} {seconds:8.2f}s {cpu:8.2f}s {size / 1e9 / seconds:7.2f} {peak:9.0f}")
-    passed = True
-    for name in ("xpuquant --no-verify", "xpuquant"):
-        ratio = statistics.median(b.wall / a.wall for a, b in zip(runs[name], runs["peer"], strict=True))
-        verdict = "" if name == "xpuquant" else f"goal {GOAL:.0f}: {'ok' if ratio >= GOAL else 'MISSED'}"
-        cpu = statistics.median(b.cpu / a.cpu for a, b in zip(runs[name], runs["peer"], strict=True))
-        print(f"peer / {name}: {ratio:.1f} in wall time, {cpu:.1f} in CPU time   {verdict}")
-        passed &= name == "xpuquant" or ratio >= GOAL
-    print(f"load average after: {os.getloadavg()[0]:.1f}")
-    return 0 if passed else 1
+        table = Table(Path(scratch), arguments.rounds)
+        model = Model(dense=arguments.dense, moe=arguments.moe)
+        lines, same = bench(Path(scratch), python, model, arguments.rounds)
+        table.note(same)
+        table.add(lines)
+    return 0 if table.passed else 1
 
 
 if __name__ == "__main__":

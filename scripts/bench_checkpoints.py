@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ Entry = tuple[str, str, tuple[int, ...], Callable[[], Array]]
 
 GROUP = 128
 SHARD_BYTES = 2_000_000_000
-
-_POOL = np.random.default_rng(0).integers(0, 256, 1 << 26, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,14 @@ def linears(model: Model) -> Iterator[tuple[str, int, int]]:
 
 def random_bytes(size: int) -> Array:
     """`size` random bytes, from a pool (the files need to be incompressible, not unpredictable)."""
-    return np.resize(_POOL, size)
+    pool = _pool()
+    # np.resize copies the whole pool, however few bytes are wanted.
+    return pool[:size].copy() if size <= pool.size else np.resize(pool, size)
+
+
+@cache
+def _pool() -> Array:
+    return np.random.default_rng(0).integers(0, 256, 1 << 26, np.uint8)
 
 
 def random_scales(dtype: str, shape: tuple[int, ...]) -> Array:

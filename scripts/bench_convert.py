@@ -1,168 +1,170 @@
-"""How fast is a conversion, as a multiple of copying the same files?
+"""Every goal of speed, memory and growth, measured in one run: one table, and exit code 1 when a goal is missed.
 
-    python scripts/bench_convert.py [--rounds 5] [--formats gptq,ct,...] [--folder DIR] [--dense 20 --moe 6]
+    python scripts/bench_convert.py [--only gptq,ct,...] [--rounds 5] [--folder DIR] [--markdown FILE] [--svg FILE]
 
-For each format: a checkpoint of at least 4 GB with the shapes of Llama-3.1-8B layers and Qwen3-30B-A3B expert layers is
-written; then, in turn, `cp -r` and `xpuquant convert` of it run as whole processes, start-up included, page cache warm,
-outputs removed in between. Reported are medians of the ratios of neighbouring runs, and peak memory. Exits 1 when
-a goal is missed.
+Times are those of whole processes, start-up included, page cache warm, outputs removed in between; a ratio is the
+median over rounds of the ratio of two neighbouring runs. What there is to `--only`:
+
+    gptq ct fp8 mxfp4 awq gptq3 gptq2
+             conversion against `cp -r` of the same files, verified against unverified, and peak memory: at least 4 GB
+             with the shapes of Llama-3.1-8B layers and Qwen3-30B-A3B expert layers
+    jobs     more `--jobs` are never slower
+    inspect  a repo of 1,000 shards
+    peer     AWQ → compressed-tensors against that library's own converter (bench_awq_to_ct.py)
+    growth   time per byte from 1 to 64 layers, time per tensor from 1,000 to 100,000 tensors (bench_growth.py)
+
+It needs 15 GB of disk and about 25 minutes. `--markdown docs/performance.md` renews the table there, `--svg
+docs/growth.svg` the plot.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import resource
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import bench_awq_to_ct
+import bench_growth
+from _bench import XPUQUANT, Line, Run, Table, apart, fresh, insert, median, peak_line, ratio, timed, warm
 from bench_checkpoints import FORMATS, Model, write_checkpoint
 
 COPY_GOAL = {"gptq": 2.0, "ct": 2.0, "fp8": 2.0, "mxfp4": 2.0, "awq": 3.0, "gptq3": 3.0, "gptq2": 3.0}
 VERIFY_GOAL = 3.0
-MEMORY_GOAL_BYTES = 1 << 30
+INSPECT_GOAL_SECONDS = 2.0
+JOBS = (1, 2, 4, 8)
+JOBS_GOAL = 1.1
+"""Not slower, but for the noise of two medians."""
+
+PARTS = (*COPY_GOAL, "jobs", "inspect", "peer", "growth")
+_SHARDS = 1000
 
 
-@dataclass(frozen=True)
-class Run:
-    """One finished process: seconds of wall time, user and system time, peak resident bytes."""
-
-    wall: float
-    cpu: float
-    peak: int
+def convert(source: Path, out: Path, *options: str) -> Run:
+    """One conversion into a folder that is not there."""
+    return timed([*XPUQUANT, "convert", source, fresh(out), *options])
 
 
-@dataclass(frozen=True)
-class Line:
-    """A row of the result: what was compared, the median ratio or figure, and the goal."""
-
-    what: str
-    figure: float
-    unit: str
-    goal: float
-    detail: str
-
-    @property
-    def passed(self) -> bool:
-        return self.figure <= self.goal
-
-
-def timed(command: Sequence[str]) -> Run:
-    """Run a command to its end; raises CalledProcessError when it fails."""
-    env = os.environ | {"PYTHONSAFEPATH": "1"}
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - began
-    if status:
-        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
-
-
-def warm(folder: Path) -> None:
-    """Read every file, so that both sides find it in the page cache."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            while file.read(1 << 24):
-                pass
-
-
-def fresh(folder: Path) -> Path:
-    """An output folder that does not exist; earlier pages are written out so that they burden nobody's turn."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.sync()
-    return folder
-
-
-def bench(fmt: str, folder: Path, model: Model, rounds: int) -> list[Line]:
-    """Measure one format."""
-    source, out = folder / fmt, folder / "out"
-    size = write_checkpoint(source, fmt, model)
+def bench_format(fmt: str, folder: Path, model: Model, rounds: int) -> list[Line]:
+    """One format against `cp`."""
+    source, out = folder / "source", folder / "out"
+    size = apart(write_checkpoint, source, fmt, model)
     copies: list[Run] = []
+    flushes: list[Run] = []
     plain: list[Run] = []
     verified: list[Run] = []
-    convert = [sys.executable, "-m", "xpuquant", "convert", str(source), str(out)]
-    try:
-        warm(source)
-        for turn in range(rounds + 1):
-            runs = (
-                timed(["cp", "-r", str(source), str(fresh(out))]),
-                timed([*convert[:-1], str(fresh(out)), "--no-verify"]),
-                timed([*convert[:-1], str(fresh(out))]),
-            )
-            if turn:  # the first round warms up
-                for runs_of, run in zip((copies, plain, verified), runs, strict=True):
-                    runs_of.append(run)
-    finally:
-        shutil.rmtree(source, ignore_errors=True)
-        shutil.rmtree(out, ignore_errors=True)
+    warm(source)
+    for turn in range(rounds + 1):
+        copy = timed(["cp", "-r", source, fresh(out)])
+        flush = timed(["sync", *out.iterdir()])
+        runs = (copy, flush, convert(source, out, "--no-verify"), convert(source, out))
+        if turn:  # the first round warms up
+            for made, run in zip((copies, flushes, plain, verified), runs, strict=True):
+                made.append(run)
+    shutil.rmtree(source)
+    shutil.rmtree(out)
+    seconds = median(plain)
     detail = (
-        f"{size / 1e9:.1f} GB; cp {_median(copies):.2f} s, convert {_median(plain):.2f} s "
-        f"({size / 1e9 / _median(plain):.2f} GB/s), verified {_median(verified):.2f} s"
+        f"{size / 1e9:.1f} GB: cp {median(copies):.2f} s (and {median(flushes):.2f} s to flush it to the disk), "
+        f"convert {seconds:.2f} s, {size / 1e9 / seconds:.2f} GB/s, {_cpu(plain):.2f} s of processor"
     )
-    peak = max(run.peak for run in plain + verified)
+    checked = median(verified)
+    checking = f"{checked:.2f} s, {size / 1e9 / checked:.2f} GB/s, {_cpu(verified):.2f} s of processor"
     return [
-        Line(f"{fmt} → xpu, --no-verify", _ratio(plain, copies), "× cp", COPY_GOAL[fmt], detail),
-        Line(f"{fmt} → xpu, verified", _ratio(verified, plain), "× unverified", VERIFY_GOAL, ""),
-        Line(f"{fmt} peak memory", peak / 2**20, "MiB", MEMORY_GOAL_BYTES / 2**20, ""),
+        Line(f"{fmt} → xpu, --no-verify", ratio(plain, copies), "× cp", COPY_GOAL[fmt], detail),
+        Line(f"{fmt} → xpu, verified", ratio(verified, plain), "× unverified", VERIFY_GOAL, checking),
+        peak_line(f"{fmt} → xpu, peak memory", [*plain, *verified]),
     ]
 
 
-def _median(runs: Sequence[Run]) -> float:
-    return statistics.median(run.wall for run in runs)
+def _cpu(runs: list[Run]) -> float:
+    return sorted(run.cpu for run in runs)[len(runs) // 2]
 
 
-def _ratio(runs: Sequence[Run], others: Sequence[Run]) -> float:
-    return statistics.median(a.wall / b.wall for a, b in zip(runs, others, strict=True))
+def bench_jobs(folder: Path, model: Model, rounds: int) -> list[Line]:
+    """More jobs against the best of fewer, with and without verification."""
+    source, out = folder / "source", folder / "out"
+    # Half: eight conversions a round.
+    half = Model(dense=max(1, model.dense // 2), moe=model.moe // 2, experts=model.experts)
+    size = apart(write_checkpoint, source, "gptq", half)
+    runs: dict[tuple[int, bool], list[Run]] = {
+        (jobs, verify): [] for verify in (False, True) for jobs in JOBS
+    }
+    warm(source)
+    convert(source, out)
+    for _ in range(rounds):
+        for (jobs, verify), made in runs.items():
+            made.append(convert(source, out, "--jobs", str(jobs), *["--no-verify"][verify:]))
+    shutil.rmtree(source)
+    shutil.rmtree(out)
+    lines = []
+    for verify in (False, True):
+        seconds = {jobs: median(runs[jobs, verify]) for jobs in JOBS}
+        for fewer, jobs in enumerate(JOBS[1:], 1):
+            best = min(seconds[other] for other in JOBS[:fewer])
+            detail = f"{seconds[jobs]:.2f} s, the best of fewer {best:.2f} s; gptq, {size / 1e9:.1f} GB"
+            what = f"--jobs {jobs}, {'verified' if verify else '--no-verify'}"
+            lines.append(Line(what, seconds[jobs] / best, "× fewer jobs", JOBS_GOAL, detail))
+    return lines
 
 
-def machine() -> str:
-    """One line about where this ran."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())  # fmt: skip
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
+def bench_inspect(folder: Path, rounds: int) -> list[Line]:
+    """`inspect` of a repo of many shards; the weights are small, only headers are read."""
+    source = folder / "source"
+    apart(write_checkpoint, source, "gptq", bench_growth.small_tensors(40), 68_000)
+    shards = len(list(source.glob("*.safetensors")))
+    assert shards >= _SHARDS, shards
+    warm(source)
+    runs = [timed([*XPUQUANT, "inspect", source]) for _ in range(rounds + 1)][1:]
+    shutil.rmtree(source)
+    tensors = bench_growth.count(bench_growth.small_tensors(40))
+    return [Line("inspect", median(runs), "s", INSPECT_GOAL_SECONDS, f"{shards} shards, {tensors} tensors")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument(
         "--folder", type=Path, default=None, help="scratch space (default: a temporary folder)"
     )
-    parser.add_argument("--dense", type=int, default=Model.dense)
-    parser.add_argument("--moe", type=int, default=Model.moe)
+    parser.add_argument("--dense", type=int, default=Model.dense, help="Llama-3.1-8B layers")
+    parser.add_argument("--moe", type=int, default=Model.moe, help="Qwen3-30B-A3B layers")
+    parser.add_argument("--peer-layers", type=int, default=bench_awq_to_ct.LAYERS)
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--svg", type=Path, help="write the plot of the growth here")
     arguments = parser.parse_args()
-    model = Model(dense=arguments.dense, moe=arguments.moe)
-    print(machine())
-    print(f"load average before: {os.getloadavg()[0]:.1f}; {arguments.rounds} rounds\n")
-    print(f"{'what':28} {'figure':>10} {'goal':>8}         detail", flush=True)
-    lines: list[Line] = []
+    parts = arguments.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only {', '.join(sorted(unknown))}: want some of {', '.join(PARTS)}")
+    assert set(COPY_GOAL) == set(FORMATS)
+    rounds, model = arguments.rounds, Model(dense=arguments.dense, moe=arguments.moe)
+    peer = bench_awq_to_ct.peer_python() if "peer" in parts else None
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-        for fmt in arguments.formats.split(","):
-            for line in bench(fmt, Path(scratch), model, arguments.rounds):
-                lines.append(line)
-                verdict = "ok" if line.passed else "MISSED"
-                figure = f"{line.figure:.2f}" if line.figure < 100 else f"{line.figure:.0f}"
-                print(
-                    f"{line.what:28} {figure:>10} {line.goal:>8.0f} {verdict:6} {line.unit}  {line.detail}",
-                    flush=True,
-                )
-    peak_children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"\nlargest process: {peak_children:.0f} MiB; load average after: {os.getloadavg()[0]:.1f}")
-    return 0 if all(line.passed for line in lines) else 1
+        folder = Path(scratch)
+        table = Table(folder, rounds)
+        for fmt in (part for part in parts if part in FORMATS):
+            table.add(bench_format(fmt, folder, model, rounds))
+        if "jobs" in parts:
+            table.add(bench_jobs(folder, model, rounds))
+        if "inspect" in parts:
+            table.add(bench_inspect(folder, rounds))
+        if peer is not None:
+            lines, same = bench_awq_to_ct.bench(folder, peer, Model(arguments.peer_layers, 0), rounds)
+            table.note(same)
+            table.add(lines)
+        if "growth" in parts:
+            growth = bench_growth.measure(folder, min(rounds, 3))
+            table.add(growth.lines)
+            if arguments.svg:
+                arguments.svg.write_text(bench_growth.plot(growth))
+    if arguments.markdown:
+        insert(arguments.markdown, "bench_convert", table.markdown())
+    return 0 if table.passed else 1
 
 
 if __name__ == "__main__":
