@@ -229,8 +229,8 @@ def write(
     `others`: last part of a linear's name → another scheme, or None for unquantized.
     `changes`: to the model's config.
 
-    Routers and embeddings stay as they are, and `lm_head` unless `others` names it. Scheme fields that depend on the module
-    (interleaving, biases, a group as long as K) are filled in.
+    Routers and embeddings stay as they are, and `lm_head` unless `others` names it. Scheme fields that depend on
+    the module (interleaving, biases, a group as long as K) are filled in.
     """
     pair = Pair(folder / "converted", folder / "plain")
     model = tiny(family, **changes)

@@ -138,6 +138,31 @@ def test_a_single_row_of_blocks_is_not_read_as_channels(ops: None) -> None:
     torch.testing.assert_close(xpu.linear(scheme, tensors, x, None), x @ values.t(), atol=1e-3, rtol=0)
 
 
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Two of the ops as torch knows them: what a compiler sees of an op is its schema and the shape it gives."""
+    library = torch.library.Library("_xpu_C", "DEF")
+    for schema in (
+        "int4_gemm_w4a16(Tensor A, Tensor B, Tensor? bias, Tensor B_scale, Tensor B_zp, int group_size, Tensor? g_idx)",
+        "fp8_gemm_w8a16(Tensor A, Tensor B, Tensor? B_scale, Tensor? bias)",
+    ):
+        name = schema.partition("(")[0]
+        library.define(f"{schema} -> Tensor")
+        library.impl(name, lambda a, b, *_: a.new_zeros(a.shape[0], b.shape[1]), "CompositeExplicitAutograd")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-asym", "fp8-tensor", "fp8-channel", "fp8-block"])
+def test_a_linear_compiles_whole(name: str, registered: None) -> None:
+    """vLLM compiles models on Intel GPUs unless told otherwise, and takes no graph break."""
+    scheme = SCHEMES[name]
+    tensors, _ = PACK[scheme.layout](torch.randn(N, K).bfloat16(), scheme)
+    compiled = torch.compile(xpu.linear, fullgraph=True, backend="eager", dynamic=True)
+    for rows in (5, 7):
+        assert compiled(scheme, tensors, torch.randn(rows, K).bfloat16(), None).shape == (rows, N)
+
+
 class Constructor:
     """Of `XpuFusedMoe`: what it keeps and what it would convert at the first forward."""
 

@@ -44,7 +44,7 @@ def linear(
         # A one-element int8 zero point means one value for all; g must be a real number, never -1.
         zeros = tensors.get("qzeros")
         if zeros is None:
-            zeros = _eight(x.device)
+            zeros = eight(x.device)
         qweight, scales = tensors["qweight"], tensors["scales"]
         group = x.shape[1] // scales.shape[0]
         return ops.int4_gemm_w4a16(x, qweight.t(), bias, scales, zeros, group, None)  # type: ignore[no-any-return]
@@ -72,7 +72,7 @@ def linear(
 _EIGHTS: dict[torch.device, torch.Tensor] = {}
 
 
-def _eight(device: torch.device) -> torch.Tensor:
+def eight(device: torch.device) -> torch.Tensor:
     """The zero point of every symmetric layer, one int8 per device."""
     if device not in _EIGHTS:
         _EIGHTS[device] = torch.tensor([8], dtype=torch.int8, device=device)

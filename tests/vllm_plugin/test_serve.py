@@ -1,14 +1,13 @@
 """`vllm serve OUT`, as a user starts it, answers a chat over HTTP; a repo that is not whole does not start.
 
-The real model is SmolLM2-135M quantized by GPTQModel: `scripts/make-smollm2 DIR gptqmodel-w4g64`, then
-XPUQUANT_SMOLLM2=DIR. Without it a tiny random model answers nonsense, over the same path.
+The real model is SmolLM2-135M quantized by GPTQModel. Compiling is left out (`--enforce-eager`): on two cores it takes
+minutes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,14 +15,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 from serving_models import SCHEMES, write
+from smollm2_models import source
 
 START_SECONDS = 600
 
@@ -116,58 +115,9 @@ def test_a_repo_with_a_tensor_removed_does_not_start(tmp_path: Path) -> None:
         raise AssertionError("it started")
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(GPTQ source, converted) of the real model."""
-    root = os.environ.get("XPUQUANT_SMOLLM2")
-    if not root or not (Path(root) / "gptqmodel-w4g64").is_dir():
-        pytest.skip("XPUQUANT_SMOLLM2 names no folder made by scripts/make-smollm2")
-    source, out = Path(root) / "gptqmodel-w4g64", tmp_path_factory.mktemp("smollm2") / "converted"
-    subprocess.run([sys.executable, "-m", "xpuquant", "convert", str(source), str(out)], check=True)
-    return source, out
-
-
-def test_the_real_model_answers(smollm2: tuple[Path, Path], tmp_path: Path) -> None:
-    with serve(smollm2[1], tmp_path / "log", "--enforce-eager") as url:
+def test_the_real_model_answers(tmp_path: Path) -> None:
+    out = tmp_path / "converted"
+    folder = source("gptqmodel-w4g64")
+    subprocess.run([sys.executable, "-m", "xpuquant", "convert", str(folder), str(out)], check=True)
+    with serve(out, tmp_path / "log", "--enforce-eager") as url:
         assert "Paris" in chat(url, "What is the capital of France?")
-
-
-def test_the_real_model_says_what_its_source_says(
-    smollm2: tuple[Path, Path], generate: Callable[..., Any], tmp_path: Path
-) -> None:
-    """The GPTQ source under stock vLLM (tokens), and the dequantized model (tokens and log-probabilities)."""
-    source, converted = smollm2
-    job = {"prompts": ["The capital of France is", "Water boils at a temperature of", "Once upon a time"]}
-    said = generate([source, converted], dtype="bfloat16", max_tokens=24, **job)
-    ours, stock = said[str(converted)], said[str(source)]
-    assert "Paris" in ours["text"][0]
-    assert ours["tokens"] == stock["tokens"]
-    # In float32: in bf16 two matrix products of one weight differ by more than two close tokens do.
-    plain = dequantized(converted, tmp_path / "plain")
-    said = generate([converted, plain], dtype="float32", max_tokens=24, **job)
-    ours, twin = said[str(converted)], said[str(plain)]
-    assert ours["tokens"] == twin["tokens"]
-    for mine, theirs in zip(ours["logprobs"], twin["logprobs"], strict=True):
-        assert mine == pytest.approx(theirs, abs=2e-3)
-
-
-def dequantized(converted: Path, out: Path) -> Path:
-    """The converted model with every quantized linear replaced by a plain one of its values, in float32."""
-    import torch
-    import transformers
-
-    from xpuquant import layers
-    from xpuquant.transformers_layers import XpuquantLinear
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, XpuquantLinear):
-            plain = torch.nn.Linear(module.in_features, module.out_features, bias=False, dtype=torch.float32)
-            tensors = dict(module.named_parameters())
-            plain.weight.data = layers.dequantize(module.scheme, tensors, torch.float32)
-            model.set_submodule(name, plain)
-    model.hf_quantizer.remove_quantization_config(model)
-    model.save_pretrained(out)
-    for file in converted.glob("*token*"):
-        shutil.copy(file, out)
-    return out

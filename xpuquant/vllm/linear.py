@@ -23,6 +23,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from xpuquant import layers
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
+from xpuquant.xpu import eight
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
 
@@ -94,6 +95,9 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         """Nothing moves: parameters lose their loaders, and fused scalars become a scale per row."""
         scheme = self.scheme
+        if scheme.layout == "int4_linear" and scheme.symmetric:
+            # Made before vLLM compiles, which keeps parameters as inputs of what it compiles.
+            layer.qzeros = Parameter(eight(layer.qweight.device), requires_grad=False)
         for suffix, param in list(layer.named_parameters(recurse=False)):
             if suffix != "bias":
                 layer.register_parameter(suffix, Parameter(param.data, requires_grad=False))
@@ -120,6 +124,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for row, size in zip(g_idx, self.sizes, strict=True):
             part = {"qweight": layer.qweight.data[start : start + size], "g_idx": row}
             part["scales"] = layer.scales.data[:, start : start + size].contiguous()
+            part["qzeros"] = layer.qzeros
             if not self.scheme.symmetric:
                 part["qzeros"] = layer.qzeros.data[:, start // 8 : (start + size) // 8].contiguous()
             parts.append(part)
