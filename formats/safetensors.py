@@ -10,12 +10,14 @@ anything is allocated from it, and each breach names the file and the tensor.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from xpuquant.errors import DamagedError, one_line, shown
 from xpuquant.formats.dtypes import BITS
@@ -59,6 +61,14 @@ class Tensor:
         return self.end - self.begin
 
 
+class _Entry(NamedTuple):
+    """What a header says of one tensor, not yet checked."""
+
+    dtype: Any
+    shape: Any
+    offsets: Any
+
+
 def header_length(prefix: bytes, file: str, file_size: int) -> int:
     """Bytes of the JSON header, from the first 8 bytes of a file of `file_size` bytes.
 
@@ -88,11 +98,13 @@ def parse_header(header: bytes, file: str, file_size: int) -> dict[str, Tensor]:
     Raises:
         DamagedError: anything the format forbids, or a file shorter than its header promises.
     """
-    entries = _load_json(header, file)
     data_start = PREFIX_BYTES + len(header)
-    entries.pop(METADATA_KEY, None)
-    tensors = [_tensor(name, entry, file, data_start) for name, entry in entries.items()]
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    with _collector_paused():
+        entries = _load_json(header, file)
+        entries.pop(METADATA_KEY, None)
+        # Popped, so that a million entries do not stay beside a million tensors.
+        tensors = [_tensor(name, entries.pop(name), file, data_start) for name in list(entries)]
+        tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     position = data_start
     for tensor in tensors:
         if tensor.begin != position:
@@ -129,12 +141,32 @@ def build_header(
     return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection while millions of objects come to be: it would look through all of them again and again,
+    for cycles that JSON cannot have. That was more than half of the time of 10^6 tensors."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _load_json(header: bytes, file: str) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    shared: dict[Any, Any] = {}
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> Any:
         table = dict(pairs)
         if len(table) != len(pairs):
             (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
             _damaged(file, f"names '{twice}' twice in its header")
+        if len(table) == 3 and type(shape := table.get("shape")) is list and _are_counts(shape):
+            # A description: kept small. Most tensors of a file share a few dtypes and shapes.
+            dtype, offsets, known = table.get("dtype"), table.get("data_offsets"), tuple(shape)
+            if type(dtype) is str and type(offsets) is list:
+                return _Entry(shared.setdefault(dtype, dtype), shared.setdefault(known, known), offsets)
         return table
 
     def no_constant(text: str) -> NoReturn:
@@ -157,12 +189,14 @@ def _load_json(header: bytes, file: str) -> dict[str, Any]:
 def _tensor(name: str, entry: Any, file: str, data_start: int) -> Tensor:
     if not name or len(name) > MAX_NAME or not name.isprintable():
         _damaged(file, f"has a tensor name that is empty, too long or holds control characters: '{name}'")
-    if type(entry) is not dict:
+    if type(entry) is dict:
+        entry = _Entry(entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
+    elif type(entry) is not _Entry:
         _damaged(file, f"tensor '{name}' has no description")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype, shape, offsets = entry
     if type(dtype) is not str or dtype not in BITS:
         _damaged(file, f"tensor '{name}' has unknown dtype {shown(dtype)}")
-    if type(shape) is not list or len(shape) > _MAX_DIMS or not _are_counts(shape):
+    if type(shape) not in (list, tuple) or len(shape) > _MAX_DIMS or not _are_counts(shape):
         _damaged(file, f"tensor '{name}' has no valid shape: {shown(shape)}")
     if type(offsets) is not list or len(offsets) != 2 or not _are_counts(offsets):
         _damaged(file, f"tensor '{name}' has no valid data_offsets: {shown(offsets)}")
@@ -178,7 +212,7 @@ def _tensor(name: str, entry: Any, file: str, data_start: int) -> Tensor:
     return Tensor(name, dtype, tuple(shape), file, data_start + begin, data_start + end)
 
 
-def _are_counts(values: list[Any]) -> bool:
+def _are_counts(values: Sequence[Any]) -> bool:
     # `type is int`, not isinstance: true is no size. A loop, because this runs two million times for a large repo.
     for value in values:  # noqa: SIM110
         if type(value) is not int or value < 0 or value > _MAX_ELEMENTS:

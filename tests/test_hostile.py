@@ -349,11 +349,15 @@ class TestNothingRuns:
         import xpuquant
         import xpuquant.convert
         import xpuquant.formats
+        import xpuquant.kernels
 
         banned = {"eval", "exec", "compile", "__import__"}
-        modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-        for folder in {*xpuquant.__path__, *xpuquant.convert.__path__, *xpuquant.formats.__path__}:
-            for path in Path(folder).glob("*.py"):
+        modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy"}
+        packages = (xpuquant, xpuquant.convert, xpuquant.formats, xpuquant.kernels)
+        for folder in {place for package in packages for place in package.__path__}:
+            paths = list(Path(folder).rglob("*.py"))
+            assert paths
+            for path in paths:
                 text = path.read_text()
                 assert "trust_remote_code" not in text, path
                 for node in ast.walk(ast.parse(text)):
@@ -368,6 +372,8 @@ class TestNothingRuns:
                             ("torch", "load"),
                             ("yaml", "load"),
                             ("np", "load"),
+                            ("os", "system"),
+                            ("os", "popen"),
                         }
 
 
@@ -443,18 +449,19 @@ def test_a_million_tensors_through_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "source" / "model.safetensors").write_bytes(header + bytes(tensors))
     program = (
         "import sys; from xpuquant.convert.cli import run; code = run(sys.argv[1:]); "
-        "status = open('/proc/self/status').read(); print(status.partition('VmHWM:')[2].split()[0]); sys.exit(code)"
+        "import time; status = open('/proc/self/status').read(); "
+        "print(status.partition('VmHWM:')[2].split()[0], time.process_time()); sys.exit(code)"
     )
-    began = time.monotonic()
     process = subprocess.run(
         [sys.executable, "-P", "-c", program, "convert", str(tmp_path / "source"), str(tmp_path / "out")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    seconds, megabytes = time.monotonic() - began, int(process.stdout.split()[-1]) >> 10
+    kilobytes, seconds = map(float, process.stdout.split()[-2:])
+    megabytes = kilobytes / 1024
     # U8 tensors called `w` are nothing quantized that is known: refused, after all of them were looked at.
     assert process.returncode in (2, 3) and process.stderr.count("\n") == 1, process.stderr[:500]
-    assert megabytes < 300 + tensors * 4 // 1000, megabytes
-    assert seconds < 20 + tensors / 5000, seconds
+    assert megabytes < 250 + tensors / 1500, megabytes
+    assert seconds < 10 + tensors / 40_000, seconds
     count("hostile: tensors of the largest header", tensors)
-    count("hostile: its seconds", round(seconds))
-    count("hostile: its megabytes", megabytes)
+    count("hostile: its seconds of processor time", round(seconds))
+    count("hostile: its megabytes", round(megabytes))

@@ -115,6 +115,12 @@ def test_empty_tensors_and_scalars_are_legal() -> None:
     ]  # fmt: skip
 
 
+def test_tensors_called_like_the_fields_of_a_description() -> None:
+    entries = {name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]}
+               for i, name in enumerate(("dtype", "shape", "data_offsets"))}  # fmt: skip
+    assert list(parse(json.dumps(entries).encode(), 3)) == ["dtype", "shape", "data_offsets"]
+
+
 def test_headers_of_other_writers_are_read() -> None:
     spaced = (
         b' {"__metadata__": {"format": "pt"}, "a": {"data_offsets": [0, 1], "shape": [1], "dtype": "U8"}}   '

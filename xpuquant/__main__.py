@@ -1,5 +1,6 @@
 """`xpuquant` and `python -m xpuquant`."""
 
+import gc
 import os
 import signal
 import sys
@@ -10,6 +11,9 @@ def main() -> int:
     # Work is spread over threads here. OpenBLAS would add its own for each product, which wait by spinning: the
     # float64 products of a verification then take four times the processor time on a busy machine.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Plans are many small objects that stay. By default the collector looks at them after every 700 new ones: half of
+    # the time of a checkpoint of 10^5 tensors.
+    gc.set_threshold(100_000, 50, 100)
     try:
         from xpuquant.convert.cli import run
 
