@@ -60,10 +60,20 @@ def closure(requirements: list[Requirement]) -> Iterator[str]:
                 pending.append(further.name)
 
 
+def test_ci_installs_the_lock_and_nothing_else() -> None:
+    """The default suite's extras are those of the lock; CI asks for it; then files without a hash are refused."""
+    extras = re.findall(r"scripts/setup ([a-z,]+)", (ROOT / "scripts" / "test").read_text())
+    assert extras == re.findall(r"extras ([a-z,]+)\.", LOCK.read_text())
+    assert "XPUQUANT_LOCKED=1 scripts/test" in (ROOT / ".ci" / "run").read_text()
+    setup = (ROOT / "scripts" / "setup").read_text()
+    assert '--require-hashes --no-deps -r "$lock"' in setup and "--no-deps --no-build-isolation -e" in setup
+
+
 def test_the_lock_holds_what_ci_installs() -> None:
     extras = PROJECT["optional-dependencies"]
     pinned = locked()
-    for requirement in [*CORE, *map(Requirement, extras["dev"] + extras["onednn"])]:
+    listed = re.findall(r"extras ([a-z,]+)\.", LOCK.read_text())[0].split(",")
+    for requirement in [*CORE, *(Requirement(text) for extra in listed for text in extras[extra])]:
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} is not in the lock: run scripts/lock"
         assert pinned[name][0] in requirement.specifier, f"{name}: run scripts/lock"
