@@ -73,6 +73,14 @@ def test_expert_parallel(case: tuple[str, ...], pairs: dict[str, Pair], plain: A
     check(pairs[name(case)], plain, expert)
 
 
+def test_a_quantized_head(tmp_path: Path, generate: Callable[..., Any]) -> None:
+    """496 rows are padded to 512: 256 on the first rank, 240 on the second."""
+    head = {"lm_head": SCHEMES["int4-asym"]}
+    pair = write(tmp_path, "llama", SCHEMES["int4"], others=head, vocab_size=496)
+    plain = generate([pair.plain], dtype="float32")
+    check(pair, plain, generate([pair.converted], dtype="float32", tp=2))
+
+
 @pytest.mark.parametrize(("family", "ep"), [("deepseek_v2", False), ("deepseek_v3", True)])
 def test_deepseek(family: str, ep: bool, tmp_path: Path, generate: Callable[..., Any]) -> None:
     """On two CPU ranks stock vLLM 0.32 answers a plain DeepSeek model in one of several ways, from start to start.
