@@ -21,12 +21,12 @@ LANES: dict[str, tuple[list[str], dict[str, str]]] = {
         {"XPUQUANT_TRUST_VALUES": "20", "XPUQUANT_TRUST_TENSORS": "1000000"},
     ),
     "fuzz": (["test_fuzz.py"], {"XPUQUANT_TRUST_CASES": os.environ.get("XPUQUANT_TRUST_CASES", "20000")}),
-    "faults": (["test_faults.py"], {"XPUQUANT_TRUST_ROUNDS": "25"}),
+    "faults": (["test_faults.py", "test_convert.py"], {"XPUQUANT_TRUST_ROUNDS": "25"}),
     "integrity": (
         ["test_integrity.py", "test_injected_faults.py", "test_numerics.py"],
         {"XPUQUANT_TRUST_PLACES": "2000", "XPUQUANT_TRUST_ROUNDS": "25"},
     ),
-    "supply": (["test_supply_chain.py"], {}),
+    "supply": (["test_supply_chain.py", "test_promises.py"], {}),
 }
 """Lane → test files, and what makes them longer than in the default suite."""
 

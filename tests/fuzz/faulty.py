@@ -17,10 +17,10 @@ from types import TracebackType
 from typing import Any
 
 CHANGES = (
-    "mkdir", "replace", "rename", "unlink", "remove", "rmdir", "truncate", "ftruncate", "write", "pwrite", "fsync",
-    "sendfile",
+    "mkdir", "replace", "rename", "unlink", "remove", "rmdir", "link", "symlink", "truncate", "ftruncate",
+    "posix_fallocate", "write", "writev", "pwrite", "pwritev", "fsync", "fdatasync", "sendfile", "copy_file_range",
 )  # fmt: skip
-"""Functions of `os` that change a file system, as conversions use it."""
+"""Functions of `os` that change a file system, whether conversions use them today or not."""
 
 READS = ("pread", "preadv")
 
