@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from xpuquant.convert import cli_convert, cli_push, cli_verify
+from xpuquant.convert.allocator import keep_freed_memory
 from xpuquant.errors import EnvironmentFault, Interrupted, XpuquantError
 
 INTERNAL_ERROR = 70
@@ -60,6 +61,7 @@ for _command in (
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Errors become one line on standard error."""
     signal.signal(signal.SIGTERM, _terminate)
+    keep_freed_memory()
     # Progress and errors are ours to print; huggingface_hub reads these when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

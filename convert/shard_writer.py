@@ -39,6 +39,11 @@ AHEAD = 3
 """Tasks of a shard that are made ahead at most: sha256 runs at about 2 GB/s, and no layout is made slower than at a
 third of that."""
 
+_WRITE_BYTES = 128 << 10
+"""Handed to the kernel at once. It makes page-cache folios as large as the write; where memory is full of cached files,
+as it is in the middle of a large conversion, it moves pages about to make larger ones. Measured, 4.4 GB: 3.1 s; with
+1 MiB 5.4 s."""
+
 _FLUSH_BYTES = 64 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
@@ -181,7 +186,7 @@ class ShardWriter:
 
 def _write(fd: int, data: memoryview, offset: int) -> None:
     while data:
-        written = os.pwrite(fd, data, offset)
+        written = os.pwrite(fd, data[:_WRITE_BYTES], offset)
         data = data[written:]
         offset += written
 

@@ -11,7 +11,7 @@ from xpuquant.formats.layout import Piece
 
 TASK_BYTES = 1 << 20
 """Output bytes per task, where pieces do not ask for more: what is read is still in the second-level cache when it is
-hashed and written. Measured, copying and hashing 4 GB in two threads: 0.25 and 1 MiB 1.7 s, 4 MiB 1.9 s."""
+hashed and written."""
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ class Health:
     groups          scales of the module
     bad_scales      NaN or infinite ones; `zero_scales` are 0
     dead_groups     groups whose codes all mean 0
-    codes           elements
-    saturated       codes at either end of their range
+    codes           elements looked at for saturation: one row in four
+    saturated       of those, the ones at either end of their range
     bad_codes       float codes that are NaN or infinite
     scale_max       largest |scale|, and `scale_typical`, the root mean square of the finite ones
     """

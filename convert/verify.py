@@ -8,9 +8,12 @@ error. The repo itself is only read.
 
 from __future__ import annotations
 
+import os
 from collections import Counter as Tally
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import findings
 from xpuquant.convert.source import Source, read_slice
 from xpuquant.convert.truth import Rows, Subject
-from xpuquant.convert.verdict import CONTRADICTIONS, REFERENCE, Checked, Finding, Health, Verdict
+from xpuquant.convert.verdict import CONTRADICTIONS, REFERENCE, Agreement, Checked, Finding, Health, Verdict
 from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
 from xpuquant.formats.ct_stored import for_kernels
 from xpuquant.formats.decoded import Decoded
@@ -116,12 +119,19 @@ def verify_staged(
     Raises:
         DamagedError: the tensors written are not those planned.
     """
+    if jobs > 1:
+        # Read when a kernel library is loaded: its idle threads would spin on the cores that compare values.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     chosen = select(DURING_CONVERT)
     blank = Verdict(repo=name, producer=producer, unavailable=_unavailable(chosen))
-    exact, health = check_exact(plan, source, repo, jobs, progress)
-    return _complete(blank, repo, _subjects(plan, source, repo), chosen, exact, health,
-                     basis=f"every value of the source, {_shown(source)}", full=False, every=False,
-                     before=sizes(source))  # fmt: skip
+    with ThreadPoolExecutor(1, "kernels") as beside:
+        kernels = partial(check_kernels, _subjects(plan, source, repo), chosen, full=False, every=False)
+        # Few matrices, in one thread: it would otherwise be alone at the end.
+        agreements = beside.submit(kernels) if jobs > 1 else None
+        exact, health = check_exact(plan, source, repo, jobs, progress)
+        ran = kernels() if agreements is None else agreements.result()
+    return _complete(blank, repo, ran, exact, health,
+                     basis=f"every value of the source, {_shown(source)}", before=sizes(source))  # fmt: skip
 
 
 def _with_source(
@@ -145,9 +155,9 @@ def _with_source(
         other = Finding("exactness", _shown(source), f"{error}; is this the source it was converted from?")
         return replace(blank, findings=(*blank.findings, other))
     source.check_unchanged()
-    return _complete(blank, repo, _subjects(plan, source, repo), chosen, exact, health,
-                     basis=f"every value of the source, {_shown(source)}", full=True, every=every,
-                     before=sizes(source))  # fmt: skip
+    ran = check_kernels(_subjects(plan, source, repo), chosen, full=True, every=every)
+    return _complete(blank, repo, ran, exact, health,
+                     basis=f"every value of the source, {_shown(source)}", before=sizes(source))  # fmt: skip
 
 
 def _without(
@@ -169,21 +179,18 @@ def _without(
         )
         basis = "" if not exact else basis
     before = integrity.record.get("source", {}).get("bytes_by_dtype", {})
-    return _complete(blank, repo, _stored_subjects(repo), chosen, exact, health,
-                     basis=basis, full=True, every=every, before=before)  # fmt: skip
+    ran = check_kernels(_stored_subjects(repo), chosen, full=True, every=every)
+    return _complete(blank, repo, ran, exact, health, basis=basis, before=before)
 
 
 def _complete(
     blank: Verdict,
     repo: Repo,
-    subjects: Iterator[Subject],
-    chosen: Sequence[Backend],
+    kernels: Sequence[Agreement],
     exact: Sequence[Checked],
     health: Mapping[str, Health],
     *,
     basis: str,
-    full: bool,
-    every: bool,
     before: Mapping[str, int],
 ) -> Verdict:
     proven = bool(exact) and all(checked.error is None for checked in exact)
@@ -191,7 +198,7 @@ def _complete(
         blank,
         basis=basis,
         exact=exact,
-        kernels=check_kernels(subjects, chosen, full=full, every=every),
+        kernels=kernels,
         health=health,
         findings=(*blank.findings, *findings(health, proven)),
         schemes={name: stored.scheme.label() for name, stored in repo.modules.items()},

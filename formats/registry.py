@@ -6,6 +6,7 @@ So that adding a format is adding a file.
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -28,7 +29,8 @@ def readers() -> tuple[Reader, ...]:
     return tuple(module.READER for module in _modules() if hasattr(module, "READER"))
 
 
-def layouts(family: str | None = None) -> dict[str, Layout]:
+@cache
+def layouts(family: str | None = None) -> Mapping[str, Layout]:
     """Every layout by name, or those of one `--layout`."""
     found = (module.LAYOUT for module in _modules() if hasattr(module, "LAYOUT"))
     return {layout.name: layout for layout in found if family in (None, layout.family)}

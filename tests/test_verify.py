@@ -153,9 +153,9 @@ class TestSanity:
         return counter.health
 
     def test_by_eye(self):
-        codes = np.array([[0] * 8 + [1] * 8, [-8] * 8 + [7] * 4 + [0] * 4], np.int8)
+        codes = np.array([[-8] * 8 + [7] * 4 + [0] * 4, [0] * 8 + [1] * 8], np.int8)
         health = self.count(codes, np.array([[1, 0], [np.nan, np.inf]], np.float16))
-        assert (health.groups, health.codes) == (4, 32)
+        assert (health.groups, health.codes) == (4, 16)  # saturation: the first row of four
         assert (health.bad_scales, health.zero_scales, health.dead_groups, health.saturated) == (2, 1, 1, 12)
 
     def test_scales_of_a_block_are_counted_once(self):
