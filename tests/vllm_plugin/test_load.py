@@ -75,6 +75,57 @@ def test_no_expert_moves(experts: str, tmp_path: Path, load: Any, moved: list[st
         assert torch.equal(held.view(torch.uint8), wanted.view(torch.uint8))
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, torch.int32, torch.float8_e4m3fn, torch.uint8]
+)
+def test_copies_of_a_load_are_torchs_own(dtype: torch.dtype) -> None:
+    """Contiguous or a rank's part, several pieces or one, of another dtype, broadcast, or empty."""
+    from xpuquant.vllm.copying import _PIECE, HostCopies
+
+    source = torch.randint(0, 2**31 - 1, (3 * _PIECE // 4 // 1000 + 1, 1000), dtype=torch.int32).view(dtype)
+    half, K = len(source) // 2, source.shape[1]
+    cuts: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda t: t,
+        lambda t: t[half:],
+        lambda t: t[:, K // 2 :],
+        lambda t: t[: K // 2, : len(t)].t(),
+        lambda t: t.view(-1, 1, K),
+        lambda t: t[3],
+        lambda t: t[3, 3],
+        lambda t: t[:0],
+    ]
+    for cut in cuts:
+        wanted, copied = torch.zeros_like(source), torch.zeros_like(source)
+        cut(wanted).copy_(cut(source))
+        with HostCopies():
+            returned = cut(copied)
+            assert returned.copy_(cut(source)) is returned
+        assert torch.equal(copied.view(torch.uint8), wanted.view(torch.uint8))
+    wide = torch.zeros(len(source), K, dtype=torch.float64)
+    with HostCopies():
+        wide.copy_(source)
+        assert torch.equal(wide.nan_to_num(), source.to(torch.float64).nan_to_num())
+        wide.copy_(torch.arange(K))
+    assert torch.equal(wide[-1], torch.arange(K, dtype=torch.float64))
+
+
+def test_copies_use_every_processor_of_the_process() -> None:
+    """vLLM's CPU worker binds the thread that loads to one processor; the copying threads are not."""
+    import os
+
+    from xpuquant.vllm.copying import HostCopies
+
+    everywhere = os.sched_getaffinity(0)
+    torch.rand(1 << 20).cos()  # torch's own threads exist, where there is more than one processor
+    os.sched_setaffinity(0, {min(everywhere)})
+    try:
+        with HostCopies() as copies:
+            assert copies.pool.submit(os.sched_getaffinity, 0).result() == everywhere
+            assert os.sched_getaffinity(0) == {min(everywhere)}
+    finally:
+        os.sched_setaffinity(0, everywhere)
+
+
 def edit(folder: Path, change: Callable[[Tensors], object]) -> Path:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)

@@ -23,6 +23,7 @@ from xpuquant.errors import DamagedError, one_line
 from xpuquant.formats.scheme import Scheme
 from xpuquant.layers import expert_tensors, linear_tensors
 from xpuquant.vllm.config import ALIASES, XpuquantConfig
+from xpuquant.vllm.copying import HostCopies
 from xpuquant.vllm.experts import XpuquantExpertsMethod
 from xpuquant.vllm.members import MEMBERS, XpuquantMembersMethod
 
@@ -147,7 +148,8 @@ def guard(model: Any, config: XpuquantConfig) -> None:
     def load_weights(weights: Weights, *args: Any, **kwargs: Any) -> set[str] | None:
         nonlocal complete
         intake = Intake(model, config)
-        loaded = inner(intake.stream(weights), *args, **kwargs)
+        with HostCopies():
+            loaded = inner(intake.stream(weights), *args, **kwargs)
         if not complete:
             intake.finish(loaded)
             complete = True
