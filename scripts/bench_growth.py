@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,11 +38,15 @@ MODES = {"verified": (), "--no-verify": ("--no-verify",)}
 
 @dataclass(frozen=True)
 class Point:
-    """Median wall seconds per mode at one size, in layers or tensors; `amount` is the bytes, or again the tensors."""
+    """Median wall seconds per mode at one size, in layers or tensors; `amount` is the bytes, or again the tensors.
+
+    cpu  median processor seconds per mode
+    """
 
     size: int
     amount: int
     seconds: Mapping[str, float]
+    cpu: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,11 @@ def measure(
     for what, unit, points in (("byte", "layers", by_layers), ("tensor", "tensors", by_tensors)):
         for mode in MODES:
             name = f"time per {what}, {points[0].size:,} to {points[-1].size:,} {unit}, {mode}"
-            detail = ", ".join(f"{point.seconds[mode]:.2f}" for point in points) + " s"
-            lines.append(Line(name, _slopes(points, mode), "× linear", GOAL, detail))
+            amounts = [point.amount for point in points]
+            wall, cpu = [point.seconds[mode] for point in points], [point.cpu[mode] for point in points]
+            detail = ", ".join(f"{seconds:.2f}" for seconds in wall) + " s; processor time "
+            detail += f"{_slopes(amounts, cpu):.2f} × linear"
+            lines.append(Line(name, _slopes(amounts, wall), "× linear", GOAL, detail))
     lines.append(peak_line(f"peak memory, {by_layers[-1].size} layers", layer_runs))
     lines.append(peak_line(f"peak memory, {by_tensors[-1].size:,} tensors", tensor_runs))
     return Growth(by_layers, by_tensors, {mode: median(made) for mode, made in start.items()}, lines)
@@ -98,7 +106,8 @@ def _series(
     for size, model in models.items():
         runs, nbytes = _convert(folder, model, rounds)
         seconds = {mode: median(made) for mode, made in runs.items()}
-        points.append(Point(size, nbytes if by_bytes else size, seconds))
+        cpu = {mode: statistics.median(run.cpu for run in made) for mode, made in runs.items()}
+        points.append(Point(size, nbytes if by_bytes else size, seconds, cpu))
         last = [run for made in runs.values() for run in made]
     return points, last
 
@@ -122,13 +131,11 @@ def _convert(folder: Path, model: Model, rounds: int) -> tuple[dict[str, list[Ru
     return runs, nbytes
 
 
-def _slopes(points: Sequence[Point], mode: str) -> float:
+def _slopes(amounts: Sequence[int], costs: Sequence[float]) -> float:
     """Cost of one more in the upper part of the range, over that in the lower part."""
-    least, middle, most = points[0], points[-2], points[-1]
-    if len(points) > 3:
-        middle = points[len(points) // 2]
-    upper = (most.seconds[mode] - middle.seconds[mode]) / (most.amount - middle.amount)
-    lower = (middle.seconds[mode] - least.seconds[mode]) / (middle.amount - least.amount)
+    middle = len(amounts) // 2
+    upper = (costs[-1] - costs[middle]) / (amounts[-1] - amounts[middle])
+    lower = (costs[middle] - costs[0]) / (amounts[middle] - amounts[0])
     return upper / lower if lower > 0 else math.inf
 
 
@@ -238,6 +245,8 @@ def main() -> int:
     arguments = parser.parse_args()
     layers = [n for n in LAYERS if n < arguments.layers] + [arguments.layers]
     tensors = [n for n in TENSORS if n < arguments.tensors] + [arguments.tensors]
+    if min(len(layers), len(tensors)) < 3:
+        parser.error("two slopes need three sizes: at least --layers 5 and --tensors 3001")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         table = Table(Path(scratch), arguments.rounds)
         growth = measure(Path(scratch), arguments.rounds, layers, tensors)
