@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpuquant.formats.checkpoint import Slice, columns, rows
-from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.decoded import Decoded, even_groups
 from xpuquant.formats.dtypes import nbytes, numpy_dtype
 from xpuquant.formats.nibbles import unpack_nibbles
 from xpuquant.formats.safetensors import Tensor
@@ -120,7 +120,7 @@ class FloatWeight(Weight):
         if self.element == "e2m1":
             codes = unpack_nibbles(codes)
         row = np.arange(start, stop) // self.block[0] - start // self.block[0]
-        return Decoded(self.element, codes, self.grid(arrays[1]), row, np.arange(self.K) // self.block[1])
+        return Decoded(self.element, codes, self.grid(arrays[1]), row, even_groups(self.K, self.block[1]))
 
 
 @dataclass(frozen=True)

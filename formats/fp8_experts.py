@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.decoded import Decoded, even_groups
 from xpuquant.formats.float_weight import ELEMENTS, FP8_BLOCK, FloatWeight
 from xpuquant.formats.fp8_linear import block_start, check_tensor
 from xpuquant.formats.layout import Array, Conversion, ExpertStack, Matrix, Module, OutTensor, Piece, Stored
@@ -153,7 +153,7 @@ class Fp8Experts:
             codes.view(np.uint8).T,
             scale.T if scale.ndim == 2 else scale.reshape(1, 1),
             np.arange(taken.start, taken.stop, taken.step or 1) // down,
-            np.arange(matrix.K) // across,
+            even_groups(matrix.K, across),
         )
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:

@@ -15,7 +15,7 @@ import numpy as np
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
 from xpuquant.formats.checkpoint import columns, rows, whole
-from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.decoded import Decoded, even_groups
 from xpuquant.formats.float_weight import ELEMENTS, FP8_BLOCK, FloatWeight, Scales, block_rows
 from xpuquant.formats.layout import Array, Cast, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
 from xpuquant.formats.safetensors import Tensor
@@ -119,7 +119,7 @@ class Fp8Linear:
             codes,
             scale.T if scale.ndim == 2 else scale.reshape(-1, 1),
             np.arange(start, stop) // down,
-            np.arange(matrix.K) // across,
+            even_groups(matrix.K, across),
         )
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:

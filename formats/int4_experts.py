@@ -20,7 +20,7 @@ from typing import cast
 import numpy as np
 
 from xpuquant.errors import DamagedError
-from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.decoded import Decoded, even_groups
 from xpuquant.formats.dtypes import nbytes
 from xpuquant.formats.groups import Regrouping, regroup
 from xpuquant.formats.int4_linear import Scales
@@ -141,7 +141,7 @@ class Int4Experts:
         nibbles = unpack_nibbles(rows(part))
         codes = (nibbles ^ np.uint8(8)).view(np.int8) - np.int8(8)  # sign extension
         scale = rows(f"{part}_scale")
-        col = np.arange(matrix.K) // stored.scheme.group_size
+        col = even_groups(matrix.K, stored.scheme.group_size)
         return Decoded("int", codes, scale, np.arange(stop - start), col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:

@@ -19,7 +19,7 @@ import numpy as np
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
 from xpuquant.formats.checkpoint import columns, rows, whole
-from xpuquant.formats.decoded import Decoded, subtract_zeros
+from xpuquant.formats.decoded import Decoded, even_groups, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS, numpy_dtype
 from xpuquant.formats.groups import Regrouping, regroup
 from xpuquant.formats.layout import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
@@ -171,7 +171,7 @@ class Int4Linear:
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
         words = stored.load(rows(stored.tensors["qweight"], start, stop))
         codes = unpack_nibbles(words.view(np.uint8))
-        col = np.arange(matrix.K) // stored.scheme.group_size
+        col = even_groups(matrix.K, stored.scheme.group_size)
         zeros = None
         if not stored.scheme.symmetric:
             first, last = start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD)

@@ -14,7 +14,7 @@ import numpy as np
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
 from xpuquant.formats.checkpoint import columns, rows
-from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.decoded import Decoded, even_groups
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.float_weight import E8M0, MX_GROUP, FloatWeight, Scales
 from xpuquant.formats.fp8_linear import check_tensor
@@ -90,7 +90,7 @@ class MxLinear:
             unpack_nibbles(codes) if self.packed == 2 else codes,
             exponents.view(numpy_dtype(E8M0)).T,
             np.arange(stop - start),
-            np.arange(matrix.K) // MX_GROUP,
+            even_groups(matrix.K, MX_GROUP),
         )
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:

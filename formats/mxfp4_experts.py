@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from xpuquant.errors import DamagedError
-from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.decoded import Decoded, even_groups
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.float_weight import E8M0, MX_GROUP
 from xpuquant.formats.layout import (
@@ -72,7 +72,7 @@ class Mxfp4Experts:
             unpack_nibbles(rows(part)),
             rows(f"{part}_scale").view(numpy_dtype(E8M0)),
             np.arange(stop - start),
-            np.arange(matrix.K) // MX_GROUP,
+            even_groups(matrix.K, MX_GROUP),
         )
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:

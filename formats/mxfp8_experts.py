@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.decoded import Decoded, even_groups
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.float_weight import E8M0, ELEMENTS, MX_GROUP
 from xpuquant.formats.layout import Array, Conversion, ExpertStack, Matrix, Module, Stored
@@ -68,7 +68,7 @@ class Mxfp8Experts:
             codes.view(np.uint8).T,
             expert_scale(stored, part, matrix)[taken].view(numpy_dtype(E8M0)),
             np.arange(stop - start),
-            np.arange(matrix.K) // MX_GROUP,
+            even_groups(matrix.K, MX_GROUP),
         )
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:

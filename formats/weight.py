@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xpuquant.formats.checkpoint import Slice
-from xpuquant.formats.decoded import Decoded
+from xpuquant.formats.decoded import Decoded, even_groups
 from xpuquant.formats.nibbles import NIBBLE_ONES, NIBBLES_PER_WORD, permute_nibbles
 from xpuquant.formats.safetensors import Tensor
 
@@ -200,4 +200,4 @@ def column_groups(weight: IntWeight) -> Array:
     """`[K]` group of each source column."""
     if weight.groups_of is not None:
         return weight.groups_of
-    return np.arange(weight.K) // weight.group_size
+    return even_groups(weight.K, weight.group_size)
