@@ -34,9 +34,11 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
 
 
 @pytest.fixture(scope="module")
-def said(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
-    # float32, so that a router cannot decide by a rounding error.
-    return generate([model for p in pairs.values() for model in (p.plain, p.converted)], dtype="float32")
+def said(pairs: dict[str, Pair], generate: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
+    """Of the models that the tests selected ask for; in float32, so that a router cannot decide by a rounding error."""
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    chosen = [pair for name, pair in pairs.items() if name in asked]
+    return generate([model for p in chosen for model in (p.plain, p.converted)], dtype="float32")
 
 
 def assert_same(plain: dict[str, Any], converted: dict[str, Any], tolerance: float) -> None:
