@@ -25,7 +25,7 @@ _PIECE = 4 << 20
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class HostCopies(TorchFunctionMode):  # type: ignore[misc]
+class HostCopies(TorchFunctionMode):
     """While active: `target.copy_(source)` of host tensors of one dtype and shape goes piece by piece."""
 
     def __enter__(self) -> Any:
@@ -33,10 +33,10 @@ class HostCopies(TorchFunctionMode):  # type: ignore[misc]
         self.pool = ThreadPoolExecutor(
             min(len(cpus), torch.get_num_threads()), "xpuquant-copy", _bind, (cpus,)
         )
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
         self.pool.shutdown()
 
     def __torch_function__(
