@@ -8,7 +8,6 @@ error. The repo itself is only read.
 
 from __future__ import annotations
 
-import os
 from collections import Counter as Tally
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -119,9 +118,6 @@ def verify_staged(
     Raises:
         DamagedError: the tensors written are not those planned.
     """
-    if jobs > 1:
-        # Read when a kernel library is loaded: its idle threads would spin on the cores that compare values.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
     chosen = select(DURING_CONVERT)
     blank = Verdict(repo=name, producer=producer, unavailable=_unavailable(chosen))
     with ThreadPoolExecutor(1, "kernels") as beside:

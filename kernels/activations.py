@@ -16,26 +16,28 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-# Below float32's own rounding of a sum: reached after 3 to 5 terms of FP8, 6 to 8 of MXFP4.
+# Below float32's own rounding of a sum: reached after 3 to 8 terms of FP8, 6 to 8 of MXFP4.
 _NEGLIGIBLE = 2.0**-22
 _MOST_TERMS = 16
-_LARGEST = {"F8_E4M3": 448.0, "F4": 6.0}
+_DTYPES = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F4": ml_dtypes.float4_e2m1fn}
+_LARGEST = {element: float(ml_dtypes.finfo(dtype).max) for element, dtype in _DTYPES.items()}
 # Exponent of the largest power of two the element type holds (OCP MX 1.0, section 6.3, `emax_elem`).
-_EMAX = {"F8_E4M3": 8, "F4": 2}
+_EMAX = {"F8_E4M3": 8, "F8_E5M2": 15, "F4": 2}
 
 
-def fp8_terms(x: Array, group: int = 0) -> Iterator[tuple[Array, Array]]:
-    """FP8 codes float8_e4m3fn `[M, K]` and their multipliers, float32 `[M, K/group]`, largest term first.
+def fp8_terms(x: Array, group: int = 0, element: str = "F8_E4M3") -> Iterator[tuple[Array, Array]]:
+    """FP8 codes `[M, K]` and their multipliers, float32 `[M, K/group]`, largest term first.
 
     Args:
         x: activations.
         group: columns to a multiplier; 0 for one per token, `[M, 1]`.
+        element: "F8_E4M3" or "F8_E5M2".
     """
     residual = x.astype(np.float64).reshape(len(x), -1, group or x.shape[1])
     for _ in _until_negligible(residual):
         peak = np.abs(residual).max(axis=2, keepdims=True)
-        scale = np.where(peak > 0, peak / _LARGEST["F8_E4M3"], 1.0).astype(np.float32)
-        codes = _rounded(residual / scale, "F8_E4M3")
+        scale = np.where(peak > 0, peak / _LARGEST[element], 1.0).astype(np.float32)
+        codes = _rounded(residual / scale, element)
         residual -= codes.astype(np.float64) * scale
         yield codes.reshape(x.shape), scale[:, :, 0]
 
@@ -45,7 +47,7 @@ def mx_terms(x: Array, element: str) -> Iterator[tuple[Array, Array]]:
 
     Args:
         x: activations; K a multiple of 32.
-        element: "F8_E4M3" (codes float8_e4m3fn `[M, K]`) or "F4" (codes uint8 `[M, K/2]`, low nibble even).
+        element: "F8_E4M3" or "F8_E5M2" (codes of that type, `[M, K]`) or "F4" (codes uint8 `[M, K/2]`, low nibble even).
     """
     residual = x.astype(np.float64).reshape(len(x), -1, 32)
     for _ in _until_negligible(residual):
@@ -75,5 +77,4 @@ def _until_negligible(residual: Array) -> Iterator[int]:
 def _rounded(values: Array, element: str) -> Array:
     """To the nearest code, ties to even; beyond the largest code, the largest."""
     clipped = np.clip(values, -_LARGEST[element], _LARGEST[element])
-    dtype = ml_dtypes.float8_e4m3fn if element == "F8_E4M3" else ml_dtypes.float4_e2m1fn
-    return clipped.astype(dtype)
+    return clipped.astype(_DTYPES[element])

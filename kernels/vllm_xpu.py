@@ -141,7 +141,7 @@ def _linear(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str
         yield "fp8_gemm_w8a16", {"A": a, "B": weight.t(), "B_scale_": scale, "bias_": bias}
         return
     if scheme.layout == "fp8_linear":
-        for codes, multipliers in fp8_terms(x, scheme.group_size):
+        for codes, multipliers in fp8_terms(x, scheme.group_size, scheme.weight_dtype):
             yield "fp8_gemm", {
                 "A": tensor(codes, device), "B": weight.t(), "out_dtype": a.dtype,
                 "A_scale_": tensor(multipliers, device), "B_scale_": scale, "bias_": bias,
@@ -150,7 +150,8 @@ def _linear(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str
         return
     four_bit = scheme.layout == "mxfp4_linear"
     scale = scale.view(torch.float8_e8m0fnu)
-    for codes, exponents in mx_terms(x, "F4" if four_bit else "F8_E4M3"):
+    # A and B of one type, says fp8_gemm.
+    for codes, exponents in mx_terms(x, "F4" if four_bit else scheme.weight_dtype):
         term, term_scale = tensor(codes, device), tensor(exponents, device).view(torch.float8_e8m0fnu)
         if four_bit:
             packed = torch.float4_e2m1fn_x2

@@ -148,7 +148,7 @@ def test_reference_multiplies_the_source_weight_in_float64():
 # Activations as sums of terms.
 
 
-@pytest.mark.parametrize("element", ["F8_E4M3", "F4"])
+@pytest.mark.parametrize("element", ["F8_E4M3", "F8_E5M2", "F4"])
 def test_mx_terms_add_up_to_the_activations(element):
     x = hand.activations(4, 128, "BF16").astype(np.float64)
     total = np.zeros_like(x)
@@ -164,11 +164,12 @@ def test_mx_terms_add_up_to_the_activations(element):
     assert errors[0] > 0.01  # one term, as serving uses, is far too coarse to check a weight with
 
 
+@pytest.mark.parametrize("element", ["F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("group", [0, 32])
-def test_fp8_terms_add_up_to_the_activations(group):
+def test_fp8_terms_add_up_to_the_activations(group, element):
     x = hand.activations(4, 128, "BF16").astype(np.float64)
     total = np.zeros_like(x)
-    for codes, scale in fp8_terms(x, group):
+    for codes, scale in fp8_terms(x, group, element):
         total += codes.astype(np.float64) * np.repeat(scale, group or 128, axis=1)
     assert hand.error(total, x) < 2**-20
 
