@@ -19,8 +19,12 @@ Array = np.ndarray[Any, Any]
 # Below float32's own rounding of a sum: reached after 3 to 8 terms of FP8, 6 to 8 of MXFP4.
 _NEGLIGIBLE = 2.0**-22
 _MOST_TERMS = 16
-_DTYPES = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F4": ml_dtypes.float4_e2m1fn}
-_LARGEST = {element: float(ml_dtypes.finfo(dtype).max) for element, dtype in _DTYPES.items()}
+_DTYPES = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F4": ml_dtypes.float4_e2m1fn,
+}
+_LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0, "F4": 6.0}
 # Exponent of the largest power of two the element type holds (OCP MX 1.0, section 6.3, `emax_elem`).
 _EMAX = {"F8_E4M3": 8, "F8_E5M2": 15, "F4": 2}
 
@@ -47,7 +51,7 @@ def mx_terms(x: Array, element: str) -> Iterator[tuple[Array, Array]]:
 
     Args:
         x: activations; K a multiple of 32.
-        element: "F8_E4M3" or "F8_E5M2" (codes of that type, `[M, K]`) or "F4" (codes uint8 `[M, K/2]`, low nibble even).
+        element: "F8_E4M3" or "F8_E5M2" (codes of that type, `[M, K]`) or "F4" (uint8 `[M, K/2]`, low nibble even).
     """
     residual = x.astype(np.float64).reshape(len(x), -1, 32)
     for _ in _until_negligible(residual):
