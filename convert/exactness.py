@@ -26,7 +26,7 @@ from xpuquant.convert.source import Source, read_slice
 from xpuquant.convert.verdict import CONTRADICTIONS, Checked, Health, contradiction
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_bytes, whole
-from xpuquant.formats.decoded import Decoded, difference
+from xpuquant.formats.decoded import Decoded, difference, in_order
 from xpuquant.formats.dequantized import to_bf16
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layout import ExpertStack, Matrix, Stored
@@ -187,13 +187,13 @@ def _check_matrix(
 def in_rows(decoded: Decoded) -> Decoded:
     """The same with its codes contiguous: comparing, digesting and counting walk them row by row."""
     codes = decoded.codes
-    return decoded if codes.flags.c_contiguous else replace(decoded, codes=np.ascontiguousarray(codes))
+    return decoded if codes.flags.c_contiguous else replace(decoded, codes=in_order(codes))
 
 
 def decoded_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, Decoded]]:
     """The source's rows, decoded, block by block. Source slices are read in larger blocks than are decoded: strided
     reads want long runs, decoding wants the cache."""
-    for top, bottom in row_blocks(weight.N, weight.K, 8, PIECE_BYTES):
+    for top, bottom in row_blocks(weight.N, weight.K, 8, 2 * PIECE_BYTES):  # a piece, where codes have 4 bits
         outer = weight.decode_inputs(top, bottom)
         arrays = [read_slice(source, part) for part in outer]
         for start, stop in row_blocks(bottom - top, weight.K, 8, BLOCK_CODES):

@@ -17,7 +17,7 @@ import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError, one_line
 from xpuquant.formats.checkpoint import Checkpoint, Slice, columns, whole
-from xpuquant.formats.decoded import Decoded, subtract_zeros
+from xpuquant.formats.decoded import Decoded, in_order, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.gptq_config import check_no_rotation, integer, overridden, symmetry
 from xpuquant.formats.groups import source_group_size
@@ -58,7 +58,7 @@ class AwqWeight(IntWeight):
         return (whole(self.qzeros),)
 
     def zeros(self, arrays: Sequence[Array]) -> Array:
-        return unpack_columns(arrays[0])
+        return unpack(arrays[0]).T
 
     def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
         inputs = (_word_columns(self.qweight, start, stop), columns(self.scale, start, stop))
@@ -71,17 +71,18 @@ class AwqWeight(IntWeight):
         first = start % NIBBLES_PER_WORD
         inside = slice(first, first + stop - start)
         col = column_groups(self)
-        zeros = None if self.symmetric else unpack_columns(arrays[2])[:, inside].T
-        values = subtract_zeros(unpack_columns(arrays[0])[:, inside].T, zeros, self.bits, col)
+        zeros = None if self.symmetric else unpack(arrays[2])[inside]
+        values = subtract_zeros(unpack(arrays[0])[inside], zeros, self.bits, col)
         return Decoded("int", values, arrays[1].T, np.arange(stop - start), col)
 
 
-def unpack_columns(words: Array) -> Array:
-    """uint8 `[r, 8w]` from int32 words `[r, w]` in AWQ's order, nibble by nibble."""
-    codes = np.empty((len(words), words.shape[1], NIBBLES_PER_WORD), np.uint8)
+def unpack(words: Array) -> Array:
+    """uint8 `[8w, r]` from int32 words `[r, w]` in AWQ's order, nibble by nibble."""
+    upright = in_order(words.view(np.uint32).T)
+    codes = np.empty((len(upright), NIBBLES_PER_WORD, len(words)), np.uint8)
     for nibble, column in enumerate(ORDER):
-        codes[:, :, column] = (words.view(np.uint32) >> np.uint32(4 * nibble)) & np.uint32(15)
-    return codes.reshape(len(words), -1)
+        codes[:, column] = (upright >> np.uint32(4 * nibble)) & np.uint32(15)
+    return codes.reshape(-1, len(words))
 
 
 def _word_columns(tensor: Tensor, start: int, stop: int) -> Slice:

@@ -21,7 +21,7 @@ import numpy as np
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import has_bias, in_features, is_embedding
 from xpuquant.formats.checkpoint import Checkpoint, Slice, columns, whole
-from xpuquant.formats.decoded import Decoded, subtract_zeros
+from xpuquant.formats.decoded import Decoded, in_order, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.gptq_config import GptqConfig, gptq_config
 from xpuquant.formats.gptq_zeros import measure_zeros, true_zeros
@@ -108,7 +108,7 @@ class GptqWeight(IntWeight):
     def _codes(self, packed: Array) -> Array:
         """uint8 `[n, K]` from words `[ceil(K*b/32), n]`."""
         unpack = unpack_planar if self.planar else unpack_rows
-        return unpack(np.ascontiguousarray(packed.T), self.bits, self.K)
+        return unpack(in_order(packed.T), self.bits, self.K)
 
 
 class Gptq:
