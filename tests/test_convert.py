@@ -102,6 +102,16 @@ class TestResult:
             k: v for k, v in source.items() if k != "quantization_config"
         }
 
+    @pytest.mark.parametrize(("part", "names"), [(3, 1), (1.5, 2), (0.9, 2), (0.4, 3)])
+    def test_shards_are_even_and_one_is_at_most_half_full(
+        self, tmp_path: Path, part: float, names: int
+    ) -> None:
+        convert(GPTQ, tmp_path / "whole", "--max-shard-size", "1GB")
+        whole = (tmp_path / "whole" / "model.safetensors").stat().st_size
+        assert convert(GPTQ, tmp_path / "out", "--max-shard-size", f"{int(part * whole)}B") == 0
+        sizes = [shard.stat().st_size for shard in (tmp_path / "out").glob("*.safetensors")]
+        assert len(sizes) == names and max(sizes) < 2 * min(sizes)
+
     def test_recorded_hashes_are_those_of_the_files(self, tmp_path: Path) -> None:
         out = tmp_path / "out"
         assert convert(GPTQ, out, "--max-shard-size", "40kB") == 0
