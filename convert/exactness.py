@@ -9,6 +9,7 @@ and digests the decoded form, so that a later check needs no source. Unquantized
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -77,7 +78,8 @@ def check_exact(
 
 def run_all(jobs: int, calls: Sequence[Callable[[], Result]]) -> list[Result]:
     """Results of the calls, in order, from `jobs` threads. The first error stops what has not begun."""
-    with ThreadPoolExecutor(jobs, "verify") as workers:
+    # All of it is arithmetic: more threads than processors only take each other's caches.
+    with ThreadPoolExecutor(min(jobs, len(os.sched_getaffinity(0))), "verify") as workers:
         running = [workers.submit(call) for call in calls]
         try:
             return [future.result() for future in running]
