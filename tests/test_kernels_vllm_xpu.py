@@ -153,7 +153,7 @@ STAND_INS: list[Callable[..., torch.Tensor]] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # other tests of the process register the same names
 def _registered(schemas):
     library = torch.library.Library("_xpu_C", "FRAGMENT")
     for stand_in in STAND_INS:
