@@ -4,23 +4,28 @@ A digest is of the meaning, not of the bytes: it survives another sharding, and 
 recorded the sha256 of what it wrote does not pass. One is recorded per module at conversion, from the decoded output,
 in the pass that has just found it equal to the decoded source.
 
-Definition, for the module's matrices in order (`linear`; or gate, up, down of each expert, or gate_up, down):
+Definition of `decoded_xxh3`, for the module's matrices in order (`linear`; or gate, up, down of each expert, or
+gate_up, down):
 
-    codes    sha256 of the codes of `Decoded`, row by row in source column order: int8 (int16 above 4 bits) for
+    codes    XXH3-128 of the codes of `Decoded`, row by row in source column order: int8 (int16 above 4 bits) for
              integers (code minus zero point), uint8 for fp8 codes, two e2m1 codes to a byte (the even column low)
-    scales   sha256 of the stored scale rows that cover each weight row, in their dtype, little-endian
-    columns  sha256 of the scale column of each weight column, int32
+    scales   XXH3-128 of the stored scale rows that cover each weight row, in their dtype, little-endian
+    columns  XXH3-128 of the scale column of each weight column, int32
 
 and the digest is the sha256 of lines: the scheme as JSON with sorted keys; `role expert N K number scale-dtype codes
 scales columns` for each matrix; `suffix sha256` for each tensor that `Decoded` does not show (bias, activation scale).
+It guards against mistakes, not against people: those would have to get past the sha256 of every file. The codes are
+twice the bytes of the file, and sha256 of them took longer than all the rest of a verification; repos that were made so
+have `decoded_sha256`, the same with sha256 throughout.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,13 +35,40 @@ from xpuquant.formats.layout import Matrix, Stored
 _PLAIN_SUFFIXES = ("_bias", "input_scale")
 
 
+RECORDED = "decoded_xxh3"
+"""The kind of digest that is recorded, and its name in xpuquant.json."""
+
+
+class Hash(Protocol):
+    """What hashlib and xxhash have in common."""
+
+    def update(self, data: Any, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def _xxh3(data: bytes = b"") -> Hash:
+    import xxhash
+
+    return xxhash.xxh3_128(data)
+
+
+_HASHES: Mapping[str, Callable[..., Hash]] = {RECORDED: _xxh3, "decoded_sha256": hashlib.sha256}
+
+
+def recorded(entry: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(kind, digest) of a module in xpuquant.json; the digest is None where there is none of a kind that is known."""
+    return next(((kind, entry[kind]) for kind in _HASHES if kind in entry), (RECORDED, None))
+
+
 class MatrixDigest:
     """The digest of one matrix, fed with its rows in order."""
 
-    def __init__(self, matrix: Matrix) -> None:
+    def __init__(self, matrix: Matrix, kind: str = RECORDED) -> None:
         self._matrix = matrix
-        self._codes = hashlib.sha256()
-        self._scales = hashlib.sha256()
+        self._hash = _HASHES[kind]
+        self._codes = self._hash()
+        self._scales = self._hash()
         self._columns = ""
         self._types = ""
 
@@ -50,7 +82,7 @@ class MatrixDigest:
         self._scales.update(np.ascontiguousarray(scale).reshape(-1).view(np.uint8).data)
         if not self._columns:
             self._types = f"{rows.number} {rows.scale.dtype.name}"
-            self._columns = hashlib.sha256(rows.col.astype("<i4").data).hexdigest()
+            self._columns = self._hash(rows.col.astype("<i4").data).hexdigest()
 
     def line(self) -> str:
         matrix = self._matrix

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from xpuquant.convert.digests import RECORDED
 from xpuquant.convert.journal import Finished
 from xpuquant.convert.plan import Plan, PlannedModule, kind_of
 from xpuquant.convert.source import Source
@@ -66,5 +67,5 @@ def _module(planned: PlannedModule, digests: Mapping[str, str]) -> dict[str, Any
         entry["dequantized"] = [tensor.name for tensor in planned.conversion.tensors]
     elif planned.conversion.name in digests:
         entry["roles"] = list(dict.fromkeys(role for role, _, _ in planned.weights))
-        entry["decoded_sha256"] = digests[planned.conversion.name]
+        entry[RECORDED] = digests[planned.conversion.name]
     return entry

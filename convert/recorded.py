@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from xpuquant.convert.digests import MatrixDigest, module_digest
+from xpuquant.convert.digests import MatrixDigest, module_digest, recorded
 from xpuquant.convert.exactness import (
     BLOCK_CODES,
     Progress,
@@ -48,7 +48,7 @@ def check_recorded(
 
     def module(stored: Stored) -> tuple[Checked, Health | None]:
         entry = modules.get(stored.name, {})
-        return _recorded_module(repo, stored, entry.get("roles", ()), entry.get("decoded_sha256"), progress)
+        return _recorded_module(repo, stored, entry.get("roles", ()), *recorded(entry), progress)
 
     def plain(tensor: Tensor) -> tuple[Checked, Health | None]:
         digest, expected = _tensor_digest(repo, tensor, progress), tensors.get(tensor.name)
@@ -64,7 +64,7 @@ def check_recorded(
 
 
 def _recorded_module(
-    repo: Repo, stored: Stored, roles: Sequence[str], expected: str | None, progress: Progress
+    repo: Repo, stored: Stored, roles: Sequence[str], kind: str, expected: str | None, progress: Progress
 ) -> tuple[Checked, Health | None]:
     name, stored = stored.name, replace(stored, load=Panels(stored.load))
     counter, digests, layout = Counter(stored.scheme.symmetric), list[MatrixDigest](), repo.layout(stored)
@@ -73,7 +73,7 @@ def _recorded_module(
         experts: list[int | None] = [*sorted({at for _, at in matrices if at is not None})] or [None]
         roles = roles or list(dict.fromkeys(role for role, _ in matrices))
         for matrix in (find_matrix(matrices, role, expert) for role in roles for expert in experts):
-            digests.append(digest := MatrixDigest(matrix))
+            digests.append(digest := MatrixDigest(matrix, kind))
             for start, stop in row_blocks(matrix.N, matrix.K, 8, BLOCK_CODES):
                 rows = in_rows(layout.decode(stored, matrix, start, stop))
                 digest.update(rows)

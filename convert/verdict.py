@@ -50,7 +50,7 @@ class Checked:
 
     matrices  matrices compared; 0 for an unquantized tensor
     error     None where everything is equal; otherwise the first difference
-    digest    sha256 of the decoded form (see `convert/digests.py`); None where nothing could be decoded
+    digest    of the decoded form (see `convert/digests.py`); None where nothing could be decoded
     """
 
     name: str
