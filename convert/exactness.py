@@ -33,7 +33,7 @@ from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layout import ExpertStack, Matrix, Stored
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.split import SplitBias
-from xpuquant.formats.weight import PIECE_BYTES, Weight, row_blocks
+from xpuquant.formats.weight import PIECE_BYTES, ROWS_MULTIPLE, Weight, row_blocks
 
 BLOCK_CODES = 2 << 20
 """Codes decoded at once: a matrix of a small expert in one go, for every block costs the same few hundred microseconds
@@ -195,18 +195,14 @@ def in_rows(decoded: Decoded) -> Decoded:
 def decoded_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, Decoded]]:
     """The source's rows, decoded, block by block. Source slices are read in larger blocks than are decoded: strided
     reads want long runs, decoding wants the cache."""
-    for top, bottom in row_blocks(weight.N, weight.K, 8, 2 * PIECE_BYTES):  # a piece, where codes have 4 bits
+    row_bytes = sum(part.nbytes for part in weight.decode_inputs(0, weight.N)) // weight.N
+    for top, bottom in row_blocks(weight.N, row_bytes, ROWS_MULTIPLE, PIECE_BYTES):
         outer = weight.decode_inputs(top, bottom)
         arrays = [read_slice(source, part) for part in outer]
-        for start, stop in row_blocks(bottom - top, weight.K, 8, BLOCK_CODES):
+        for start, stop in row_blocks(bottom - top, weight.K, ROWS_MULTIPLE, BLOCK_CODES):
             inner = weight.decode_inputs(top + start, top + stop)
-            narrowed = [_narrow(*parts) for parts in zip(inner, outer, arrays, strict=True)]
+            narrowed = [part.inside(of, array) for part, of, array in zip(inner, outer, arrays, strict=True)]
             yield top + start, top + stop, weight.decode(narrowed, top + start, top + stop)
-
-
-def _narrow(inner: Slice, outer: Slice, array: Array) -> Array:
-    window = slice(inner.start - outer.start, inner.stop - outer.start)
-    return array[(slice(None),) * inner.axis + (window,)]
 
 
 def _check_rounded(weight: Weight, source: Source, repo: Repo) -> str | None:

@@ -69,7 +69,7 @@ def planned(plan: Plan, source: Source, jobs: int) -> Answer:
         ("file", "tensors", "size"),
         [(shard.name, str(len(shard.tensors)), size(shard.nbytes)) for shard in plan.shards],
     )
-    memory = (2 * jobs + AHEAD) * PIECE_BYTES
+    memory = (jobs + AHEAD) * PIECE_BYTES
     facts = Grid(
         "",
         ("", ""),

@@ -21,7 +21,7 @@ from xpuquant.formats.decoded import Decoded, in_order, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.gptq_config import check_no_rotation, integer, overridden, symmetry
 from xpuquant.formats.groups import source_group_size
-from xpuquant.formats.nibbles import NIBBLES_PER_WORD, transpose_nibbles
+from xpuquant.formats.nibbles import NIBBLES_PER_WORD
 from xpuquant.formats.reader import Parts, need
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weight import Array, IntWeight, Weight, column_groups
@@ -45,6 +45,8 @@ class AwqWeight(IntWeight):
         return (_word_columns(self.qweight, start, stop),)
 
     def code_words(self, arrays: Sequence[Array], out: Array) -> None:
+        from xpuquant.formats._packing import transpose_nibbles
+
         transpose_nibbles(arrays[0].view(np.uint32), out, ORDER)
 
     def scale_inputs(self) -> tuple[Slice, ...]:
@@ -57,8 +59,8 @@ class AwqWeight(IntWeight):
         assert self.qzeros is not None, "an asymmetric weight has qzeros"
         return (whole(self.qzeros),)
 
-    def zeros(self, arrays: Sequence[Array]) -> Array:
-        return unpack(arrays[0]).T
+    def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
+        return unpack(arrays[0]).T[:, start:stop]
 
     def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
         inputs = (_word_columns(self.qweight, start, stop), columns(self.scale, start, stop))
@@ -78,11 +80,12 @@ class AwqWeight(IntWeight):
 
 def unpack(words: Array) -> Array:
     """uint8 `[8w, r]` from int32 words `[r, w]` in AWQ's order, nibble by nibble."""
+    from xpuquant.formats._unpacking import unpack_fields
+
     upright = in_order(words.view(np.uint32).T)
-    codes = np.empty((len(upright), NIBBLES_PER_WORD, len(words)), np.uint8)
-    for nibble, column in enumerate(ORDER):
-        codes[:, column] = (upright >> np.uint32(4 * nibble)) & np.uint32(15)
-    return codes.reshape(-1, len(words))
+    codes = np.empty((NIBBLES_PER_WORD * len(upright), len(words)), np.uint8)
+    unpack_fields(upright, np.array(ORDER), codes)
+    return codes
 
 
 def _word_columns(tensor: Tensor, start: int, stop: int) -> Slice:

@@ -56,6 +56,11 @@ class Slice:
             return [(first, rows * pitch)]
         return [(first + row * pitch, length) for row in range(rows)]
 
+    def inside(self, outer: Slice, array: Array) -> Array:
+        """The view that is this slice, of the array of a slice that contains it along the same axis."""
+        window = slice(self.start - outer.start, self.stop - outer.start)
+        return array[(slice(None),) * self.axis + (window,)]
+
 
 def whole(tensor: Tensor) -> Slice:
     """The slice that is the whole tensor (a 0-d tensor counts as one element)."""

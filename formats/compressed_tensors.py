@@ -24,10 +24,18 @@ from xpuquant.formats.checkpoint import Checkpoint, Slice, rows, whole
 from xpuquant.formats.compressed_tensors_config import METHODS, WeightArgs, check_supported, weight_args
 from xpuquant.formats.decoded import Decoded, subtract_zeros
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.nibbles import pack_nibbles, spread_words, unpack_nibbles, unpack_rows
+from xpuquant.formats.nibbles import pack_nibbles, unpack_nibbles, unpack_rows
 from xpuquant.formats.reader import Parts, need
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weight import CACHED_CODES, Array, IntWeight, Weight, column_groups, row_blocks
+from xpuquant.formats.weight import (
+    CACHED_CODES,
+    ROWS_MULTIPLE,
+    Array,
+    IntWeight,
+    Weight,
+    column_groups,
+    row_blocks,
+)
 
 
 def packed_words(count: int, bits: int, padded: bool) -> int:
@@ -62,14 +70,18 @@ class ScaledInts(IntWeight):
         assert self.zero_point is not None, "an asymmetric weight has zero points"
         return (whole(self.zero_point),)
 
-    def zeros(self, arrays: Sequence[Array]) -> Array:
+    def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
         assert self.zero_point is not None
-        return true_zeros(arrays[0], self.bits, self.N, self.padded, self.zero_point.name)
+        stored, name = arrays[0], self.zero_point.name
+        if stored.dtype != np.int32 or self.padded or start % ROWS_MULTIPLE:
+            return true_zeros(stored, self.bits, self.N, self.padded, name)[:, start:stop]
+        first, last = start // ROWS_MULTIPLE * self.bits, -(-stop // ROWS_MULTIPLE) * self.bits
+        return true_zeros(stored[first:last], self.bits, stop - start, self.padded, name)
 
     def decoded(self, codes: Array, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
         """Rows `start:stop` from offset-binary codes `[n, K]` and the arrays of `scale_inputs` and `zero_inputs`."""
         col = column_groups(self)
-        zeros = None if self.symmetric else self.zeros(arrays[1:]).T[start:stop]
+        zeros = None if self.symmetric else self.zeros(arrays[1:], start, stop).T
         values = subtract_zeros(codes, zeros, self.bits, col)
         return Decoded("int", values, self.scales(arrays[:1]).T[start:stop], np.arange(stop - start), col)
 
@@ -92,6 +104,8 @@ class PackedWeight(ScaledInts):
         if self.bits == 4:
             out[...] = packed
             return
+        from xpuquant.formats._packing import spread_words
+
         for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
             if self.bits in (2, 3) and not self.padded:
                 spread_words(packed[first:last].T, self.bits, out[first:last].T)

@@ -41,7 +41,7 @@ class Zeros:
         if not has_zero_points(self.weight):
             words[...] = 0x88888888
             return
-        zeros = self.groups.rows(self.weight.zeros(arrays))
+        zeros = self.groups.rows(self.weight.zeros(arrays, 0, self.weight.N))
         missing = -zeros.shape[1] % NIBBLES_PER_WORD
         padded = np.pad(zeros, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(zeros)
         words[...] = pack_nibbles(padded).T

@@ -92,12 +92,13 @@ def _group_size(col: Array, groups: int) -> int | None:
 
 
 def in_order(array: Array) -> Array:
-    """A `[n, K]` array that lies by columns, by rows: some columns at a time, so that what is read stays in the
-    first-level cache. Measured, uint8 `[512, 4096]`: 4.0 GB/s, in one go 0.9."""
+    """A `[n, K]` array that lies by columns, by rows: as many columns at a time as fill a line of the cache, so that
+    what is read stays there until it is used up."""
+    from xpuquant.formats._unpacking import copy_columns
+
     out = np.empty(array.shape, array.dtype)
-    step = 64 // array.itemsize
-    for left in range(0, array.shape[1], step):
-        out[:, left : left + step] = array[:, left : left + step]
+    same_size = np.dtype(f"u{array.itemsize}")
+    copy_columns(array.view(same_size), out.view(same_size), 64 // array.itemsize)
     return out
 
 

@@ -26,10 +26,18 @@ from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.gptq_config import GptqConfig, gptq_config
 from xpuquant.formats.gptq_zeros import measure_zeros, true_zeros
 from xpuquant.formats.groups import source_group_size
-from xpuquant.formats.nibbles import pack_nibbles, spread_words, transpose_words, unpack_planar, unpack_rows
+from xpuquant.formats.nibbles import pack_nibbles, unpack_planar, unpack_rows
 from xpuquant.formats.reader import Parts, need
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weight import CACHED_CODES, Array, IntWeight, Weight, column_groups, row_blocks
+from xpuquant.formats.weight import (
+    CACHED_CODES,
+    ROWS_MULTIPLE,
+    Array,
+    IntWeight,
+    Weight,
+    column_groups,
+    row_blocks,
+)
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -56,6 +64,8 @@ class GptqWeight(IntWeight):
         super().words([packed, *arrays[1:]], out, start)
 
     def code_words(self, arrays: Sequence[Array], out: Array) -> None:
+        from xpuquant.formats._packing import spread_words, transpose_words
+
         # Rows past K are padding (AutoRound, model-free).
         packed = arrays[0].view(np.uint32)[: self.K * self.bits // 32]
         if self.bits == 4:
@@ -79,9 +89,12 @@ class GptqWeight(IntWeight):
         assert self.qzeros is not None, "an asymmetric weight has qzeros"
         return (whole(self.qzeros),)
 
-    def zeros(self, arrays: Sequence[Array]) -> Array:
-        zeros = true_zeros(arrays[0], self.bits, self.N, self.plus_one, self.planar)
-        return self._pick(zeros, 0, self.N)
+    def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
+        if self.rows is not None or start % ROWS_MULTIPLE:
+            zeros = true_zeros(arrays[0], self.bits, self.N, self.plus_one, self.planar)
+            return zeros[:, start:stop] if self.rows is None else self._pick(zeros, start, stop)
+        first, last = start // ROWS_MULTIPLE * self.bits, -(-stop // ROWS_MULTIPLE) * self.bits
+        return true_zeros(arrays[0][:, first:last], self.bits, stop - start, self.plus_one, self.planar)
 
     def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
         inputs = (self._columns(self.qweight, start, stop), self._columns(self.scale, start, stop))
@@ -91,7 +104,7 @@ class GptqWeight(IntWeight):
         packed, scale = (self._pick(array, start, stop) for array in arrays[:2])
         codes = self._codes(packed.view(np.uint32))
         col = column_groups(self)
-        zeros = None if self.symmetric else self.zeros(arrays[2:]).T[start:stop]
+        zeros = None if self.symmetric else self.zeros(arrays[2:], start, stop).T
         values = subtract_zeros(codes, zeros, self.bits, col)
         if self.folded:
             values, col = values[:, self.order], col[self.order]

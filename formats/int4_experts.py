@@ -23,7 +23,7 @@ from xpuquant.errors import DamagedError
 from xpuquant.formats.decoded import Decoded, even_groups
 from xpuquant.formats.dtypes import nbytes
 from xpuquant.formats.groups import Regrouping, regroup
-from xpuquant.formats.int4_linear import Scales
+from xpuquant.formats.int4_linear import Scales, Words
 from xpuquant.formats.layout import (
     Array,
     Conversion,
@@ -45,15 +45,12 @@ N_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
-class SignedWords:
+class SignedWords(Words):
     """Fills rows of two's complement nibbles, from row `start` on."""
 
-    weight: IntWeight
-    start: int
-
     def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        words = out.view(np.uint32).reshape(-1, self.weight.K // NIBBLES_PER_WORD)
-        self.weight.words(arrays, words, self.start)
+        super().__call__(arrays, out)
+        words = out.view(np.uint32)
         np.bitwise_xor(words, SIGN_FLIP, out=words)
 
 

@@ -11,8 +11,8 @@ The kernel (`int4_gemm_w4a16`, vllm-xpu-kernels csrc/xpu/onednn) takes `qweight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from xpuquant.formats.groups import Regrouping, regroup
 from xpuquant.formats.layout import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
 from xpuquant.formats.nibbles import NIBBLES_PER_WORD, pack_nibbles, unpack_nibbles
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weight import IntWeight, row_blocks
+from xpuquant.formats.weight import ROWS_MULTIPLE, IntWeight, row_blocks
 
 K_MULTIPLE = 32
 
@@ -40,6 +40,18 @@ class Words:
     def __call__(self, arrays: Sequence[Array], out: Array) -> None:
         words = out.view(np.uint32).reshape(-1, self.weight.K // NIBBLES_PER_WORD)
         self.weight.words(arrays, words, self.start)
+
+    def cut(self, piece: Piece, limit: int) -> Iterator[Piece]:
+        """The rows in blocks. Act-order stays whole: each block would derive the order again."""
+        weight, row_bytes = self.weight, self.weight.K // 2
+        if weight.groups_of is not None:
+            yield piece
+            return
+        for first, last in row_blocks(piece.nbytes // row_bytes, row_bytes, ROWS_MULTIPLE, limit):
+            start, stop = self.start + first, self.start + last
+            yield Piece(
+                weight.word_inputs(start, stop), (last - first) * row_bytes, replace(self, start=start)
+            )
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class Zeros:
     groups: Regrouping
 
     def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        zeros = self.groups.rows(self.weight.zeros(arrays))
+        zeros = self.groups.rows(self.weight.zeros(arrays, 0, self.weight.N))
         out.view(np.uint32).reshape(len(zeros), -1)[...] = pack_nibbles(np.ascontiguousarray(zeros))
 
 

@@ -101,7 +101,7 @@ class JoinedInt(Joined, IntWeight):
     def zero_inputs(self) -> tuple[Slice, ...]:
         raise NotImplementedError("no layout of experts has zero points")
 
-    def zeros(self, arrays: Sequence[Array]) -> Array:
+    def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
         raise NotImplementedError("no layout of experts has zero points")
 
     @property

@@ -8,7 +8,7 @@ its bytes, so that a plan is complete before a weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,12 +33,22 @@ class Piece:
 
     inputs  source slices, read in order
     nbytes  length of the run
-    make    fills it; None for a verbatim copy of the single input
+    make    fills it; None for a verbatim copy of the single input. With a method `cut(piece, limit)`, it can also fill
+            the run in parts
     """
 
     inputs: tuple[Slice, ...]
     nbytes: int
     make: Make | None = None
+
+    def cut(self, limit: int) -> Iterator[Piece]:
+        """The run in pieces of about `limit` bytes, each input of which is a part of the same input here; the piece
+        itself where it is no longer, or cannot be cut."""
+        cut = getattr(self.make, "cut", None)
+        if cut is None or self.nbytes <= limit:
+            yield self
+        else:
+            yield from cut(self, limit)
 
 
 @dataclass(frozen=True)

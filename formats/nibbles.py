@@ -1,13 +1,10 @@
-"""Bit packing, as arithmetic on numpy arrays.
+"""Bit packing by its plain definition, as arithmetic on numpy arrays: a little-endian bit stream, for any width.
 
-Two families. `pack_rows`/`unpack_rows` are the plain definition of a little-endian bit stream, for any width: the
-readers of rare packings and the verification use them. `transpose_words` and friends are the fast paths of the
-conversion: whole 32-bit words of eight nibbles, moved tile by tile so that a tile stays in the first-level cache.
+The verification and the readers of rare packings use these; the conversion's fast paths are in `_packing.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,96 +17,8 @@ SIGN_FLIP = np.uint32(0x88888888)
 NIBBLE_ONES = np.uint32(0x11111111)
 """Times a number below 16: that number in each of the eight nibbles."""
 
-# Measured, uint32 [512, 14336] on one core with 48 KiB of first-level cache: 16 x 1024 moves 5.3 GB/s,
-# 64 x 256 half of that, one plain `dst[...] = src.T` a third.
-_TILE_ROWS = 16
-_TILE_COLUMNS = 1024
-# Measured, uint32 [4096, 512] on one core: 2.5 GB/s; 16 x 64 a fifth of that.
-_BLOCK_ROWS = 16
-_BLOCK_COLUMNS = 512
-
-
-def transpose_words(source: Array, out: Array) -> None:
-    """`out[j, i] = source[i, j]` for 2-D arrays of one dtype; `out` is written in place."""
-    height, width = source.shape
-    for left in range(0, width, _TILE_COLUMNS):
-        right = min(left + _TILE_COLUMNS, width)
-        for top in range(0, height, _TILE_ROWS):
-            bottom = min(top + _TILE_ROWS, height)
-            out[left:right, top:bottom] = source[top:bottom, left:right].T
-
-
-def transpose_nibbles(source: Array, out: Array, rows: Sequence[int]) -> None:
-    """Turn words packed along columns into words packed along rows.
-
-    Args:
-        source: uint32 `[8m, w]`; nibble i of word `[k, j]` is column `8j + rows[i]` of source row k.
-        out: uint32 `[8w, m]`, written in place; nibble t of word `[n, i]` is source row 8i+t, column n.
-    """
-    height, width = source.shape[0] // NIBBLES_PER_WORD, source.shape[1]
-    blocks = source[: height * NIBBLES_PER_WORD].reshape(height, NIBBLES_PER_WORD, width)
-    target = out.reshape(width, NIBBLES_PER_WORD, height)
-    for left in range(0, width, _BLOCK_COLUMNS):
-        right = min(left + _BLOCK_COLUMNS, width)
-        for top in range(0, height, _BLOCK_ROWS):
-            bottom = min(top + _BLOCK_ROWS, height)
-            # Eight rows at a time are an 8 x 8 matrix of nibbles; three rounds of swapping halves transpose
-            # it (Warren, Hacker's Delight, section 7-3), all of a tile's matrices at once.
-            words = blocks[top:bottom, :, left:right].swapaxes(0, 1).copy()
-            words = words.reshape(2, 2, 2, bottom - top, right - left)
-            spare = np.empty_like(words[0])
-            _swap_halves(words[0], words[1], 16, 0x0000FFFF, spare)
-            _swap_halves(words[:, 0], words[:, 1], 8, 0x00FF00FF, spare)
-            _swap_halves(words[:, :, 0], words[:, :, 1], 4, 0x0F0F0F0F, spare)
-            for row, matrix in zip(rows, words.reshape(NIBBLES_PER_WORD, bottom - top, -1), strict=True):
-                target[left:right, row, top:bottom] = matrix.T
-
-
-def _swap_halves(first: Array, second: Array, shift: int, mask: int, spare: Array) -> None:
-    """Exchange the high parts of `first` with the low parts (`mask`) of `second`."""
-    np.right_shift(first, np.uint32(shift), out=spare)
-    np.bitwise_xor(spare, second, out=spare)
-    np.bitwise_and(spare, np.uint32(mask), out=spare)
-    np.bitwise_xor(second, spare, out=second)
-    np.left_shift(spare, np.uint32(shift), out=spare)
-    np.bitwise_xor(first, spare, out=first)
-
-
-def spread_words(source: Array, bits: int, out: Array) -> None:
-    """Widen a dense 2- or 3-bit stream to nibbles; the stream runs along axis 0.
-
-    Args:
-        source: uint32 `[m * bits / 4, n]`, 8 * bits bits for each word of `out`.
-        out: uint32 `[m, n]`, written in place; nibble j of word i is code 8i+j.
-    """
-    if bits == 2:
-        np.bitwise_and(source, np.uint32(0xFFFF), out=out[0::2])
-        np.right_shift(source, np.uint32(16), out=out[1::2])
-    else:
-        # Four runs of 24 bits in three words.
-        first, second, third = source[0::3], source[1::3], source[2::3]
-        np.bitwise_and(first, np.uint32(0xFFFFFF), out=out[0::4])
-        np.bitwise_and(
-            (first >> np.uint32(24)) | (second << np.uint32(8)), np.uint32(0xFFFFFF), out=out[1::4]
-        )
-        np.bitwise_and(
-            (second >> np.uint32(16)) | (third << np.uint32(16)), np.uint32(0xFFFFFF), out=out[2::4]
-        )
-        np.right_shift(third, np.uint32(8), out=out[3::4])
-    for codes, slot in ((4, 16), (2, 8), (1, 4)):
-        # Fields of twice as many codes lie in slots of twice the width: move the upper half of each up.
-        field = (1 << codes * bits) - 1
-        low = np.uint32(sum(field << at for at in range(0, 32, 2 * slot)))
-        upper = out & (low << np.uint32(codes * bits))
-        np.bitwise_and(out, low, out=out)
-        np.left_shift(upper, np.uint32(slot - codes * bits), out=upper)
-        np.bitwise_or(out, upper, out=out)
-
-
-def permute_nibbles(words: Array, order: Array) -> None:
-    """Nibble j of each row becomes its nibble `order[j]`, in place; uint32 `[n, K/8]`, order `[K]`."""
-    codes = unpack_nibbles(words.view(np.uint8))
-    words[...] = pack_nibbles(np.take(codes, order, axis=1))
+_COMPILED_WORDS = 1 << 14
+"""From so many words on, what numpy would take an odd width apart in is worth the import of the compiled loop."""
 
 
 def unpack_rows(words: Array, bits: int, count: int) -> Array:
@@ -121,6 +30,12 @@ def unpack_rows(words: Array, bits: int, count: int) -> Array:
         bits: 1 to 8.
         count: values per row.
     """
+    if bits in (2, 3) and words.size >= _COMPILED_WORDS and count % NIBBLES_PER_WORD == 0:
+        from xpuquant.formats._unpacking import unpack_stream
+
+        octets = np.empty((len(words), count // 8), np.uint64)
+        unpack_stream(words, bits, octets)
+        return octets.view(np.uint8)
     if 32 % bits == 0:
         values, width = np.ascontiguousarray(words).view(np.uint8), 8
         while width > bits:

@@ -1,6 +1,6 @@
 """Finds readers and layouts: a module of this folder with a `READER` or a `LAYOUT` is one.
 
-So that adding a format is adding a file.
+So that adding a format is adding a file. Modules whose names begin with an underscore are not looked at.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @cache
 def _modules() -> tuple[object, ...]:
     names = sorted(found.name for found in pkgutil.iter_modules(xpuquant.formats.__path__))
-    return tuple(import_module(f"xpuquant.formats.{name}") for name in names)
+    return tuple(import_module(f"xpuquant.formats.{name}") for name in names if not name.startswith("_"))
 
 
 def readers() -> tuple[Reader, ...]:

@@ -70,7 +70,7 @@ class SplitInt(IntWeight):
     def zero_inputs(self) -> tuple[Slice, ...]:
         raise NotImplementedError("fused weights with zero points are refused")
 
-    def zeros(self, arrays: Sequence[Array]) -> Array:
+    def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
         raise NotImplementedError("fused weights with zero points are refused")
 
 

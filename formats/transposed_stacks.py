@@ -6,7 +6,7 @@ expert layouts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,12 @@ from xpuquant.formats.joined import parts
 from xpuquant.formats.layout import Array, ExpertStack, Matrix, OutTensor, Piece, Stored
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.transpose import transpose_bytes
 from xpuquant.formats.weight import row_blocks
 
 STACKS = ("gate_up_proj", "down_proj")
+
+_LINE_BYTES = 64
+"""Rows of the output are columns of the source, and are cut in multiples of a line of the cache."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class SideBySide:
     alternate: bool
 
     def __call__(self, arrays: Sequence[Array], out: Array) -> None:
+        from xpuquant.formats._packing import transpose_bytes
+
         total = sum(self.widths)
         target = out.reshape(-1, total)
         left = 0
@@ -44,6 +48,15 @@ class SideBySide:
             place = target[:, i::2] if self.alternate else target[:, left : left + width]
             transpose_bytes(array.view(np.uint8), place)
             left += width
+
+    def cut(self, piece: Piece, limit: int) -> Iterator[Piece]:
+        """Rows of the output, which are columns of every input."""
+        total = sum(self.widths)
+        for first, last in row_blocks(piece.nbytes // total, total, _LINE_BYTES, limit):
+            inputs = tuple(
+                columns(part.tensor, part.start + first, part.start + last) for part in piece.inputs
+            )
+            yield Piece(inputs, (last - first) * total, self)
 
 
 def float_parts(stack: ExpertStack, role: str, expert: int) -> list[FloatWeight]:
@@ -84,8 +97,7 @@ def transposed_tensor(stack: ExpertStack, name: str, roles: tuple[str, ...]) -> 
         # A source that has it as `[K, N]` already is one matrix: experts fused in one tensor.
         verbatim = members[0].transposed
         make = None if verbatim else SideBySide(widths, stack.interleaved and len(roles) == 2)
-        # Rows of the output are columns of the source, and are cut in multiples of a 64-byte line of it.
-        for start, stop in row_blocks(members[0].K, sum(widths), 64):
+        for start, stop in row_blocks(members[0].K, sum(widths), _LINE_BYTES):
             inputs = tuple(weight.code_columns(start, stop) for weight in members)
             pieces.append(Piece(inputs, (stop - start) * sum(widths), make))
     shape = (stack.experts, members[0].K, sum(widths))

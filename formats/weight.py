@@ -15,14 +15,17 @@ import numpy as np
 
 from xpuquant.formats.checkpoint import Slice
 from xpuquant.formats.decoded import Decoded, even_groups
-from xpuquant.formats.nibbles import NIBBLE_ONES, NIBBLES_PER_WORD, permute_nibbles
+from xpuquant.formats.nibbles import NIBBLE_ONES, NIBBLES_PER_WORD
 from xpuquant.formats.safetensors import Tensor
 
 Array = np.ndarray[Any, Any]
 
-PIECE_BYTES = 16 << 20
-"""Output bytes made at once. Bounds the memory of a conversion (a few pieces per worker); large enough that
-the strided reads of a `[K/8, N]` source are kilobytes long."""
+PIECE_BYTES = 32 << 20
+"""Output bytes whose inputs are read at once. Bounds the memory of a conversion (a piece or two per worker); large
+enough that most matrices of a `[K/8, N]` source are read in one run, and the columns of others in runs of kilobytes."""
+
+ROWS_MULTIPLE = 32
+"""Rows of a block, but the last of a matrix: 32 zero points of any width are whole words."""
 
 CACHED_CODES = 1 << 18
 """Codes unpacked to bytes at once, where there is no direct path: a few such arrays fit the second-level cache."""
@@ -155,12 +158,14 @@ class IntWeight(Weight):
         order = self.order
         if order is None and not self.widened:
             return
+        from xpuquant.formats._packing import add_by_column, permute_nibbles
+
         lift = self._lift(arrays, order, start, len(out))
         for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
             if order is not None:
                 permute_nibbles(out[first:last], order)
             if lift is not None:
-                out[first:last] += lift[0][first:last, lift[1]]
+                add_by_column(out[first:last], lift[0][first:last], lift[1])
 
     def _lift(
         self, arrays: Sequence[Array], order: Array | None, start: int, rows: int
@@ -173,9 +178,9 @@ class IntWeight(Weight):
             return None
         if self.symmetric:
             shift = NIBBLE_ONES * np.uint32(8 - (1 << (self.bits - 1)))
-            return np.full((rows, 1), shift), np.zeros(1, np.intp)
+            return np.full((rows, 1), shift), np.zeros(self.K // NIBBLES_PER_WORD, np.intp)
         inputs = len(self.code_inputs(start, start + rows))
-        zeros = self.zeros(arrays[inputs:])[:, start : start + rows].T
+        zeros = self.zeros(arrays[inputs:], start, start + rows).T
         columns = column_groups(self) if order is None else column_groups(self)[order]
         return NIBBLE_ONES * (8 - zeros).astype(np.uint32), columns[::NIBBLES_PER_WORD]
 
@@ -192,8 +197,9 @@ class IntWeight(Weight):
         """Slices that `zeros` needs. Only called where asymmetric."""
 
     @abstractmethod
-    def zeros(self, arrays: Sequence[Array]) -> Array:
-        """uint8 `[G, N]`: the true zero points. Only called where asymmetric."""
+    def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
+        """uint8 `[G, stop - start]`: the true zero points of these rows, from the arrays of `zero_inputs`. Only called
+        where asymmetric."""
 
 
 def column_groups(weight: IntWeight) -> Array:

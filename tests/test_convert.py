@@ -319,13 +319,13 @@ class TestInterruption:
     def test_failed_verification_leaves_nothing_loadable(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from xpuquant.formats import gptq
+        from xpuquant.formats import _packing
 
         def corrupt(source: Any, out: Any) -> None:
             out[...] = source.T
             out[0, 0] ^= 1
 
-        monkeypatch.setattr(gptq, "transpose_words", corrupt)
+        monkeypatch.setattr(_packing, "transpose_words", corrupt)
         assert convert(GPTQ, tmp_path / "out") == 1
         error = failure(capsys)
         assert "verification failed: model.layers.0." in error and "code [0, 0]" in error

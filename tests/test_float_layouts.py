@@ -28,10 +28,10 @@ from pico import DOWN, Pico, convert
 from xpuquant.convert.options import Options
 from xpuquant.convert.plan import make_plan
 from xpuquant.errors import DamagedError
+from xpuquant.formats._packing import transpose_bytes
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.registry import layouts
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.transpose import transpose_bytes
 from xpuquant.formats.weight import PIECE_BYTES
 from xpuquant.kernels import Layer
 from xpuquant.kernels.reference import dequantize

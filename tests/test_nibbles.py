@@ -8,14 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pico import AWQ_ORDER, planar_stream, stream
 
+from xpuquant.formats._packing import permute_nibbles, spread_words, transpose_nibbles, transpose_words
 from xpuquant.formats.awq import unpack
 from xpuquant.formats.nibbles import (
     pack_nibbles,
     pack_rows,
-    permute_nibbles,
-    spread_words,
-    transpose_nibbles,
-    transpose_words,
     unpack_nibbles,
     unpack_planar,
     unpack_rows,
