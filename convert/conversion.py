@@ -67,7 +67,7 @@ class Silent:
         pass
 
 
-Executor = Callable[[Plan, Source, Journal, int, dict[str, Finished], Progress], dict[str, Finished]]
+Executor = Callable[[Plan, Source, Journal, int, dict[str, Finished], Progress, bool], dict[str, Finished]]
 """Carries out a plan: `execute` here, `execute_on_ray` on a cluster."""
 
 
@@ -118,12 +118,19 @@ def convert(
         clear_output(out)
         check_disk(out, plan.write_bytes - sum(finished.nbytes for finished in done.values()))
         reporter.phase("convert", plan.write_bytes)
-        shards = executor(plan, source, journal, jobs, done, reporter.advance)
+        shards = executor(
+            plan, source, journal, jobs, done, reporter.advance, verify and _fits_memory(plan.write_bytes)
+        )
         verification = None
         if verify:
             verification = check_staged(plan, source, journal.folder, out.resolve().name, jobs, reporter)
         write_repo(plan, source, journal, shards, verification, command)
     return Result(out, plan, source, shards, verification)
+
+
+def _fits_memory(nbytes: int) -> bool:
+    """Whether a repo can be read again from the page cache: what is larger would be gone from it by then."""
+    return nbytes < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def check_apart(source: Source, out: Path) -> None:

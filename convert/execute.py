@@ -34,13 +34,20 @@ class Staging(Protocol):
 
 
 def execute(
-    plan: Plan, source: Source, staging: Staging, jobs: int, done: dict[str, Finished], progress: Progress
+    plan: Plan,
+    source: Source,
+    staging: Staging,
+    jobs: int,
+    done: dict[str, Finished],
+    progress: Progress,
+    read_again: bool = True,
 ) -> dict[str, Finished]:
     """Write every shard of the plan that is not done into the staging folder.
 
     Args:
         jobs: threads at work.
         done: finished shards of an earlier run; counted as progress at once.
+        read_again: whether the shards are read again at once, by a verification or an upload.
 
     Returns:
         Shard name → sha256 and size, of all shards.
@@ -59,7 +66,8 @@ def execute(
 
         def write(shard: Shard) -> tuple[str, Finished]:
             with workers.slot():
-                result = ShardWriter(shard, source, staging.folder / shard.name, workers, progress).run()
+                path = staging.folder / shard.name
+                result = ShardWriter(shard, source, path, workers, progress, read_again).run()
             source.check_unchanged()
             staging.finish(shard.name, result)
             return shard.name, result

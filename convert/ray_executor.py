@@ -78,11 +78,13 @@ def execute_on_ray(
     jobs: int,
     done: dict[str, Finished],
     progress: Progress,
+    read_again: bool = True,
     *,
     address: str,
 ) -> dict[str, Finished]:
     """Like `execute.execute`, on the Ray cluster at `address` (`auto`, `ray://host:port`, `host:port`), or one
-    started here (`local`).
+    started here (`local`). Workers write through the page cache, whatever `read_again` says: shared storage has its own
+    ideas of O_DIRECT.
 
     Raises:
         EnvironmentFault: Ray is not installed, not reachable, or lost too many workers.

@@ -1,33 +1,31 @@
 """One shard of the output: made, hashed and written by the thread that owns it, others making ahead if there are any.
 
-What flows: the owner takes the shard's tasks in file order. Each is read and made in memory that stays in the cache,
-goes into the shard's sha256 and to its place in the pre-sized file. That is all one thread does, for sha256 knows no
-other order and the system lets one writer at a time into a file; more threads write more shards. Where fewer shards are
-left than there are jobs, idle threads make tasks ahead. Who blocks whom: the owner waits only for the next task; a
-thread that makes ahead waits for nobody. The number of tasks ahead bounds the memory.
-
-The kernel is told to begin writing the pages out as they come, so that the flush before publishing finds little left.
+What flows: the owner takes the shard's tasks in file order. Each is read, and made part by part in memory that stays in
+the cache; each part goes into the shard's sha256 and into its file. That is all one thread does, for sha256 knows no
+other order; more threads write more shards. Where fewer shards are left than there are jobs, idle threads make tasks
+ahead. Who blocks whom: the owner waits only for the next task, and for the disk; a thread that makes ahead waits for
+nobody. The number of tasks ahead bounds the memory.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from xpuquant.convert.journal import Finished
 from xpuquant.convert.plan import Shard
+from xpuquant.convert.shard_file import create
 from xpuquant.convert.source import Source
-from xpuquant.convert.tasks import Task, tasks
+from xpuquant.convert.tasks import TASK_BYTES, Task, tasks
 from xpuquant.errors import EnvironmentFault
 from xpuquant.formats.checkpoint import Array, as_array
 from xpuquant.formats.layout import Piece
@@ -35,17 +33,16 @@ from xpuquant.formats.layout import Piece
 Progress = Callable[[int], None]
 """Called with each number of output bytes written, from any thread."""
 
-AHEAD = 3
+AHEAD = 4
 """Tasks of a shard that are made ahead at most: sha256 runs at about 2 GB/s, and no layout is made slower than at a
 third of that."""
 
-_WRITE_BYTES = 128 << 10
-"""Handed to the kernel at once. It makes page-cache folios as large as the write; where memory is full of cached files,
-as it is in the middle of a large conversion, it moves pages about to make larger ones. Measured, 4.4 GB: 3.1 s; with
-1 MiB 5.4 s."""
+_BATCH = 2
+"""Tasks that one thread makes ahead, one after the other: it makes the second while the owner hashes the first."""
 
-_FLUSH_BYTES = 64 << 20
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+
+Made = tuple[Task, Future[Array]]
+"""A task, and its bytes at the beginning of an array, once they are made."""
 
 
 class Stopped(Exception):
@@ -70,27 +67,50 @@ class Workers:
         """For the owner of a shard; waits for a free one."""
         return self._slots
 
-    def submit(self, make: Callable[[], Array]) -> Future[Array] | None:
-        """Make something ahead, if a slot is free."""
+    def make_ahead(self, coming: Iterator[Task], make: Callable[[Task], Array]) -> list[Made]:
+        """Let a thread make the next tasks, if a slot is free; nothing otherwise."""
         if not self._slots.acquire(blocking=False):
-            return None
-        future = self._pool.submit(make)
-        future.add_done_callback(lambda _: self._slots.release())
-        return future
+            return []
+        batch: list[Made] = [(task, Future()) for task in islice(coming, _BATCH)]
+
+        def run() -> None:
+            try:
+                for task, future in batch:
+                    if future.set_running_or_notify_cancel():
+                        _settle(future, partial(make, task))
+            finally:
+                self._slots.release()
+
+        self._pool.submit(run)
+        return batch
+
+
+def _settle(future: Future[Array], make: Callable[[], Array]) -> None:
+    try:
+        future.set_result(make())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 class ShardWriter:
     """Writes one shard; see the module's docstring for the order of things."""
 
     def __init__(
-        self, shard: Shard, source: Source, path: Path, workers: Workers, progress: Progress
+        self,
+        shard: Shard,
+        source: Source,
+        path: Path,
+        workers: Workers,
+        progress: Progress,
+        read_again: bool = True,
     ) -> None:
         self._shard = shard
         self._source = source
         self._path = path
         self._workers = workers
         self._progress = progress
-        self._ahead: deque[tuple[Task, Future[Array]]] = deque()
+        self._read_again = read_again
+        self._ahead: deque[Made] = deque()
         self._spare: deque[Array] = deque()
         self._scratch = threading.local()
 
@@ -103,54 +123,42 @@ class ShardWriter:
         shard = self._shard
         digest = hashlib.sha256(shard.header)
         try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            try:
-                os.ftruncate(fd, shard.nbytes)
-                _write(fd, memoryview(shard.header), 0)
+            with create(self._path, shard.nbytes, self._read_again) as file:
+                file.append(np.frombuffer(shard.header, np.uint8))
                 self._progress(len(shard.header))
-                flushed = 0
-                for task, made in self._made():
+                for made in self._made():
                     digest.update(made.data)
-                    _write(fd, made.data, task.offset)
-                    self._progress(task.nbytes)
-                    if task.offset - flushed >= _FLUSH_BYTES:
-                        _begin_flush(fd, flushed, task.offset - flushed)
-                        flushed = task.offset
-            finally:
-                os.close(fd)
+                    file.append(made)
+                    self._progress(made.size)
         except OSError as error:
             raise EnvironmentFault(f"{self._path}: cannot be written ({error.strerror})") from error
         return Finished(digest.hexdigest(), shard.nbytes)
 
-    def _made(self) -> Iterator[tuple[Task, Array]]:
-        """The tasks in file order, each with its bytes, which are good until the next is asked for."""
+    def _made(self) -> Iterator[Array]:
+        """The shard's bytes after the header, in file order; each array is good until the next is asked for."""
         coming = tasks(self._shard)
-        following = next(coming, None)
         try:
-            while following is not None or self._ahead:
-                while following is not None and len(self._ahead) < AHEAD:
-                    future = self._workers.submit(partial(self._make, following))
-                    if future is None:
+            while True:
+                while len(self._ahead) <= AHEAD - _BATCH:
+                    batch = self._workers.make_ahead(coming, self._make)
+                    self._ahead.extend(batch)
+                    if not batch:
                         break
-                    self._ahead.append((following, future))
-                    following = next(coming, None)
                 if self._ahead:
                     task, future = self._ahead.popleft()
                     made = future.result()
+                    yield made[: task.nbytes]
+                    self._spare.append(made)
+                elif (following := next(coming, None)) is not None:
+                    yield from self._make_in_parts(following)
                 else:
-                    assert following is not None
-                    task, made = following, self._make(following)
-                    following = next(coming, None)
-                yield task, made[: task.nbytes]
-                self._spare.append(made)
+                    return
         finally:
             for _, future in self._ahead:
                 future.cancel()
 
     def _make(self, task: Task) -> Array:
         """A task's bytes, at the beginning of memory that is used again."""
-        if self._workers.stop.is_set():
-            raise Stopped
         try:
             out = self._spare.pop()
         except IndexError:
@@ -159,21 +167,51 @@ class ShardWriter:
             out = np.empty(task.nbytes, np.uint8)
         position = 0
         for piece in task.pieces:
-            part = out[position : position + piece.nbytes]
-            if piece.make is None:
-                self._source.read_into(piece.inputs[0], part)
-            else:
-                piece.make(self._read(piece), part)
-            position += piece.nbytes
+            for part, arrays in self._parts(piece):
+                self._fill(part, arrays, out[position : position + part.nbytes])
+                position += part.nbytes
         return out
+
+    def _make_in_parts(self, task: Task) -> Iterator[Array]:
+        """The same bytes, part after part of a long piece in the same memory, which stays in the cache."""
+        if len(task.pieces) > 1:
+            out = self._make(task)
+            yield out[: task.nbytes]
+            self._spare.append(out)
+            return
+        for part, arrays in self._parts(task.pieces[0]):
+            out = self._memory("out", part.nbytes)
+            self._fill(part, arrays, out)
+            yield out
+
+    def _parts(self, piece: Piece) -> Iterator[tuple[Piece, Sequence[Array]]]:
+        """A piece in parts that stay in the cache, with their inputs, which are read at one go."""
+        arrays = self._read(piece) if piece.make is not None else ()
+        for part in piece.cut(TASK_BYTES):
+            if self._workers.stop.is_set():
+                raise Stopped
+            whole = part is piece
+            yield (
+                part,
+                arrays
+                if whole
+                else [
+                    inner.inside(outer, array)
+                    for inner, outer, array in zip(part.inputs, piece.inputs, arrays, strict=True)
+                ],
+            )
+
+    def _fill(self, piece: Piece, arrays: Sequence[Array], out: Array) -> None:
+        if piece.make is None:
+            self._source.read_into(piece.inputs[0], out)
+        else:
+            piece.make(arrays, out)
 
     def _read(self, piece: Piece) -> Sequence[Array]:
         """A piece's inputs as arrays, in memory that the calling thread uses again from piece to piece."""
         # Each input starts on a 64-byte boundary, so that wide loads are aligned.
         sizes = [-(-part.nbytes // 64) * 64 for part in piece.inputs]
-        memory: Array | None = getattr(self._scratch, "memory", None)
-        if memory is None or memory.size < sum(sizes):
-            memory = self._scratch.memory = np.empty(sum(sizes), np.uint8)
+        memory = self._memory("inputs", sum(sizes))
         arrays: list[Array] = []
         position = 0
         for part, size in zip(piece.inputs, sizes, strict=True):
@@ -183,24 +221,10 @@ class ShardWriter:
             position += size
         return arrays
 
-
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data[:_WRITE_BYTES], offset)
-        data = data[written:]
-        offset += written
-
-
-@cache
-def _sync_file_range() -> Callable[..., int] | None:
-    """Linux's call, or None where there is none."""
-    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return function
-
-
-def _begin_flush(fd: int, offset: int, nbytes: int) -> None:
-    """Let the system begin to write these bytes out. A hint: errors show at the flush that waits."""
-    if (function := _sync_file_range()) is not None:
-        function(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+    def _memory(self, use: str, nbytes: int) -> Array:
+        """Memory of the calling thread for one use, the same each time."""
+        memory: Array | None = getattr(self._scratch, use, None)
+        if memory is None or memory.size < nbytes:
+            memory = np.empty(nbytes, np.uint8)
+            setattr(self._scratch, use, memory)
+        return memory[:nbytes]

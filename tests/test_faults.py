@@ -39,8 +39,12 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+OPTIONS: list[str] = []
+"""Of every conversion of a test; see `TestEveryOperation.through_or_past_the_page_cache`."""
+
+
 def arguments(source: Path, out: Path) -> list[str]:
-    return ["convert", str(source), str(out), "--jobs", "1", "--max-shard-size", "60kB", "--json"]
+    return ["convert", str(source), str(out), "--jobs", "1", "--max-shard-size", "60kB", "--json", *OPTIONS]
 
 
 def complete(folder: Path) -> dict[str, str]:
@@ -92,6 +96,13 @@ def operations(source: Path, room: Path) -> int:
 
 
 class TestEveryOperation:
+    @pytest.fixture(autouse=True, params=[[], ["--no-verify"]], ids=["cached", "direct"])
+    def through_or_past_the_page_cache(
+        self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is not read again is written in another way."""
+        monkeypatch.setattr(sys.modules[__name__], "OPTIONS", request.param)
+
     @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT], ids=errno.errorcode.get)
     def test_failing_once(self, error: int, source: Path, expected: dict[str, str], room: Path) -> None:
         """Every operation that changes the disk fails once, each in a run of its own."""

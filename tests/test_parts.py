@@ -165,7 +165,7 @@ class TestRay:
         doomed = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
         killed = threading.Event()
 
-        def executor(plan, opened, journal, jobs, done, progress):  # type: ignore[no-untyped-def]
+        def executor(plan, opened, journal, jobs, done, progress, read_again):  # type: ignore[no-untyped-def]
             def count(nbytes: int) -> None:
                 if not killed.is_set():
                     killed.set()
