@@ -14,9 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from xpuquant.convert.ahead import Stopped, Workers
 from xpuquant.convert.journal import Finished
 from xpuquant.convert.plan import Plan, Shard
-from xpuquant.convert.shard_writer import Progress, ShardWriter, Stopped, Workers
+from xpuquant.convert.shard_writer import Progress, ShardWriter
 from xpuquant.convert.source import Source
 
 

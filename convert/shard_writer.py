@@ -3,8 +3,7 @@
 What flows: the owner takes the shard's tasks in file order. Each is read, and made part by part in memory that stays in
 the cache; each part goes into the shard's sha256 and into its file. That is all one thread does, for sha256 knows no
 other order; more threads write more shards. Where fewer shards are left than there are jobs, idle threads make tasks
-ahead. Who blocks whom: the owner waits only for the next task, and for the disk; a thread that makes ahead waits for
-nobody. The number of tasks ahead bounds the memory.
+ahead (`ahead.py`), and the owner waits only for them, and for the disk.
 """
 
 from __future__ import annotations
@@ -13,14 +12,12 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from xpuquant.convert.ahead import AHEAD, BATCH, Ahead, Stopped, Workers
 from xpuquant.convert.journal import Finished
 from xpuquant.convert.plan import Shard
 from xpuquant.convert.shard_file import create
@@ -32,64 +29,6 @@ from xpuquant.formats.layout import Piece
 
 Progress = Callable[[int], None]
 """Called with each number of output bytes written, from any thread."""
-
-AHEAD = 4
-"""Tasks of a shard that are made ahead at most: sha256 runs at about 2 GB/s, and no layout is made slower than at a
-third of that."""
-
-_BATCH = 2
-"""Tasks that one thread makes ahead, one after the other: it makes the second while the owner hashes the first."""
-
-
-Made = tuple[Task, Future[Array]]
-"""A task, and its bytes at the beginning of an array, once they are made."""
-
-
-class Stopped(Exception):
-    """A worker gave up because another had failed; never the error that is reported."""
-
-
-class Workers:
-    """As many threads at work as there are jobs: the owner of a shard holds a slot, and so does a task made ahead."""
-
-    def __init__(self, jobs: int) -> None:
-        self._slots = threading.Semaphore(jobs)
-        self._pool = ThreadPoolExecutor(jobs, "ahead")
-        self.stop = threading.Event()
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown()
-
-    def slot(self) -> AbstractContextManager[object]:
-        """For the owner of a shard; waits for a free one."""
-        return self._slots
-
-    def make_ahead(self, coming: Iterator[Task], make: Callable[[Task], Array]) -> list[Made]:
-        """Let a thread make the next tasks, if a slot is free; nothing otherwise."""
-        if not self._slots.acquire(blocking=False):
-            return []
-        batch: list[Made] = [(task, Future()) for task in islice(coming, _BATCH)]
-
-        def run() -> None:
-            try:
-                for task, future in batch:
-                    if future.set_running_or_notify_cancel():
-                        _settle(future, partial(make, task))
-            finally:
-                self._slots.release()
-
-        self._pool.submit(run)
-        return batch
-
-
-def _settle(future: Future[Array], make: Callable[[], Array]) -> None:
-    try:
-        future.set_result(make())
-    except BaseException as error:
-        future.set_exception(error)
 
 
 class ShardWriter:
@@ -110,8 +49,8 @@ class ShardWriter:
         self._workers = workers
         self._progress = progress
         self._read_again = read_again
-        self._ahead: deque[Made] = deque()
-        self._spare: deque[Array] = deque()
+        self._ahead: deque[Ahead] = deque()
+        self._taken: deque[Array] = deque()
         self._scratch = threading.local()
 
     def run(self) -> Finished:
@@ -139,67 +78,50 @@ class ShardWriter:
         coming = tasks(self._shard)
         try:
             while True:
-                while len(self._ahead) <= AHEAD - _BATCH:
-                    batch = self._workers.make_ahead(coming, self._make)
+                while len(self._ahead) <= AHEAD - BATCH:
+                    batch = self._workers.make_ahead(coming, partial(self._make, self._memory_taken_before))
                     self._ahead.extend(batch)
                     if not batch:
                         break
                 if self._ahead:
-                    task, future = self._ahead.popleft()
-                    made = future.result()
-                    yield made[: task.nbytes]
-                    self._spare.append(made)
+                    for made in self._ahead[0].take():
+                        yield made
+                        self._taken.append(made)
+                    self._ahead.popleft()
                 elif (following := next(coming, None)) is not None:
-                    yield from self._make_in_parts(following)
+                    yield from self._make(partial(self._memory, "out"), following)
                 else:
                     return
         finally:
-            for _, future in self._ahead:
-                future.cancel()
+            for ahead in self._ahead:
+                ahead.stop()
 
-    def _make(self, task: Task) -> Array:
-        """A task's bytes, at the beginning of memory that is used again."""
-        try:
-            out = self._spare.pop()
-        except IndexError:
-            out = np.empty(0, np.uint8)
-        if out.size < task.nbytes:
-            out = np.empty(task.nbytes, np.uint8)
-        position = 0
-        for piece in task.pieces:
-            for part, arrays in self._parts(piece):
-                self._fill(part, arrays, out[position : position + part.nbytes])
-                position += part.nbytes
-        return out
-
-    def _make_in_parts(self, task: Task) -> Iterator[Array]:
-        """The same bytes, part after part of a long piece in the same memory, which stays in the cache."""
+    def _make(self, memory: Callable[[int], Array], task: Task) -> Iterator[Array]:
+        """A task's bytes: short pieces together, a long one part after part, in memory that stays in the cache."""
         if len(task.pieces) > 1:
-            out = self._make(task)
-            yield out[: task.nbytes]
-            self._spare.append(out)
+            out = memory(task.nbytes)
+            position = 0
+            for piece in task.pieces:
+                self._fill(piece, self._read(piece), out[position : position + piece.nbytes])
+                position += piece.nbytes
+            yield out
             return
         for part, arrays in self._parts(task.pieces[0]):
-            out = self._memory("out", part.nbytes)
+            out = memory(part.nbytes)
             self._fill(part, arrays, out)
             yield out
 
     def _parts(self, piece: Piece) -> Iterator[tuple[Piece, Sequence[Array]]]:
         """A piece in parts that stay in the cache, with their inputs, which are read at one go."""
-        arrays = self._read(piece) if piece.make is not None else ()
+        arrays = self._read(piece)
         for part in piece.cut(TASK_BYTES):
             if self._workers.stop.is_set():
                 raise Stopped
-            whole = part is piece
-            yield (
-                part,
-                arrays
-                if whole
-                else [
-                    inner.inside(outer, array)
-                    for inner, outer, array in zip(part.inputs, piece.inputs, arrays, strict=True)
-                ],
-            )
+            if part is piece:
+                yield piece, arrays
+            else:
+                both = zip(part.inputs, piece.inputs, arrays, strict=True)
+                yield part, [inner.inside(outer, array) for inner, outer, array in both]
 
     def _fill(self, piece: Piece, arrays: Sequence[Array], out: Array) -> None:
         if piece.make is None:
@@ -208,7 +130,10 @@ class ShardWriter:
             piece.make(arrays, out)
 
     def _read(self, piece: Piece) -> Sequence[Array]:
-        """A piece's inputs as arrays, in memory that the calling thread uses again from piece to piece."""
+        """A piece's inputs as arrays, in memory that the calling thread uses again from piece to piece; none for a
+        copy, which is read into its place."""
+        if piece.make is None:
+            return ()
         # Each input starts on a 64-byte boundary, so that wide loads are aligned.
         sizes = [-(-part.nbytes // 64) * 64 for part in piece.inputs]
         memory = self._memory("inputs", sum(sizes))
@@ -227,4 +152,14 @@ class ShardWriter:
         if memory is None or memory.size < nbytes:
             memory = np.empty(nbytes, np.uint8)
             setattr(self._scratch, use, memory)
+        return memory[:nbytes]
+
+    def _memory_taken_before(self, nbytes: int) -> Array:
+        """Memory of a part made ahead that has been hashed and written."""
+        try:
+            memory: Array | None = self._taken.pop().base
+        except IndexError:
+            memory = None
+        if memory is None or memory.size < nbytes:
+            memory = np.empty(max(nbytes, TASK_BYTES), np.uint8)
         return memory[:nbytes]

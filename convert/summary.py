@@ -9,7 +9,6 @@ from xpuquant.convert.conversion import Result
 from xpuquant.convert.output import Answer, Grid, size
 from xpuquant.convert.plan import Plan, PlannedModule, kind_of
 from xpuquant.convert.report import as_data, in_one_line
-from xpuquant.convert.shard_writer import AHEAD
 from xpuquant.convert.source import Source
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weight import PIECE_BYTES
@@ -28,6 +27,9 @@ _KERNELS = {
     "ct_mxfp4": "fp4_gemm",
     "ct_mxfp8": "fp8_gemm (mx)",
 }
+
+_ON_THE_WAY_BYTES = 16 << 20
+"""Per worker: parts made ahead, blocks before the disk."""
 
 
 def converted(result: Result) -> Answer:
@@ -69,7 +71,7 @@ def planned(plan: Plan, source: Source, jobs: int) -> Answer:
         ("file", "tensors", "size"),
         [(shard.name, str(len(shard.tensors)), size(shard.nbytes)) for shard in plan.shards],
     )
-    memory = (jobs + AHEAD) * PIECE_BYTES
+    memory = jobs * (PIECE_BYTES + _ON_THE_WAY_BYTES)
     facts = Grid(
         "",
         ("", ""),

@@ -64,19 +64,16 @@ class GptqWeight(IntWeight):
         super().words([packed, *arrays[1:]], out, start)
 
     def code_words(self, arrays: Sequence[Array], out: Array) -> None:
-        from xpuquant.formats._packing import spread_words, transpose_words
+        from xpuquant.formats._packing import transpose_words, widen_words
 
         # Rows past K are padding (AutoRound, model-free).
         packed = arrays[0].view(np.uint32)[: self.K * self.bits // 32]
         if self.bits == 4:
             transpose_words(packed, out)
-            return
-        for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
-            if self.bits == 2 or (self.bits == 3 and not self.planar):
-                spread = np.empty((out.shape[1], last - first), np.uint32)
-                spread_words(packed[:, first:last], self.bits, spread)
-                transpose_words(spread, out[first:last])
-            else:
+        elif self.bits == 2 or (self.bits == 3 and not self.planar):
+            widen_words(packed, self.bits, out)
+        else:
+            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
                 out[first:last] = pack_nibbles(self._codes(packed[:, first:last]))
 
     def scale_inputs(self) -> tuple[Slice, ...]:

@@ -161,11 +161,10 @@ class IntWeight(Weight):
         from xpuquant.formats._packing import add_by_column, permute_nibbles
 
         lift = self._lift(arrays, order, start, len(out))
-        for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
-            if order is not None:
-                permute_nibbles(out[first:last], order)
-            if lift is not None:
-                add_by_column(out[first:last], lift[0][first:last], lift[1])
+        if order is not None:
+            permute_nibbles(out, order)
+        if lift is not None:
+            add_by_column(out, *lift)
 
     def _lift(
         self, arrays: Sequence[Array], order: Array | None, start: int, rows: int

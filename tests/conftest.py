@@ -1,6 +1,12 @@
-"""For every test: one BLAS thread. Workers run side by side, and threads below them only spin."""
+"""For every test: one BLAS thread (workers run side by side, and threads below them only spin), and no deadline for an
+example of hypothesis (the first call of a compiled loop compiles it)."""
 
 import os
 
+from hypothesis import settings
+
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+
+settings.register_profile("compiled", deadline=None)
+settings.load_profile("compiled")

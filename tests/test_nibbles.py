@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pico import AWQ_ORDER, planar_stream, stream
 
-from xpuquant.formats._packing import permute_nibbles, spread_words, transpose_nibbles, transpose_words
+from xpuquant.formats import nibbles
+from xpuquant.formats._packing import (
+    permute_nibbles,
+    spread_words,
+    transpose_nibbles,
+    transpose_words,
+    widen_words,
+)
 from xpuquant.formats.awq import unpack
 from xpuquant.formats.nibbles import (
     pack_nibbles,
@@ -123,12 +130,17 @@ def test_spreading_by_eye():
     assert [hex(word) for word in out[:, 0]] == ["0x123", "0x32103210", "0x0", "0x0"]
 
 
-@given(st.sampled_from([2, 3]), st.integers(1, 4), st.integers(1, 9), st.integers(0, 9))
+@given(st.sampled_from([2, 3]), st.integers(1, 9), st.integers(1, 40), st.integers(0, 9))
 def test_spreading_keeps_every_code(bits, blocks, columns, seed):
     codes = random_codes(bits, (columns, 32 * blocks), seed)
     packed = np.array([stream(list(row), bits) for row in codes], np.uint32)
     out = np.empty((columns, 4 * blocks), np.uint32)
     spread_words(packed.T, bits, out.T)
+    assert np.array_equal(unpack_nibbles(out.view(np.uint8)), codes)
+    wider = np.zeros((packed.shape[1], columns + 3), np.uint32)
+    wider[:, 2 : 2 + columns] = packed.T
+    out[:] = 0
+    widen_words(wider[:, 2 : 2 + columns], bits, out)
     assert np.array_equal(unpack_nibbles(out.view(np.uint8)), codes)
 
 
@@ -138,6 +150,18 @@ def test_streams_of_every_width_and_length(bits, count, n, seed):
     packed = pack_rows(codes, bits)
     assert packed.tolist() == [stream(list(row), bits) for row in codes]
     assert np.array_equal(unpack_rows(packed, bits, count), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_compiled_loop_unpacks_what_numpy_does(bits):
+    """Long streams take another way than short ones."""
+    codes = random_codes(bits, (256, 1024))
+    packed = pack_rows(codes, bits)
+    assert packed.size >= nibbles._COMPILED_WORDS > packed[:1].size
+    assert np.array_equal(unpack_rows(packed, bits, 1024), codes)
+    assert np.array_equal(
+        np.concatenate([unpack_rows(packed[i : i + 1], bits, 1024) for i in range(256)]), codes
+    )
 
 
 def test_permuting_nibbles():
