@@ -15,8 +15,8 @@ which other programs disturb less than the seconds.
 There is no GPU in it: stock vLLM's XPU classes run on CPU tensors, told that the platform is XPU. On either side
 layers that are not quantized are left alone, as on XPU; vLLM's CPU backend would pack them. Memory is the
 process's own (RssAnon, sampled every 2 ms, counted from before the model is built): mapped files are not counted
-on either side. vLLM's two garbage collections per load, which cost the same on both sides and depend on the
-process rather than the model, are left out.
+on either side. A byte of every page of the parameters is read before the clock stops. vLLM's two garbage
+collections per load, which cost the same on both sides and depend on the process rather than the model, are left out.
 """
 
 from __future__ import annotations
@@ -185,6 +185,16 @@ def first_forward(model: Any, stock: bool) -> None:
         )  # fmt: skip
 
 
+def touch(model: Any) -> None:
+    """Read a byte of every page of the parameters, as a forward would: some may only be mapped so far."""
+    import torch
+
+    for param in model.parameters():
+        held = param.data.untyped_storage()
+        begin = param.data.storage_offset() * param.itemsize
+        torch.tensor([], dtype=torch.uint8).set_(held)[begin : begin + param.nbytes : 4096].sum()
+
+
 def anonymous() -> int:
     """Bytes of memory that is the process's own, not a mapped file's."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -228,6 +238,7 @@ def measure(folder: Path, wheel: Path, stock: bool) -> dict[str, float]:
     DefaultModelLoader.load_weights = opening
     model = load(folder, before=before)
     first_forward(model, stock)
+    touch(model)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     done.set()
     watcher.join()
@@ -312,8 +323,8 @@ def bench(root: Path, layers: int, repeat: int) -> bool:
                 faster >= FASTER,
             ),
             (
-                f"{title}: the peak is the parameters plus {over / 1e6:.0f} MB; goal: plus the largest tensor, "
-                f"{ours['largest'] / 1e6:.0f} MB",
+                f"{title}: the peak is {ours['peak'] / 1e6:.0f} MB; goal: the parameters and the largest tensor, "
+                f"{(ours['parameters'] + ours['largest']) / 1e6:.0f} MB",
                 over <= ours["largest"],
             ),
         ]

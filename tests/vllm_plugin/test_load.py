@@ -62,6 +62,33 @@ def test_no_linear_moves(scheme: str, tmp_path: Path, load: Any, moved: list[str
     assert [name for name in moved if not name.endswith(small)] == []
 
 
+def mapped(path: Path) -> list[range]:
+    """Where a file lies in this process's memory."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    found = [line[0].split("-") for line in lines if line[5:] == [str(path.resolve())]]
+    return [range(int(begin, 16), int(end, 16)) for begin, end in found]
+
+
+def test_whole_tensors_stay_in_the_files_pages(tmp_path: Path, load: Any) -> None:
+    """On the CPU: stacks of experts and linears that are not fused; what is fused or cast is copied."""
+    pair = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS["int4"])
+    model = load(pair.converted)
+    pages = mapped(pair.converted / "model.safetensors")
+    held = {name: any(param.data_ptr() in part for part in pages) for name, param in model.named_parameters()}
+    layer = "model.layers.1"
+    assert held[f"{layer}.mlp.experts.routed_experts.gate_up_proj"]
+    assert held[f"{layer}.self_attn.o_proj.qweight"]
+    assert not held[f"{layer}.self_attn.qkv_proj.qweight"]
+    stored = load_file(pair.converted / "model.safetensors")
+    weight = model.get_parameter(f"{layer}.self_attn.o_proj.qweight")
+    assert torch.equal(weight, stored[f"{layer}.self_attn.o_proj.qweight"])
+    weight.data.zero_()  # a private mapping: the file keeps its bytes
+    assert torch.equal(
+        load_file(pair.converted / "model.safetensors")[f"{layer}.self_attn.o_proj.qweight"],
+        stored[f"{layer}.self_attn.o_proj.qweight"],
+    )
+
+
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_no_expert_moves(experts: str, tmp_path: Path, load: Any, moved: list[str]) -> None:
     pair = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS[experts])
