@@ -1,7 +1,7 @@
 """How a loop is compiled: by numba, without the interpreter's lock, kept for the next process.
 
 The machine code is kept beside the module, or in the user's cache folder where that cannot be written; the first
-conversion on a machine takes some seconds longer. Importing numba costs 0.15 s: modules that do are imported where
+conversion on a machine takes a second longer. Importing numba costs 0.15 s: modules that do are imported where
 something is about to be computed, never for a look at headers.
 """
 

@@ -64,7 +64,7 @@ class Table:
     """The result: lines are printed as they come, and kept."""
 
     _HEAD = ("what", "figure", "goal", "", "")
-    _WIDTHS = (53, 17, 7, 6, 0)
+    _WIDTHS = (53, 18, 7, 6, 0)
 
     def __init__(self, folder: Path, rounds: int) -> None:
         self.lines: list[Line] = []
