@@ -35,8 +35,7 @@ from xpuquant.convert.plan import Plan, make_plan
 from xpuquant.convert.provenance import provenance
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.report import write_reports
-from xpuquant.convert.shard_writer import Progress
-from xpuquant.convert.source import Source
+from xpuquant.convert.source import Progress, Source
 from xpuquant.convert.verdict import Verdict
 from xpuquant.convert.verify import verify_staged
 from xpuquant.errors import EnvironmentFault, UsageError, VerificationError, one_line

@@ -23,7 +23,7 @@ from xpuquant.convert.panels import Panels
 from xpuquant.convert.plan import Plan, PlannedModule
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import Counter
-from xpuquant.convert.source import Source, read_slice
+from xpuquant.convert.source import Progress, Source, read_slice
 from xpuquant.convert.verdict import CONTRADICTIONS, Checked, Health, contradiction
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_bytes, whole
@@ -39,7 +39,6 @@ BLOCK_CODES = 2 << 20
 """Codes decoded at once: a matrix of a small expert in one go, for every block costs the same few hundred microseconds
 beside its bytes; both sides and their temporaries still stay in the third-level cache."""
 
-Progress = Callable[[int], None]
 Result = TypeVar("Result")
 
 

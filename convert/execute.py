@@ -17,8 +17,8 @@ from typing import Protocol
 from xpuquant.convert.ahead import Stopped, Workers
 from xpuquant.convert.journal import Finished
 from xpuquant.convert.plan import Plan, Shard
-from xpuquant.convert.shard_writer import Progress, ShardWriter
-from xpuquant.convert.source import Source
+from xpuquant.convert.shard_writer import ShardWriter
+from xpuquant.convert.source import Progress, Source
 
 
 class Staging(Protocol):

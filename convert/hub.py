@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from xpuquant.convert.files import (
 )
 from xpuquant.convert.hub_api import connect, is_offline, retried
 from xpuquant.convert.hub_ranges import Ranges
-from xpuquant.convert.source import LocalSource, check_index, merge_header
+from xpuquant.convert.source import LocalSource, Progress, check_index, merge_header
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, one_line
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array, whole
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
@@ -47,8 +47,6 @@ _HEADER_GUESS_BYTES = 1 << 16
 
 _HEADERS_AT_ONCE = 8
 _DOWNLOADS_AT_ONCE = 3
-
-Progress = Callable[[int], None]
 
 
 def is_repo_id(name: str) -> bool:

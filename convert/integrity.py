@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from xpuquant.convert.exactness import Progress, run_all
+from xpuquant.convert.exactness import run_all
 from xpuquant.convert.files import list_files, parse_json
 from xpuquant.convert.journal import PROVENANCE, STAGING
 from xpuquant.convert.repo import Repo, open_repo
+from xpuquant.convert.source import Progress
 from xpuquant.convert.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
 from xpuquant.formats.reader import guarded

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from xpuquant.convert.files import list_files, read_json
 from xpuquant.convert.hub_api import WAITS, connect, explain, is_transient, status_of
 from xpuquant.convert.hub_repo import MAIN, Blob, Target
 from xpuquant.convert.journal import PROVENANCE, STAGING, Finished
+from xpuquant.convert.source import Progress
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, VerificationError, XpuquantError
 
 CARD = "README.md"
@@ -43,7 +44,6 @@ _STALE = re.compile(r"(.*-\d+-of-\d+|model)\.safetensors|model\.safetensors\.ind
 _CONFLICT = 412
 _HASH_BYTES = 4 << 20
 
-Progress = Callable[[int], None]
 """Called with bytes that are on the Hub: the size of every file, once."""
 
 

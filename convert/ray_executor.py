@@ -26,8 +26,7 @@ from xpuquant.convert.execute import execute
 from xpuquant.convert.journal import Finished, Journal, sync
 from xpuquant.convert.options import Options
 from xpuquant.convert.plan import Plan, make_plan
-from xpuquant.convert.shard_writer import Progress
-from xpuquant.convert.source import LocalSource, Source, open_source
+from xpuquant.convert.source import LocalSource, Progress, Source, open_source
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 LOCAL = "local"

@@ -15,7 +15,6 @@ from typing import Any
 from xpuquant.convert.digests import MatrixDigest, module_digest, recorded
 from xpuquant.convert.exactness import (
     BLOCK_CODES,
-    Progress,
     byte_blocks,
     find_matrix,
     in_rows,
@@ -26,6 +25,7 @@ from xpuquant.convert.exactness import (
 from xpuquant.convert.panels import Panels
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import Counter
+from xpuquant.convert.source import Progress
 from xpuquant.convert.verdict import CONTRADICTIONS, Checked, Health, contradiction
 from xpuquant.formats.layout import Stored
 from xpuquant.formats.safetensors import Tensor

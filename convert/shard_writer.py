@@ -21,14 +21,11 @@ from xpuquant.convert.ahead import AHEAD, BATCH, Ahead, Stopped, Workers
 from xpuquant.convert.journal import Finished
 from xpuquant.convert.plan import Shard
 from xpuquant.convert.shard_file import create
-from xpuquant.convert.source import Source
+from xpuquant.convert.source import Progress, Source
 from xpuquant.convert.tasks import TASK_BYTES, Task, tasks
 from xpuquant.errors import EnvironmentFault
 from xpuquant.formats.checkpoint import Array, as_array
 from xpuquant.formats.layout import Piece
-
-Progress = Callable[[int], None]
-"""Called with each number of output bytes written, from any thread."""
 
 
 class ShardWriter:

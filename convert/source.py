@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from xpuquant.convert.conversion import Reporter
     from xpuquant.convert.hub import HubSource
     from xpuquant.convert.options import Options
+
+
+Progress = Callable[[int], None]
+"""Called with each number of bytes done, from any thread."""
 
 
 class Source(Protocol):

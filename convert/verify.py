@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from xpuquant.convert.exactness import (
-    Progress,
     check_exact,
     find_matrix,
     matrices_by_role,
@@ -31,7 +30,7 @@ from xpuquant.convert.plan import Plan, make_plan
 from xpuquant.convert.recorded import check_recorded
 from xpuquant.convert.repo import Repo
 from xpuquant.convert.sanity import findings
-from xpuquant.convert.source import Source, read_slice
+from xpuquant.convert.source import Progress, Source, read_slice
 from xpuquant.convert.truth import Rows, Subject
 from xpuquant.convert.verdict import CONTRADICTIONS, REFERENCE, Agreement, Checked, Finding, Health, Verdict
 from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line

@@ -17,9 +17,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def compiled(function: Function) -> Function:
     """The function as machine code for the types it is called with. Division is numpy's: no check for zero."""
-    jit = numba.njit(nogil=True, error_model="numpy", cache=True)
     try:
-        return cast("Function", jit(function))
+        return cast("Function", numba.njit(nogil=True, error_model="numpy", cache=True)(function))
     except RuntimeError:
         # No folder for the cache can be written: each process compiles for itself.
         return cast("Function", numba.njit(nogil=True, error_model="numpy")(function))

@@ -32,11 +32,12 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _stock_xpu import become_stock_xpu
 
 GROUP = 128
 FASTER = 3.0  # goal: how many times; the other goal is a peak of the parameters plus the largest tensor
@@ -109,60 +110,6 @@ def write_source(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(
         json.dumps({**config, "quantization_config": {**quantization, "checkpoint_format": "gptq"}})
     )
-
-
-class AsXpu:
-    """vLLM's platform object, which says that it is an Intel GPU."""
-
-    def __init__(self, real: Any) -> None:
-        self.real = real
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-    def is_xpu(self) -> bool:
-        return True
-
-    def is_cpu(self) -> bool:
-        return False
-
-
-def become_stock_xpu(wheel: Path) -> None:
-    """Make stock vLLM choose and run its XPU repacking on CPU tensors."""
-    import torch
-    import vllm.platforms
-
-    # Everything that is not to be fooled is imported before.
-    from vllm.engine import arg_utils  # noqa: F401
-    from vllm.model_executor.layers.fused_moe.oracle import int_wna16
-    from vllm.model_executor.model_loader import base_loader  # noqa: F401
-
-    real, fake = vllm.platforms.current_platform, AsXpu(vllm.platforms.current_platform)
-    sources = wheel.parent / "kernels"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(sources, [n for n in archive.namelist() if n.endswith(".py")])
-    # The package's own Python, without its compiled parts, which need an XPU build of torch.
-    package = ModuleType("vllm_xpu_kernels")
-    package.__path__ = [str(sources / "vllm_xpu_kernels")]
-    sys.modules["vllm_xpu_kernels"] = package
-    for part in ("_C", "_moe_C", "_xpu_C"):
-        sys.modules[f"vllm_xpu_kernels.{part}"] = ModuleType(part)
-    torch.ops._xpu_C.is_xe2_arch = lambda: True
-    vllm.platforms.current_platform = fake
-    import vllm.model_executor.layers.fused_moe.experts.xpu_moe
-
-    vllm.platforms.current_platform = real
-    from vllm.model_executor.kernels import linear
-    from vllm.model_executor.kernels.linear.mixed_precision import xpu
-    from vllm.model_executor.layers import linear as unquantized
-    from vllm.model_executor.layers import vocab_parallel_embedding
-
-    for module in (int_wna16, unquantized, vocab_parallel_embedding):
-        module.current_platform = fake
-    xpu.current_platform = fake
-    linear._POSSIBLE_KERNELS[real._enum] = [xpu.XPUwNa16LinearKernel]
-    to = torch.Tensor.to
-    torch.Tensor.to = lambda self, *a, **k: self if a == ("xpu",) else to(self, *a, **k)  # type: ignore[method-assign]
 
 
 def first_forward(model: Any, stock: bool) -> None:
