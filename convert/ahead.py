@@ -89,6 +89,9 @@ class Workers:
         if not self._slots.acquire(blocking=False):
             return []
         batch = [(Ahead(), task) for task in islice(coming, BATCH)]
+        if not batch:
+            self._slots.release()
+            return []
 
         def run() -> None:
             try:

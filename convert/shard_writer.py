@@ -112,8 +112,6 @@ class ShardWriter:
         """A piece in parts that stay in the cache, with their inputs, which are read at one go."""
         arrays = self._read(piece)
         for part in piece.cut(TASK_BYTES):
-            if self._workers.stop.is_set():
-                raise Stopped
             if part is piece:
                 yield piece, arrays
             else:
@@ -121,6 +119,8 @@ class ShardWriter:
                 yield part, [inner.inside(outer, array) for inner, outer, array in both]
 
     def _fill(self, piece: Piece, arrays: Sequence[Array], out: Array) -> None:
+        if self._workers.stop.is_set():
+            raise Stopped
         if piece.make is None:
             self._source.read_into(piece.inputs[0], out)
         else:

@@ -29,12 +29,12 @@ from xpuquant.formats.reader import Parts, need
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weight import (
     CACHED_CODES,
-    ROWS_MULTIPLE,
     Array,
     IntWeight,
     Weight,
     column_groups,
     row_blocks,
+    words_of_rows,
 )
 
 
@@ -73,10 +73,10 @@ class ScaledInts(IntWeight):
     def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
         assert self.zero_point is not None
         stored, name = arrays[0], self.zero_point.name
-        if stored.dtype != np.int32 or self.padded or start % ROWS_MULTIPLE:
+        words = words_of_rows(self.bits, start, stop)
+        if stored.dtype != np.int32 or self.padded or words is None:
             return true_zeros(stored, self.bits, self.N, self.padded, name)[:, start:stop]
-        first, last = start // ROWS_MULTIPLE * self.bits, -(-stop // ROWS_MULTIPLE) * self.bits
-        return true_zeros(stored[first:last], self.bits, stop - start, self.padded, name)
+        return true_zeros(stored[words], self.bits, stop - start, self.padded, name)
 
     def decoded(self, codes: Array, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
         """Rows `start:stop` from offset-binary codes `[n, K]` and the arrays of `scale_inputs` and `zero_inputs`."""

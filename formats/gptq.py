@@ -31,12 +31,12 @@ from xpuquant.formats.reader import Parts, need
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weight import (
     CACHED_CODES,
-    ROWS_MULTIPLE,
     Array,
     IntWeight,
     Weight,
     column_groups,
     row_blocks,
+    words_of_rows,
 )
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -87,11 +87,11 @@ class GptqWeight(IntWeight):
         return (whole(self.qzeros),)
 
     def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
-        if self.rows is not None or start % ROWS_MULTIPLE:
+        words = words_of_rows(self.bits, start, stop)
+        if self.rows is not None or words is None:
             zeros = true_zeros(arrays[0], self.bits, self.N, self.plus_one, self.planar)
             return zeros[:, start:stop] if self.rows is None else self._pick(zeros, start, stop)
-        first, last = start // ROWS_MULTIPLE * self.bits, -(-stop // ROWS_MULTIPLE) * self.bits
-        return true_zeros(arrays[0][:, first:last], self.bits, stop - start, self.plus_one, self.planar)
+        return true_zeros(arrays[0][:, words], self.bits, stop - start, self.plus_one, self.planar)
 
     def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
         inputs = (self._columns(self.qweight, start, stop), self._columns(self.scale, start, stop))

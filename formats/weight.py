@@ -40,6 +40,14 @@ def row_blocks(
         yield start, min(start + step, N)
 
 
+def words_of_rows(bits: int, start: int, stop: int) -> slice | None:
+    """The words that hold a value of `bits` bits for each of rows `start:stop`, packed along the rows; None where the
+    first of them lies inside a word."""
+    if start % ROWS_MULTIPLE:
+        return None
+    return slice(start // ROWS_MULTIPLE * bits, -(-stop // ROWS_MULTIPLE) * bits)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weight(ABC):
     """A quantized `[N, K]` matrix of the source.
