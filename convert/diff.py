@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xpuquant.convert.files import index_file, list_files, parse_index, read_json, shard_files
-from xpuquant.convert.output import Answer, Grid, size
-from xpuquant.convert.shards import ShardReader
-from xpuquant.errors import DamagedError, UsageError, one_line
+from xpuquant.conversion.cli.output import Answer, Grid, size
+from xpuquant.conversion.sources.repo_files import index_file, list_files, parse_index, read_json, shard_files
+from xpuquant.conversion.sources.shard_reader import ShardReader
+from xpuquant.errors import DamagedError, UsageError
 from xpuquant.formats.checkpoint import Slice, whole
 from xpuquant.formats.dtypes import BITS
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weight import row_blocks
+from xpuquant.formats.weights.base import row_blocks
 
 _BLOCK_BYTES = 4 << 20
 _SHOWN = 30
@@ -87,15 +87,13 @@ class Tensors:
         elif path.is_file():
             folder, shards = path.parent, (path.name,)
         else:
-            raise UsageError(one_line(f"{path}: no such file or folder"))
+            raise UsageError(f"{path}: no such file or folder")
         self.reader = ShardReader(folder, shards)
         self.tensors: dict[str, Tensor] = {}
         for shard in shards:
             for name, tensor in self.reader.header(shard).items():
                 if name in self.tensors:
-                    raise DamagedError(
-                        one_line(f"{path}: '{name}' is in both {self.tensors[name].file} and {shard}")
-                    )
+                    raise DamagedError(f"{path}: '{name}' is in both {self.tensors[name].file} and {shard}")
                 self.tensors[name] = tensor
 
 
@@ -167,9 +165,7 @@ def answer(difference: Difference) -> Answer:
     for v in d.values:
         gap = "" if v.max_abs is None else f", by {v.max_abs:.3g} at the most"
         rows.append((v.name, f"{v.differ} of {v.elements} values differ, the first at {v.first}{gap}"))
-    what = (
-        "equal, bytes and all" if d.compared_values else "equal in name, dtype and shape (bytes not compared)"
-    )
+    what = "equal, bytes and all" if d.compared_values else "equal in name, dtype and shape (bytes not compared)"
     parts: list[str | Grid] = []
     if rows:
         parts.append(Grid("", ("tensor", "difference"), rows[:_SHOWN]))

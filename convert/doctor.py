@@ -10,14 +10,26 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from xpuquant.convert.output import Answer, Grid
+from xpuquant.conversion.cli.output import Answer, Grid
 from xpuquant.errors import one_line
 from xpuquant.kernels import backends
 
 PACKAGES = (
-    "xpuquant", "numpy", "ml_dtypes", "safetensors", "huggingface_hub", "torch", "onednn", "vllm",
-    "vllm-xpu-kernels", "transformers", "compressed-tensors", "auto-round-lib", "intel-extension-for-pytorch", "ray",
-)  # fmt: skip
+    "xpuquant",
+    "numpy",
+    "ml_dtypes",
+    "safetensors",
+    "huggingface_hub",
+    "torch",
+    "onednn",
+    "vllm",
+    "vllm-xpu-kernels",
+    "transformers",
+    "compressed-tensors",
+    "auto-round-lib",
+    "intel-extension-for-pytorch",
+    "ray",
+)
 
 _DRM = Path("/sys/class/drm")
 _INTEL = "0x8086"
@@ -59,9 +71,7 @@ def examine() -> Diagnosis:
             "torch sees no Intel GPU: install its XPU build, "
             "pip install torch --index-url https://download.pytorch.org/whl/xpu"
         )
-    system = (
-        f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
-    )
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
     return Diagnosis([_backend(name) for name in backends()], versions(), devices, remarks, system)
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from xpuquant.errors import UsageError, one_line
+from xpuquant.errors import UsageError
 from xpuquant.formats.dtypes import FLOATS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -44,7 +44,7 @@ class Options:
     scale_dtype      safetensors label to round scales to; None keeps the source's
     on_unsupported   `refuse`, or `dequantize` to bf16
     max_shard_bytes  upper size of a shard (a single larger tensor gets its own)
-    fold_act_order   store MLP rows in the order down_proj wants, instead of a permutation (`formats/folding.py`)
+    fold_act_order   store MLP rows in the order down_proj wants, instead of a permutation (`weights/fold_act_order.py`)
     """
 
     layout: str = "xpu"
@@ -57,9 +57,7 @@ class Options:
         if self.layout not in LAYOUTS:
             raise UsageError(f"--layout {self.layout}: want one of {', '.join(LAYOUTS)}")
         if self.on_unsupported not in ON_UNSUPPORTED:
-            raise UsageError(
-                f"--on-unsupported {self.on_unsupported}: want one of {', '.join(ON_UNSUPPORTED)}"
-            )
+            raise UsageError(f"--on-unsupported {self.on_unsupported}: want one of {', '.join(ON_UNSUPPORTED)}")
         if self.scale_dtype is not None and self.scale_dtype not in FLOATS:
             raise UsageError(f"--scale-dtype {self.scale_dtype}: want float16, bfloat16 or float32")
         if self.max_shard_bytes < 1:
@@ -75,7 +73,7 @@ def parse_size(text: str) -> int:
     unit = match[2].lower().removesuffix("b") if match else "?"
     size = float(match[1]) * _UNITS[unit] if match is not None and unit in _UNITS else float("inf")
     if size > _LARGEST:
-        raise UsageError(one_line(f"'{text}' is not a size; write 5GB or 512MiB"))
+        raise UsageError(f"'{text}' is not a size; write 5GB or 512MiB")
     return int(size)
 
 

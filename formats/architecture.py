@@ -7,6 +7,7 @@ rather than multiplied.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,28 @@ from xpuquant.formats.checkpoint import Checkpoint
 
 _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings"})
 
-_FROM_HIDDEN = frozenset({
-    "q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj", "gate_up_proj",
-    "w1", "w3", "in_proj_qkv", "in_proj_z", "in_proj_qkvz", "in_proj_a", "in_proj_b", "in_proj_ba", "lm_head",
-})  # fmt: skip
+_FROM_HIDDEN = frozenset(
+    {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "qkv_proj",
+        "q_a_proj",
+        "kv_a_proj_with_mqa",
+        "gate_proj",
+        "up_proj",
+        "gate_up_proj",
+        "w1",
+        "w3",
+        "in_proj_qkv",
+        "in_proj_z",
+        "in_proj_qkvz",
+        "in_proj_a",
+        "in_proj_b",
+        "in_proj_ba",
+        "lm_head",
+    }
+)
 _PRODUCERS = {"down_proj": ("up_proj", "gate_proj"), "w2": ("w3", "w1")}
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -35,10 +54,24 @@ _BIASES: Mapping[str, tuple[str | bool, str | bool]] = {
 
 
 # down(act(gate(x)) * up(x)), act element by element (transformers/models/<model_type>/modeling_*.py, class *MLP).
-_GATED_MLPS = frozenset({
-    "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "olmo2",
-    "granite", "cohere", "deepseek_v2", "deepseek_v3",
-})  # fmt: skip
+_GATED_MLPS = frozenset(
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "olmo2",
+        "granite",
+        "cohere",
+        "deepseek_v2",
+        "deepseek_v3",
+    }
+)
 
 
 def has_plain_gated_mlp(checkpoint: Checkpoint) -> bool:
@@ -101,3 +134,23 @@ def _out_features(checkpoint: Checkpoint, name: str) -> int | None:
 def _int(config: Mapping[str, Any], key: str) -> int | None:
     value = config.get(key)
     return value if isinstance(value, int) and value > 0 else None
+
+
+ROLES = {
+    "gate_proj": "gate",
+    "w1": "gate",
+    "up_proj": "up",
+    "w3": "up",
+    "down_proj": "down",
+    "w2": "down",
+    "gate_up_proj": "gate_up",
+}
+
+# A number as it is written for an expert: `07` is another module than `7`, and would replace it.
+_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<part>" + "|".join(ROLES) + ")")
+
+
+def expert_of(name: str) -> tuple[str, int, str] | None:
+    """(stack, expert, role) of a module name, or None for one that is no expert's."""
+    match = _EXPERT.fullmatch(name)
+    return (match["stack"], int(match["expert"]), ROLES[match["part"]]) if match else None

@@ -1,6 +1,6 @@
 """What a reader may see of a source checkpoint: its config, its headers, and a peek at small tensors.
 
-A reader never opens a file. Whoever made the `Checkpoint` (convert/source.py, a Hub source, a test) decides
+A reader never opens a file. Whoever made the `Checkpoint` (convert/sources/base.py, a Hub source, a test) decides
 where `peek` gets its bytes from, or that it cannot (None).
 """
 
@@ -46,9 +46,7 @@ class Slice:
         per_element = BITS[self.tensor.dtype]
         if self.axis == 0:
             row_bits = per_element * math.prod(self.tensor.shape[1:])
-            return [
-                (self.tensor.begin + self.start * row_bits // 8, (self.stop - self.start) * row_bits // 8)
-            ]
+            return [(self.tensor.begin + self.start * row_bits // 8, (self.stop - self.start) * row_bits // 8)]
         rows, columns = self.tensor.shape
         pitch, length = columns * per_element // 8, (self.stop - self.start) * per_element // 8
         first = self.tensor.begin + self.start * per_element // 8

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from xpuquant.errors import DamagedError, one_line, shown
+from xpuquant.errors import DamagedError, shown
 from xpuquant.formats.dtypes import BITS
 
 MAX_HEADER_BYTES = 100_000_000
@@ -122,9 +122,7 @@ def parse_header(header: bytes, file: str, file_size: int) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def build_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]
-) -> bytes:
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
     """The first bytes of a file (prefix and header), padded so that the data starts 8-byte aligned.
 
     Args:
@@ -176,9 +174,7 @@ def _load_json(header: bytes, file: str) -> dict[str, Any]:
     if containers > MAX_CONTAINERS or header.count(b",") > 2 * MAX_CONTAINERS:
         _damaged(file, f"has a header of {containers} objects and lists; about 10^6 tensors are possible")
     try:
-        entries = json.loads(
-            header.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant
-        )
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except (RecursionError, ValueError) as error:
         _damaged(file, f"has a header that is not JSON ({type(error).__name__}: {error})")
     if not isinstance(entries, dict):
@@ -221,4 +217,4 @@ def _are_counts(values: Sequence[Any]) -> bool:
 
 
 def _damaged(file: str, what: str) -> NoReturn:
-    raise DamagedError(one_line(f"{file}: {what}"))
+    raise DamagedError(f"{file}: {what}")

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from xpuquant.errors import DamagedError, one_line, shown
+from xpuquant.errors import DamagedError, shown
 
 QUANT_METHOD = "xpuquant"
 FORMAT_VERSION = 1
@@ -91,12 +91,10 @@ def expand(pattern: str) -> list[str]:
         for part in braced.split(","):
             low, dash, high = part.partition("-")
             if not _NUMBER.fullmatch(low) or (dash and not _NUMBER.fullmatch(high)):
-                raise DamagedError(
-                    one_line(f"config.json: '{{{braced}}}' in '{pattern}' is not a list of numbers")
-                )
+                raise DamagedError(f"config.json: '{{{braced}}}' in '{pattern}' is not a list of numbers")
             first, last = int(low), int(high or low)
             if len(names) * (len(numbers) + last - first + 1) > MAX_MODULES:
-                raise DamagedError(one_line(f"config.json: '{pattern}' stands for too many modules"))
+                raise DamagedError(f"config.json: '{pattern}' stands for too many modules")
             numbers += range(first, last + 1)
         names = [f"{name}{number}" for name in names for number in numbers]
     return names
@@ -144,9 +142,7 @@ def to_config(modules: Mapping[str, Scheme], producer: str) -> dict[str, Any]:
         "layout": "xpu",
         # vLLM reads `producer` of every quantized model and expects a mapping with a name.
         "producer": {"name": producer},
-        "schemes": [
-            {**_written(scheme), "modules": compact(names)} for scheme, names in sorted(by_scheme.items())
-        ],
+        "schemes": [{**_written(scheme), "modules": compact(names)} for scheme, names in sorted(by_scheme.items())],
     }
 
 
@@ -178,7 +174,7 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Scheme]:
         for pattern in _listed(entry, "modules", str):
             for name in expand(pattern):
                 if name in modules:
-                    raise DamagedError(one_line(f"quantization_config names '{name}' twice"))
+                    raise DamagedError(f"quantization_config names '{name}' twice")
                 modules[name] = scheme
             if len(modules) > MAX_MODULES:
                 raise DamagedError(f"quantization_config names more than {MAX_MODULES} modules")
@@ -193,9 +189,7 @@ def _listed(table: Mapping[str, Any], key: str, kind: type) -> list[Any]:
 
 
 def _scheme(entry: Mapping[str, Any]) -> Scheme:
-    known = {field.name: type(field.default) for field in fields(Scheme) if field.name != "layout"} | {
-        "layout": str
-    }
+    known = {field.name: type(field.default) for field in fields(Scheme) if field.name != "layout"} | {"layout": str}
     for key, value in entry.items():
         if key == "modules":
             continue

@@ -14,7 +14,7 @@ import numpy as np
 
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels import Array, Layer
+from xpuquant.kernels.base import Array, Layer
 
 
 @cache
@@ -63,7 +63,7 @@ class Ark:
         """
         import torch
 
-        from xpuquant.kernels._torch import tensor, widened
+        from xpuquant.kernels.torch_arrays import tensor, widened
 
         reason = self.refuses(layer.scheme, layer.N, layer.K)
         if reason is not None:
@@ -81,7 +81,7 @@ class Ark:
 def _int4(layer: Layer) -> Any:
     import torch
 
-    from xpuquant.kernels._torch import tensor
+    from xpuquant.kernels.torch_arrays import tensor
 
     tensors, scheme = layer.tensors, layer.scheme
     if scheme.experts:
@@ -96,6 +96,3 @@ def _int4(layer: Layer) -> Any:
     if not scheme.symmetric:
         module.qzeros = tensor(tensors["qzeros"])
     return module
-
-
-BACKEND = Ark()

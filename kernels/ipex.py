@@ -17,7 +17,7 @@ import numpy as np
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels import Array, Layer
+from xpuquant.kernels.base import Array, Layer
 
 
 @cache
@@ -34,9 +34,7 @@ def _quantization() -> Any:
     except metadata.PackageNotFoundError as error:
         raise EnvironmentFault(f"{error.name} is not installed: {own}") from None
     if release.split(".")[:2] != torch_release.split(".")[:2]:  # its import would end the process
-        raise EnvironmentFault(
-            f"intel-extension-for-pytorch {release} is not for torch {torch_release}: {own}"
-        )
+        raise EnvironmentFault(f"intel-extension-for-pytorch {release} is not for torch {torch_release}: {own}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -84,7 +82,7 @@ class Ipex:
         """
         import torch
 
-        from xpuquant.kernels._torch import tensor, widened
+        from xpuquant.kernels.torch_arrays import tensor, widened
 
         scheme, tensors = layer.scheme, layer.tensors
         reason = self.refuses(scheme, layer.N, layer.K, label_of(x.dtype))
@@ -103,9 +101,18 @@ class Ipex:
         device, quantization = _device(), _quantization()
         bias = tensor(tensors["bias"].astype(x.dtype), device) if "bias" in tensors else None
         module = quantization.IPEXWeightOnlyQuantizedLinear.from_weight(
-            tensor(words.T, device), tensor(scales, device), tensor(zeros, device), layer.K, layer.N, None,
-            bias, g, None, quantization.QuantMethod.GPTQ_GEMM, quantization.QuantDtype.INT4,
-        )  # fmt: skip
+            tensor(words.T, device),
+            tensor(scales, device),
+            tensor(zeros, device),
+            layer.K,
+            layer.N,
+            None,
+            bias,
+            g,
+            None,
+            quantization.QuantMethod.GPTQ_GEMM,
+            quantization.QuantDtype.INT4,
+        )
         with torch.inference_mode():
             return widened(module(tensor(x, device)))
 
@@ -118,6 +125,3 @@ def _minus_one(layer: Layer) -> Array:
     low, high = (octets - 1) & 15, ((octets >> 4) - 1) & 15
     stored: Array = (low | high << 4).astype(np.uint8).view(np.int32)
     return stored
-
-
-BACKEND = Ipex()

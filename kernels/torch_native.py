@@ -16,8 +16,8 @@ import numpy as np
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels import Array, Layer
 from xpuquant.kernels.activations import fp8_terms
+from xpuquant.kernels.base import Array, Layer
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ def _codes(layer: Layer) -> torch.Tensor:
     """uint8 `[N, K]`: unsigned nibbles in stored column order."""
     import torch
 
-    from xpuquant.kernels._torch import tensor
+    from xpuquant.kernels.torch_arrays import tensor
 
     if layer.scheme.layout == "int4_linear":
         octets = tensor(layer.tensors["qweight"]).view(torch.uint8)
@@ -105,7 +105,7 @@ def _codes(layer: Layer) -> torch.Tensor:
 def _int4(layer: Layer, x: Array) -> Array:
     import torch
 
-    from xpuquant.kernels._torch import tensor, widened
+    from xpuquant.kernels.torch_arrays import tensor, widened
 
     device, g = _device(), layer.scheme.group_size
     linear = layer.scheme.layout == "int4_linear"
@@ -139,7 +139,7 @@ def _fp8(layer: Layer, x: Array) -> Array:
     """Block and MX scales one K-block at a time: within it they are per channel, which the kernel takes."""
     import torch
 
-    from xpuquant.kernels._torch import tensor, widened
+    from xpuquant.kernels.torch_arrays import tensor, widened
 
     device = _device()
     weight = tensor(layer.tensors["weight"], device)
@@ -163,7 +163,7 @@ def _fp8_scales(layer: Layer) -> torch.Tensor:
     """float32 `[blocks of K, N]`."""
     import torch
 
-    from xpuquant.kernels._torch import tensor
+    from xpuquant.kernels.torch_arrays import tensor
 
     scheme, scale = layer.scheme, tensor(layer.tensors["weight_scale"])
     if scheme.granularity == "block":
@@ -172,6 +172,3 @@ def _fp8_scales(layer: Layer) -> torch.Tensor:
         exponents = scale.t() if scheme.experts else scale
         return exponents.contiguous().view(torch.float8_e8m0fnu).to(torch.float32)
     return scale.reshape(1, -1).expand(1, layer.N).contiguous()
-
-
-BACKEND = TorchNative()

@@ -18,8 +18,8 @@ import numpy as np
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels import Array, Layer
 from xpuquant.kernels.activations import fp8_terms, mx_terms
+from xpuquant.kernels.base import Array, Layer
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +31,18 @@ OPS = {
     "fp8_gemm": ("A", "B", "out_dtype", "A_scale_", "B_scale_", "bias_"),
     "fp4_gemm": ("A", "B", "A_scale", "B_scale", "out_dtype", "bias_"),
     "cutlass_grouped_gemm_interface": (
-        "ptr_A", "ptr_A_scale", "ptr_B", "ptr_B_scale", "ptr_bias", "ptr_D", "rows_per_expert", "N", "K",
+        "ptr_A",
+        "ptr_A_scale",
+        "ptr_B",
+        "ptr_B_scale",
+        "ptr_bias",
+        "ptr_D",
+        "rows_per_expert",
+        "N",
+        "K",
         "num_experts",
     ),
-}  # fmt: skip
+}
 
 # Before it the grouped GEMM started from an uninitialised counter.
 _OLDEST = (0, 1, 15)
@@ -80,7 +88,7 @@ class VllmXpu:
         """
         import torch
 
-        from xpuquant.kernels._torch import widened
+        from xpuquant.kernels.torch_arrays import widened
 
         reason = self.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
         if reason is not None:
@@ -121,18 +129,25 @@ def _linear(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str
     """The operator calls whose results add up to the layer's."""
     import torch
 
-    from xpuquant.kernels._torch import tensor
+    from xpuquant.kernels.torch_arrays import tensor
 
     scheme, stored = layer.scheme, {role: tensor(array, device) for role, array in layer.tensors.items()}
     a = tensor(x, device)
     bias = stored["bias"].to(a.dtype) if "bias" in stored else None
     if scheme.layout == "int4_linear":
         symmetric = torch.full((1,), 8, dtype=torch.int8, device=device)
-        yield "int4_gemm_w4a16", {
-            "A": a, "B": stored["qweight"].t(), "bias": bias, "B_scale": stored["scales"].to(a.dtype),
-            "B_zp": stored.get("qzeros", symmetric), "group_size": scheme.group_size,
-            "g_idx": stored.get("g_idx"),
-        }  # fmt: skip
+        yield (
+            "int4_gemm_w4a16",
+            {
+                "A": a,
+                "B": stored["qweight"].t(),
+                "bias": bias,
+                "B_scale": stored["scales"].to(a.dtype),
+                "B_zp": stored.get("qzeros", symmetric),
+                "group_size": scheme.group_size,
+                "g_idx": stored.get("g_idx"),
+            },
+        )
         return
     weight, scale = stored["weight"], stored["weight_scale"]
     if scheme.layout == "fp8_linear" and (scheme.granularity != "block" or len(scale) == 1):
@@ -142,10 +157,17 @@ def _linear(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str
         return
     if scheme.layout == "fp8_linear":
         for codes, multipliers in fp8_terms(x, scheme.group_size, scheme.weight_dtype):
-            yield "fp8_gemm", {
-                "A": tensor(codes, device), "B": weight.t(), "out_dtype": a.dtype,
-                "A_scale_": tensor(multipliers, device), "B_scale_": scale, "bias_": bias,
-            }  # fmt: skip
+            yield (
+                "fp8_gemm",
+                {
+                    "A": tensor(codes, device),
+                    "B": weight.t(),
+                    "out_dtype": a.dtype,
+                    "A_scale_": tensor(multipliers, device),
+                    "B_scale_": scale,
+                    "bias_": bias,
+                },
+            )
             bias = None  # once, with the first term
         return
     four_bit = scheme.layout == "mxfp4_linear"
@@ -155,15 +177,29 @@ def _linear(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str
         term, term_scale = tensor(codes, device), tensor(exponents, device).view(torch.float8_e8m0fnu)
         if four_bit:
             packed = torch.float4_e2m1fn_x2
-            yield "fp4_gemm", {
-                "A": term.view(packed), "B": weight.view(packed).t(), "A_scale": term_scale, "B_scale": scale,
-                "out_dtype": a.dtype, "bias_": bias,
-            }  # fmt: skip
+            yield (
+                "fp4_gemm",
+                {
+                    "A": term.view(packed),
+                    "B": weight.view(packed).t(),
+                    "A_scale": term_scale,
+                    "B_scale": scale,
+                    "out_dtype": a.dtype,
+                    "bias_": bias,
+                },
+            )
         else:
-            yield "fp8_gemm", {
-                "A": term, "B": weight.t(), "out_dtype": a.dtype, "A_scale_": term_scale, "B_scale_": scale,
-                "bias_": bias,
-            }  # fmt: skip
+            yield (
+                "fp8_gemm",
+                {
+                    "A": term,
+                    "B": weight.t(),
+                    "out_dtype": a.dtype,
+                    "A_scale_": term_scale,
+                    "B_scale_": scale,
+                    "bias_": bias,
+                },
+            )
         bias = None
 
 
@@ -171,7 +207,7 @@ def _expert(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str
     """The grouped GEMM over a stack of one expert."""
     import torch
 
-    from xpuquant.kernels._torch import tensor
+    from xpuquant.kernels.torch_arrays import tensor
 
     layout, a = layer.scheme.layout, tensor(x, device)
     stored: dict[str, torch.Tensor] = {r: tensor(array, device)[None] for r, array in layer.tensors.items()}
@@ -182,13 +218,18 @@ def _expert(layer: Layer, x: Array, device: str) -> Iterator[tuple[str, dict[str
         weight = weight.view(torch.float4_e2m1fn_x2)
     elif layer.scheme.granularity == "tensor":
         scale = scale.reshape(1)
-    yield "cutlass_grouped_gemm_interface", {
-        "ptr_A": a, "ptr_A_scale": None, "ptr_B": weight, "ptr_B_scale": scale,
-        "ptr_bias": stored["bias"].to(a.dtype) if "bias" in stored else None,
-        "ptr_D": torch.empty((len(x), layer.N), dtype=a.dtype, device=device),
-        "rows_per_expert": torch.tensor([len(x)], dtype=torch.int32, device=device),
-        "N": layer.N, "K": layer.K, "num_experts": 1,
-    }  # fmt: skip
-
-
-BACKEND = VllmXpu()
+    yield (
+        "cutlass_grouped_gemm_interface",
+        {
+            "ptr_A": a,
+            "ptr_A_scale": None,
+            "ptr_B": weight,
+            "ptr_B_scale": scale,
+            "ptr_bias": stored["bias"].to(a.dtype) if "bias" in stored else None,
+            "ptr_D": torch.empty((len(x), layer.N), dtype=a.dtype, device=device),
+            "rows_per_expert": torch.tensor([len(x)], dtype=torch.int32, device=device),
+            "N": layer.N,
+            "K": layer.K,
+            "num_experts": 1,
+        },
+    )

@@ -88,10 +88,7 @@ class Table:
 
     def markdown(self) -> str:
         rows = [("what", "figure", "goal", "", "measured"), ("---",) * 5]
-        rows += [
-            (*line.cells[:3], line.cells[3].replace("MISSED", "**missed**"), line.cells[4])
-            for line in self.lines
-        ]
+        rows += [(*line.cells[:3], line.cells[3].replace("MISSED", "**missed**"), line.cells[4]) for line in self.lines]
         return "\n\n".join(self.head) + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
     def _print(self, cells: Sequence[str]) -> None:
@@ -160,13 +157,17 @@ def peak_line(what: str, runs: Iterable[Run]) -> Line:
 
 def machine(folder: Path) -> str:
     """One line about where this runs; `folder` is where the files lie."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())  # fmt: skip
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0))
-    return (
-        f"{model}, {cores} cores, {memory:.0f} GiB, {_filesystem(folder)}, Python {platform.python_version()}"
-    )
+    return f"{model}, {cores} cores, {memory:.0f} GiB, {_filesystem(folder)}, Python {platform.python_version()}"
 
 
 def insert(path: Path, mark: str, text: str) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from xpuquant.convert.exactness import decoded_blocks
-from xpuquant.convert.options import Options
-from xpuquant.convert.plan import make_plan
-from xpuquant.convert.source import open_source, read_all
+from xpuquant.conversion.options import Options
+from xpuquant.conversion.plan.plan import make_plan
+from xpuquant.conversion.sources.base import open_source, read_all
+from xpuquant.conversion.verify.exactness import decoded_blocks
 
 
 def dequantized_source(folder: str, family: type) -> torch.nn.Module:

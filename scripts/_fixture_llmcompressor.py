@@ -22,8 +22,12 @@ def _preset(scheme: str) -> dict[str, Any]:
 def _w4a8() -> dict[str, Any]:
     recipe = _int(4)
     recipe["config_groups"]["group_0"]["input_activations"] = {
-        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
-    }  # fmt: skip
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    }
     return recipe
 
 

@@ -37,7 +37,11 @@ def main(wheel: Path) -> dict[str, Any]:
         "version": 1,
         "metadata": {
             "component": {
-                "type": "library", "bom-ref": purl, "name": about["Name"], "version": about["Version"], "purl": purl,
+                "type": "library",
+                "bom-ref": purl,
+                "name": about["Name"],
+                "version": about["Version"],
+                "purl": purl,
                 "licenses": [{"license": {"id": about["License-Expression"]}}],
                 "hashes": [_sha256(wheel.read_bytes())],
                 "components": files,
@@ -48,7 +52,7 @@ def main(wheel: Path) -> dict[str, Any]:
             {"ref": purl, "dependsOn": [component["bom-ref"] for component in components]},
             *({"ref": component["bom-ref"]} for component in components),
         ],
-    }  # fmt: skip
+    }
 
 
 def locked() -> dict[str, tuple[str, list[str]]]:
@@ -79,12 +83,16 @@ def _requirement(name: str) -> dict[str, Any]:
     version, hashes = locked().get(name, ("", []))
     purl = f"pkg:pypi/{name}@{version}"
     return {
-        "type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl,
+        "type": "library",
+        "bom-ref": purl,
+        "name": name,
+        "version": version,
+        "purl": purl,
         **({"licenses": [{"license": {"name": licence(name)}}]} if licence(name) else {}),
         "externalReferences": [
             {"type": "distribution", "url": purl, "hashes": [{"alg": "SHA-256", "content": each}]} for each in hashes
         ],
-    }  # fmt: skip
+    }
 
 
 def _name(requirement: str) -> str:

@@ -13,20 +13,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from fuzz.tally import total  # noqa: E402
+from support.fuzz.tally import total  # noqa: E402
 
 LANES: dict[str, tuple[list[str], dict[str, str]]] = {
     "hostile": (
-        ["test_hostile.py", "test_safetensors.py", "test_patterns.py", "test_files.py"],
+        [
+            "reliability/test_hostile.py",
+            "formats/test_safetensors.py",
+            "formats/test_patterns.py",
+            "convert/test_repo_files.py",
+        ],
         {"XPUQUANT_TRUST_VALUES": "20", "XPUQUANT_TRUST_TENSORS": "1000000"},
     ),
-    "fuzz": (["test_fuzz.py"], {"XPUQUANT_TRUST_CASES": os.environ.get("XPUQUANT_TRUST_CASES", "20000")}),
-    "faults": (["test_faults.py", "test_convert.py"], {"XPUQUANT_TRUST_ROUNDS": "25"}),
+    "fuzz": (["reliability/test_fuzz.py"], {"XPUQUANT_TRUST_CASES": os.environ.get("XPUQUANT_TRUST_CASES", "20000")}),
+    "faults": (["reliability/test_faults.py", "convert/test_convert.py"], {"XPUQUANT_TRUST_ROUNDS": "25"}),
     "integrity": (
-        ["test_integrity.py", "test_injected_faults.py", "test_numerics.py"],
+        ["convert/test_integrity.py", "reliability/test_injected_faults.py", "convert/test_kernel_agreement.py"],
         {"XPUQUANT_TRUST_PLACES": "2000", "XPUQUANT_TRUST_ROUNDS": "25"},
     ),
-    "supply": (["test_supply_chain.py", "test_promises.py"], {}),
+    "supply": (["reliability/test_supply_chain.py", "reliability/test_promises.py"], {}),
 }
 """Lane → test files, and what makes them longer than in the default suite."""
 
@@ -47,14 +52,27 @@ def main(chosen: list[str]) -> int:
             began = time.monotonic()
             print(f"{lane}: {' '.join(files)}", flush=True)
             process = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal", "-p", "no:cacheprovider",
-                 *(f"tests/{name}" for name in files)],
-                cwd=ROOT, env=os.environ | longer | {"XPUQUANT_TRUST_TALLY": str(tally)}, text=True, check=False,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            passed, bad, skipped = (
-                _number(process.stdout, word) for word in ("passed", "failed|error", "skipped")
+                [
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "-n",
+                    workers,
+                    "--dist",
+                    "worksteal",
+                    "-p",
+                    "no:cacheprovider",
+                    *(f"tests/{name}" for name in files),
+                ],
+                cwd=ROOT,
+                env=os.environ | longer | {"XPUQUANT_TRUST_TALLY": str(tally)},
+                text=True,
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
+            passed, bad, skipped = (_number(process.stdout, word) for word in ("passed", "failed|error", "skipped"))
             if process.returncode:
                 failed += max(bad, 1)
                 print(process.stdout, flush=True)

@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from _bench import XPUQUANT, Line, Run, Table, apart, fresh, median, ratio, timed, warm
-from bench_checkpoints import Model, write_checkpoint
+from support.real_shapes import Model, write_checkpoint
 
-from xpuquant.convert.shards import ShardReader
+from xpuquant.conversion.sources.shard_reader import ShardReader
 
 GOAL = 20.0
 LAYERS = 34
@@ -147,15 +148,11 @@ def _cpu(runs: list[Run]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dense", type=int, default=LAYERS)
     parser.add_argument("--moe", type=int, default=0)
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="scratch space (default: a temporary folder)"
-    )
+    parser.add_argument("--folder", type=Path, default=None, help="scratch space (default: a temporary folder)")
     arguments = parser.parse_args()
     python = peer_python()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:

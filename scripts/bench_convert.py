@@ -27,10 +27,11 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import bench_awq_to_ct
 import bench_growth
 from _bench import XPUQUANT, Line, Run, Table, apart, fresh, insert, median, peak_line, ratio, timed, warm
-from bench_checkpoints import FORMATS, Model, write_checkpoint
+from support.real_shapes import FORMATS, Model, write_checkpoint
 
 COPY_GOAL = {"gptq": 2.0, "ct": 2.0, "fp8": 2.0, "mxfp4": 2.0, "awq": 3.0, "gptq3": 3.0, "gptq2": 3.0}
 VERIFY_GOAL = 3.0
@@ -95,9 +96,7 @@ def bench_jobs(folder: Path, model: Model, rounds: int) -> list[Line]:
     # Half: eight conversions a round.
     half = Model(dense=max(1, model.dense // 2), moe=model.moe // 2, experts=model.experts)
     size = apart(write_checkpoint, source, "gptq", half)
-    runs: dict[tuple[int, bool], list[Run]] = {
-        (jobs, verify): [] for verify in (False, True) for jobs in JOBS
-    }
+    runs: dict[tuple[int, bool], list[Run]] = {(jobs, verify): [] for verify in (False, True) for jobs in JOBS}
     warm(source)
     convert(source, out)
     for _ in range(rounds):
@@ -130,14 +129,10 @@ def bench_inspect(folder: Path, rounds: int) -> list[Line]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="scratch space (default: a temporary folder)"
-    )
+    parser.add_argument("--folder", type=Path, default=None, help="scratch space (default: a temporary folder)")
     parser.add_argument("--dense", type=int, default=Model.dense, help="Llama-3.1-8B layers")
     parser.add_argument("--moe", type=int, default=Model.moe, help="Qwen3-30B-A3B layers")
     parser.add_argument("--peer-layers", type=int, default=bench_awq_to_ct.LAYERS)

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from _bench import XPUQUANT, Line, Run, Table, apart, fresh, median, peak_line, timed, warm
-from bench_checkpoints import Model, entries, write_checkpoint
+from support.real_shapes import Model, entries, write_checkpoint
 
 GOAL = 1.5
 """Between linear (1) and quadratic (4 for the layers, 10 for the tensors), with room for caches and a noisy disk."""
@@ -74,9 +75,7 @@ def count(model: Model) -> int:
     return sum(1 for _ in entries("gptq", model))
 
 
-def measure(
-    folder: Path, rounds: int, layers: Sequence[int] = LAYERS, tensors: Sequence[int] = TENSORS
-) -> Growth:
+def measure(folder: Path, rounds: int, layers: Sequence[int] = LAYERS, tensors: Sequence[int] = TENSORS) -> Growth:
     """Run both series in a scratch folder."""
     each = count(small_tensors(2)) - count(small_tensors(1))
     start, _ = _convert(folder, small_tensors(1), rounds)
@@ -170,8 +169,7 @@ def plot(growth: Growth) -> str:
     for i, (title, unit, points, scale) in enumerate(panels):
         left = _MARGIN[0] + i * (_PANEL[0] + _MARGIN[0] + 12)
         series = {
-            mode: [scale * max(0.0, p.seconds[mode] - growth.start[mode]) / p.amount for p in points]
-            for mode in MODES
+            mode: [scale * max(0.0, p.seconds[mode] - growth.start[mode]) / p.amount for p in points] for mode in MODES
         }
         parts += _panel(left, title, unit, [p.size for p in points], series)
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -196,17 +194,11 @@ def _panel(
     for value in ticks:
         at = y(value)
         parts.append(f'<path class="grid" d="M{left:.1f} {at:.1f}h{width:.1f}"/>')
-        parts.append(
-            f'<text class="soft" x="{left - 8:.1f}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>'
-        )
+        parts.append(f'<text class="soft" x="{left - 8:.1f}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
     for size in sizes:
         shown = f"{size / 1000:.0f}k" if size >= 10_000 else f"{size:,}"
-        parts.append(
-            f'<text class="soft" x="{x(size):.1f}" y="{bottom + 18}" text-anchor="middle">{shown}</text>'
-        )
-    parts.append(
-        f'<text class="soft" x="{left + width / 2:.1f}" y="{bottom + 38}" text-anchor="middle">{unit}</text>'
-    )
+        parts.append(f'<text class="soft" x="{x(size):.1f}" y="{bottom + 18}" text-anchor="middle">{shown}</text>')
+    parts.append(f'<text class="soft" x="{left + width / 2:.1f}" y="{bottom + 38}" text-anchor="middle">{unit}</text>')
     for n, (mode, values) in enumerate(series.items()):
         kind = "ab"[n]
         points = [(x(size), y(value)) for size, value in zip(sizes, values, strict=True)]
@@ -232,13 +224,9 @@ def _round_up(value: float) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="scratch space (default: a temporary folder)"
-    )
+    parser.add_argument("--folder", type=Path, default=None, help="scratch space (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=LAYERS[-1], help="the largest number of layers")
     parser.add_argument("--tensors", type=int, default=TENSORS[-1], help="the largest number of tensors")
     parser.add_argument("--svg", type=Path, help="write the plot here")

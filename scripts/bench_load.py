@@ -43,21 +43,41 @@ GROUP = 128
 FASTER = 3.0  # goal: how many times; the other goal is a peak of the parameters plus the largest tensor
 KERNELS = "vllm-xpu-kernels==0.1.16.2"
 COMMON = {
-    "torch_dtype": "bfloat16", "vocab_size": 1024, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-    "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "torch_dtype": "bfloat16",
+    "vocab_size": 1024,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CASES: dict[str, dict[str, Any]] = {
     "dense (Llama-3.1-8B)": {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
-        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
     },
     "experts (Qwen3-30B-A3B)": {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
-        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "norm_topk_prob": True,
-        "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     },
-}  # fmt: skip
+}
 
 
 def linears(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -118,7 +138,7 @@ def first_forward(model: Any, stock: bool) -> None:
         if type(layer).__name__ != "RoutedExperts":
             continue
         if not stock:
-            from xpuquant.xpu import fused_moe
+            from xpuquant.xpu_ops import fused_moe
 
             method = layer.quant_method
             method.kernel = fused_moe(method.scheme, dict(layer.named_parameters()), 8, "silu")
@@ -126,10 +146,16 @@ def first_forward(model: Any, stock: bool) -> None:
         from vllm_xpu_kernels.fused_moe_interface import XpuFusedMoe
 
         XpuFusedMoe(
-            w13=layer.w13_weight, w13_scales=layer.w13_scales, w13_bias=None, w2=layer.w2_weight,
-            w2_scales=layer.w2_scales, w2_bias=None, n_experts_per_token=8, activation="silu",
+            w13=layer.w13_weight,
+            w13_scales=layer.w13_scales,
+            w13_bias=None,
+            w2=layer.w2_weight,
+            w2_scales=layer.w2_scales,
+            w2_bias=None,
+            n_experts_per_token=8,
+            activation="silu",
             num_experts=layer.local_num_experts,
-        )  # fmt: skip
+        )
 
 
 def touch(model: Any) -> None:
@@ -154,8 +180,8 @@ def measure(folder: Path, wheel: Path, stock: bool) -> dict[str, float]:
     """In a child: seconds, processor seconds, peak and parameter bytes of one load."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from support.plugin_loading import load
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    from vllm_plugin_loading import load
 
     # The plugin's side needs XpuFusedMoe only; it chooses nothing by platform here.
     become_stock_xpu(wheel)
@@ -192,9 +218,12 @@ def measure(folder: Path, wheel: Path, stock: bool) -> dict[str, float]:
     held = {p.data_ptr(): p.nbytes for p in model.parameters()}
     largest = max(held.values())
     return {
-        "seconds": seconds, "cpu": cpu, "peak": peak - baseline,
-        "parameters": sum(held.values()), "largest": largest,
-    }  # fmt: skip
+        "seconds": seconds,
+        "cpu": cpu,
+        "peak": peak - baseline,
+        "parameters": sum(held.values()),
+        "largest": largest,
+    }
 
 
 def run(folder: Path, wheel: Path, side: str) -> dict[str, float]:
@@ -209,12 +238,8 @@ def run(folder: Path, wheel: Path, side: str) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "dir", nargs="?", type=Path, help="where models are made and kept (default: a temporary one)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dir", nargs="?", type=Path, help="where models are made and kept (default: a temporary one)")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--child", choices=("stock", "converted"), help=argparse.SUPPRESS)
@@ -244,9 +269,7 @@ def bench(root: Path, layers: int, repeat: int) -> bool:
             shutil.rmtree(folder, ignore_errors=True)
             write_source(folder / "source", {**COMMON, **config, "num_hidden_layers": layers})
             convert = ["convert", str(folder / "source"), str(folder / "converted"), "--no-verify"]
-            subprocess.run(
-                [sys.executable, "-m", "xpuquant", *convert], check=True, stdout=subprocess.DEVNULL
-            )
+            subprocess.run([sys.executable, "-m", "xpuquant", *convert], check=True, stdout=subprocess.DEVNULL)
         sides = {"stock": folder / "source", "converted": folder / "converted"}
         results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(repeat):
@@ -255,8 +278,7 @@ def bench(root: Path, layers: int, repeat: int) -> bool:
                     file.read_bytes()
                 results[side].append(run(where, wheel, side))
         median = {
-            side: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
-            for side, runs in results.items()
+            side: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for side, runs in results.items()
         }
         for side, r in median.items():
             row = f"{r['seconds']:.2f} | {r['cpu']:.2f} | {r['peak'] / 1e6:.0f} | {r['parameters'] / 1e6:.0f}"

@@ -35,9 +35,7 @@ def table(size: float, shard: float, nodes: int, convert: float, verify: float, 
     rows.append(("memory", "under 1 GiB", "under 1 GiB each"))
     rows.append(("converting", *(_minutes(seconds) for seconds in converting)))
     rehash, verification = size / hashing, size / verify
-    rows.append(
-        ("hashing what the parts wrote (`finish`; not with Ray)", "–", f"{_minutes(rehash)}, one node")
-    )
+    rows.append(("hashing what the parts wrote (`finish`; not with Ray)", "–", f"{_minutes(rehash)}, one node"))
     rows.append(
         (
             f"verification, reads {_gb(2 * size)}",
@@ -59,13 +57,9 @@ def _minutes(seconds: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--convert", type=float, required=True, help="GB/s of one node")
-    parser.add_argument(
-        "--verify", type=float, required=True, help="GB/s of one node, the verification alone"
-    )
+    parser.add_argument("--verify", type=float, required=True, help="GB/s of one node, the verification alone")
     parser.add_argument("--hash", type=float, default=2.0, help="GB/s of one thread")
     parser.add_argument("--size", type=float, default=1000.0, help="GB of the checkpoint")
     parser.add_argument("--shard", type=float, default=5.0, help="GB of an output file")

@@ -15,7 +15,7 @@ def main() -> int:
     # the time of a checkpoint of 10^5 tensors.
     gc.set_threshold(100_000, 50, 100)
     try:
-        from xpuquant.convert.cli import run
+        from xpuquant.conversion.cli.app import run
 
         return run(sys.argv[1:])
     except KeyboardInterrupt:

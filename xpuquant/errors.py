@@ -5,11 +5,21 @@ Library code raises these; only the command line prints them.
 
 import reprlib
 
+MESSAGE_LENGTH = 4000
+"""Longest message of an error, in characters: a refusal lists its modules."""
+
 
 class XpuquantError(Exception):
-    """Base of everything a user can cause or meet. Never raised itself."""
+    """Base of everything a user can cause or meet. Never raised itself.
+
+    The message is one printable line whatever names of strangers are in it, wherever it is shown: serving engines have
+    no sink that would see to it.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message, MESSAGE_LENGTH))
 
 
 class VerificationError(XpuquantError):

@@ -147,7 +147,7 @@ def linear(
     if scheme.act_order:
         x = x.index_select(-1, tensors["g_idx"])
     if x.device.type == "xpu":
-        from xpuquant.xpu import linear as run
+        from xpuquant.xpu_ops import linear as run
 
         return run(scheme, tensors, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
     return F.linear(x, dequantize(scheme, tensors, x.dtype), bias)
@@ -207,6 +207,4 @@ def _expert_linear(
 ) -> torch.Tensor:
     stored = {"weight": tensors[name][expert], "weight_scale": tensors[f"{name}_scale"][expert]}
     bias = tensors.get(f"{name}_bias")
-    return F.linear(
-        x, dequantize(scheme, stored, x.dtype), None if bias is None else bias[expert].to(x.dtype)
-    )
+    return F.linear(x, dequantize(scheme, stored, x.dtype), None if bias is None else bias[expert].to(x.dtype))

@@ -68,9 +68,7 @@ def decode(folder: Path) -> Iterator[tuple[str, Entry]]:
     config = quantization_config(folder)
     groups = [] if old_packing(config) else schemes(config)
     for module, local in modules(folder, "weight_scale") if groups else ():
-        scheme = next(
-            group for group in groups if any(t == "Linear" or match_name(module, t) for t in group.targets)
-        )
+        scheme = next(group for group in groups if any(t == "Linear" or match_name(module, t) for t in group.targets))
         scale = local["weight_scale"]
         if "weight_global_scale" in local:
             yield module, entry(NAME, nvfp4(local, scheme), None, scale)

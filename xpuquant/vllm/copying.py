@@ -30,18 +30,14 @@ class HostCopies(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         cpus = _allowed()
-        self.pool = ThreadPoolExecutor(
-            min(len(cpus), torch.get_num_threads()), "xpuquant-copy", _bind, (cpus,)
-        )
+        self.pool = ThreadPoolExecutor(min(len(cpus), torch.get_num_threads()), "xpuquant-copy", _bind, (cpus,))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
         self.pool.shutdown()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.copy_ and not kwargs and _only_moves(*args):
             self._copy(*args)
             return args[0]

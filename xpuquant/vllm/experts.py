@@ -38,9 +38,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         scheme, E, H, I = self.scheme, num_experts, hidden_size, intermediate_size_per_partition
         unpadded = extra.get("unpadded_hidden_size") or H
         if unpadded != H or getattr(layer, "apply_router_weight_on_input", False):
-            raise UnsupportedError(
-                f"{self.prefix}: padded hidden sizes and router weights on the input have no kernel"
-            )
+            raise UnsupportedError(f"{self.prefix}: padded hidden sizes and router weights on the input have no kernel")
         for step in {scheme.group_size, scheme.block_n} - {0}:
             if I % step:
                 raise UnsupportedError(
@@ -92,13 +90,10 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             # Gate rows, then up rows: a rank takes its share of either.
             size, half = param.shape[dim] // 2, tensor.shape[dim] // 2
             pairs = [
-                (param.narrow(dim, i * size, size), tensor.narrow(dim, i * half + rank * size, size))
-                for i in range(2)
+                (param.narrow(dim, i * size, size), tensor.narrow(dim, i * half + rank * size, size)) for i in range(2)
             ]
         if any(target.shape[1:] != source.shape[1:] for target, source in pairs):
-            raise DamagedError(
-                f"{self.prefix}.{name} has shape {list(tensor.shape)}, which does not fit config.json"
-            )
+            raise DamagedError(f"{self.prefix}.{name} has shape {list(tensor.shape)}, which does not fit config.json")
         return pairs
 
     def _cut_dim(self, name: str) -> int | None:
@@ -139,12 +134,18 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             return layers.experts(self.scheme, tensors, x, topk_weights, ids, gate)
         moe = self.moe
         if self.kernel is None:
-            from xpuquant.xpu import fused_moe
+            from xpuquant.xpu_ops import fused_moe
 
             self.kernel = fused_moe(
-                self.scheme, tensors, topk_ids.shape[1], activation, limit,
-                moe.ep_rank, moe.ep_size, layer.expert_map,
-            )  # fmt: skip
+                self.scheme,
+                tensors,
+                topk_ids.shape[1],
+                activation,
+                limit,
+                moe.ep_rank,
+                moe.ep_size,
+                layer.expert_map,
+            )
         if moe.ep_size > 1:
             # -1 (a padding row's route) must become an expert that another rank owns.
             elsewhere = layer.global_num_experts - 1 if moe.ep_rank == 0 else 0
@@ -158,6 +159,4 @@ _STACKS = ("gate_up_proj", "down_proj")
 
 
 def _only_whole(param: Parameter, loaded: torch.Tensor, *_: Any, **__: Any) -> None:
-    raise DamagedError(
-        "experts of an xpuquant repo are loaded whole; this vLLM model loader offered a part of them"
-    )
+    raise DamagedError("experts of an xpuquant repo are loaded whole; this vLLM model loader offered a part of them")

@@ -23,7 +23,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from xpuquant import layers
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
-from xpuquant.xpu import eight
+from xpuquant.xpu_ops import eight
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
 
@@ -104,9 +104,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if scheme.layout == "fp8_linear" and scheme.granularity == "tensor" and len(self.sizes) > 1:
             # Every member has a scale of its own; one scale per row is exact where one for all is not.
             sizes = torch.tensor(self.sizes, device=layer.weight_scale.device)
-            layer.weight_scale = Parameter(
-                layer.weight_scale.data.repeat_interleave(sizes), requires_grad=False
-            )
+            layer.weight_scale = Parameter(layer.weight_scale.data.repeat_interleave(sizes), requires_grad=False)
             self.scheme = replace(scheme, granularity="channel")
         self.parts = self._split(layer) if scheme.act_order else None
 
@@ -162,9 +160,7 @@ class XpuquantHeadMethod(XpuquantLinearMethod):
             if isinstance(param, BlockQuantScaleParameter):
                 factor = self.scheme.block_n
             param.data.zero_()
-            param.data.narrow(dim, 0, size // factor).copy_(
-                loaded.narrow(dim, start // factor, size // factor)
-            )
+            param.data.narrow(dim, 0, size // factor).copy_(loaded.narrow(dim, start // factor, size // factor))
 
         for param in layer.parameters(recurse=False):
             param.weight_loader = load
@@ -174,9 +170,7 @@ class XpuquantHeadMethod(XpuquantLinearMethod):
         return layer
 
 
-def _parameter(
-    scheme: Scheme, suffix: str, data: torch.Tensor, scalar: bool, whole: bool, loader: Any
-) -> Any:
+def _parameter(scheme: Scheme, suffix: str, data: torch.Tensor, scalar: bool, whole: bool, loader: Any) -> Any:
     """The vLLM parameter class that shards one stored tensor; dimensions are those of `linear_tensors`."""
     if scalar:
         data.fill_(torch.finfo(torch.float32).min)

@@ -57,9 +57,7 @@ class Intake:
         self.filled: set[str] = set()
         # Mixtral's block has two names; vLLM's model loader knows one.
         self.renames = [
-            (ours, theirs)
-            for theirs, ours in ALIASES
-            if any(theirs in name for name, _ in self.experts.values())
+            (ours, theirs) for theirs, ours in ALIASES if any(theirs in name for name, _ in self.experts.values())
         ]
 
     def stream(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -95,19 +93,11 @@ class Intake:
 
     def finish(self, loaded: set[str] | None) -> None:
         """Raise DamagedError, in one line, where a tensor or a parameter is missing."""
-        wanted = {
-            f"{module}.{suffix}"
-            for module, scheme in self.config.stored.items()
-            for suffix in names_of(scheme)
-        }
+        wanted = {f"{module}.{suffix}" for module, scheme in self.config.stored.items() for suffix in names_of(scheme)}
         missing = sorted(wanted - self.seen) or self._unfused()
         if not missing and loaded is not None:
             for name, param in self.model.named_parameters():
-                came = (
-                    getattr(param, "filled", False)
-                    if f".{MEMBERS}." in name
-                    else name in loaded | self.filled
-                )
+                came = getattr(param, "filled", False) if f".{MEMBERS}." in name else name in loaded | self.filled
                 missing += [] if came or not param.numel() else [name]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -154,9 +144,7 @@ _ONLY_QUANTIZED = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_sca
 def _check(name: str, suffix: str, scheme: Scheme, tensor: torch.Tensor) -> None:
     unit = expert_tensors(scheme, 1, 1, 1) if scheme.experts else linear_tensors(scheme, 1, 1)
     if suffix not in unit:
-        raise DamagedError(
-            f"tensor {one_line(name)} is not part of a module stored as {scheme.label()}; {_FIX}"
-        )
+        raise DamagedError(f"tensor {one_line(name)} is not part of a module stored as {scheme.label()}; {_FIX}")
     wanted = unit[suffix].dtype
     casts = tensor.dtype.is_floating_point and wanted.is_floating_point and suffix != "weight"
     if tensor.dtype != wanted and not (casts and tensor.dtype.itemsize > 1 and wanted.itemsize > 1):

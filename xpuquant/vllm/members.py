@@ -40,9 +40,7 @@ class XpuquantMembersMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         """Raises UnsupportedError, in one line, where vLLM cuts the layer otherwise than the repo does."""
         if len(output_partition_sizes) != len(self.methods):
-            raise UnsupportedError(
-                f"{self.prefix}: its members are stored in different schemes, and vLLM splits them"
-            )
+            raise UnsupportedError(f"{self.prefix}: its members are stored in different schemes, and vLLM splits them")
         self.parts = torch.nn.ModuleList()
         for method, size in zip(self.methods, output_partition_sizes, strict=True):
             part: Any = torch.nn.Module()

@@ -1,0 +1,1 @@
+"""The command line: arguments in, one answer out. Nothing below this folder prints."""

@@ -1,0 +1,135 @@
+"""The command line: the app, its exit codes, its errors. Commands are beside it.
+
+Exit codes: 0 ok, 1 failed verification, 2 usage or unconvertible, 3 damaged input, 4 environment, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from xpuquant.conversion.cli import check_commands, convert_commands, push_command
+from xpuquant.conversion.write.memory import keep_freed_memory
+from xpuquant.errors import EnvironmentFault, Interrupted, XpuquantError
+
+INTERNAL_ERROR = 70
+"""sysexits.h EX_SOFTWARE: a bug of ours, not of the user's input."""
+
+app = typer.Typer(
+    name="xpuquant",
+    help="Convert quantized LLM checkpoints, once and exactly, into the layouts Intel GPU kernels read.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from xpuquant import __version__
+
+        sys.stdout.write(f"xpuquant {__version__}\n")
+        raise typer.Exit
+
+
+for _command in (
+    convert_commands.convert,
+    convert_commands.finish,
+    convert_commands.inspect,
+    check_commands.verify,
+    push_command.push,
+    check_commands.diff,
+    check_commands.doctor,
+):
+    app.command()(_command)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code. Errors become one line on standard error."""
+    signal.signal(signal.SIGTERM, _terminate)
+    keep_freed_memory()
+    # Progress and errors are ours to print; huggingface_hub reads these when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.warnoptions:
+        # numpy's remarks on a stranger's scales (overflow, NaN): they are data here, and compared bit by bit.
+        warnings.simplefilter("ignore")
+    try:
+        code: Any = app(args=list(arguments), standalone_mode=False)
+    except Exception as error:
+        return _failed(error)
+    except KeyboardInterrupt:
+        code = Interrupted.exit_code
+    except SystemExit:
+        # Standard output is closed (`| head`): nobody is left to tell.
+        return EnvironmentFault.exit_code
+    if code == Interrupted.exit_code:
+        return _failed(Interrupted("interrupted; run the same command again to resume"))
+    return code if isinstance(code, int) else 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _failed(error: Exception) -> int:
+    from xpuquant.conversion.cli.output import Output
+
+    shown, code = explain(error)
+    Output().error(shown)
+    if os.environ.get("XPUQUANT_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    return code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """(one line, exit code) for any exception."""
+    for kind, sentence in _SENTENCES:
+        if isinstance(error, kind):
+            return sentence(error)
+    hint = "please report it; XPUQUANT_TRACEBACK=1 shows where"
+    return f"internal error: {type(error).__name__}: {error} ({hint})", INTERNAL_ERROR
+
+
+def _click(error: Any) -> tuple[str, int]:
+    text = error.format_message() if hasattr(error, "format_message") else "aborted"
+    return text, 2 if hasattr(error, "format_message") else Interrupted.exit_code
+
+
+def _sentences() -> list[tuple[type[Exception], Callable[[Any], tuple[str, int]]]]:
+    # typer carried click as a dependency and now as its own copy; its errors know their base either way.
+    base = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ in ("ClickException", "TyperException"))
+    return [
+        (XpuquantError, lambda error: (str(error), error.exit_code)),
+        (base, _click),
+        (
+            typer.Abort,
+            lambda error: ("interrupted; run the same command again to resume", Interrupted.exit_code),
+        ),
+        (MemoryError, lambda error: ("out of memory; try --jobs 1", EnvironmentFault.exit_code)),
+        (
+            OSError,
+            lambda error: (
+                f"{error.filename or 'I/O'}: {error.strerror or error}",
+                EnvironmentFault.exit_code,
+            ),
+        ),
+        (ImportError, lambda error: (f"{error}; is the extra installed?", EnvironmentFault.exit_code)),
+    ]
+
+
+_SENTENCES = _sentences()

@@ -1,0 +1,183 @@
+"""The one place that prints. Commands return data; this decides rich, plain or JSON, once.
+
+On a terminal: colours, a live progress bar with rate and time left. Otherwise: plain lines, a progress line every few
+seconds. With `--json`: one JSON object on standard output, nothing else. Progress and errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from xpuquant.errors import MESSAGE_LENGTH, one_line
+
+_PLAIN_INTERVAL_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: a title, column names, rows of cells."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has to say: the same thing for a reader (`parts`: text or tables, in order) and for a
+    program (`data`)."""
+
+    parts: Sequence[str | Grid]
+    data: Mapping[str, Any]
+
+
+class Output:
+    """Renders answers, errors and progress."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def answer(self, answer: Answer) -> None:
+        """Print a command's result."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(answer.data, indent=2, ensure_ascii=False, default=str) + "\n")
+            return
+        for part in answer.parts:
+            if isinstance(part, str):
+                self._out.print(part, markup=False)
+            elif self._out.is_terminal:
+                self._out.print(_rich(part))
+            else:
+                self._out.print(plain(part), markup=False)
+
+    def note(self, text: str) -> None:
+        """A remark beside the result."""
+        if not self.as_json:
+            self._err.print(one_line(text), markup=False)
+
+    def error(self, text: str) -> None:
+        """The one line a failed command ends with."""
+        self._err.print(
+            f"error: {one_line(text, MESSAGE_LENGTH)}", markup=False, style="red" if self._err.is_terminal else None
+        )
+
+    def progress(self) -> Bars | Lines:
+        """A reporter for long work; use as a context manager."""
+        return Bars(self._err) if self._err.is_terminal and not self.as_json else Lines(self._err, self.as_json)
+
+
+class Bars:
+    """Progress on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, total: int) -> None:
+        self._task = self._progress.add_task(name, total=total)
+
+    def advance(self, nbytes: int) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task, nbytes)
+
+
+class Lines:
+    """Progress where nobody watches: a line every few seconds, none for short work."""
+
+    def __init__(self, console: Console, silent: bool) -> None:
+        self._console = console
+        self._silent = silent
+        self._lock = threading.Lock()
+        self._name, self._total, self._done = "", 0, 0
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def phase(self, name: str, total: int) -> None:
+        with self._lock:
+            self._name, self._total, self._done = name, total, 0
+            self._began = self._said = time.monotonic()
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            now = time.monotonic()
+            if self._silent or now - self._said < _PLAIN_INTERVAL_SECONDS:
+                return
+            self._said = now
+            rate = self._done / (now - self._began)
+            left = (self._total - self._done) / max(rate, 1)
+            text = f"{self._name}: {size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
+            self._console.print(text, markup=False)
+
+
+def size(nbytes: float) -> str:
+    """`4.1 GB` (powers of 1000, as disks and the Hub count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def plain(grid: Grid) -> str:
+    """A table as aligned text."""
+    lines = [list(grid.columns), *[[one_line(cell) for cell in row] for row in grid.rows]]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(grid.columns))]
+    body = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+    return "\n".join([grid.title, *("  " + line for line in body)] if grid.title else body)
+
+
+def _rich(grid: Grid) -> Table:
+    from rich.text import Text
+
+    table = Table(title=grid.title or None, title_justify="left")
+    for column in grid.columns:
+        table.add_column(column, overflow="fold")
+    for row in grid.rows:
+        table.add_row(*(Text(one_line(cell)) for cell in row))
+    return table

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: one client, range reads, downloads, and publishing."""

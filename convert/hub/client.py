@@ -1,0 +1,148 @@
+"""What reading from and publishing to the Hub share: the client, retries, and one-line errors.
+
+Everything goes through huggingface_hub, so that its cache, tokens, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` work
+as everywhere. It is imported inside functions: converting a folder never pays for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from xpuquant.errors import EnvironmentFault, UsageError, XpuquantError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+
+WAITS = (1.0, 4.0, 10.0)
+"""Seconds before each retry. The client retries most requests by itself for about 20 s each time; these are for what it
+does not retry (commits over LFS, creating things), and for longer trouble. Beyond that: run the command again."""
+
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TRANSIENT_NAMES = frozenset({"TransportError", "RequestException"})
+"""Base classes of connection faults in httpx, httpx2 and requests: the client's version decides which is used."""
+
+
+def connect(token: str | None = None, endpoint: str | None = None) -> HfApi:
+    """The client's API object.
+
+    Raises:
+        EnvironmentFault: huggingface_hub cannot be imported.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise EnvironmentFault(f"huggingface_hub cannot be imported ({error}); pip install huggingface_hub") from None
+    return HfApi(endpoint=endpoint, token=token, library_name="xpuquant")
+
+
+def is_offline() -> bool:
+    """Whether the client was told to stay off the network."""
+    from huggingface_hub.constants import is_offline_mode
+
+    return bool(is_offline_mode())
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error, looking through what it was raised from."""
+    for cause in _causes(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again can help: server errors, rate limits, broken connections, failed transfers."""
+    status = status_of(error)
+    if status is not None:
+        return status in _TRANSIENT_STATUS
+    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _causes(error)):
+        return False  # a ConnectionError by class, but asked for
+    for cause in _causes(error):
+        if isinstance(cause, ConnectionError | TimeoutError):
+            return True
+        if any(kind.__name__ in _TRANSIENT_NAMES for kind in type(cause).__mro__):
+            return True
+    # hf_xet reports every failed transfer as a plain RuntimeError.
+    return type(error) is RuntimeError and error.__cause__ is None
+
+
+def retried(action: Callable[[], T], about: str) -> T:
+    """Run an action, again after transient faults.
+
+    Args:
+        about: repo id, for the message.
+
+    Raises:
+        XpuquantError: one line with the fix.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return action()
+        except XpuquantError:
+            raise
+        except Exception as error:
+            if wait is None or not is_transient(error):
+                raise explain(error, about) from error
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def explain(error: BaseException, repo_id: str) -> XpuquantError:
+    """Any error of the client as one of ours: what happened, and what to do."""
+    from huggingface_hub import errors
+
+    # Subclasses first: a gated repo is also "not found", a missing local entry also "not found".
+    if isinstance(error, XpuquantError):
+        return error
+    if isinstance(error, errors.GatedRepoError):
+        return EnvironmentFault(
+            f"{repo_id} is gated: ask for access on its page, then log in with `hf auth login` (or set HF_TOKEN)"
+        )
+    if isinstance(error, errors.HFValidationError):
+        return UsageError(f"'{repo_id}' is neither a folder here nor a repo id like owner/name")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UsageError(f"{repo_id} has no such revision; its page lists branches and commits")
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) and not is_transient(error):
+        return EnvironmentFault(
+            f"{repo_id} is not in the cache and the Hub cannot be asked; unset HF_HUB_OFFLINE, or download it first"
+        )
+    if isinstance(error, errors.EntryNotFoundError) and not is_transient(error):
+        return UsageError(f"{repo_id}: a file is missing ({_first_line(error)})")
+    status = status_of(error)
+    server_says = str(getattr(error, "server_message", None) or "")
+    if status == 401 and "credentials" in f"{error}{server_says}":
+        return EnvironmentFault("the Hub does not know this token; log in again with `hf auth login`")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UsageError(
+            f"{repo_id}: no such model on the Hub, or it is private; check the name, or log in with `hf auth login`"
+        )
+    if status == 401:
+        return EnvironmentFault(f"{repo_id}: not logged in to the Hub; run `hf auth login`, or set HF_TOKEN")
+    if status == 403:
+        return EnvironmentFault(
+            f"the Hub refuses to let this token do that in {repo_id}; log in (`hf auth login`) with a token that may"
+        )
+    if is_transient(error):
+        what = f"HTTP {status}" if status is not None else f"{type(error).__name__}: {_first_line(error)}"
+        return EnvironmentFault(f"{repo_id}: the Hub did not answer ({what}); run the same command again")
+    if isinstance(error, OSError) and error.strerror:
+        return EnvironmentFault(f"{error.filename or repo_id}: {error.strerror}")
+    return EnvironmentFault(f"{repo_id}: {server_says or _first_line(error)}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,267 @@
+"""From a converted folder to a repository on the Hub, such that nobody can ever load half of it.
+
+What flows: every local file is hashed and compared with what the Hub lists; the large ones that differ are uploaded one
+by one, which changes nothing that a reader can see; then one single commit names all new files, the index, config.json
+and the removal of stale shards at once. Before that commit the repository is what it was (empty, or the complete older
+model), after it the complete new one. Comparing again afterwards is the check of the checksums.
+
+What survives a crash: uploaded bytes stay on the Hub (by sha256 over LFS, by chunk over xet), so the same command
+uploads only what is missing. A commit whose answer was lost is found by the next comparison; so nothing here needs to
+know how far an earlier attempt came.
+
+A conversion that keeps no output (`--stream --push-to`) uses `Staged` instead: finished shards go to a branch of their
+own, which names them durably, and the final commit copies them over. That branch never holds a config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xpuquant.conversion.hub.client import WAITS, connect, explain, is_transient, status_of
+from xpuquant.conversion.hub.target import MAIN, Blob, Target
+from xpuquant.conversion.repo.card_merge import merge, rename
+from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
+from xpuquant.conversion.sources.base import Progress
+from xpuquant.conversion.sources.repo_files import list_files, read_json
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, VerificationError, XpuquantError
+
+CARD = "README.md"
+COMMIT_MESSAGE = "Convert for Intel GPUs with xpuquant"
+
+_WEIGHTS = ".safetensors"
+_LARGE_BYTES = 10_000_000
+"""Uploaded one by one ahead of the commit; smaller files travel in it."""
+
+_STALE = re.compile(r"(.*-\d+-of-\d+|model)\.safetensors|model\.safetensors\.index\.json")
+"""Names that conversions write. Other files of the repository are its owner's and stay."""
+
+_CONFLICT = 412
+_HASH_BYTES = 4 << 20
+
+"""Called with bytes that are on the Hub: the size of every file, once."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    revision  branch, or `refs/pr/N`
+    commit    its id; the repository's files at this commit equal the local ones
+    uploaded  files that were new or different; `unchanged` were there already, `removed` were stale
+    nbytes    bytes of `uploaded`
+    """
+
+    repo_id: str
+    url: str
+    revision: str
+    commit: str
+    uploaded: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    removed: tuple[str, ...]
+    nbytes: int
+    notes: tuple[str, ...] = ()
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    branch: str | None = None,
+    pr: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+    report: Progress | None = None,
+) -> Pushed:
+    """Upload a converted folder; run it again to finish or repeat it.
+
+    Args:
+        private: of a repository that is created; an existing one keeps its visibility.
+        branch: push there; it is created from main.
+        pr: open a pull request, or add to the one that an earlier push opened.
+
+    Raises:
+        UsageError: not a finished conversion, a bad repo id, `branch` with `pr`.
+        DamagedError: a shard is not what the conversion wrote.
+        EnvironmentFault: network, permissions.
+        VerificationError: the Hub holds other bytes than were sent.
+    """
+    if branch and pr:
+        raise UsageError("--branch and --pr exclude each other: a pull request is against main")
+    names = local_files(folder)
+    blobs = hash_files(folder, names)
+    target = Target(connect(token, endpoint), repo_id)
+    target.create(private)
+    target.open(branch or MAIN, pr)
+    return publish(target, folder, blobs, {}, report or (lambda nbytes: None))
+
+
+def local_files(folder: Path) -> list[str]:
+    """The files to publish, weights first.
+
+    Raises:
+        UsageError: not a finished conversion.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    if (folder / STAGING).exists():
+        raise UsageError(f"{folder}: holds an unfinished conversion; run `xpuquant convert` again to finish it")
+    names = list_files(folder)
+    for needed in ("config.json", PROVENANCE):
+        if needed not in names:
+            raise UsageError(f"{folder}: has no {needed}; push wants a folder that `xpuquant convert` wrote")
+    return sorted(names, key=lambda name: (not name.endswith(_WEIGHTS), name == "config.json", name))
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, Blob]:
+    """Name → blob, of local files.
+
+    Raises:
+        DamagedError: a shard is not the one that the conversion wrote. EnvironmentFault: unreadable files.
+    """
+    shards = read_json(folder / PROVENANCE).get("shards", {})
+    blobs: dict[str, Blob] = {}
+    for name in names:
+        blobs[name] = blob = _hash(folder / name)
+        recorded = shards.get(name, {}).get("sha256", blob.sha256)
+        if recorded != blob.sha256:
+            raise DamagedError(f"{folder / name} is not what the conversion wrote; convert it again")
+    return blobs
+
+
+def _hash(path: Path) -> Blob:
+    try:
+        nbytes = path.stat().st_size
+        sha256 = hashlib.sha256()
+        git = None if path.suffix == _WEIGHTS else hashlib.sha1(b"blob %d\0" % nbytes)
+        with path.open("rb") as file:
+            while chunk := file.read(_HASH_BYTES):
+                sha256.update(chunk)
+                if git is not None:
+                    git.update(chunk)
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: cannot be read ({error.strerror})") from error
+    return Blob(nbytes, sha256.hexdigest(), None if git is None else git.hexdigest())
+
+
+def publish(
+    target: Target, folder: Path, wanted: dict[str, Blob], staged: Mapping[str, Finished], report: Progress
+) -> Pushed:
+    """Make the target's revision equal to a folder's files and the shards that are staged on a branch, in one commit.
+
+    Raises: as `push`.
+    """
+    wanted = wanted | {name: Blob(shard.nbytes, shard.sha256, None) for name, shard in staged.items()}
+    uploads = _Uploads(target, folder, set(staged), report)
+    removed: set[str] = set()
+    fault: Exception | None = None
+    # Compare, change, compare again: the last comparison is the check, however the change before it ended.
+    for wait in (0.0, *WAITS, None):
+        head = target.head()
+        remote = target.files(head)
+        notes = _merge_card(target, folder, wanted, head if CARD in remote else None)
+        missing = [name for name, blob in wanted.items() if name not in remote or not blob.is_same(remote[name])]
+        stale = sorted(name for name in remote if _STALE.fullmatch(name) and name not in wanted)
+        if not missing and not stale:
+            unchanged = [name for name in wanted if name not in uploads.sent]
+            report(sum(wanted[name].nbytes for name in wanted if name not in uploads.reported))
+            target.finish()
+            return Pushed(
+                target.repo_id,
+                target.url,
+                target.revision,
+                head,
+                tuple(uploads.sent),
+                tuple(unchanged),
+                tuple(sorted(removed)),
+                sum(uploads.sent.values()),
+                notes,
+            )
+        if wait is None:
+            break
+        removed |= set(stale)
+        time.sleep(wait)
+        fault = uploads.attempt(head, {name: wanted[name].nbytes for name in missing}, stale)
+    if fault is not None:
+        raise explain(fault, target.repo_id) from fault
+    raise VerificationError(f"{target.repo_id}: {[*missing, *stale][0]} there is not what was uploaded; push again")
+
+
+class _Uploads:
+    """Uploads and commits; remembers from one attempt to the next what is on the Hub already.
+
+    sent      name → bytes, of files that were new or different
+    reported  names whose bytes were reported as progress
+    """
+
+    def __init__(self, target: Target, folder: Path, staged: set[str], report: Progress) -> None:
+        self.sent: dict[str, int] = {}
+        self.reported: set[str] = set()
+        self._target = target
+        self._folder = folder
+        self._staged = staged
+        self._report = report
+        self._uploaded: dict[str, Any] = {}
+
+    def attempt(self, head: str, missing: Mapping[str, int], stale: Iterable[str]) -> Exception | None:
+        """Upload and commit once. Returns a fault that another attempt may get over."""
+        from huggingface_hub import CommitOperationDelete
+
+        self.sent |= missing
+        try:
+            operations: list[Any] = [self._operation(name, nbytes) for name, nbytes in missing.items()]
+            operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
+            self._target.api.create_commit(
+                self._target.repo_id,
+                operations,
+                commit_message=COMMIT_MESSAGE,
+                revision=self._target.revision,
+                parent_commit=head,
+            )
+        except XpuquantError:
+            raise
+        except Exception as error:
+            # A conflict means that somebody else committed since the comparison: compare again.
+            if status_of(error) != _CONFLICT and not is_transient(error):
+                raise explain(error, self._target.repo_id) from error
+            return error
+        self._uploaded.clear()  # the client refuses to commit an operation twice
+        return None
+
+    def _operation(self, name: str, nbytes: int) -> Any:
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy
+
+        if name in self._staged:
+            return CommitOperationCopy(name, name, src_revision=self._target.staging)
+        if nbytes < _LARGE_BYTES and not name.endswith(_WEIGHTS):
+            return CommitOperationAdd(name, self._folder / name)
+        if name not in self._uploaded:
+            operation = CommitOperationAdd(name, self._folder / name)
+            self._target.upload(operation)
+            self._uploaded[name] = operation
+            self.reported.add(name)
+            self._report(nbytes)
+        return self._uploaded[name]
+
+
+def _merge_card(target: Target, folder: Path, wanted: dict[str, Blob], remote: str | None) -> tuple[str, ...]:
+    """Bring the folder's card in line with the one at commit `remote`, so that no edit is lost; returns remarks."""
+    if CARD not in wanted:
+        return ()
+    path = folder / CARD
+    ours = path.read_text(encoding="utf-8")
+    theirs = None if remote is None else target.text(CARD, remote)
+    text, remark = merge(rename(ours, target.repo_id), theirs)
+    if remark is not None:
+        del wanted[CARD]
+        return (remark,)
+    if text != ours:
+        path.write_text(text, encoding="utf-8")
+        wanted[CARD] = _hash(path)
+    return ()

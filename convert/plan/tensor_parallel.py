@@ -1,0 +1,60 @@
+"""Will the converted model split over several GPUs? Found out before the download, not at server start.
+
+vLLM splits q, k, v, gate and up along N and o, down along K. Along K every rank needs whole groups of scales (and whole
+words); along N, whole words of zero points. A permutation of K (act-order) crosses ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from xpuquant.conversion.plan.plan import PlannedModule
+from xpuquant.formats.layouts.base import ExpertStack
+from xpuquant.formats.scheme import Scheme
+
+_ALONG_K = re.compile(r".*(?:o_proj|down_proj|out_proj|w2|dense|fc2)")
+_WORD = 8
+
+
+def split_problem(planned: PlannedModule, ranks: int) -> str | None:
+    """Why a module cannot be split over `ranks` GPUs, or None."""
+    scheme = planned.conversion.scheme
+    if scheme is None:
+        return None
+    if isinstance(planned.source, ExpertStack):
+        upper, down = (planned.source.weights[role][0] for role in (next(iter(planned.source.weights)), "down"))
+        rows = upper.N // (2 if "gate_up" in planned.source.weights else 1)
+        return _along_n(scheme, rows, ranks) or _along_k(scheme, down.K, ranks)
+    weight = planned.source.weight
+    along = _along_k if _ALONG_K.fullmatch(planned.conversion.name) else _along_n
+    size = weight.K if along is _along_k else weight.N
+    return along(scheme, size, ranks)
+
+
+def problems(modules: Iterable[PlannedModule], ranks: int) -> dict[str, str]:
+    """Module → why it cannot be split over `ranks` GPUs."""
+    found = ((planned.conversion.name, split_problem(planned, ranks)) for planned in modules)
+    return {name: problem for name, problem in found if problem is not None}
+
+
+def _along_n(scheme: Scheme, N: int, ranks: int) -> str | None:
+    unit = scheme.block_n if scheme.granularity == "block" else _WORD if not scheme.symmetric else 1
+    if N % (ranks * max(unit, 1)):
+        return (
+            f"N={N} does not split into {ranks} parts of whole {unit}s"
+            if unit > 1
+            else f"N={N} does not split by {ranks}"
+        )
+    return None
+
+
+def _along_k(scheme: Scheme, K: int, ranks: int) -> str | None:
+    if scheme.act_order:
+        return "the act-order permutation of K crosses ranks"
+    unit = scheme.group_size if scheme.group_size and scheme.group_size < K else _WORD
+    if scheme.group_size == K:
+        return None if K % (ranks * _WORD) == 0 else f"K={K} does not split by {ranks}"
+    if K % (ranks * unit):
+        return f"K={K} does not split into {ranks} parts of whole groups of {unit}"
+    return None

@@ -1,0 +1,219 @@
+"""The model card: facts in, README.md out. Pure text; `card_facts.py` gathers the facts, `card_edits.py` keeps what
+people write into a card.
+
+The metadata follows the Hub's model card specification (`base_model_relation: quantized` puts the repository below its
+base in the model tree) and is written by huggingface_hub's own `ModelCardData`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xpuquant.conversion.cli.output import size
+from xpuquant.conversion.repo.card_merge import join
+from xpuquant.errors import one_line
+
+LIBRARY = "transformers"
+RELATION = "quantized"
+TAGS = ("xpuquant", "xpu", "intel")
+_KEPT_METADATA = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "datasets",
+    "thumbnail",
+    "extra_gated_prompt",
+)
+_INHERITED_TAGS = ("chat", "conversational", "moe", "code", "vision", "multimodal")
+"""Tags of the source that stay true of a conversion. Others name its format (`gptq`, `4-bit`) and would lie."""
+
+
+@dataclass(frozen=True)
+class SchemeCount:
+    """Modules that are stored alike.
+
+    source  what they were, e.g. `GPTQ int4 g128`
+    stored  what they are now, e.g. `int4_linear g128`
+    precision  `int4`, `fp8`, `mxfp4`, `mxfp8`, or `bf16` where they were dequantized
+    """
+
+    source: str
+    stored: str
+    precision: str
+    modules: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class VerificationSummary:
+    """What was checked. `lines` are sentences; `picture` is an image file in the repository."""
+
+    lines: Sequence[str]
+    picture: str | None = None
+    report: str | None = None
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card says.
+
+    name            repo id or folder name, as it is served
+    base_model      repo id of the source; None where it is not known
+    revision        its commit
+    source_metadata front matter of the source's card
+    is_multimodal   the model also takes images; decides the pipeline tag where the source names none
+    command         the exact command line
+    versions        tool → version
+    left            (what was not converted, why)
+    """
+
+    name: str
+    base_model: str | None
+    revision: str | None
+    command: str
+    versions: Mapping[str, str]
+    schemes: Sequence[SchemeCount]
+    left: Sequence[tuple[str, str]]
+    source_bytes: int
+    bytes: int
+    shards: int
+    verification: VerificationSummary | None
+    source_metadata: Mapping[str, Any] = field(default_factory=dict)
+    is_multimodal: bool = False
+    layout: str = "xpu"
+
+
+def render(facts: CardFacts) -> str:
+    """README.md: metadata, then the generated part between its markers."""
+    sections = [
+        _opening(facts),
+        _serving(facts),
+        _converted(facts),
+        _sizes(facts),
+        _verified(facts),
+        _made(facts),
+    ]
+    return join(metadata(facts), "\n\n".join(sections))
+
+
+def metadata(facts: CardFacts) -> dict[str, Any]:
+    """The front matter."""
+    from huggingface_hub import ModelCardData
+
+    source = facts.source_metadata
+    kept = {key: source[key] for key in _KEPT_METADATA if source.get(key)}
+    precisions = dict.fromkeys(s.precision for s in facts.schemes if s.precision != "bf16")
+    inherited = [tag for tag in _as_list(source.get("tags")) if tag in _INHERITED_TAGS]
+    if facts.base_model is not None:
+        kept |= {"base_model": facts.base_model, "base_model_relation": RELATION}
+    pipeline = source.get("pipeline_tag") or ("image-text-to-text" if facts.is_multimodal else "text-generation")
+    data = ModelCardData(
+        library_name=LIBRARY,
+        pipeline_tag=str(pipeline),
+        tags=[*(TAGS if facts.layout == "xpu" else (TAGS[0], facts.layout)), *precisions, *inherited],
+        ignore_metadata_errors=True,
+        **kept,
+    )
+    return dict(data.to_dict())  # type: ignore[no-untyped-call]
+
+
+def _as_list(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def _opening(facts: CardFacts) -> str:
+    base = "A quantized checkpoint"
+    if facts.base_model is not None:
+        base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    precisions = " and ".join(dict.fromkeys(s.precision for s in facts.schemes)) or "its"
+    layout = "in the layout that kernels for Intel GPUs (XPU) read"
+    if facts.layout != "xpu":
+        layout = f"as a standard {facts.layout} checkpoint"
+    return (
+        f"# {facts.name.rpartition('/')[2]}\n\n"
+        f"{base} {layout}, {precisions} weights. The conversion "
+        "repacks, it does not quantize again: every weight decodes to exactly the value it had, unless the table "
+        "below says bf16."
+    )
+
+
+def _serving(facts: CardFacts) -> str:
+    if facts.layout != "xpu":
+        return f"""## Serve
+
+With [vLLM](https://docs.vllm.ai/), on any device it has kernels for:
+
+```sh
+vllm serve {facts.name}
+```
+
+With Transformers, after `pip install compressed-tensors`:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{facts.name}", device_map="auto")
+```"""
+    return f"""## Serve
+
+With [vLLM](https://docs.vllm.ai/) on an Intel GPU:
+
+```sh
+pip install xpuquant
+vllm serve {facts.name}
+```
+
+With Transformers:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{facts.name}", device_map="xpu")
+```"""
+
+
+def _converted(facts: CardFacts) -> str:
+    rows = [(s.source, s.stored, str(s.modules), size(s.nbytes)) for s in facts.schemes]
+    parts = ["## What was converted", _table(("source", "stored as", "modules", "size"), rows)]
+    if facts.left:
+        parts += ["Not converted:", "\n".join(f"- {_cell(what)}: {_cell(why)}" for what, why in facts.left)]
+    return "\n\n".join(parts)
+
+
+def _sizes(facts: CardFacts) -> str:
+    rows = [("before", size(facts.source_bytes)), ("after", f"{size(facts.bytes)} in {facts.shards} file(s)")]
+    return "## Size\n\n" + _table(("weights", "size"), rows)
+
+
+def _verified(facts: CardFacts) -> str:
+    checked = facts.verification
+    if checked is None:
+        return "## Verification\n\nNone: the conversion ran with `--no-verify`."
+    parts = ["## Verification", "\n".join(f"- {_cell(line)}" for line in checked.lines)]
+    if checked.picture:
+        parts.append(f"![How close kernels come to the source, layer by layer]({checked.picture})")
+    if checked.report:
+        parts.append(f"All of it is in [{checked.report}]({checked.report}).")
+    return "\n\n".join(parts)
+
+
+def _made(facts: CardFacts) -> str:
+    versions = ", ".join(f"{tool} {version}" for tool, version in facts.versions.items())
+    revision = "" if facts.revision is None else f"\n\nSource revision: `{facts.revision}`."
+    return (
+        f"## How it was made\n\n```sh\n{one_line(facts.command, 2000)}\n```\n\n{versions}.{revision}\n\n"
+        "`xpuquant.json` names the source tensors and the decisions for every module, and the sha256 of every file."
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    # Names come from strangers' files; `|`, `<` and line ends would break out of their cell.
+    return one_line(text, 1000).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,80 @@
+"""A converted repo as it lies on disk: which modules it holds, checked against its own config and headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xpuquant.conversion.repo.journal import PROVENANCE
+from xpuquant.conversion.sources.repo_files import find_files
+from xpuquant.conversion.sources.shard_reader import ShardReader
+from xpuquant.errors import DamagedError, UsageError
+from xpuquant.formats.layouts import layouts
+from xpuquant.formats.layouts.base import Layout, Stored
+from xpuquant.formats.layouts.compressed_tensors import config as portable
+from xpuquant.formats.layouts.compressed_tensors.stored import stored_modules
+from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
+
+
+class Repo:
+    """The tensors of a converted repo, as the headers on disk say.
+
+    modules  name → stored module
+    plain    tensors that belong to no quantized module
+    """
+
+    def __init__(self, folder: Path, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.reader = ShardReader(folder, shards)
+        self.tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            for name, tensor in self.reader.header(shard).items():
+                if name in self.tensors:
+                    raise DamagedError(f"'{name}' is in both {self.tensors[name].file} and {shard}")
+                self.tensors[name] = tensor
+        if quantization.get("quant_method") == portable.FAMILY:
+            self.modules = stored_modules(quantization, self.tensors, self.reader.read)
+        else:
+            self.modules = {name: self._stored(name, scheme) for name, scheme in from_config(quantization).items()}
+        used = {tensor.name for stored in self.modules.values() for tensor in stored.tensors.values()}
+        self.plain = {name: tensor for name, tensor in self.tensors.items() if name not in used}
+
+    def layout(self, stored: Stored) -> Layout:
+        """The layout of a stored module."""
+        return layouts()[stored.scheme.layout]
+
+    def _stored(self, name: str, scheme: Scheme) -> Stored:
+        layout = layouts().get(scheme.layout)
+        if layout is None:
+            raise DamagedError(f"config.json: unknown layout '{scheme.layout}' of {name}")
+        tensors: dict[str, Tensor] = {}
+        for suffix in layout.suffixes(scheme):
+            if f"{name}.{suffix}" not in self.tensors:
+                raise DamagedError(f"{name}.{suffix} is missing; config.json says {scheme.label()}")
+            tensors[suffix] = self.tensors[f"{name}.{suffix}"]
+        return Stored(name, scheme, tensors, self.reader.read)
+
+
+def open_repo(folder: Path) -> Repo:
+    """Open a finished repo by its index and config.json.
+
+    Raises:
+        UsageError: not a converted repo. DamagedError: files that contradict each other.
+    """
+    found = find_files(folder)
+    method = found.quantization.get("quant_method")
+    # A portable output says nothing of us in its config: its provenance does.
+    if method != QUANT_METHOD and not (method == portable.FAMILY and (folder / PROVENANCE).exists()):
+        raise UsageError(f"{folder}: was not converted by xpuquant (quant_method is {method!r})")
+    repo = Repo(folder, found.shards, found.quantization)
+    for name, shard in (found.index or {}).items():
+        held = repo.tensors.get(name)
+        if held is None or held.file != shard:
+            raise DamagedError(f"the index puts '{name}' into {shard}, which does not hold it")
+    if found.index is not None:
+        for name, tensor in repo.tensors.items():
+            if name not in found.index:
+                raise DamagedError(f"{tensor.file} holds '{name}', which the index does not list")
+    return repo

@@ -1,0 +1,70 @@
+"""xpuquant.json: where a converted repo comes from, what was decided for each module and why, what each file's sha256
+must be, and what each module decodes to. `verify` and a later `push` read it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from xpuquant.conversion.plan.plan import Plan, PlannedModule, kind_of
+from xpuquant.conversion.repo.journal import Finished
+from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.verify.digests import RECORDED
+from xpuquant.conversion.verify.run import sizes
+from xpuquant.conversion.verify.verdict import Verdict
+from xpuquant.formats.scheme import FORMAT_VERSION, compact
+
+
+def provenance(
+    plan: Plan,
+    source: Source,
+    shards: Mapping[str, Finished],
+    files: Mapping[str, str],
+    config: bytes,
+    producer: str,
+    verdict: Verdict | None,
+) -> dict[str, Any]:
+    """The content of xpuquant.json, still to be sealed (`integrity.seal`). Holds no time and no machine: equal
+    conversions write equal files."""
+    digests = {checked.name: checked.digest for checked in verdict.exact if checked.digest} if verdict else {}
+    modules = {planned.conversion.name for planned in plan.modules}
+    return {
+        "sha256": "0" * 64,
+        "producer": producer,
+        "format_version": FORMAT_VERSION,
+        "source": {
+            "name": source.name.rstrip("/").rpartition("/")[2] if source.revision is None else source.name,
+            "revision": source.revision,
+            "bytes": source.nbytes,
+            "bytes_by_dtype": sizes(source),
+            "quantization_config": dict(source.checkpoint.quantization),
+            "notes": list(plan.notes),
+        },
+        "options": plan.options.as_dict(),
+        "modules": {planned.conversion.name: _module(planned, digests) for planned in plan.modules},
+        "unquantized": compact([*(tensor.name for tensor in plan.passed), *plan.split_biases]),
+        "tensors_sha256": {name: digest for name, digest in sorted(digests.items()) if name not in modules},
+        "left_files": dict(source.left_files),
+        "shards": {
+            name: {"sha256": finished.sha256, "bytes": finished.nbytes} for name, finished in sorted(shards.items())
+        },
+        "files": {**files, "config.json": hashlib.sha256(config).hexdigest()},
+    }
+
+
+def _module(planned: PlannedModule, digests: Mapping[str, str]) -> dict[str, Any]:
+    scheme = planned.conversion.scheme
+    names = [tensor.name for _, _, weight in planned.weights for tensor in weight.tensors]
+    entry = {
+        "scheme": "bf16 (dequantized)" if scheme is None else scheme.label(),
+        "from": kind_of(planned.source),
+        "source_tensors": compact(dict.fromkeys(names)),
+        "decisions": list(planned.conversion.facts),
+    }
+    if scheme is None:
+        entry["dequantized"] = [tensor.name for tensor in planned.conversion.tensors]
+    elif planned.conversion.name in digests:
+        entry["roles"] = list(dict.fromkeys(role for role, _, _ in planned.weights))
+        entry[RECORDED] = digests[planned.conversion.name]
+    return entry

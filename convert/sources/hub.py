@@ -1,0 +1,272 @@
+"""A checkpoint on the Hub: planned from config, index and headers; converted from shards that are downloaded first.
+
+What flows: `open_hub` resolves the revision to one commit, lists its files, downloads config and index into the
+client's cache, and reads each shard's header with range requests: a few hundred kilobytes for any model. That is enough
+for `inspect` and `--dry-run`. `HubSource.fetch` then downloads every shard, a few at a time, into the cache, and hands
+over a `LocalSource` on it; `stream.py` has the source that keeps only the shards it needs.
+
+What survives a fault: huggingface_hub resumes partial downloads and keeps finished ones, so the same command carries
+on. Everything is asked for at the resolved commit: a push to the repository in between changes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xpuquant.conversion.hub.client import connect, is_offline, retried
+from xpuquant.conversion.hub.downloads import Downloads, FileProgress
+from xpuquant.conversion.hub.ranges import Ranges
+from xpuquant.conversion.sources.base import LocalSource, Progress, check_index, merge_header
+from xpuquant.conversion.sources.repo_files import _OLD_CONFIGS as OLD_CONFIGS
+from xpuquant.conversion.sources.repo_files import (
+    FoundFiles,
+    extra_files,
+    index_file,
+    parse_index,
+    parse_json,
+    quantization_config,
+    shard_files,
+)
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
+from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array, whole
+from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HEADER_GUESS_BYTES = 1 << 16
+"""First read of a shard: holds the header of a dense model's shard; a longer one costs a second request."""
+
+_HEADERS_AT_ONCE = 8
+_DOWNLOADS_AT_ONCE = 3
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name that is no folder can be a repository on the Hub: `owner/name`."""
+    return _REPO_ID.fullmatch(name) is not None and ".." not in name and not name.endswith(".git")
+
+
+def _checked(name: str) -> str:
+    """A file name that may be made here. The Hub has no others; a server that claims to be one might."""
+    path = PurePosixPath(name)
+    if not name.isprintable() or path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name:
+        raise DamagedError(f"{name!r} is no name of a file in a repository")
+    return name
+
+
+class Remote:
+    """One repository at one commit.
+
+    sizes  file → bytes
+    """
+
+    def __init__(self, api: HfApi, repo_id: str, revision: str | None) -> None:
+        self.api = api
+        self.repo_id = repo_id
+        self._revision = revision
+        info = retried(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), repo_id)
+        self.commit = str(info.sha)
+        self.sizes = {_checked(file.rfilename): int(file.size or 0) for file in info.siblings or ()}
+        self._ranges = Ranges(api, repo_id, self.commit)
+
+    def download(self, name: str, folder: Path | None = None, progress: Progress = lambda nbytes: None) -> Path:
+        """A whole file, in the client's cache or below `folder`. Resumes, and costs nothing when it is there."""
+        counted = FileProgress(self.sizes[name], progress)
+        path = retried(
+            lambda: self.api.hf_hub_download(
+                self.repo_id, name, revision=self.commit, local_dir=folder, tqdm_class=counted.bar()
+            ),
+            self.repo_id,
+        )
+        counted.finish()
+        return Path(path)
+
+    def remember(self) -> None:
+        """Note in the cache which commit the revision was, so that it is found there offline."""
+        retried(
+            lambda: self.api.hf_hub_download(self.repo_id, "config.json", revision=self._revision),
+            self.repo_id,
+        )
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Bytes `begin:end` of a file."""
+        return retried(lambda: self._ranges.read(name, begin, end), self.repo_id)
+
+    def header(self, name: str) -> dict[str, Tensor]:
+        """Name → tensor of a shard.
+
+        Raises:
+            DamagedError: not a sound safetensors file.
+        """
+        nbytes = self.sizes[name]
+        start = self.read(name, 0, min(nbytes, _HEADER_GUESS_BYTES))
+        length = header_length(start[:PREFIX_BYTES], name, nbytes)
+        end = PREFIX_BYTES + length
+        if end > len(start):
+            start += self.read(name, len(start), end)
+        return parse_header(start[PREFIX_BYTES:end], name, nbytes)
+
+
+class HubSource:
+    """A repository by its headers. Reads of tensors are range requests: right for a few, slow for a model."""
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote = remote
+        self.name = remote.repo_id
+        self.revision: str | None = remote.commit
+        self.found = self._find()
+        self.extra_files = self.found.extra
+        self.left_files: Mapping[str, str] = self.found.left
+        self.nbytes = sum(remote.sizes[shard] for shard in self.found.shards)
+        notes = list(self.found.notes)
+        tensors: dict[str, Tensor] = {}
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+            for header in pool.map(remote.header, self.found.shards):
+                merge_header(tensors, notes, header, self.found.index)
+        check_index(tensors, self.found.index)
+        self.checkpoint = Checkpoint(
+            config=self.found.config,
+            quantization=self.found.quantization,
+            tensors=tensors,
+            peek=self.peek,
+            notes=tuple(notes),
+        )
+
+    def peek(self, tensor: Tensor) -> Array | None:
+        """Only what decides whether a model converts at all is worth a request per module: the column order of an
+        act-order model. For the rest a plan from headers believes the config; a conversion looks at the values."""
+        act_order = self.checkpoint.quantization.get("desc_act") is not False
+        if not (act_order and tensor.name.endswith("g_idx")):
+            return None
+        part = whole(tensor)
+        out = np.empty(part.nbytes, np.uint8)
+        self.read_into(part, out)
+        return as_array(part, out)
+
+    def read_into(self, part: Slice, out: Array) -> None:
+        """Fill `out` (flat uint8, `part.nbytes` long) with a slice's bytes."""
+        position = 0
+        for offset, length in part.runs():
+            data = self.remote.read(part.tensor.file, offset, offset + length)
+            out[position : position + length] = np.frombuffer(data, np.uint8)
+            position += length
+
+    def copy_file(self, name: str, target: Path) -> None:
+        """Copy one of `extra_files`."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.remote.download(name), target)
+
+    def read_text(self, name: str) -> str | None:
+        """A small text file of the repository; None where it has none of that name."""
+        if name not in self.remote.sizes:
+            return None
+        return self.remote.download(name).read_text(encoding="utf-8", errors="replace")
+
+    def fingerprint(self) -> str:
+        """The commit says it all."""
+        return f"{self.name}@{self.revision}"
+
+    def check_unchanged(self) -> None:
+        """A commit cannot change."""
+
+    def fetch(self, progress: Progress) -> LocalSource:
+        """Download every shard into the cache.
+
+        Args:
+            progress: called with bytes of shards that are there.
+
+        Raises:
+            EnvironmentFault: network, disk.
+        """
+        self._check_disk()
+
+        downloads = Downloads(lambda shard: self.remote.download(shard, None, progress), _DOWNLOADS_AT_ONCE)
+        running = [downloads.start(shard) for shard in self.found.shards]
+        for future in running:
+            folder = future.result().parent
+        for name in self.found.extra:
+            self.remote.download(name)
+        self.remote.remember()
+        return CachedSource(folder, self.name, self.remote.commit, self.left_files)
+
+    def _find(self) -> FoundFiles:
+        """The same decisions as for a folder, on names alone and a few small files."""
+        names = sorted(self.remote.sizes)
+        try:
+            if "config.json" not in names:
+                raise UsageError("has no config.json; is it a model?")
+            config = self._json("config.json")
+            old = {name: self._json(name) for name in OLD_CONFIGS if name in names}
+            quantization, notes = quantization_config(config, old)
+            index_name = index_file(names)
+            index = None if index_name is None else parse_index(self._json(index_name), index_name)
+            shards, shard_notes = shard_files(names, index, index_name)
+        except UsageError as error:
+            raise UsageError(f"{self.name}: {error}") from None
+        extra, left = extra_files(names, shards, index_name)
+        return FoundFiles(config, quantization, shards, index, extra, left, (*notes, *shard_notes))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return parse_json(self.remote.download(name).read_bytes(), name)
+
+    def _check_disk(self) -> None:
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        needed = sum(
+            self.remote.sizes[shard]
+            for shard in self.found.shards
+            if not isinstance(try_to_load_from_cache(self.name, shard, revision=self.remote.commit), str)
+        )
+        place = Path(constants.HF_HUB_CACHE)
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise EnvironmentFault(
+                f"{constants.HF_HUB_CACHE}: {free / 1e9:.1f} GB free, {self.name} needs {needed / 1e9:.1f} GB; "
+                "free some, set HF_HOME to another disk, or pass --stream"
+            )
+
+
+class CachedSource(LocalSource):
+    """A repository whose files are in the client's cache."""
+
+    def __init__(self, folder: Path, repo_id: str, commit: str, left: Mapping[str, str] | None = None) -> None:
+        super().__init__(folder)
+        self.name = repo_id
+        self.revision = commit
+        if left is not None:
+            self.left_files = left
+
+    def fingerprint(self) -> str:
+        return f"{self.name}@{self.revision}"
+
+
+def open_hub(
+    repo_id: str, revision: str | None = None, token: str | None = None, stream: bool = False
+) -> HubSource | CachedSource:
+    """Open a repository; offline (`HF_HUB_OFFLINE`), from the cache.
+
+    Raises:
+        UsageError: no such repository, revision or model. EnvironmentFault: gated, network, offline and not cached.
+        DamagedError: files that contradict each other.
+    """
+    api = connect(token)
+    if is_offline():
+        folder = Path(
+            retried(lambda: api.snapshot_download(repo_id, revision=revision, local_files_only=True), repo_id)
+        )
+        return CachedSource(folder, repo_id, folder.name)
+    if stream:
+        from xpuquant.conversion.sources.streamed import StreamedSource
+
+        return StreamedSource(Remote(api, repo_id, revision))
+    return HubSource(Remote(api, repo_id, revision))

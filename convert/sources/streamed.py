@@ -1,0 +1,115 @@
+"""A repository on the Hub for a disk that does not hold it: shards come when they are needed and go when they are not.
+
+What flows: the small tensors that decide the plan (column orders, zero points) are read by range requests, many at
+once. Then whole shards are downloaded into a folder of the conversion's own, each when it is first read or a little
+ahead, and deleted by `release`. A shard that the client's cache already holds is read there and stays there.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from xpuquant.conversion.hub.downloads import Downloads
+from xpuquant.conversion.sources.hub import HubSource, Remote
+from xpuquant.conversion.sources.shard_reader import ShardReader
+from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
+from xpuquant.formats.safetensors import Tensor
+
+_VALUES_AT_ONCE = 16
+_MAX_VALUE_BYTES = 1 << 24
+_MAX_VALUES_BYTES = 1 << 30
+"""Kept while planning. Column orders and zero points of a 70B model are a few hundred megabytes."""
+
+
+class StreamedSource(HubSource):
+    """A repository of which only the shards in use are here."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._values: dict[str, bytes] = {}
+        self._kinds_read: set[str] = set()
+        self._lock = threading.Lock()
+        self._readers: dict[str, ShardReader] = {}
+        self._folder: Path | None = None
+        self._downloads = Downloads(self._download, at_once=2)
+        super().__init__(remote)
+
+    def keep_in(self, folder: Path) -> None:
+        """Where downloaded shards lie. Before the first read of a tensor."""
+        self._folder = folder
+
+    def peek(self, tensor: Tensor) -> Array | None:
+        """Every value that a reader asks for: a conversion must not believe the config."""
+        if tensor.nbytes > _MAX_VALUE_BYTES:
+            return None
+        kind = tensor.name.rpartition(".")[2]
+        if kind not in self._kinds_read:
+            # Readers ask for one module after the other, and for the same kinds: fetch ahead, at once.
+            self._kinds_read.add(kind)
+            self._fetch_values([other for other in self.checkpoint.tensors.values() if _is_kind(other, kind)])
+        data = self._values.get(tensor.name)
+        if data is None:
+            data = self.remote.read(tensor.file, tensor.begin, tensor.end)
+        return as_array(whole(tensor), np.frombuffer(data, np.uint8).copy())
+
+    def read_into(self, part: Slice, out: Array) -> None:
+        """Fill `out`; waits for the shard where it is not here yet."""
+        self._reader(part.tensor.file).read_into(part, out)
+
+    def ahead(self, shard: str) -> None:
+        """Begin to download a shard."""
+        self._downloads.start(shard)
+
+    def release(self, shard: str) -> None:
+        """Nobody will read this shard again: delete it, unless it is the cache's."""
+        self._values.clear()
+        with self._lock:
+            reader = self._readers.pop(shard, None)
+        if reader is not None:
+            reader.close()
+        self._downloads.forget(shard)
+        if self._folder is not None:
+            (self._folder / shard).unlink(missing_ok=True)
+
+    def is_cached(self, shard: str) -> bool:
+        """Whether the client's cache holds a shard."""
+        return self._cached(shard) is not None
+
+    def _cached(self, shard: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.name, shard, revision=self.remote.commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def _download(self, shard: str) -> Path:
+        return self._cached(shard) or self.remote.download(shard, self._folder)
+
+    def _reader(self, shard: str) -> ShardReader:
+        with self._lock:
+            reader = self._readers.get(shard)
+        if reader is not None:
+            return reader
+        path = self._downloads.start(shard).result()
+        with self._lock:
+            return self._readers.setdefault(shard, ShardReader(path.parent, [shard]))
+
+    def _fetch_values(self, tensors: list[Tensor]) -> None:
+        def fetch(tensor: Tensor) -> tuple[str, bytes]:
+            return tensor.name, self.remote.read(tensor.file, tensor.begin, tensor.end)
+
+        total = sum(len(data) for data in self._values.values())
+        chosen = []
+        for tensor in tensors:
+            total += tensor.nbytes
+            if total > _MAX_VALUES_BYTES:
+                break
+            chosen.append(tensor)
+        with ThreadPoolExecutor(_VALUES_AT_ONCE) as pool:
+            self._values.update(pool.map(fetch, chosen))
+
+
+def _is_kind(tensor: Tensor, kind: str) -> bool:
+    return tensor.name.rpartition(".")[2] == kind and tensor.nbytes <= _MAX_VALUE_BYTES

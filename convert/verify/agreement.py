@@ -1,0 +1,206 @@
+"""Numerics: kernels compute the stored layer, and agree with a float64 product of the *source*.
+
+Exactness has shown what the bytes decode to; what is left is that a kernel reads this layout, in this shape, as we do.
+
+* Each distinct (scheme, N, K) is computed at every M of `ROWS`, because kernels take different paths there (one was
+  right for one request and wrong for two), and once more with the weight in a wrong layout, which must *not* agree: a
+  check that cannot fail would show nothing.
+* Each module is computed at one M on some of its rows, which also gives the heat map its colours.
+
+What is right, `expected.py` says, and what rounding is in proportion to. Every output is judged by itself, so
+that neither a large one hides a wrong one, nor one whose terms cancel fails a right kernel.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+
+from xpuquant.conversion.verify.expected import Subject, Truth, Truths, misread_truth
+from xpuquant.conversion.verify.verdict import CONTRADICTIONS, REFERENCE, Agreement, contradiction
+from xpuquant.errors import UnsupportedError, one_line
+from xpuquant.kernels.base import Backend, tolerance
+
+ROWS = (1, 2, 8, 33, 64)
+SAMPLE_ROWS = 256
+"""Rows of N that stand for a matrix where all of them would cost more than the conversion."""
+
+CELL_ROWS = 64
+CELL_M = 8
+SHARPEST = ("F32", "F16", "BF16")
+"""Activation dtypes by how small an error they show."""
+
+SERVED = "BF16"
+"""The activation dtype of most served models: kernels choose other code for it."""
+
+FAST = ("onednn", "vllm_xpu", "ipex")
+"""Backends that compute all rows of a large Linear at every M within seconds; torch's int4 kernel takes a minute."""
+
+FULL_CODES = 1 << 26
+"""Largest matrix computed in full (64 Mi codes: any Linear but a vocabulary-sized one). The float64 reference never is:
+it would take half a gigabyte."""
+
+BINS = tuple(10.0**-e for e in range(9, -1, -1))
+"""Upper edges of the histogram of |error| / rms(product); one more bin above the last."""
+
+_WORST = 2
+"""`kernels.tolerance` is for the norm of all errors; the worst of millions of outputs gets so many times that, of its
+`Truth.size`, itself two to three times a usual output."""
+
+_REFERENCE_TOLERANCE = 2.0**-20
+"""The reference computes in float64 and returns float32, rounding each output once (2^-24)."""
+
+
+def check_kernels(
+    subjects: Iterable[Subject], backends: Sequence[Backend], *, full: bool, every: bool
+) -> list[Agreement]:
+    """Run every backend that can run on every module.
+
+    Args:
+        subjects: matrices, those of a module together.
+        full: all rows of the representatives where a backend is fast enough, not a sample.
+        every: every matrix of every module like a representative, all rows whatever they cost.
+    """
+    usable = [backend for backend in backends if backend.unavailable() is None]
+    # The reference shows that we read the layout as we wrote it, once for each shape; a module is for real kernels.
+    real = [backend for backend in usable if backend.name != REFERENCE]
+    seen: set[object] = set()
+    found: list[Agreement] = []
+    for _, members in groupby(subjects, key=lambda subject: subject.stored.name):
+        for subject, chosen in _chosen(list(members)):
+            matrix = subject.matrix
+            key = (subject.stored.scheme, matrix.role == "gate_up", matrix.N, matrix.K)
+            if every or key not in seen:
+                seen.add(key)
+                found += _thorough(subject, usable, full, every)
+            elif chosen:
+                truths = Truths(subject)
+                window = subject.window(CELL_ROWS)
+                found += [_agreement(truths, backend, window, (CELL_M,)) for backend in real]
+    return found
+
+
+def _chosen(members: Sequence[Subject]) -> Iterator[tuple[Subject, bool]]:
+    """A module's matrices, and whether each stands for its role: another expert in each layer."""
+    by_role: dict[str, list[Subject]] = {}
+    for subject in members:
+        by_role.setdefault(subject.matrix.role, []).append(subject)
+    for same in by_role.values():
+        index = zlib.crc32(same[0].stored.name.encode()) % len(same)
+        # First, so that it is the one to represent its shape too.
+        yield same[index], True
+        yield from ((subject, False) for i, subject in enumerate(same) if i != index)
+
+
+def _thorough(subject: Subject, backends: Sequence[Backend], full: bool, every: bool) -> Iterator[Agreement]:
+    """All M, all rows where they are affordable, and the wrong layout."""
+    N, K = subject.matrix.N, subject.matrix.K
+    truths, sample = Truths(subject), subject.window(SAMPLE_ROWS)
+    for backend in backends:
+        is_fast = full and backend.name in FAST and N * K <= FULL_CODES
+        window = (0, N) if (every and backend.name != REFERENCE) or is_fast else sample
+        # What the reference computes does not depend on M.
+        run = _agreement(truths, backend, window, ROWS[-1:] if backend.name == REFERENCE else ROWS)
+        if run.ran and run.reason is None:
+            run = replace(run, wrong_layout=_wrong_layout(subject, backend, run.activation, run.tolerance))
+        yield run
+        if backend.name != REFERENCE and run.activation not in ("", SERVED):
+            as_served = _agreement(truths, backend, sample, ROWS, (SERVED,))
+            if as_served.ran:
+                yield as_served
+
+
+def _limit(backend: Backend, dtype: str, K: int) -> float:
+    """The largest error of an output, over its `Truth.size`, that arithmetic alone explains."""
+    return _REFERENCE_TOLERANCE if backend.name == REFERENCE else _WORST * tolerance(dtype, K)
+
+
+def _agreement(
+    truths: Truths,
+    backend: Backend,
+    window: tuple[int, int],
+    Ms: Sequence[int],
+    dtypes: Sequence[str] = SHARPEST,
+) -> Agreement:
+    """In the first of the activation dtypes that the backend takes and that can hold the sums."""
+    stored, matrix = truths.subject.stored, truths.subject.matrix
+    start, stop = window
+    blank = Agreement(backend.name, stored.name, matrix.role, matrix.expert, stored.scheme.label(), matrix.N, matrix.K)
+    refused, overflow = None, None
+    try:
+        for dtype in dtypes:
+            refused = backend.refuses(stored.scheme, stop - start, matrix.K, dtype)
+            if refused is not None:
+                continue
+            truth = truths.of(start, stop, max(Ms), dtype)
+            if not truth.overflow:
+                runs = [_compare(backend, truth, M) for M in Ms]
+                break
+            overflow = f"sums of these values can exceed {'float16' if dtype == 'F16' else 'float32'}"
+        else:
+            return replace(blank, reason=one_line(overflow or refused or ""))
+    except UnsupportedError as error:
+        return replace(blank, reason=one_line(error))
+    except CONTRADICTIONS as error:
+        return replace(blank, error=float("inf"), deviation=float("inf"), reason=contradiction(error))
+    return replace(
+        blank,
+        rows=stop - start,
+        M=tuple(Ms),
+        activation=dtype,
+        error=max(run.error for run in runs),
+        deviation=max(run.deviation for run in runs),
+        max_abs=max(run.max_abs for run in runs),
+        cosine=min(run.cosine for run in runs),
+        tolerance=_limit(backend, dtype, matrix.K),
+        histogram=tuple(int(n) for n in np.sum([run.histogram for run in runs], axis=0)),
+    )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """See `Agreement`, which has the worst over several M."""
+
+    error: float = float("inf")
+    deviation: float = float("inf")
+    max_abs: float = float("inf")
+    cosine: float = 0.0
+    histogram: Sequence[int] = (0,) * (len(BINS) + 1)
+
+
+def _compare(backend: Backend, truth: Truth, M: int) -> _Comparison:
+    """What a kernel makes of the first M activations."""
+    wanted, size = truth.wanted[:M], truth.size[:M]
+    with np.errstate(invalid="ignore", over="ignore"):
+        got = backend.linear(truth.layer, truth.x[:M])
+    finite = np.isfinite(wanted)
+    if got.shape != wanted.shape or not np.array_equal(finite, np.isfinite(got)):
+        return _Comparison()
+    right, result = wanted[finite], got.astype(np.float64)[finite]
+    errors = np.abs(result - right)
+    norm = float(np.linalg.norm(right))
+    scale = norm / np.sqrt(max(right.size, 1)) or 1.0
+    product = float(np.linalg.norm(result)) * norm
+    return _Comparison(
+        error=float(np.linalg.norm(errors)) / (norm or 1.0),
+        deviation=float((errors / size[finite]).max(initial=0.0)),
+        max_abs=float(errors.max(initial=0.0)),
+        cosine=float(right @ result) / product if product else 1.0,
+        histogram=np.bincount(np.searchsorted(BINS, errors / scale), minlength=len(BINS) + 1).tolist(),
+    )
+
+
+def _wrong_layout(subject: Subject, backend: Backend, dtype: str, limit: float) -> float | None:
+    """The deviation where a kernel is given the bytes in a wrong order. None where that changes nothing (all codes of a
+    byte alike), or so little beside larger weights that a right kernel may round it away."""
+    misread = misread_truth(subject, CELL_M, dtype)
+    if misread is None or misread[1] <= 2 * limit:
+        return None
+    try:
+        return _compare(backend, misread[0], CELL_M).deviation
+    except (UnsupportedError, *CONTRADICTIONS):
+        return None

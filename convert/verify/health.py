@@ -1,0 +1,135 @@
+"""Sanity: numbers that are exactly the source's and still worth a look before they are served.
+
+Counted on the decoded output, block by block, in the pass that checks exactness. All of it warns; only a NaN or an
+infinity that cannot be shown to come from the source fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from xpuquant.conversion.verify.verdict import Finding, Health
+from xpuquant.formats.checkpoint import Array
+from xpuquant.formats.weights.decoded import Decoded
+
+_DEAD_SHARE = 0.01
+"""Of a module's groups. Producers leave a few all-zero groups (padding, pruned channels); one in a hundred is odd."""
+
+_SATURATED_SHARE = 0.25
+"""Of a module's codes. Uniformly random 4-bit codes have 1/8 at the ends, real weights far fewer."""
+
+_SAMPLE = 4
+"""One row in so many is looked at for saturation, which is a share and not a fault."""
+
+_SCALE_OUTLIER = 100.0
+"""Largest scale over their root mean square. Real checkpoints stay below about 30."""
+
+_LARGEST = {"e2m1": (0x07, 0x0F), "e4m3": (0x7E, 0xFE), "e5m2": (0x7B, 0xFB)}
+_NOT_FINITE = {"e4m3": 0x7F, "e5m2": 0x7C}
+
+
+@dataclass
+class Counter:
+    """Sums up one module. `symmetric`: zero points are in the middle, so -8 and 7 are the ends of the range."""
+
+    symmetric: bool = True
+    health: Health = field(default_factory=Health)
+    _squares: float = 0.0
+    _finite: int = 0
+    _last_row: int = -1
+
+    def update(self, rows: Decoded) -> None:
+        """Count rows of one matrix."""
+        h = self.health
+        scale = self._new(rows)
+        bad, zero, largest = self._scales(scale)
+        sample = replace(rows, codes=rows.codes[::_SAMPLE])
+        self.health = Health(
+            groups=h.groups + scale.size,
+            bad_scales=h.bad_scales + bad,
+            zero_scales=h.zero_scales + zero,
+            dead_groups=h.dead_groups + _dead(rows),
+            codes=h.codes + sample.codes.size,
+            saturated=h.saturated + _saturated(sample, self.symmetric),
+            bad_codes=h.bad_codes + _bad(rows),
+            scale_max=max(h.scale_max, largest),
+            scale_typical=math.sqrt(self._squares / self._finite) if self._finite else 0.0,
+        )
+
+    def _new(self, rows: Decoded) -> Array:
+        """The scales that these rows bring: a block of scales covers the rows of several calls."""
+        if len(rows.scale) == len(rows.row):
+            return rows.scale
+        first = np.diff(rows.row, prepend=self._last_row) != 0
+        self._last_row = int(rows.row[-1])
+        scale: Array = rows.scale[rows.row[first]]
+        return scale
+
+    def _scales(self, scale: Array) -> tuple[int, int, float]:
+        values = np.abs(scale.astype(np.float32))
+        finite = np.isfinite(values)
+        bad = values.size - int(np.count_nonzero(finite))
+        values = values[finite] if bad else values.reshape(-1)
+        self._squares += float(np.dot(values, values.astype(np.float64)))
+        self._finite += values.size
+        return bad, values.size - int(np.count_nonzero(values)), float(values.max(initial=0.0))
+
+
+def _saturated(rows: Decoded, symmetric: bool) -> int:
+    """Codes at an end of their range."""
+    ends = (-8, 7) if rows.number == "int" and symmetric else _LARGEST.get(rows.number, ())
+    return sum(int(np.count_nonzero(rows.codes == end)) for end in ends)
+
+
+def _bad(rows: Decoded) -> int:
+    """Codes that are no finite number."""
+    if rows.number == "float":
+        return int(np.count_nonzero(~np.isfinite(rows.codes)))
+    limit = _NOT_FINITE.get(rows.number)
+    return 0 if limit is None else int(np.count_nonzero((rows.codes & 0x7F) >= limit))
+
+
+def _dead(rows: Decoded) -> int:
+    """Groups along K all of whose codes mean 0. Only where groups are equal runs of columns of a multiple of 8;
+    scales that cover a whole row, block or tensor have no groups to die."""
+    n, K = rows.codes.shape
+    groups = rows.scale.shape[1]
+    size = K // groups if groups > 1 and K % groups == 0 else 0
+    if rows.codes.itemsize != 1 or not size or size % 8 or len(rows.scale) != n:
+        return 0
+    if not (rows.col[::size] == np.arange(groups)).all():
+        return 0
+    codes = np.ascontiguousarray(rows.codes).view(np.uint64).reshape(n, groups, size // 8)
+    # The sign bit of a float zero says nothing.
+    sign = {"int": 0, "e2m1": 0x08}.get(rows.number, 0x80)
+    magnitude = np.uint64(int.from_bytes(bytes([0xFF ^ sign]) * 8, "little"))
+    # A group whose first word is alive is alive: few are left to be looked at whole.
+    doubtful = codes[:, :, 0] & magnitude == 0
+    return int(np.count_nonzero(~(codes[doubtful] & magnitude).any(axis=1)))
+
+
+def findings(health: Mapping[str, Health], exact: bool) -> Iterator[Finding]:
+    """What is worth a look.
+
+    Args:
+        exact: every value has been found equal to the source's, so whatever is odd is the source's.
+    """
+    origin = "; so has the source" if exact else ""
+    for name, h in health.items():
+        if h.bad_scales or h.bad_codes:
+            what = f"{h.bad_scales} scales and {h.bad_codes} codes are NaN or infinite{origin}"
+            yield Finding("sanity", name, what, fails=not exact)
+        if h.zero_scales:
+            yield Finding("sanity", name, f"{h.zero_scales} of {h.groups} scales are 0{origin}", False)
+        if h.dead_groups > _DEAD_SHARE * h.groups:
+            yield Finding("sanity", name, f"{h.dead_groups} of {h.groups} groups hold only zeros", False)
+        if h.saturated > _SATURATED_SHARE * h.codes:
+            share = f"{h.saturated / h.codes:.0%} of the codes are at an end of their range"
+            yield Finding("sanity", name, share, False)
+        if h.scale_max > _SCALE_OUTLIER * h.scale_typical > 0:
+            what = f"the largest scale is {h.scale_max / h.scale_typical:.0f} times their root mean square"
+            yield Finding("sanity", name, what, False)

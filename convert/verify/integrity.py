@@ -1,0 +1,236 @@
+"""Integrity: the files of a repo are those that were written, and agree with each other.
+
+xpuquant.json holds the sha256 of every file of the conversion and, in its first field, of itself; verify.json does the
+same for the reports. README.md is left out: people edit model cards. Then headers, index and config.json are compared
+both ways, and with the list of modules and tensors that the conversion recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from xpuquant.conversion.repo.converted import Repo, open_repo
+from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
+from xpuquant.conversion.sources.base import Progress
+from xpuquant.conversion.sources.repo_files import list_files, parse_json
+from xpuquant.conversion.verify.exactness import run_all
+from xpuquant.conversion.verify.verdict import Finding
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
+from xpuquant.formats.readers.base import guarded
+from xpuquant.formats.scheme import FORMAT_VERSION, expand
+
+UNPROTECTED = ("README.md", ".gitattributes", ".gitignore")
+"""Files that may differ: the card, which is edited, and what hosting adds."""
+
+VERDICT = "verify.json"
+REPORTS = ("verify.md", "verify.html", "verify.svg")
+
+_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"')
+_CHUNK = 4 << 20
+_MODULE_LISTS = ("roles", "dequantized")
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """What was found.
+
+    record  xpuquant.json; None where it cannot be read
+    repo    the repo, open; None where its files contradict each other
+    files   files whose sha256 was compared
+    """
+
+    findings: tuple[Finding, ...]
+    record: Mapping[str, Any] | None
+    repo: Repo | None
+    files: int
+
+
+def seal(content: bytes) -> bytes:
+    """Fill in the sha256 of xpuquant.json: of its own bytes, with 64 zeros in this place."""
+    hole = _SEAL.search(content)
+    assert hole is not None and hole[1] == b"0" * 64, "the first sha256 of the file is its own"
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return content[: hole.start(1)] + digest + content[hole.end(1) :]
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether the file still has the bytes it was sealed with."""
+    hole = _SEAL.search(content)
+    if hole is None:
+        return False
+    return hashlib.sha256(content[: hole.start(1)] + b"0" * 64 + content[hole.end(1) :]).hexdigest() == hole[1].decode()
+
+
+def weigh(folder: Path) -> int:
+    """Bytes that `check_integrity` will hash, for the progress bar."""
+    return sum((folder / name).stat().st_size for name in list_files(folder) if name not in UNPROTECTED)
+
+
+def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
+    """Compare every file with its recorded sha256, and the files with each other.
+
+    Raises:
+        UsageError: not a finished conversion. EnvironmentFault: unreadable files.
+    """
+    content = _provenance(folder)
+    found: list[Finding] = []
+    if not is_sealed(content):
+        found.append(_wrong(PROVENANCE, "is not as it was written: its own sha256 differs"))
+    try:
+        record = parse_json(content, PROVENANCE)
+        recorded = _recorded(record)
+    except DamagedError as error:
+        return Integrity((*found, _wrong(PROVENANCE, str(error))), None, None, 0)
+    progress(len(content))
+    present = list_files(folder)
+    calls = [partial(_file, folder, name, sha256, progress) for name, sha256 in recorded.items()]
+    found += [finding for finding in run_all(jobs, calls) if finding is not None]
+    found += _unlisted(present, recorded)
+    found += _reports(folder, present, progress)
+    repo: Repo | None = None
+    try:
+        repo = open_repo(folder)
+        with guarded(PROVENANCE):
+            found += _as_recorded(record, repo)
+    except EnvironmentFault:
+        raise
+    except XpuquantError as error:
+        found.append(_wrong(folder.name or str(folder), str(error)))
+    return Integrity(tuple(found), record, repo, len(recorded) + 1)
+
+
+def _wrong(where: str, what: str) -> Finding:
+    return Finding("integrity", where, one_line(what))
+
+
+def _provenance(folder: Path) -> bytes:
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    try:
+        return (folder / PROVENANCE).read_bytes()
+    except FileNotFoundError:
+        if (folder / STAGING).exists():
+            raise UsageError(f"{folder}: is an unfinished conversion; run the same convert command again") from None
+        raise UsageError(f"{folder}: has no {PROVENANCE}; it was not converted by xpuquant") from None
+    except OSError as error:
+        raise EnvironmentFault(f"{folder / PROVENANCE}: cannot be read ({error.strerror})") from error
+
+
+def _recorded(record: Mapping[str, Any]) -> dict[str, str]:
+    """file → sha256. Raises DamagedError where xpuquant.json does not list them."""
+    if record.get("format_version") != FORMAT_VERSION:
+        raise DamagedError(f"has format_version {record.get('format_version')!r}, this xpuquant reads {FORMAT_VERSION}")
+    _check_types(record)
+    shards, files = record.get("shards"), record.get("files")
+    if not isinstance(shards, dict) or not isinstance(files, dict) or not shards:
+        raise DamagedError("lists no shards or no files")
+    table = {
+        **{name: entry.get("sha256") for name, entry in shards.items() if isinstance(entry, dict)},
+        **files,
+    }
+    for name, sha256 in table.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DamagedError(f"names a file outside the folder: {name}")
+        if not isinstance(sha256, str):
+            raise DamagedError(f"has no sha256 for {name}")
+    return table
+
+
+def _check_types(record: Mapping[str, Any]) -> None:
+    """A seal keeps accidents out, not people: raises DamagedError for a field of a type that no conversion writes."""
+    modules, source = record.get("modules", {}), record.get("source", {})
+    tables = [record, modules, source, *(modules.values() if isinstance(modules, dict) else ())]
+    if not all(isinstance(table, dict) for table in tables):
+        raise DamagedError("has a module or a source that is no object")
+    fields: list[tuple[Any, type]] = [(record.get("options", {}), dict)]
+    names = [(record, "unquantized"), *((entry, key) for entry in modules.values() for key in _MODULE_LISTS)]
+    for table, key in names:
+        values = table.get(key, [])
+        fields += [(values, list), *((value, str) for value in (values if isinstance(values, list) else ()))]
+    for table, key, kind in ((record, "tensors_sha256", str), (source, "bytes_by_dtype", int)):
+        values = table.get(key, {})
+        fields += [
+            (values, dict),
+            *((value, kind) for value in (values.values() if isinstance(values, dict) else ())),
+        ]
+    if not all(isinstance(value, kind) for value, kind in fields):
+        raise DamagedError("has a field of a type that no conversion writes")
+
+
+def _file(folder: Path, name: str, sha256: str, progress: Progress) -> Finding | None:
+    digest = hashlib.sha256()
+    try:
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                progress(len(chunk))
+    except FileNotFoundError:
+        return _wrong(name, "is missing")
+    except OSError as error:
+        raise EnvironmentFault(f"{folder / name}: cannot be read ({error.strerror})") from error
+    if digest.hexdigest() != sha256:
+        return _wrong(name, f"has sha256 {digest.hexdigest()[:12]}…, was written with {sha256[:12] or 'none'}…")
+    return None
+
+
+def _reports(folder: Path, present: list[str], progress: Progress) -> list[Finding]:
+    """verify.json is sealed and holds the sha256 of the other reports. They are no part of the model: one that was
+    deleted is none, one that was changed is a failure."""
+    found: list[Finding] = []
+    hashes: Mapping[str, Any] = {}
+    if VERDICT in present:
+        content = (folder / VERDICT).read_bytes()
+        progress(len(content))
+        if not is_sealed(content):
+            return [_wrong(VERDICT, "is not as it was written: its own sha256 differs")]
+        try:
+            hashes = parse_json(content, VERDICT).get("reports", {})
+        except DamagedError as error:
+            return [_wrong(VERDICT, str(error))]
+        if not isinstance(hashes, dict):
+            return [_wrong(VERDICT, "lists no reports")]
+    for name in REPORTS:
+        if name in present:
+            wrong = _file(folder, name, str(hashes.get(name, "")), progress)
+            found += [wrong] if wrong is not None else []
+    return found
+
+
+def _unlisted(present: list[str], recorded: Mapping[str, str]) -> list[Finding]:
+    """Files that the conversion did not write. Weights and configs among them may be loaded: those fail."""
+    found: list[Finding] = []
+    for name in present:
+        if name in recorded or name in (PROVENANCE, VERDICT, *REPORTS) or PurePosixPath(name).name in UNPROTECTED:
+            continue
+        loadable = name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".py"))
+        what = "was not written by the conversion" + (", and a loader may pick it up" if loadable else "")
+        found.append(Finding("integrity", one_line(name), what, fails=loadable))
+    return found
+
+
+def _as_recorded(record: Mapping[str, Any], repo: Repo) -> list[Finding]:
+    """No module and no tensor more or less than the conversion recorded."""
+    modules: Mapping[str, Any] = record.get("modules", {})
+    found: list[Finding] = []
+    dequantized = {name for name, entry in modules.items() if entry.get("dequantized")}
+    for name in sorted(modules.keys() - repo.modules.keys() - dequantized):
+        found.append(_wrong(name, "is quantized by xpuquant.json, but config.json does not name it"))
+    for name, stored in sorted(repo.modules.items()):
+        entry = modules.get(name)
+        if entry is None:
+            found.append(_wrong(name, "is in config.json, but xpuquant.json does not record it"))
+        elif entry.get("scheme") != stored.scheme.label():
+            found.append(_wrong(name, f"config.json says {stored.scheme.label()}, xpuquant.json {entry.get('scheme')}"))
+    expected = {name for pattern in record.get("unquantized", ()) for name in expand(pattern)}
+    expected |= {tensor for name in dequantized for tensor in modules[name]["dequantized"]}
+    for name in sorted(expected - repo.plain.keys()):
+        found.append(_wrong(name, "is missing"))
+    for name in sorted(repo.plain.keys() - expected):
+        found.append(_wrong(name, f"is in {repo.plain[name].file}, but nothing in the source gives it"))
+    return found

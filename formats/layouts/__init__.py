@@ -1,0 +1,41 @@
+"""What is written: the on-disk contract of each kind of module, listed in `LAYOUTS`.
+
+A new layout is a file with a class that meets `base.Layout`, and a line below.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+
+from xpuquant.formats.layouts.base import Layout
+from xpuquant.formats.layouts.compressed_tensors.fp8 import CtFp8
+from xpuquant.formats.layouts.compressed_tensors.int4 import CtInt4
+from xpuquant.formats.layouts.compressed_tensors.mx import CT_MXFP4, CT_MXFP8
+from xpuquant.formats.layouts.xpu.fp8_experts import Fp8Experts
+from xpuquant.formats.layouts.xpu.fp8_linear import Fp8Linear
+from xpuquant.formats.layouts.xpu.int4_experts import Int4Experts
+from xpuquant.formats.layouts.xpu.int4_linear import Int4Linear
+from xpuquant.formats.layouts.xpu.mx_linear import MXFP4_LINEAR, MXFP8_LINEAR
+from xpuquant.formats.layouts.xpu.mxfp4_experts import Mxfp4Experts
+from xpuquant.formats.layouts.xpu.mxfp8_experts import Mxfp8Experts
+
+LAYOUTS: tuple[Layout, ...] = (
+    Int4Linear(),
+    Int4Experts(),
+    Fp8Linear(),
+    Fp8Experts(),
+    MXFP4_LINEAR,
+    MXFP8_LINEAR,
+    Mxfp4Experts(),
+    Mxfp8Experts(),
+    CtInt4(),
+    CtFp8(),
+    CT_MXFP4,
+    CT_MXFP8,
+)
+"""Every layout. Those of one family differ in the modules that they take."""
+
+
+@cache
+def layouts(family: str | None = None) -> Mapping[str, Layout]:
+    """Every layout by name, or those of one `--layout`."""
+    return {layout.name: layout for layout in LAYOUTS if family in (None, layout.family)}

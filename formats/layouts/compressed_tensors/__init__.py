@@ -1,0 +1,1 @@
+"""The portable layouts (`--layout compressed-tensors`), which stock loaders read."""

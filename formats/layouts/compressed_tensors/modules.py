@@ -1,0 +1,199 @@
+"""What a checkpoint becomes, module by module, in the compressed-tensors family: every matrix is a Linear of its own.
+
+Experts keep the source's name for each matrix, as the unconverted model spells it; nothing is stacked, and what a
+source has stacked or fused is taken apart: `gate_up_proj` of an expert into `gate_proj` and `up_proj`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats.architecture import expert_of, is_embedding
+from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
+from xpuquant.formats.layouts.base import Linear, Module, OutTensor
+from xpuquant.formats.layouts.compressed_tensors.config import activation_words
+from xpuquant.formats.layouts.modules import halved, is_interleaved
+from xpuquant.formats.readers.compressed_tensors.config import METHODS, weight_args
+from xpuquant.formats.weights.base import IntWeight, Weight
+from xpuquant.formats.weights.floats import FloatWeight
+from xpuquant.formats.weights.groups import GROUP_MULTIPLE, Regrouping, regroup
+from xpuquant.formats.weights.joined import join, parts
+from xpuquant.formats.weights.split import Rows, SplitBias, split
+
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "w1": "w13",
+    "w3": "w13",
+}
+"""What vLLM loads into one tensor (`packed_modules_mapping` of its models)."""
+
+
+@dataclass(frozen=True)
+class CtLinear(Linear):
+    """A module of this family.
+
+    activations  see `CtScheme`
+    zero_points  store zero points although all are 8: engines fuse the module with one that has others
+    group_size   store groups of this many columns: engines fuse the module with one that has them; 0 for its own
+    bias         a bias to be taken out of a stacked or fused one; None where it passes through, or there is none
+    reason       why it cannot be converted
+    """
+
+    activations: str = ""
+    zero_points: bool = False
+    group_size: int = 0
+    bias: SplitBias | None = None
+    reason: str | None = None
+
+
+def modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:
+    """Every weight as a module, in order.
+
+    Raises:
+        UnsupportedError: how gpt-oss's gate and up rows lie cannot be known.
+    """
+    taken = [part for weight in _joined(checkpoint, weights) for part in _parts(checkpoint, weight)]
+    mates: dict[str, list[IntWeight]] = {}
+    for weight in (module.weight for module in taken):
+        if isinstance(weight, IntWeight):
+            mates.setdefault(_mates(weight.name), []).append(weight)
+    common = {name: (any(map(has_zero_points, members)), _common_group(members)) for name, members in mates.items()}
+    found: list[Module] = []
+    for module in taken:
+        activations = _activations(checkpoint, module.weight)
+        zero_points, group_size = common.get(_mates(module.name), (False, 0))
+        found.append(replace(module, activations=activations, zero_points=zero_points, group_size=group_size))
+    return found
+
+
+def groups_of(weight: IntWeight, size: int = 0) -> Regrouping | None:
+    """Groups of `size` columns; where it is 0 the source's if they are equally long and in order, otherwise the
+    coarsest exact ones that are. None where there are none."""
+    if size:
+        return regroup(weight, (size,))
+    if weight.groups_of is None and weight.K % weight.group_size == 0:
+        return Regrouping(weight.group_size, None)
+    return regroup(weight)
+
+
+def _common_group(members: Sequence[IntWeight]) -> int:
+    """The coarsest group size that all members can have, exactly; 0 where each may keep its own."""
+    natural = [(groups_of(weight), weight.K) for weight in members]
+    sizes = {groups.size for groups, _ in natural if groups is not None}
+    if len(sizes) < 2 or all(groups is None or groups.size == K for groups, K in natural):
+        return 0
+    size = math.gcd(*sizes)
+    return size if size % GROUP_MULTIPLE == 0 else 0
+
+
+def _joined(checkpoint: Checkpoint, weights: Sequence[Weight]) -> Iterator[Weight]:
+    """The weights, with halves of gpt-oss's alternating rows joined to what they were cut from."""
+    halves = halved(checkpoint) if is_interleaved(checkpoint) else False
+    by_name = {weight.name: weight for weight in weights}
+    for weight in weights:
+        expert = expert_of(weight.name)
+        role = expert[2] if expert is not None else ""
+        if halves is None and role in ("gate", "up"):
+            raise UnsupportedError(
+                f"{weight.name}: whether gate_proj and up_proj alternate or are halves depends on the llm-compressor "
+                f"that wrote them, and version {checkpoint.quantization.get('version')!r} in the config does not tell"
+            )
+        parent = weight.name.removesuffix("gate_proj")
+        other = by_name.get(f"{parent}up_proj")
+        if not halves or role not in ("gate", "up"):
+            yield weight
+        elif role == "gate" and other is not None:
+            fact = "gate_proj and up_proj were halves of the alternating rows"
+            yield join(f"{parent}gate_up_proj", weight, other, fact)
+
+
+def _parts(checkpoint: Checkpoint, weight: Weight) -> list[CtLinear]:
+    """A weight as modules of one projection each."""
+    expert = expert_of(weight.name)
+    if expert is None or expert[2] != "gate_up":
+        bias = None if weight.bias is None else SplitBias((weight.bias,), Rows(0, 1), weight.N)
+        return [CtLinear(weight.name, weight, bias=bias)]
+    pair = split(weight, is_interleaved(checkpoint))
+    if isinstance(pair, str):
+        return [CtLinear(weight.name, weight, reason=pair)]
+    biases = _biases(checkpoint, weight)
+    return [CtLinear(part.name, part, bias=SplitBias(biases, part.picked, part.N) if biases else None) for part in pair]
+
+
+def _biases(checkpoint: Checkpoint, weight: Weight) -> tuple[Slice, ...]:
+    """What makes up the bias of a fused weight."""
+    if weight.bias is not None:
+        return (weight.bias,)
+    tensors = [checkpoint.tensors.get(f"{part.name}.bias") for part in parts(weight)]
+    return tuple(whole(tensor) for tensor in tensors if tensor is not None)
+
+
+def refusal(module: Module) -> str | None:
+    """What every layout of the family refuses."""
+    if isinstance(module, CtLinear) and module.reason is not None:
+        return module.reason
+    return "an embedding: few loaders read quantized rows" if is_embedding(module.name) else None
+
+
+def bias_tensors(module: Module) -> list[OutTensor]:
+    """A bias taken out of a stacked or fused one, as a tensor of the output."""
+    bias = module.bias if isinstance(module, CtLinear) else None
+    return [] if bias is None else [bias.tensor(f"{module.name}.bias")]
+
+
+def has_zero_points(weight: IntWeight) -> bool:
+    """Whether 4-bit storage of the weight needs zero points."""
+    return not weight.symmetric and not weight.widened
+
+
+def _mates(name: str) -> str:
+    """What engines put into one tensor with a module, by a name for all of it. They want one scheme there."""
+    expert = expert_of(name)
+    if expert is not None:
+        return expert[0]
+    parent, _, leaf = name.rpartition(".")
+    return f"{parent}.{_FUSED.get(leaf, leaf)}"
+
+
+def _activations(checkpoint: Checkpoint, weight: Weight) -> str:
+    """How the source has activations quantized, as far as a weight's format allows it: see `CtScheme`."""
+    if not isinstance(weight, FloatWeight):
+        # W4A8 stored packed is read by no two releases alike; its weights are those of W4A16.
+        return ""
+    if weight.input_scale is not None:
+        return "float8 tensor static"
+    words = ""
+    config = checkpoint.quantization
+    if checkpoint.method in METHODS:
+        words = _of_group(checkpoint, weight.name)
+        if not words:
+            return ""
+    elif _weight_only(config.get("act_bits")):
+        return ""
+    if words and not words.endswith("static"):
+        return words
+    if weight.is_mx:
+        return "float8 group32 dynamic" if weight.element != "e2m1" else words
+    return "float8 group128 dynamic" if weight.granularity == "block" else "float8 token dynamic"
+
+
+def _of_group(checkpoint: Checkpoint, name: str) -> str:
+    groups = checkpoint.quantization.get("config_groups")
+    best = weight_args(checkpoint, name)
+    for key, group in groups.items() if isinstance(groups, dict) else ():
+        alone = replace(checkpoint, quantization={**checkpoint.quantization, "config_groups": {key: group}})
+        if isinstance(group, dict) and best and weight_args(alone, name)[:1] == best[:1]:
+            return activation_words(group.get("input_activations"))
+    return ""
+
+
+def _weight_only(bits: object) -> bool:
+    """AutoRound's `act_bits`: 16 and more are activations as they are."""
+    return isinstance(bits, int) and bits >= 16

@@ -1,0 +1,103 @@
+"""Layouts `ct_mxfp4` and `ct_mxfp8`: compressed-tensors `mxfp4-pack-quantized` and `mxfp8-quantized`.
+
+    ct_mxfp4   P.weight_packed  U8 [N, K/2]       E2M1 nibbles (sign << 3 | magnitude), low nibble = even column
+    ct_mxfp8   P.weight         F8_E4M3 [N, K]
+    both       P.weight_scale   U8 [N, K/32]      E8M0: 2^(byte - 127), 255 is NaN
+
+(compressed_tensors/compressors/nvfp4, mxfp4). Releases before 0.14 read the exponents of MXFP4 4 times too small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xpuquant.formats.checkpoint import rows
+from xpuquant.formats.layouts.base import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
+from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
+from xpuquant.formats.layouts.compressed_tensors.fp8 import upright
+from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, refusal
+from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout
+from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.weights.base import row_blocks
+from xpuquant.formats.weights.floats import MX_GROUP, FloatWeight, Scales
+
+
+@dataclass(frozen=True)
+class CtMx(CtLayout):
+    """A layout of MX linears.
+
+    name      of the layout
+    element   of the source that it takes; see `FloatWeight`
+    codes     suffix of the codes' tensor
+    dtype     their safetensors label
+    packed    columns per stored element
+    kernel    the XPU layout that holds the same codes
+    """
+
+    name: str
+    element: str
+    codes: str
+    dtype: str
+    packed: int
+    kernel: str
+
+    def takes(self, module: Module) -> bool:
+        weight = module.weight if isinstance(module, Linear) else None
+        if not isinstance(weight, FloatWeight) or not weight.is_mx:
+            return False
+        return (weight.element == "e2m1") == (self.packed == 2)
+
+    def refuses(self, module: Module) -> str | None:
+        weight = _weight(module)
+        if (reason := refusal(module)) is not None:
+            return reason
+        if weight.element != self.element:
+            return f"MX of {weight.element} has no compressed-tensors format: its 8-bit floats are E4M3"
+        return f"K={weight.K} is not a multiple of {MX_GROUP}" if weight.K % MX_GROUP else None
+
+    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
+        """Exponents stay exponents whatever `scale_dtype` says."""
+        weight = _weight(module)
+        N, width, G = weight.N, weight.K // self.packed, weight.K // MX_GROUP
+        make = upright(weight)
+        codes = tuple(
+            Piece((weight.code_rows(start, stop),), (stop - start) * width, make)
+            for start, stop in row_blocks(N, width)
+        )
+        scales = Piece((weight.scale_rows(0, N),), G * N, Scales(weight, 1, MX_GROUP, "U8", by_row=True))
+        tensors = (
+            OutTensor(f"{module.name}.{self.codes}", self.dtype, (N, width), codes),
+            OutTensor(f"{module.name}.weight_scale", "U8", (N, G), (scales,)),
+        )
+        scheme = CtScheme(
+            layout=self.name,
+            group_size=MX_GROUP,
+            scale_dtype="U8",
+            activations=module.activations if isinstance(module, CtLinear) else "",
+        )
+        return Conversion(module.name, scheme, (*tensors, *bias_tensors(module)), weight.facts)
+
+    def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        return (self.codes, "weight_scale")
+
+    def kernel_scheme(self, stored: Stored) -> Scheme | None:
+        return Scheme(self.kernel, group_size=MX_GROUP, scale_dtype="U8")
+
+    def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
+        """As vLLM's XPU kernel classes take a loaded checkpoint: exponents transposed."""
+        exponents = stored.load(rows(stored.tensors["weight_scale"], start, stop))
+        return {
+            "weight": stored.load(rows(stored.tensors[self.codes], start, stop)),
+            "weight_scale": np.ascontiguousarray(exponents.T),
+        }
+
+
+def _weight(module: Module) -> FloatWeight:
+    assert isinstance(module, Linear) and isinstance(module.weight, FloatWeight)
+    return module.weight
+
+
+CT_MXFP4 = CtMx("ct_mxfp4", "e2m1", "weight_packed", "U8", 2, "mxfp4_linear")
+CT_MXFP8 = CtMx("ct_mxfp8", "e4m3", "weight", "F8_E4M3", 1, "mxfp8_linear")

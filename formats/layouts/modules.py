@@ -1,0 +1,162 @@
+"""Which matrices of a checkpoint are the experts of one layer.
+
+Families spell the same three matrices differently, on disk:
+
+    Qwen2/3-MoE, DeepSeek, GLM   mlp.experts.E.{gate_proj, up_proj, down_proj}
+    Mixtral, MiniMax             block_sparse_moe.experts.E.{w1, w3, w2}
+    Mixtral by newer producers   {mlp, block_sparse_moe}.experts.E.{gate_proj, up_proj, down_proj}
+    gpt-oss native               mlp.experts.{gate_up_proj, down_proj}_blocks, 3-D (its reader yields one per expert)
+
+so they are recognised by suffix, not by architecture.
+
+gpt-oss has one fused matrix whose rows alternate gate, up. Producers that split it by expert either undo that (gate
+the even rows, up the odd) or halve it as it is; see `halved`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from xpuquant.errors import DamagedError, UnsupportedError
+from xpuquant.formats.architecture import expert_of
+from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
+from xpuquant.formats.dtypes import FLOATS
+from xpuquant.formats.layouts.base import ExpertStack, Linear, Module
+from xpuquant.formats.weights.base import Weight
+from xpuquant.formats.weights.joined import join
+
+
+def is_interleaved(checkpoint: Checkpoint) -> bool:
+    """gpt-oss's activation reads gate and up from alternating rows; every other family from two halves."""
+    return checkpoint.text_config.get("model_type") == "gpt_oss"
+
+
+def halved(checkpoint: Checkpoint) -> bool | None:
+    """Whether gpt-oss's `gate_proj` and `up_proj` are the first and second half of the alternating rows, rather than
+    the even and odd ones; None where it cannot be known.
+
+    Nothing in the tensors tells. llm-compressor writes them, and pins the compressed-tensors whose version is in the
+    config: 0.10 and 0.11 (0.14 to 0.16) and 0.14 (0.19 and later) undo the alternation, 0.12 and 0.13 (0.17.1 to
+    0.18) halve it. AutoRound undoes it (auto_round/modeling/fused_moe/gpt_oss.py).
+    """
+    config = checkpoint.quantization
+    if checkpoint.method not in ("compressed-tensors", "compressed_tensors"):
+        return False
+    if str(config.get("provider") or "").startswith("auto-round"):
+        return False
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("version") or ""))
+    if match is None:
+        return None
+    version = tuple(int(number or 0) for number in match.groups())
+    if (0, 17, 1) <= version < (0, 19):
+        return True
+    return False if (0, 14) <= version < (0, 17) or version >= (0, 19) else None
+
+
+def modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:
+    """Gather experts into stacks; everything else is a linear. Order of first appearance is kept.
+
+    Raises:
+        DamagedError: an expert is missing, or experts of one layer differ in shape.
+    """
+    found: dict[str, Linear | dict[tuple[str, int], Weight]] = {}
+    for weight in weights:
+        expert = expert_of(weight.name)
+        if expert is None:
+            found[weight.name] = Linear(weight.name, weight)
+        else:
+            members = found.setdefault(expert[0], {})
+            assert isinstance(members, dict), "a module cannot be called '....experts'"
+            members[expert[2], expert[1]] = weight
+    return [
+        member if isinstance(member, Linear) else _stack(checkpoint, name, member) for name, member in found.items()
+    ]
+
+
+def _stack(checkpoint: Checkpoint, name: str, members: Mapping[tuple[str, int], Weight]) -> ExpertStack:
+    roles = {role for role, _ in members}
+    if roles not in ({"gate", "up", "down"}, {"gate_up", "down"}):
+        wanted = {"gate_up", "down"} if "gate_up" in roles else {"gate", "up", "down"}
+        missing = ", ".join(sorted(wanted - roles))
+        raise DamagedError(f"{name}: no expert has a quantized {missing} matrix")
+    experts = max(expert for _, expert in members) + 1
+    weights: dict[str, tuple[Weight, ...]] = {}
+    for role in sorted(roles, key=("gate_up", "gate", "up", "down").index):
+        for expert in range(experts):
+            if (role, expert) not in members:
+                raise DamagedError(f"{name}: expert {expert} of {experts} has no quantized {role} matrix")
+        weights[role] = tuple(members[role, expert] for expert in range(experts))
+        shapes = {(weight.N, weight.K) for weight in weights[role]}
+        if len(shapes) > 1:
+            raise DamagedError(f"{name}: {role} matrices of different shapes {sorted(shapes)}")
+    _check_shapes(name, {role: members[0] for role, members in weights.items()})
+    biases = {role: slices for role in weights if (slices := _biases(checkpoint, weights[role]))}
+    if biases and set(biases) != set(weights):
+        raise DamagedError(f"{name}: only {', '.join(sorted(biases))} matrices have biases")
+    if len(dtypes := {bias.tensor.dtype for slices in biases.values() for bias in slices}) > 1:
+        raise DamagedError(f"{name}: biases are {' and '.join(sorted(dtypes))}; want one dtype")
+    if is_interleaved(checkpoint) and "gate" in weights:
+        weights = _in_order(checkpoint, name, weights)
+    return ExpertStack(name, weights, biases, is_interleaved(checkpoint))
+
+
+def _check_shapes(name: str, first: Mapping[str, Weight]) -> None:
+    """Raises DamagedError where gate and up do not feed down."""
+    down = first["down"]
+    for role, factor in (("gate", 1), ("up", 1), ("gate_up", 2)):
+        weight = first.get(role)
+        if weight is not None and (factor * down.K, down.N) != (weight.N, weight.K):
+            raise DamagedError(
+                f"{name}: {role} is {[weight.N, weight.K]} and down {[down.N, down.K]}; they do not belong together"
+            )
+
+
+def _in_order(
+    checkpoint: Checkpoint, name: str, weights: Mapping[str, tuple[Weight, ...]]
+) -> dict[str, tuple[Weight, ...]]:
+    """gpt-oss's roles as they are meant: gate and up, or the fused matrix that the two halves were.
+
+    Raises:
+        UnsupportedError: which of the two cannot be known.
+    """
+    version = checkpoint.quantization.get("version")
+    halves = halved(checkpoint)
+    if halves is None:
+        raise UnsupportedError(
+            f"{name}: whether gate_proj and up_proj alternate or are halves depends on the llm-compressor that wrote "
+            f"them, and version {version!r} in the config does not tell; quantize the model again"
+        )
+    if not halves:
+        said = "gate_proj is the even rows of the fused axis, up_proj the odd"
+        fact = said if version is None else f"{said}: compressed-tensors {version}"
+        gate = tuple(replace(weight, facts=(*weight.facts, fact)) for weight in weights["gate"])
+        return {**weights, "gate": gate}
+    fact = f"gate_proj and up_proj are halves of the alternating rows (compressed-tensors {version}): joined again"
+    pairs = zip(weights["gate"], weights["up"], strict=True)
+    fused = tuple(join(f"{name}.{e}.gate_up_proj", gate, up, fact) for e, (gate, up) in enumerate(pairs))
+    return {"gate_up": fused, "down": weights["down"]}
+
+
+def _biases(checkpoint: Checkpoint, weights: Sequence[Weight]) -> tuple[Slice, ...]:
+    present = [weight.bias or _bias_tensor(checkpoint, weight) for weight in weights]
+    slices = tuple(bias for bias in present if bias is not None)
+    if slices and len(slices) != len(weights):
+        raise DamagedError(f"{weights[present.index(None)].name}.bias is missing; other experts have one")
+    dtypes = {bias.tensor.dtype for bias in slices}
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        raise DamagedError(
+            f"{slices[0].tensor.name} and its siblings are {', '.join(sorted(dtypes))}; want one of {', '.join(FLOATS)}"
+        )
+    for weight, bias in zip(weights, slices, strict=False):
+        if bias.shape[-1] != weight.N or math.prod(bias.shape) != weight.N:
+            raise DamagedError(f"{bias.tensor.name} has shape {list(bias.shape)}, want [{weight.N}]")
+    return slices
+
+
+def _bias_tensor(checkpoint: Checkpoint, weight: Weight) -> Slice | None:
+    tensor = checkpoint.tensors.get(f"{weight.name}.bias")
+    # A reader that used the bias up has found it to be a dummy.
+    return whole(tensor) if tensor is not None and tensor not in weight.tensors else None

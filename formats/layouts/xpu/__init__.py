@@ -1,0 +1,1 @@
+"""The layouts that XPU kernels read (`--layout xpu`)."""

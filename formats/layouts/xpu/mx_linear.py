@@ -1,0 +1,115 @@
+"""Layouts `mxfp4_linear` and `mxfp8_linear`: MX linears, as oneDNN's matmuls read them.
+
+Codes lie as they come, exponents are turned on their side.
+
+    mxfp4_linear   P.weight  uint8 [N, K/2]               E2M1 nibbles (sign << 3 | magnitude), low nibble = even column
+    mxfp8_linear   P.weight  F8_E4M3 or F8_E5M2 [N, K]
+    both           P.weight_scale  uint8 [K/32, N]        E8M0: 2^(byte - 127), 255 is NaN
+
+(OCP Microscaling Formats v1.0, section 5.4.1.) The kernels, `fp4_gemm` and `fp8_gemm` of vllm-xpu-kernels
+(csrc/xpu/onednn), take the weight as `.t()`, MXFP4's viewed as `float4_e2m1fn_x2`, and quantize the activations to the
+same format themselves: there is no 16-bit-activation kernel for MX linears.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from xpuquant.errors import DamagedError
+from xpuquant.formats.architecture import is_embedding
+from xpuquant.formats.checkpoint import columns, rows
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.layouts.base import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
+from xpuquant.formats.layouts.xpu.fp8_linear import check_tensor
+from xpuquant.formats.packing.plain import unpack_nibbles
+from xpuquant.formats.scheme import FP8_DTYPES, Scheme
+from xpuquant.formats.weights.base import row_blocks
+from xpuquant.formats.weights.decoded import Decoded, even_groups
+from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight, Scales
+
+
+@dataclass(frozen=True)
+class MxLinear:
+    """A layout of MX linears.
+
+    name      of the layout
+    elements  dtype label of the stored codes → `Decoded.number`
+    packed    columns per stored element
+    """
+
+    name: str
+    elements: dict[str, str]
+    packed: int
+
+    family: ClassVar[str] = "xpu"
+
+    def takes(self, module: Module) -> bool:
+        weight = module.weight if isinstance(module, Linear) else None
+        return isinstance(weight, FloatWeight) and weight.is_mx and weight.dtype in self.elements
+
+    def refuses(self, module: Module) -> str | None:
+        weight = _weight(module)
+        if is_embedding(module.name):
+            return "an embedding is looked up, not multiplied: no XPU kernel reads quantized rows"
+        return f"K={weight.K} is not a multiple of {MX_GROUP}" if weight.K % MX_GROUP else None
+
+    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
+        """Exponents stay exponents whatever `scale_dtype` says."""
+        weight = _weight(module)
+        N, width, G = weight.N, weight.K // self.packed, weight.K // MX_GROUP
+        codes = tuple(
+            Piece((weight.code_rows(start, stop),), (stop - start) * width) for start, stop in row_blocks(N, width)
+        )
+        scales = Piece((weight.scale_rows(0, N),), G * N, Scales(weight, 1, MX_GROUP, "U8"))
+        tensors = (
+            OutTensor(f"{module.name}.weight", weight.dtype, (N, width), codes),
+            OutTensor(f"{module.name}.weight_scale", "U8", (G, N), (scales,)),
+        )
+        scheme = Scheme(layout=self.name, group_size=MX_GROUP, scale_dtype="U8")
+        if weight.dtype in FP8_DTYPES:
+            scheme = replace(scheme, weight_dtype=weight.dtype)
+        return Conversion(module.name, scheme, tensors, weight.facts)
+
+    def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        return ("weight", "weight_scale")
+
+    def matrices(self, stored: Stored) -> list[Matrix]:
+        weight = stored.tensors["weight"]
+        wanted = stored.scheme.weight_dtype if self.packed == 1 else "U8"
+        if weight.dtype != wanted or len(weight.shape) != 2:
+            raise DamagedError(
+                f"{weight.name} is {weight.dtype} {list(weight.shape)}, config.json says {wanted} [N, K]"
+            )
+        N, K = weight.shape[0], weight.shape[1] * self.packed
+        check_tensor(stored.tensors["weight_scale"], "U8", (K // MX_GROUP, N))
+        return [Matrix("linear", N, K)]
+
+    def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
+        weight = stored.tensors["weight"]
+        codes = stored.load(rows(weight, start, stop)).view(np.uint8)
+        exponents = stored.load(columns(stored.tensors["weight_scale"], start, stop))
+        return Decoded(
+            self.elements[weight.dtype],
+            unpack_nibbles(codes) if self.packed == 2 else codes,
+            exponents.view(numpy_dtype(E8M0)).T,
+            np.arange(stop - start),
+            even_groups(matrix.K, MX_GROUP),
+        )
+
+    def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
+        return {
+            "weight": stored.load(rows(stored.tensors["weight"], start, stop)),
+            "weight_scale": stored.load(columns(stored.tensors["weight_scale"], start, stop)),
+        }
+
+
+def _weight(module: Module) -> FloatWeight:
+    assert isinstance(module, Linear) and isinstance(module.weight, FloatWeight)
+    return module.weight
+
+
+MXFP4_LINEAR = MxLinear("mxfp4_linear", {"U8": "e2m1"}, packed=2)
+MXFP8_LINEAR = MxLinear("mxfp8_linear", ELEMENTS, packed=1)

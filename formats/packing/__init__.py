@@ -1,0 +1,1 @@
+"""How codes lie in words: the plain definition, and two sets of compiled loops that share nothing."""

@@ -1,0 +1,77 @@
+"""What a reader is: tensors of one module in, weights in normal form out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from xpuquant.errors import DamagedError
+from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.weights.base import Weight
+
+Parts = Mapping[str, Tensor]
+"""Tensor suffix → tensor, of one module."""
+
+
+class Reader(Protocol):
+    """One file of `readers/` per source format, listed in `readers.READERS`."""
+
+    @property
+    def name(self) -> str:
+        """The format's name, for reports."""
+        ...
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """Values of `quant_method` that may announce this format."""
+        ...
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Tensor suffixes of the format, `weight` and `bias` excepted."""
+        ...
+
+    def claims(self, parts: Parts) -> bool:
+        """Whether these tensors are a module of this format. Looks at names, dtypes and shapes only."""
+        ...
+
+    def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
+        """The weights of one module (several for a stacked expert tensor).
+
+        Raises:
+            UnsupportedError: sound, but nothing this tool can convert; the message is the reason.
+            DamagedError: tensors missing, or of shapes that contradict each other.
+        """
+        ...
+
+
+_STUMBLES = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+@contextmanager
+def guarded(name: str) -> Iterator[None]:
+    """Turns what unforeseen input does to code (a division by 0, a text for a number) into a refusal that names the
+    module. The fuzz lane counts its uses, because each deserves a check that says more."""
+    try:
+        yield
+    except _STUMBLES as error:
+        said = f"{type(error).__name__}: {error}"
+        raise DamagedError(f"{name}: its tensors or what is said of it cannot be ({said})") from error
+
+
+def need(parts: Parts, suffix: str, name: str, *, dtype: str | None = None, dims: int | None = None) -> Tensor:
+    """A tensor a module must have.
+
+    Raises:
+        DamagedError: it is missing, or has another dtype or rank.
+    """
+    tensor = parts.get(suffix)
+    if tensor is None:
+        raise DamagedError(f"{name}.{suffix} is missing; is a shard incomplete? Download it again")
+    if dtype is not None and tensor.dtype != dtype:
+        raise DamagedError(f"{tensor.name} is {tensor.dtype}, want {dtype}")
+    if dims is not None and len(tensor.shape) != dims:
+        raise DamagedError(f"{tensor.name} has shape {list(tensor.shape)}, want {dims} dimensions")
+    return tensor

@@ -1,0 +1,1 @@
+"""Readers for what the compressed-tensors library writes."""

@@ -1,0 +1,141 @@
+"""What a compressed-tensors config says, parsed leniently.
+
+The library's own pydantic classes refuse keys of other versions, so files of one version cannot be read by another;
+here unknown keys are ignored and every key may be absent (compressed-tensors 0.7 to 0.20).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xpuquant.errors import UnsupportedError, UsageError, shown
+from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.readers.gptq_config import overridden
+from xpuquant.formats.readers.patterns import MAX_PATTERNS, matches
+
+METHODS = frozenset({"compressed-tensors", "compressed_tensors"})
+
+_SPARSE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
+
+
+@dataclass(frozen=True)
+class WeightArgs:
+    """`QuantizationArgs` of a group's weights. None: not said."""
+
+    bits: int
+    type: str
+    strategy: str | None
+    group_size: int | None
+    symmetric: bool
+    block: tuple[int, int] | None
+    format: str | None
+
+
+def check_supported(checkpoint: Checkpoint) -> None:
+    """Refuse what changes the meaning of every tensor.
+
+    Raises:
+        UnsupportedError: sparse or transformed weights.
+    """
+    config = checkpoint.quantization
+    fmt = str(config.get("format") or "")
+    sparsity = config.get("sparsity_config")
+    sparse = isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense")
+    if fmt in _SPARSE_FORMATS or sparse:
+        raise UnsupportedError("2:4 or bitmask sparse weights have no XPU kernel")
+    transforms = config.get("transform_config")
+    if isinstance(transforms, Mapping) and transforms.get("config_groups"):
+        raise UnsupportedError("the config asks for online transforms (transform_config), which no kernel here applies")
+
+
+def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
+    """The groups that may describe `module`, most specific first: exact name, regex, class name.
+
+    Several can match; the reader takes the first that the shapes agree with. AutoRound's own config under
+    the same tensors has one flat scheme.
+    """
+    config = checkpoint.quantization
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping):
+        return [_args(overridden(config, module), None)] if "bits" in config else []
+    ranked: list[tuple[int, str, WeightArgs]] = []
+    for name, group in groups.items():
+        if isinstance(group, list):
+            # {preset: targets}, the short form of a group.
+            group = {"weights": _preset(str(name)), "targets": group}
+        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+            continue
+        args = _args(group["weights"], group.get("format") or config.get("format"))
+        targets = group.get("targets") or ["Linear"]
+        if not isinstance(targets, list):
+            raise UsageError(f"config: 'targets' is {shown(targets)}, want a list of names")
+        if sum(str(target).startswith("re:") for target in targets) > MAX_PATTERNS:
+            raise UsageError(f"config: 'targets' has more than {MAX_PATTERNS} regular expressions")
+        for target in targets:
+            rank = _rank(str(target), module)
+            if rank is not None:
+                ranked.append((rank, str(target), args))
+    return [args for _, _, args in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def _preset(name: str) -> Mapping[str, Any] | None:
+    """Weights of one of the library's named schemes (compressed_tensors/quantization/quant_scheme.py)."""
+    upper = name.upper()
+    if upper in ("W8A8", "INT8"):
+        return {"num_bits": 8, "strategy": "channel"}
+    integers = re.fullmatch(r"W([1-8])A(?:FP)?\d+(_ASYM)?", upper)
+    if integers:
+        return {
+            "num_bits": int(integers[1]),
+            "group_size": 128,
+            "strategy": "group",
+            "symmetric": not integers[2],
+        }
+    strategies = {"FP8": "tensor", "FP8_DYNAMIC": "channel", "FP8_BLOCK": "block"}
+    if upper in strategies:
+        return {"num_bits": 8, "type": "float", "strategy": strategies[upper], "block_structure": [128, 128]}
+    mx = re.fullmatch(r"MXFP([468])(A\d+|XFP8)?", upper)
+    if mx:
+        return {"num_bits": int(mx[1]), "type": "float", "strategy": "group", "group_size": 32}
+    if upper in ("NVFP4", "NVFP4A16"):
+        return {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    return None
+
+
+def _rank(target: str, module: str) -> int | None:
+    if target == module:
+        return 0
+    if target.startswith("re:"):
+        return 1 if matches(target[3:], module) else None
+    # A class name; attention-only groups describe the KV cache.
+    return 2 if "." not in target and not target.endswith("Attention") else None
+
+
+def _args(args: Mapping[str, Any], fmt: Any) -> WeightArgs:
+    size = args.get("group_size")
+    block = args.get("block_structure") or args.get("weight_block_size")
+    if isinstance(block, str):
+        block = [int(side) for side in re.findall(r"[0-9]{1,9}", block)]
+    if block is not None and not (isinstance(block, list) and all(type(side) is int for side in block)):
+        raise UsageError(f"config: the block size is {shown(block)}, want two numbers")
+    return WeightArgs(
+        bits=_number(args, "num_bits", _number(args, "bits", 8)),
+        type=str(args.get("type") or args.get("data_type") or "int"),
+        strategy=str(args["strategy"]) if args.get("strategy") else None,
+        group_size=size if isinstance(size, int) and size > 0 else None,
+        symmetric=bool(args.get("symmetric", args.get("sym", True))),
+        block=(block[0], block[1]) if block and len(block) == 2 and min(block) > 0 else None,
+        format=str(fmt) if fmt else None,
+    )
+
+
+def _number(args: Mapping[str, Any], key: str, default: int) -> int:
+    value = args.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 64:
+        raise UsageError(f"config: '{key}' is {value!r}, want a number of bits")
+    return value

@@ -1,0 +1,34 @@
+"""compressed-tensors files that hold no quantized storage a kernel could read, refused by name.
+
+fake-quantized    P.weight float, P.weight_scale        rounded weights kept as floats (status "frozen")
+sparse-bitmask    P.compressed, P.bitmask, P.shape, ...  2:4 or unstructured sparsity
+"""
+
+from __future__ import annotations
+
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.dtypes import FLOATS
+from xpuquant.formats.readers.base import Parts
+from xpuquant.formats.readers.compressed_tensors.config import METHODS, check_supported
+from xpuquant.formats.weights.base import Weight
+
+
+class Refused:
+    name = "compressed-tensors"
+    methods = METHODS
+    suffixes = frozenset({"weight_scale", "compressed", "bitmask"})
+
+    def claims(self, parts: Parts) -> bool:
+        sparse = "compressed" in parts and "bitmask" in parts
+        return sparse or ("weight_scale" in parts and "weight" in parts and parts["weight"].dtype in FLOATS)
+
+    def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
+        check_supported(checkpoint)
+        if "bitmask" in parts:
+            raise UnsupportedError("sparse (bitmask) weights have no XPU kernel")
+        status = checkpoint.quantization.get("quantization_status") or "unknown"
+        raise UnsupportedError(
+            f"fake-quantized: the weight is stored as {parts['weight'].dtype} beside its scale (quantization_status "
+            f"'{status}'); save the model compressed first"
+        )

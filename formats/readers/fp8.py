@@ -1,0 +1,187 @@
+"""Reader for FP8: DeepSeek and Qwen blocks, per-tensor and per-channel, as every producer spells them.
+
+    P.weight            F8_E4M3 (F8_E5M2) [N, K]
+    P.weight_scale_inv  [ceil(N/n), ceil(K/k)]   blocks; a multiplier, despite its name
+    P.weight_scale      [] or [1]; [N] or [N, 1]; [ceil(N/n), ceil(K/k)]
+    P.scale             DeepSeek-V4's name of either, E8M0
+    P.input_scale       [] or [1]                static activation scale
+
+A value is `weight * scale` in every one of them. Scales are F32, BF16, F16 or E8M0. Written by DeepSeek, Qwen,
+compressed-tensors (`float-quantized`, `naive-quantized`), AutoRound (FP8_BLOCK, FP8_STATIC, FPW8A16), ModelOpt, Quark,
+FBGEMM and AutoFP8. Fused experts are in formats/readers/fp8_fused.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xpuquant.errors import DamagedError, UnsupportedError
+from xpuquant.formats.architecture import expert_of
+from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.dtypes import FLOATS
+from xpuquant.formats.readers.base import Parts, need
+from xpuquant.formats.readers.compressed_tensors.config import check_supported, weight_args
+from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.weights.base import Weight
+from xpuquant.formats.weights.floats import E8M0, ELEMENTS, FloatWeight, view
+
+SCALES = ("weight_scale_inv", "weight_scale", "scale")
+"""Names of the multiplier, each used by some producer."""
+
+SCALE_DTYPES = (*FLOATS, E8M0)
+
+_DEFAULT_BLOCK = (128, 128)
+
+
+class Fp8:
+    name = "fp8"
+    methods = frozenset({"fp8", "deepseek_v4_fp8", "modelopt", "quark", "fbgemm_fp8"})
+    suffixes = frozenset(
+        {
+            *SCALES,
+            "input_scale",
+            "input_zero_point",
+            "weight_zero_point",
+            "input_scale_ub",
+            "activation_scale",
+        }
+    )
+
+    def claims(self, parts: Parts) -> bool:
+        weight = parts.get("weight")
+        return weight is not None and weight.dtype.startswith("F8") and not is_mxfp8(parts)
+
+    def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
+        check_supported(checkpoint)
+        weight = fp8_weight(parts, name)
+        N, K = weight.shape
+        scale = scale_of(parts, name)
+        if scale.dtype not in SCALE_DTYPES:
+            raise DamagedError(f"{scale.name} is {scale.dtype}, want one of {', '.join(SCALE_DTYPES)}")
+        granularity, block, fact = _granularity(checkpoint, name, scale, N, K)
+        grid = (-(-N // block[0]), -(-K // block[1]))
+        used = [weight, scale, *_no_zero_points(checkpoint, parts)]
+        facts = [fact]
+        input_scale = _input_scale(parts)
+        if input_scale is not None:
+            used.append(input_scale)
+            if expert_of(name) is not None:
+                # The expert kernel takes 16-bit activations.
+                facts.append("static activation scales of experts dropped: their kernel takes 16-bit activations")
+                input_scale = None
+        return [
+            FloatWeight(
+                name=name,
+                format=self.name,
+                N=N,
+                K=K,
+                tensors=tuple(used),
+                facts=tuple(facts),
+                element=ELEMENTS[weight.dtype],
+                granularity=granularity,
+                block=block,
+                codes=weight,
+                scale=view(scale, scale.dtype, grid),
+                input_scale=input_scale,
+                scale_value=_value(checkpoint, name, scale) if granularity == "tensor" else None,
+            )
+        ]
+
+
+def is_mxfp8(parts: Parts) -> bool:
+    """FP8 with one exponent byte per 32 columns: formats/readers/mxfp8.py reads it."""
+    weight = parts.get("weight")
+    if weight is None or weight.dtype not in ELEMENTS or len(weight.shape) != 2:
+        return False
+    scale = next((parts[suffix] for suffix in SCALES if suffix in parts), None)
+    groups = (weight.shape[0], -(-weight.shape[1] // 32))
+    return scale is not None and scale.dtype in ("U8", E8M0) and scale.shape == groups
+
+
+def fp8_weight(parts: Parts, name: str) -> Tensor:
+    """`P.weight`, an fp8 type that kernels know."""
+    weight = need(parts, "weight", name, dims=2)
+    if weight.dtype not in ELEMENTS:
+        raise UnsupportedError(f"{weight.dtype} has no XPU kernel (want {' or '.join(ELEMENTS)})")
+    return weight
+
+
+def scale_of(parts: Parts, name: str) -> Tensor:
+    """The one multiplier of a module.
+
+    Raises:
+        DamagedError: none, or two of them.
+    """
+    found = [parts[suffix] for suffix in SCALES if suffix in parts]
+    if not found:
+        raise DamagedError(f"{name}.weight is {parts['weight'].dtype} without a scale; is a shard incomplete?")
+    if len(found) > 1:
+        raise DamagedError(f"{name} has both {found[0].name} and {found[1].name}; which one scales the weight?")
+    return found[0]
+
+
+def block_size(checkpoint: Checkpoint, name: str) -> tuple[int, int] | None:
+    """(rows, columns) of a block as the config says: `weight_block_size`, or `block_structure` of the group."""
+    stated = checkpoint.quantization.get("weight_block_size")
+    if isinstance(stated, list | tuple) and len(stated) == 2 and all(type(side) is int and side > 0 for side in stated):
+        return stated[0], stated[1]
+    return next((args.block for args in weight_args(checkpoint, name) if args.block is not None), None)
+
+
+def _granularity(checkpoint: Checkpoint, name: str, scale: Tensor, N: int, K: int) -> tuple[str, tuple[int, int], str]:
+    """(granularity, rows and columns per scale, the fact), from the shape of the scale; the size of ragged blocks
+    cannot be told from it and comes from the config."""
+    stated = block_size(checkpoint, name)
+    block = stated or _DEFAULT_BLOCK
+    blocks = (-(-N // block[0]), -(-K // block[1]))
+    named = scale.name.endswith("_inv") or scale.dtype == E8M0
+    if scale.shape == blocks and (stated is not None or named or blocks != (1, 1)):
+        said = "as the config says" if stated else "the default"
+        return "block", block, f"fp8 in blocks of {block[0]}x{block[1]}, {said}"
+    if scale.shape in ((), (1,), (1, 1)):
+        return "tensor", (N, K), "fp8 with one scale, from the shapes"
+    if scale.shape in ((N,), (N, 1)):
+        return "channel", (1, K), "fp8 with a scale per row, from the shapes"
+    if len(scale.shape) == 2 and scale.shape[0] == N and K % scale.shape[1] == 0:
+        # compressed-tensors' group strategy: sound, but kernels have blocks only.
+        return "block", (1, K // scale.shape[1]), "fp8 in groups along K, from the shapes"
+    raise DamagedError(
+        f"{scale.name} has shape {list(scale.shape)}; a weight of {[N, K]} in blocks of {list(block)} needs "
+        f"{list(blocks)}"
+    )
+
+
+def _input_scale(parts: Parts) -> Tensor | None:
+    scale = parts.get("input_scale") or parts.get("activation_scale")
+    if scale is None:
+        return None
+    if scale.dtype not in FLOATS or scale.shape not in ((), (1,), (1, 1)):
+        raise UnsupportedError(
+            f"{scale.name} is {scale.dtype} {list(scale.shape)}; kernels take one static scale per tensor"
+        )
+    return scale
+
+
+def _no_zero_points(checkpoint: Checkpoint, parts: Parts) -> list[Tensor]:
+    """Zero points that are all zero, and the activation bounds of FBGEMM, which mean nothing offline.
+
+    Raises:
+        UnsupportedError: a zero point that is not.
+    """
+    used = [parts["input_scale_ub"]] if "input_scale_ub" in parts else []
+    for suffix in ("weight_zero_point", "input_zero_point"):
+        if suffix in parts:
+            values = checkpoint.peek(parts[suffix])
+            if values is not None and values.astype(np.float64).any():
+                raise UnsupportedError("fp8 with zero points has no XPU kernel")
+            used.append(parts[suffix])
+    return used
+
+
+def _value(checkpoint: Checkpoint, name: str, scale: Tensor) -> float | None:
+    """Only of experts: whether gate and up share a scale decides their layout."""
+    expert = expert_of(name)
+    if expert is None or expert[2] == "down":
+        return None
+    values = checkpoint.peek(scale)
+    return None if values is None else float(values.reshape(-1)[0])

@@ -1,0 +1,102 @@
+"""Reader for NVFP4: groups of 16 columns with fp8 scales, and one float32 scale over all. No XPU kernel takes it.
+
+    P.weight_packed        U8 [N, K/2]         as MXFP4's
+    P.weight_scale         F8_E4M3 [N, K/16]
+    P.weight_global_scale  F32 [1]             compressed-tensors, AutoRound: a divisor
+    P.weight_scale_2       F32 [] or [1]       ModelOpt, which calls the codes `weight`: a multiplier
+    P.input_global_scale, P.input_scale        activation scales; not needed
+
+Read so that it can be dequantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xpuquant.errors import DamagedError
+from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
+from xpuquant.formats.readers.base import Parts, need
+from xpuquant.formats.readers.compressed_tensors.config import check_supported
+from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.weights.base import Array, Weight
+from xpuquant.formats.weights.decoded import Decoded
+from xpuquant.formats.weights.floats import FloatWeight, view
+
+GROUP = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nvfp4Weight(FloatWeight):
+    """MXFP4's codes under two levels of scales. `divides`: the global one is a divisor."""
+
+    global_scale: Tensor
+    divides: bool
+
+    @property
+    def is_mx(self) -> bool:
+        return False
+
+    @property
+    def kind(self) -> str:
+        return "nvfp4"
+
+    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        return (*super().decode_inputs(start, stop), whole(self.global_scale))
+
+    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
+        decoded = super().decode(arrays[:2], start, stop)
+        overall = arrays[2].astype(np.float64).reshape(())
+        scale = decoded.scale.astype(np.float64)
+        scale = scale / overall if self.divides else scale * overall
+        return Decoded("e2m1", decoded.codes, scale, decoded.row, decoded.col)
+
+
+class Nvfp4:
+    name = "nvfp4"
+    methods = frozenset({"modelopt", "modelopt_fp4"})
+    suffixes = frozenset(
+        {
+            "weight_packed",
+            "weight_scale",
+            "weight_global_scale",
+            "weight_scale_2",
+            "input_global_scale",
+            "input_scale",
+        }
+    )
+
+    def claims(self, parts: Parts) -> bool:
+        codes = parts.get("weight_packed") or parts.get("weight")
+        return (
+            codes is not None and codes.dtype == "U8" and ("weight_global_scale" in parts or "weight_scale_2" in parts)
+        )
+
+    def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
+        check_supported(checkpoint)
+        stored = need(parts, "weight_packed" if "weight_packed" in parts else "weight", name, dims=2)
+        scale = need(parts, "weight_scale", name, dtype="F8_E4M3", dims=2)
+        divides = "weight_global_scale" in parts
+        overall = need(parts, "weight_global_scale" if divides else "weight_scale_2", name, dtype="F32")
+        N, K = stored.shape[0], 2 * stored.shape[1]
+        if scale.shape != (N, -(-K // GROUP)) or overall.shape not in ((), (1,)):
+            raise DamagedError(f"{scale.name} has shape {list(scale.shape)}; NVFP4 of {[N, K]} needs {[N, K // GROUP]}")
+        return [
+            Nvfp4Weight(
+                name=name,
+                format=self.name,
+                N=N,
+                K=K,
+                tensors=tuple(parts[suffix] for suffix in parts if suffix in self.suffixes or suffix == "weight"),
+                facts=("NVFP4, from the dtypes and shapes",),
+                element="e2m1",
+                granularity="group",
+                block=(1, GROUP),
+                codes=view(stored, "U8", stored.shape),
+                scale=scale,
+                global_scale=overall,
+                divides=divides,
+            )
+        ]

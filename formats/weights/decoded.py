@@ -1,0 +1,183 @@
+"""The meaning of a stored weight, whatever the packing: integers, scales, and which scale covers what.
+
+Both ends of a conversion decode to this form, by code that does not share the fast path; a conversion is exact
+when `difference` finds none. Equality is of integers and of float values, never closeness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# The eight magnitudes of E2M1 (OCP Microscaling Formats v1.0, section 5.3.3); code = sign << 3 | index.
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Rows `[n, K]` of a weight, in the source's column order.
+
+    number  what a code means: `int` (code minus zero point), `e2m1` (a nibble), `e4m3`/`e5m2` (a byte),
+            `float` (an unquantized value, widened)
+    codes   `[n, K]`: int8 or int16 for `int`, uint8 for the float codes, a float for `float`
+    scale   `[A, B]` multipliers, in the dtype they are stored in (E8M0 as its ml_dtypes type)
+    row     `[n]`: row of `scale` that covers weight row n
+    col     `[K]`: column of `scale` that covers weight column k
+    """
+
+    number: str
+    codes: Array
+    scale: Array
+    row: Array
+    col: Array
+
+    def elements(self) -> Array:
+        """float64 `[n, K]`: the codes as numbers, before scaling."""
+        if self.number == "e2m1":
+            nibbles: Array = _E2M1[self.codes]
+            return nibbles
+        if self.number in ("e4m3", "e5m2"):
+            import ml_dtypes
+
+            kind = ml_dtypes.float8_e4m3fn if self.number == "e4m3" else ml_dtypes.float8_e5m2
+            numbers: Array = self.codes.view(kind).astype(np.float64)
+            return numbers
+        return self.codes.astype(np.float64)
+
+    def values(self) -> Array:
+        """float64 `[n, K]`: what the layer multiplies by. Exact: 8 + 24 significant bits fit in 53."""
+        scale = self.scale.astype(np.float64)
+        return self.elements() * scale[self.row][:, self.col]
+
+
+def subtract_zeros(codes: Array, zeros: Array | None, bits: int, col: Array) -> Array:
+    """`[n, K]` codes minus zero points: int8 up to 4 bits, int16 above.
+
+    Args:
+        codes: uint8 `[n, K]`.
+        zeros: uint8 `[n, G]`, the true zero points, or None for a symmetric weight (2^(bits-1)).
+        col: `[K]` group of each column.
+    """
+    wide: Any = np.int8 if bits <= 4 else np.int16
+    signed: Array = codes.view(np.int8) if bits <= 4 else codes.astype(wide)
+    if zeros is None:
+        middle: Array = signed - wide(1 << (bits - 1))
+        return middle
+    minus: Array = zeros.astype(wide)
+    size = _group_size(col, zeros.shape[1])
+    if size is None:
+        return signed - minus.take(col, axis=1)
+    # Spelling the zero points out per column would cost more than the subtraction itself.
+    grouped: Array = signed.reshape(len(codes), -1, size) - minus[:, :, None]
+    return grouped.reshape(codes.shape)
+
+
+@lru_cache(256)
+def even_groups(K: int, size: int) -> Array:
+    """`[K]` group of each column where groups are `size` columns long. Read-only; the same object each time."""
+    groups: Array = np.arange(K) // size
+    groups.flags.writeable = False
+    return groups
+
+
+def _group_size(col: Array, groups: int) -> int | None:
+    """Columns per group where all groups are equally long and in order; otherwise None."""
+    size, rest = divmod(len(col), groups)
+    return size if not rest and _same_places(col, even_groups(len(col), size)) else None
+
+
+def in_order(array: Array) -> Array:
+    """A `[n, K]` array that lies by columns, by rows: as many columns at a time as fill a line of the cache, so that
+    what is read stays there until it is used up."""
+    from xpuquant.formats.packing.verify_loops import copy_columns
+
+    out = np.empty(array.shape, array.dtype)
+    same_size = np.dtype(f"u{array.itemsize}")
+    copy_columns(array.view(same_size), out.view(same_size), 64 // array.itemsize)
+    return out
+
+
+def difference(expected: Decoded, actual: Decoded, scale_dtype: Any = None) -> str | None:
+    """None when both mean the same; otherwise one line on the first place where they do not.
+
+    Args:
+        expected: the decoded source.
+        actual: the decoded output.
+        scale_dtype: dtype the conversion was asked to round the scales to; None for as in the source.
+    """
+    if expected.number != actual.number or expected.codes.shape != actual.codes.shape:
+        return (
+            f"source is {expected.number} {list(expected.codes.shape)}, "
+            f"output {actual.number} {list(actual.codes.shape)}"
+        )
+    if not _same_bits(expected.codes, actual.codes):
+        same = expected.codes == actual.codes
+        if expected.number == "float":
+            # A NaN that stayed a NaN is the same value.
+            same |= np.isnan(expected.codes) & np.isnan(actual.codes)
+        if not same.all():
+            n, k = np.argwhere(~same)[0]
+            wrong = same.size - int(np.count_nonzero(same))
+            return (
+                f"code [{n}, {k}] is {actual.codes[n, k]}, source has {expected.codes[n, k]} "
+                f"({wrong} of {same.size} differ)"
+            )
+    return _scale_difference(expected, actual, scale_dtype)
+
+
+def _same_bits(a: Array, b: Array) -> bool:
+    """Whether two arrays are equal bit by bit: eight codes per comparison where they lie in order."""
+    if a.dtype != b.dtype:
+        return False
+    if a.flags.c_contiguous and b.flags.c_contiguous and a.nbytes % 8 == 0 and a.ndim and a.shape[-1]:
+        a, b = (side.reshape(-1).view(np.uint64) for side in (a, b))
+    elif a.dtype.kind not in "iu":
+        a, b = (np.ascontiguousarray(side).view(f"u{side.dtype.itemsize}") for side in (a, b))
+    return bool((a == b).all())
+
+
+def _scale_difference(expected: Decoded, actual: Decoded, scale_dtype: Any) -> str | None:
+    want = expected.scale if scale_dtype is None else expected.scale.astype(scale_dtype)
+    same_places = _same_places(expected.row, actual.row) and _same_places(expected.col, actual.col)
+    if same_places and want.shape == actual.scale.shape and _same_bits(want, actual.scale):
+        return None
+    # Scales are compared once per pair of (source scale, output scale) that meet in some element,
+    # not once per element: a regrouped or expanded scale grid meets in few distinct pairs.
+    row_pairs, col_pairs = _meetings(expected.row, actual.row), _meetings(expected.col, actual.col)
+    wanted = np.take(np.take(want, row_pairs[0], axis=0), col_pairs[0], axis=1)
+    held = np.take(np.take(actual.scale, row_pairs[1], axis=0), col_pairs[1], axis=1)
+    if _same_bits(wanted, held):
+        return None
+    want64, have64 = wanted.astype(np.float64), held.astype(np.float64)
+    same = want64.view(np.uint64) == have64.view(np.uint64)
+    same |= np.isnan(want64) & np.isnan(have64)
+    if same.all():
+        return None
+    a, b = np.argwhere(~same)[0]
+    return (
+        f"scale [{row_pairs[1][a]}, {col_pairs[1][b]}] is {have64[a, b]!r}, source has {want64[a, b]!r} "
+        f"({same.size - int(np.count_nonzero(same))} of {same.size} differ)"
+    )
+
+
+def _same_places(ours: Array, theirs: Array) -> bool:
+    return ours is theirs or np.array_equal(ours, theirs)
+
+
+def _meetings(ours: Array, theirs: Array) -> tuple[Array, Array]:
+    """The distinct pairs `(ours[i], theirs[i])`."""
+    first = np.ones(len(ours), bool)
+    np.not_equal(ours[1:], ours[:-1], out=first[1:])
+    first[1:] |= theirs[1:] != theirs[:-1]
+    ours, theirs = ours[first], theirs[first]
+    if len(ours) > 1 and ((ours[1:] < ours[:-1]).any() or (theirs[1:] < theirs[:-1]).any()):
+        # Act-order: the same pairs come again and again.
+        pairs = ours.astype(np.int64) << 32 | theirs.astype(np.int64)
+        _, at = np.unique(pairs, return_index=True)
+        ours, theirs = ours[at], theirs[at]
+    return ours, theirs

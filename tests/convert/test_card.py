@@ -1,0 +1,165 @@
+"""The card: what it says, that its metadata is valid, and that nobody's edits are lost."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from support.cards import FACTS, NEWER
+
+from xpuquant.conversion.repo.card import render
+from xpuquant.conversion.repo.card_merge import front_matter, merge, rename, split
+
+
+def test_metadata_puts_the_repo_below_its_base_and_keeps_the_license() -> None:
+    data = front_matter(render(FACTS))
+    assert data["base_model"] == "Qwen/Qwen3-30B-A3B-GPTQ-Int4"
+    assert data["base_model_relation"] == "quantized"
+    assert data["license"] == "apache-2.0"
+    assert data["language"] == ["en", "zh"]
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation"
+    assert {"xpu", "intel", "int4", "xpuquant", "chat"} <= set(data["tags"])
+    assert not {"gptq", "4-bit"} & set(data["tags"])
+
+
+def test_the_hub_client_reads_the_card() -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(render(FACTS))
+    assert card.data.base_model == FACTS.base_model
+    assert card.data.to_dict()["base_model_relation"] == "quantized"
+
+
+def test_body_says_command_sizes_what_was_left_and_how_to_serve() -> None:
+    text = render(FACTS)
+    for said in (
+        FACTS.command,
+        "17.0 GB",
+        "16.9 GB",
+        "lm_head: not quantized in the source",
+        "vllm serve Qwen3-30B-xpu",
+        'from_pretrained("Qwen3-30B-xpu"',
+        "![",
+        "(verify.svg)",
+        "numpy 2.0",
+        "0123456789abcdef",
+        "| 96 |",
+    ):
+        assert said in text
+
+
+def test_unverified_conversion_says_so() -> None:
+    assert "--no-verify" in render(replace(FACTS, verification=None))
+
+
+def test_an_unknown_base_gives_no_relation() -> None:
+    data = front_matter(render(replace(FACTS, base_model=None)))
+    assert "base_model" not in data
+    assert "base_model_relation" not in data
+
+
+def test_names_from_strangers_stay_in_their_cell() -> None:
+    text = render(replace(FACTS, left=[("a|b<script>\nc", "why")]))
+    assert "a\\|b&lt;script> c: why" in text
+
+
+def test_equal_facts_give_equal_cards() -> None:
+    assert render(FACTS) == render(FACTS)
+
+
+def test_an_unedited_card_is_replaced() -> None:
+    assert merge(render(NEWER), render(FACTS)) == (render(NEWER), None)
+
+
+def test_text_around_the_generated_part_is_kept() -> None:
+    theirs = render(FACTS).replace("<!-- xpuquant:begin", "My benchmark: 42 t/s\n\n<!-- xpuquant:begin")
+    theirs += "\n## Thanks\n\nto everybody\n"
+    text, remark = merge(render(NEWER), theirs)
+    assert remark is None
+    assert "My benchmark: 42 t/s" in text
+    assert text.endswith("\n## Thanks\n\nto everybody\n")
+    assert NEWER.command in text
+    assert FACTS.command not in text
+
+
+def test_edited_metadata_is_kept_and_brought_up_to_date() -> None:
+    theirs = render(FACTS).replace("license: apache-2.0", "license: mit").replace("- chat", "- chat\n- mine")
+    newer = replace(NEWER, schemes=[replace(FACTS.schemes[0], precision="fp8")])
+    text, _ = merge(render(newer), theirs)
+    data = front_matter(text)
+    assert data["license"] == "mit"
+    assert "mine" in data["tags"]
+    assert "fp8" in data["tags"]
+    assert "int4" not in data["tags"]
+
+
+@pytest.mark.parametrize("theirs", ["# My own card\n", render(FACTS).replace("17.0 GB", "17 GB, wow")])
+def test_a_rewritten_card_is_its_authors(theirs: str) -> None:
+    text, remark = merge(render(NEWER), theirs)
+    assert text == theirs
+    assert remark is not None
+
+
+def test_edits_in_the_folder_are_published() -> None:
+    ours = render(NEWER) + "\nmy words\n"
+    text, remark = merge(ours, render(FACTS))
+    assert remark is None
+    assert text.endswith("\nmy words\n")
+    again, _ = merge(text, text)
+    assert again == text
+
+
+def test_text_survives_a_conversion_that_knows_nothing_of_it() -> None:
+    """Edited on the Hub, merged and written back by a push, then converted and pushed again."""
+    theirs = render(FACTS).replace("license: apache-2.0", "license: mit") + "\nmy words\n"
+    published, _ = merge(render(FACTS), theirs)
+    text, remark = merge(render(NEWER), published)
+    assert remark is None
+    assert text.endswith("\nmy words\n")
+    assert front_matter(text)["license"] == "mit"
+    assert NEWER.command in text
+
+
+def test_an_edit_on_the_hub_after_one_in_the_folder_is_kept() -> None:
+    published, _ = merge(render(FACTS) + "\nfirst\n", None)
+    theirs = published.replace("first", "second")
+    text, remark = merge(published, theirs)
+    assert text.endswith("\nsecond\n")
+    assert remark is None
+    text, remark = merge(published.replace("first", "third"), theirs)
+    assert text == theirs
+    assert remark is not None
+
+
+def test_a_card_of_ones_own_in_the_folder_is_published_as_it_is() -> None:
+    assert merge("# Mine\n", render(FACTS)) == ("# Mine\n", None)
+
+
+def test_rename_puts_the_repo_id_into_the_commands_and_nothing_else() -> None:
+    text = rename(render(FACTS), "me/Qwen3")
+    assert "vllm serve me/Qwen3\n" in text
+    assert 'from_pretrained("me/Qwen3"' in text
+    parts = split(text)
+    assert parts is not None
+    assert parts.is_block_intact
+    assert not parts.is_edited
+    edited = render(FACTS) + "words"
+    renamed = split(rename(edited, "me/Qwen3"))
+    assert renamed is not None
+    assert renamed.is_edited
+
+
+@given(before=st.text(), after=st.text())
+def test_whatever_is_written_around_survives(before: str, after: str) -> None:
+    before, after = (text.replace("xpuquant:", "").replace("\r", "") for text in (before, after))
+    card = render(FACTS)
+    start = card.index("<!-- xpuquant:begin")
+    theirs = card[:start] + before + card[start:] + after
+    text, remark = merge(render(NEWER), theirs)
+    assert remark is None
+    parts = split(text)
+    assert parts is not None
+    assert (parts.before, parts.after) == (before, after)
+    assert yaml.safe_load(parts.front)["license"] == "apache-2.0"

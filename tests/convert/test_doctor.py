@@ -1,0 +1,48 @@
+"""`xpuquant doctor`: every backend is there, with its state, and nothing makes it fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xpuquant.conversion import doctor
+from xpuquant.conversion.cli.app import run
+from xpuquant.kernels import backends
+
+
+def test_every_backend_runs_or_says_why_not(capsys):
+    assert run(["doctor", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {one["name"] for one in said["backends"]} == set(backends())
+    state = {one["name"]: one["problem"] for one in said["backends"]}
+    assert state["reference"] is None
+    assert all(problem is None or (problem and "\n" not in problem) for problem in state.values())
+    assert said["versions"]["xpuquant"] and said["versions"]["numpy"]
+
+
+def test_for_a_reader(capsys):
+    assert run(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "kernel backends" in out and "vllm_xpu" in out and "Intel GPUs:" in out
+
+
+def test_a_backend_that_crashes_does_not_hide_the_others(monkeypatch):
+    class Broken:
+        name = "broken"
+
+        def unavailable(self):
+            raise OSError("libsycl.so.8: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "backends", lambda: {"reference": backends()["reference"], "broken": Broken()})
+    first, second = doctor.examine().backends
+    assert first.problem is None and "libsycl.so.8" in (second.problem or "")
+
+
+@pytest.mark.parametrize(("vendor", "expected"), [("0x8086", 1), ("0x1002", 0)])
+def test_intel_gpus_are_found_by_their_driver_s_nodes(vendor, expected, tmp_path: Path):
+    (tmp_path / "renderD128" / "device").mkdir(parents=True)
+    (tmp_path / "renderD128" / "device" / "vendor").write_text(f"{vendor}\n")
+    devices, _ = doctor._render_nodes(tmp_path)
+    assert len(devices) == expected

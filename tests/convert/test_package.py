@@ -1,0 +1,70 @@
+"""The package as it is installed: one import package, light start, no stray top-level names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONSAFEPATH": "1"} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd="/")
+
+
+@pytest.mark.parametrize("name", ["convert", "formats", "kernels"])
+def test_folders_are_not_importable_by_their_bare_names(name: str) -> None:
+    run = python(f"import xpuquant; import {name}")
+    assert run.returncode == 1
+    assert f"No module named '{name}'" in run.stderr
+
+
+def test_start_is_light() -> None:
+    """`--help` in half a second: what costs more is imported by the command that needs it."""
+    code = "import sys; from xpuquant.conversion.cli.app import run; run(['--help']); print(*sys.modules, sep='\\n')"
+    loaded = set(python(code).stdout.splitlines())
+    assert not loaded & {"torch", "transformers", "vllm", "safetensors", "huggingface_hub", "numpy"}
+
+
+def test_conversion_needs_no_torch() -> None:
+    """Importing torch takes longer than converting a gigabyte."""
+    code = "import sys; import xpuquant.conversion.runs.local; print(*sys.modules, sep='\\n')"
+    assert not set(python(code).stdout.splitlines()) & {"torch", "transformers", "huggingface_hub"}
+
+
+def test_module_and_version() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "xpuquant", "--version"],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+    )
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (run.returncode, run.stdout) == (0, f"xpuquant {version}\n")
+
+
+def test_wheel_holds_one_package(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"xpuquant"}
+    for module in (
+        "conversion/cli/app.py",
+        "formats/readers/gptq.py",
+        "kernels/reference.py",
+        "py.typed",
+        "__main__.py",
+    ):
+        assert f"xpuquant/{module}" in names

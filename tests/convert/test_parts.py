@@ -1,0 +1,214 @@
+"""One conversion by many processes: parts that share a disk, and a Ray cluster that loses a node."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from support.checkpoints import FIXTURES
+from support.hub.process import Hub
+
+from xpuquant.conversion.cli.app import run
+from xpuquant.conversion.options import Options
+from xpuquant.conversion.plan.plan import make_plan
+from xpuquant.conversion.runs.parts import Part, parse_part, share
+from xpuquant.conversion.sources.base import open_source
+from xpuquant.errors import UsageError
+
+pytest_plugins = "support.hub.fixtures"
+
+MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
+SMALL = ["--max-shard-size", "20kB", "--jobs", "1"]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What must be equal however it was made: everything but the card, which quotes the command."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "README.md"
+    }
+
+
+def convert(out: Path, *options: str) -> int:
+    return run(["convert", str(MOE), str(out), *SMALL, *options])
+
+
+@pytest.fixture
+def wanted(tmp_path: Path) -> dict[str, str]:
+    """An ordinary conversion of the same; all outputs have the same name, which reports quote."""
+    assert convert(tmp_path / "wanted" / "out") == 0
+    return digests(tmp_path / "wanted" / "out")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
+def test_every_shard_is_in_exactly_one_part(count: int) -> None:
+    plan = make_plan(open_source(str(MOE)).checkpoint, Options(max_shard_bytes=20_000))
+    shares = [share(plan, Part(index, count)) for index in range(1, count + 1)]
+    assert [shard.name for part in shares for shard in part] == [shard.name for shard in plan.shards]
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "1/2/3"])
+def test_bad_parts(text: str) -> None:
+    with pytest.raises(UsageError, match="want i/n"):
+        parse_part(text)
+
+
+def test_parts_make_the_same_repo(tmp_path: Path, wanted: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "parts" / "out"
+    for part in ("2/3", "1/3"):
+        assert convert(out, "--shard", part) == 0
+    assert run(["finish", str(MOE), str(out), *SMALL]) == 3
+    assert "shards have not been made" in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+    assert convert(out, "--shard", "3/3") == 0
+    assert convert(out, "--shard", "3/3") == 0, "a part can be run again"
+    assert run(["finish", str(MOE), str(out), *SMALL]) == 0
+    assert digests(out) == wanted
+
+
+def test_finish_before_any_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["finish", str(MOE), str(tmp_path / "out"), *SMALL]) == 2
+    assert "no part was converted there" in capsys.readouterr().err
+
+
+def test_parts_of_different_conversions_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert convert(out, "--shard", "1/2") == 0
+    assert convert(out, "--shard", "1/2", "--scale-dtype", "bfloat16") == 2
+    assert "of another source or of other options" in capsys.readouterr().err
+    assert convert(out, "--shard", "2/2", "--scale-dtype", "bfloat16") == 0
+    assert run(["finish", str(MOE), str(out), *SMALL]) == 2
+
+
+def test_a_whole_conversion_does_not_run_beside_a_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from xpuquant.conversion.runs.parts import PartStaging
+
+    with PartStaging(tmp_path / "out", Part(1, 2), "digest"):
+        assert convert(tmp_path / "out") == 2
+        assert "another conversion is writing there" in capsys.readouterr().err
+        assert convert(tmp_path / "out", "--shard", "1/2") == 2
+        assert "part 1/2 is being converted already" in capsys.readouterr().err
+
+
+class TestRay:
+    @pytest.fixture(autouse=True)
+    def _ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Read when Ray is imported: nodes keep to the loopback address instead of finding out the machine's own.
+        monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        pytest.importorskip("ray")
+
+    def test_local(self, tmp_path: Path, wanted: dict[str, str]) -> None:
+        assert convert(tmp_path / "ray" / "out", "--ray", "local") == 0
+        assert digests(tmp_path / "ray" / "out") == wanted
+
+    def test_no_such_cluster(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert convert(tmp_path / "out", "--ray", "127.0.0.1:1") == 4
+        assert "cannot connect" in capsys.readouterr().err
+
+    def test_a_repository_is_read_where_it_was_downloaded(self, hub: Hub, tmp_path: Path) -> None:
+        """Workers ask the Hub for nothing: Ray or not, the same requests."""
+        hub.seed("producer/model", MOE)
+        made, asked = [], []
+        for ray in ([], ["--ray", "local"]):
+            folder = tmp_path / f"with{len(ray)}"
+            folder.mkdir()
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "xpuquant",
+                "convert",
+                "producer/model",
+                "out",
+                *SMALL,
+                *ray,
+            ]
+            subprocess.run(command, cwd=folder, env=hub.environment(folder / "home"), check=True)
+            made.append(digests(folder / "out"))
+            asked.append(sorted((request.method, request.path) for request in hub.requests()))
+            hub.forget_requests()
+        assert made[0] == made[1]
+        assert asked[0] == asked[1]
+
+    def test_a_node_is_killed_midway(self, tmp_path: Path) -> None:
+        """Two real nodes on this machine; one is killed while its worker is writing. Same bytes as a local run."""
+        import ray
+        from ray.cluster_utils import Cluster
+        from support.real_shapes import Model, write_checkpoint
+
+        from xpuquant.conversion.runs import local as conversion
+        from xpuquant.conversion.runs.ray import execute_on_ray
+
+        source = tmp_path / "source"
+        write_checkpoint(source, "gptq", Model(dense=3, moe=1, experts=16, hidden=1024, intermediate=2816))
+        options = Options(max_shard_bytes=2_000_000)
+        local = conversion.convert(open_source(str(source)), tmp_path / "local", options, jobs=2, verify=False)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.1"})
+        doomed = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+        killed = threading.Event()
+
+        def executor(plan, opened, journal, jobs, done, progress, read_again):  # type: ignore[no-untyped-def]
+            def count(nbytes: int) -> None:
+                if not killed.is_set():
+                    killed.set()
+                    cluster.remove_node(doomed, allow_graceful=False)
+                progress(nbytes)
+
+            return execute_on_ray(plan, opened, journal, 1, done, count, address=cluster.address)
+
+        try:
+            result = conversion.convert(
+                open_source(str(source)), tmp_path / "ray", options, jobs=1, verify=False, executor=executor
+            )
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+        assert killed.is_set() and len(result.shards) > 5
+        assert result.shards == local.shards
+        left = {path.name for path in (tmp_path / "ray").iterdir()}
+        assert not any(name.startswith((".xpuquant", "attempt")) for name in left)
+
+
+@pytest.mark.parametrize("folder", ["absent", "incomplete"])
+def test_a_node_that_does_not_see_the_download(
+    folder: str, hub: Hub, client: str, tmp_path: Path, wanted: dict[str, str]
+) -> None:
+    """It downloads the source's shards it needs, and no others, into its own cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from support.hub.fixtures import split_shards
+
+    from xpuquant.conversion.runs.ray import Assignment, write_shard
+
+    source = split_shards(MOE, tmp_path / "source", 4)
+    commit = hub.seed("producer/model", source)
+    if folder == "incomplete":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    options = Options(max_shard_bytes=20_000)
+    plan = make_plan(open_source(str(source)).checkpoint, options)
+    assignment = Assignment(
+        "producer/model",
+        commit,
+        tmp_path / folder,
+        options,
+        plan.digest(f"producer/model@{commit}"),
+        tmp_path / "t",
+        1,
+    )
+    (tmp_path / "t").mkdir()
+    first = plan.shards[0]
+    finished = write_shard(assignment, first.name)
+    content = (tmp_path / "t" / first.name).read_bytes()
+    assert finished.sha256 == hashlib.sha256(content).hexdigest() == wanted[first.name]
+    needed = {part.tensor.file for t in first.tensors for piece in t.pieces for part in piece.inputs}
+    shards = {path.name for path in source.glob("*.safetensors")}
+    cached = {
+        name for name in shards if isinstance(try_to_load_from_cache("producer/model", name, revision=commit), str)
+    }
+    assert needed == cached < shards

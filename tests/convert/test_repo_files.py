@@ -1,0 +1,182 @@
+"""Which files of a folder are what; names only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xpuquant.conversion.repo.journal import STAGING, Finished, Journal
+from xpuquant.conversion.repo.replace import clear_output
+from xpuquant.conversion.sources.repo_files import (
+    extra_files,
+    find_files,
+    list_files,
+    parse_index,
+    parse_json,
+    quantization_config,
+    shard_files,
+)
+from xpuquant.errors import DamagedError, UsageError
+
+
+def test_everything_but_weights_and_our_own_files_is_copied() -> None:
+    names = [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "a/b.jinja",
+        "LICENSE",
+        "modeling_x.py",
+        "merges.txt",
+    ]
+    weights = [
+        "pytorch_model.bin",
+        "model.gguf",
+        "original/consolidated.pth",
+        "x/y.safetensors",
+        "onnx/model.onnx",
+    ]
+    ours = ["README.md", "xpuquant.json", "verify.json", "quantize_config.json", ".gitattributes"]
+    copied, left = extra_files([*names, *weights, *ours], ["model.safetensors"], None)
+    assert set(copied) == set(names) - {"config.json", "model.safetensors"}
+    assert set(left) == {*weights, *ours} and all(left.values())
+
+
+@pytest.mark.parametrize(
+    ("present", "index", "message"),
+    [
+        (["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], None, "shard 2 of 3 is missing"),
+        (["model-00001-of-99999.safetensors"], None, "shard 2 of 99999 is missing"),
+        ([], {"a": "model.safetensors"}, r"model\.safetensors is missing"),
+    ],
+)
+def test_missing_shards(present: list[str], index: dict[str, str] | None, message: str) -> None:
+    with pytest.raises(DamagedError, match=message):
+        shard_files(present, index, "model.safetensors.index.json" if index else None)
+
+
+def test_shards_of_two_sets_and_beside_the_index() -> None:
+    complete = [
+        "a-00001-of-00002.safetensors",
+        "a-00002-of-00002.safetensors",
+        "b-00001-of-00001.safetensors",
+    ]
+    assert shard_files(complete, None, None) == (tuple(complete), [])
+    shards, notes = shard_files([*complete, "extra.safetensors"], dict.fromkeys("xyz", complete[0]), "i.json")
+    assert shards == (complete[0],) and len(notes) == 3
+
+
+def test_no_weights_and_pickled_ones() -> None:
+    with pytest.raises(UsageError, match=r"no \*\.safetensors"):
+        shard_files(["config.json"], None, None)
+    with pytest.raises(UsageError, match="never opened"):
+        shard_files(["config.json", "pytorch_model.bin"], None, None)
+
+
+def test_index() -> None:
+    assert parse_index({"weight_map": {"a": "x.safetensors"}}, "i") == {"a": "x.safetensors"}
+    for bad in (
+        {},
+        {"weight_map": []},
+        {"weight_map": {"a": "../x.safetensors"}},
+        {"weight_map": {"a": "x.bin"}},
+    ):
+        with pytest.raises(DamagedError):
+            parse_index(bad, "i")
+
+
+def test_quantization_config_is_found_wherever_producers_put_it() -> None:
+    wanted = {"quant_method": "gptq", "bits": 4}
+    for config in (
+        {"quantization_config": wanted},
+        {"text_config": {"quantization_config": wanted}},
+        {"compression_config": wanted},
+    ):
+        assert quantization_config(config, {}) == (wanted, [])
+    merged, notes = quantization_config({"quantization_config": wanted}, {"quantize_config.json": {"bits": 3}})
+    assert merged["bits"] == 4 and "bits=4" in notes[0]
+    assert quantization_config({}, {"quant_config.json": {"zero_point": True}})[0]["quant_method"] == "awq"
+
+
+def test_json_depth_and_halves_of_characters() -> None:
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}', "x") == {"a": "😀"}
+    for bad in (b'{"a": "\\ud83d"}', b'{"a":' * 200 + b"1" + b"}" * 200):
+        with pytest.raises(DamagedError):
+            parse_json(bad, "x")
+
+
+def test_hidden_folders_of_tools_are_not_the_model(tmp_path: Path) -> None:
+    for name in (".git/HEAD", ".cache/x", ".xpuquant/lock", "__pycache__/x.pyc", "sub/file", "config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert list_files(tmp_path) == ["config.json", "sub/file"]
+    with pytest.raises(UsageError, match=r"no \*\.safetensors"):
+        find_files(tmp_path)
+
+
+class TestJournal:
+    def test_a_line_that_was_cut_short_is_dropped(self, tmp_path: Path) -> None:
+        """And what is noted after it is not glued to its stump."""
+        with Journal(tmp_path) as journal:
+            journal.begin("plan", force=False)
+            for name in ("a", "b", "c"):
+                (journal.folder / name).write_bytes(b"")
+                journal.finish(name, Finished(EMPTY, 0))
+            path = tmp_path / STAGING / "journal.jsonl"
+            path.write_bytes(path.read_bytes()[:-20])
+        with Journal(tmp_path) as journal:
+            assert set(journal.begin("plan", force=False)) == {"a", "b"}
+            journal.finish("c", Finished(EMPTY, 0))
+        with Journal(tmp_path) as journal:
+            assert set(journal.begin("plan", force=False)) == {"a", "b", "c"}
+
+    def test_a_shard_that_is_not_what_was_noted_is_made_again(self, tmp_path: Path) -> None:
+        with Journal(tmp_path) as journal:
+            journal.begin("plan", force=False)
+            (journal.folder / "a").write_bytes(b"torn")
+            journal.finish("a", Finished(EMPTY, 0))
+        with Journal(tmp_path) as journal:
+            assert journal.begin("plan", force=False) == {}
+
+    def test_nothing_is_left_of_a_run_that_was_refused(self, tmp_path: Path) -> None:
+        with Journal(tmp_path / "out"):
+            pass
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_a_run_that_waited_does_not_drop_what_another_finished(self, tmp_path: Path) -> None:
+        (tmp_path / "xpuquant.json").write_text("{}")
+        with Journal(tmp_path) as journal, pytest.raises(UsageError, match="already holds a converted model"):
+            journal.begin("plan", force=False)
+
+    def test_the_lock_is_of_the_file_that_is_there(self, tmp_path: Path) -> None:
+        """One that another run has just removed locks nobody out."""
+        with Journal(tmp_path) as first:
+            first.begin("plan", force=False)
+            with pytest.raises(UsageError, match="another conversion"), Journal(tmp_path):
+                pass
+
+
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_only_what_was_recorded_is_cleared(tmp_path: Path) -> None:
+    record = {
+        "shards": {"model.safetensors": {}},
+        "files": {"sub/a.txt": "", "../x": "", "/etc/x": "", "config.json": ""},
+    }
+    for name in (
+        "model.safetensors",
+        "sub/a.txt",
+        "sub/mine.txt",
+        "adapter_model.safetensors",
+        "config.json",
+    ):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("")
+    (tmp_path / "x").write_text("")
+    (tmp_path / "out" / "xpuquant.json").write_text(json.dumps(record))
+    clear_output(tmp_path / "out")
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"x", "out/sub/mine.txt", "out/adapter_model.safetensors"}

@@ -1,0 +1,184 @@
+"""Bit packings, by eye, in golden bytes, and against their definition on Python integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.ints import AWQ_ORDER, planar_stream, stream
+
+from xpuquant.formats.packing import plain as nibbles
+from xpuquant.formats.packing.convert_loops import (
+    permute_nibbles,
+    spread_words,
+    transpose_nibbles,
+    transpose_words,
+    widen_words,
+)
+from xpuquant.formats.packing.plain import (
+    pack_nibbles,
+    pack_rows,
+    unpack_nibbles,
+    unpack_planar,
+    unpack_rows,
+)
+from xpuquant.formats.readers.awq import unpack
+
+ZERO_TO_SEVEN = np.arange(8, dtype=np.uint8)[None]
+
+
+def random_codes(bits: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 1 << bits, shape, np.uint8)
+
+
+def test_nibbles_go_in_low_first():
+    words = pack_nibbles(ZERO_TO_SEVEN)
+    assert hex(words[0, 0]) == "0x76543210"
+    assert words.tobytes() == bytes.fromhex("10 32 54 76")
+    assert unpack_nibbles(words.view(np.uint8)).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+# Octal digits are 3-bit fields: the number reads as the codes, last first.
+@pytest.mark.parametrize(
+    ("bits", "word"),
+    [(2, 0b11_10_01_00_11_10_01_00), (3, 0o76543210), (4, 0x76543210)],
+)
+def test_a_stream_holds_code_i_at_bit_i_times_width(bits, word):
+    codes = ZERO_TO_SEVEN % (1 << bits)
+    assert pack_rows(codes, bits).tolist() == [[word]]
+    assert unpack_rows(np.array([[word]], np.uint32), bits, 8).tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize(
+    ("bits", "minus_one", "true"),
+    [
+        (2, ["55555555"], ["aaaaaaaa"]),
+        (3, ["db6db6db", "b6db6db6", "6db6db6d"], ["24924924", "49249249", "92492492"]),
+        (4, ["77777777"], ["88888888"]),
+        (8, ["7f7f7f7f"], ["80808080"]),
+    ],
+)
+def test_words_of_symmetric_zero_points(bits, minus_one, true):
+    middle = 1 << (bits - 1)
+    count = len(true) * 32 // bits
+    for value, expected in ((middle - 1, minus_one), (middle, true)):
+        packed = pack_rows(np.full((1, count), value, np.uint8), bits)
+        assert [f"{word:08x}" for word in packed[0]] == expected
+
+
+def test_a_3_bit_code_straddles_words():
+    # v10 has its low two bits on top of word 0 and its high bit at the bottom of word 1 (GPTQ's 3-bit packing).
+    codes = np.zeros((1, 32), np.uint8)
+    codes[0, 10] = 0b101
+    assert pack_rows(codes, 3).tolist() == [[0b01 << 30, 0b1, 0]]
+
+
+def test_planar_3_bit_by_eye():
+    # Low planes of two bits first: words 0 and 1 hold 16 codes' low bits each; word 2 the high bit of all 32.
+    low, high = 0b11_10_01_00, 0b1111_0000
+    words = np.array([[low | low << 8, 0, high]], np.uint32)
+    assert unpack_planar(words, 3, 32)[0, :8].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert unpack_planar(words, 3, 32)[0, 8:].tolist() == [0] * 24
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_planar_blocks_are_planes_of_words(bits):
+    codes = random_codes(bits, (3, 64))
+    packed = np.array([planar_stream(list(row), bits) for row in codes], np.uint32)
+    assert np.array_equal(unpack_planar(packed, bits, 64), codes)
+
+
+def test_awq_order_by_eye():
+    # Columns 0..7 lie in one word in the order 0, 2, 4, 6, 1, 3, 5, 7, low nibble first.
+    assert unpack(np.array([[0x75316420]], np.int32)).T.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_awq_words_turn_into_rows_by_eye():
+    # Row k of the source holds k in every column: each output row reads 0..7.
+    source = np.array([[0x11111111 * k] for k in range(8)], np.uint32)
+    out = np.empty((8, 1), np.uint32)
+    transpose_nibbles(source, out, AWQ_ORDER)
+    assert [hex(word) for word in out[:, 0]] == ["0x76543210"] * 8
+    # Column c holds c in every row: output row c is all c.
+    source[:] = 0x75316420
+    transpose_nibbles(source, out, AWQ_ORDER)
+    assert out[:, 0].tolist() == [0x11111111 * c for c in range(8)]
+
+
+@given(st.integers(1, 40), st.integers(1, 700), st.integers(0, 9))
+def test_transposing_nibbles_is_the_definition_for_any_tiling(height, width, seed):
+    source = np.random.default_rng(seed).integers(0, 1 << 32, (8 * height, width), np.uint32)
+    out = np.empty((8 * width, height), np.uint32)
+    transpose_nibbles(source, out, AWQ_ORDER)
+    assert np.array_equal(unpack_nibbles(out.view(np.uint8)), unpack(source))
+
+
+@given(st.integers(1, 40), st.integers(1, 1100))
+def test_transposing_words(height, width):
+    source = np.arange(height * width, dtype=np.uint32).reshape(height, width)
+    out = np.empty((width, height), np.uint32)
+    transpose_words(source, out)
+    assert np.array_equal(out, source.T)
+
+
+def test_spreading_by_eye():
+    out = np.empty((4, 1), np.uint32)
+    spread_words(np.array([[0o76543210], [0], [0]], np.uint32), 3, out)
+    assert [hex(word) for word in out[:, 0]] == ["0x76543210", "0x0", "0x0", "0x0"]
+    spread_words(np.array([[0b11100100_11100100_00000000_00011011], [0]], np.uint32), 2, out)
+    assert [hex(word) for word in out[:, 0]] == ["0x123", "0x32103210", "0x0", "0x0"]
+
+
+@given(st.sampled_from([2, 3]), st.integers(1, 9), st.integers(1, 40), st.integers(0, 9))
+def test_spreading_keeps_every_code(bits, blocks, columns, seed):
+    codes = random_codes(bits, (columns, 32 * blocks), seed)
+    packed = np.array([stream(list(row), bits) for row in codes], np.uint32)
+    out = np.empty((columns, 4 * blocks), np.uint32)
+    spread_words(packed.T, bits, out.T)
+    assert np.array_equal(unpack_nibbles(out.view(np.uint8)), codes)
+    wider = np.zeros((packed.shape[1], columns + 3), np.uint32)
+    wider[:, 2 : 2 + columns] = packed.T
+    out[:] = 0
+    widen_words(wider[:, 2 : 2 + columns], bits, out)
+    assert np.array_equal(unpack_nibbles(out.view(np.uint8)), codes)
+
+
+@given(st.integers(1, 8), st.integers(1, 99), st.integers(1, 4), st.integers(0, 9))
+def test_streams_of_every_width_and_length(bits, count, n, seed):
+    codes = random_codes(bits, (n, count), seed)
+    packed = pack_rows(codes, bits)
+    assert packed.tolist() == [stream(list(row), bits) for row in codes]
+    assert np.array_equal(unpack_rows(packed, bits, count), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_compiled_loop_unpacks_what_numpy_does(bits):
+    """Long streams take another way than short ones."""
+    codes = random_codes(bits, (256, 1024))
+    packed = pack_rows(codes, bits)
+    assert packed.size >= nibbles._COMPILED_WORDS > packed[:1].size
+    assert np.array_equal(unpack_rows(packed, bits, 1024), codes)
+    assert np.array_equal(np.concatenate([unpack_rows(packed[i : i + 1], bits, 1024) for i in range(256)]), codes)
+
+
+def test_permuting_nibbles():
+    words = pack_nibbles(np.arange(16, dtype=np.uint8)[None])
+    permute_nibbles(words, np.arange(16)[::-1])
+    assert [hex(word) for word in words[0]] == ["0x89abcdef", "0x1234567"]
+
+
+def test_without_a_folder_for_machine_code_it_is_compiled_each_time(monkeypatch):
+    import numba
+
+    from xpuquant.formats.packing.jit import compiled
+
+    real = numba.njit
+
+    def nowhere(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(numba, "njit", nowhere)
+    assert compiled(lambda value: value + 1)(2) == 3

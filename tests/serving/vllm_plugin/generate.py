@@ -1,0 +1,73 @@
+"""Runs models under vLLM, one after the other, and prints what they say as JSON. A program of its own.
+
+    generate.py '{"models": ["DIR", ...], "tp": 1, "ep": false, "dtype": "bfloat16"}'
+
+One line per model: {"model": DIR, "tokens": [[...], ...], "logprobs": [[...], ...]}, or {"error": "..."}.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+
+PROMPTS = [
+    [1, 17, 33, 250, 99, 4, 311, 8],
+    [1, 400, 12, 12, 75],
+    [1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17],
+]
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    tp = job.get("tp", 1)
+    if tp == 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    tokenized = job.get("prompts")
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=job.get("max_tokens", 12),
+        logprobs=1,
+        ignore_eos=tokenized is None,
+        detokenize=tokenized is not None,
+    )
+    for model in job["models"]:
+        report: dict[str, object] = {"model": model}
+        llm = None
+        try:
+            llm = LLM(
+                model,
+                enforce_eager=True,
+                dtype=job.get("dtype", "bfloat16"),
+                max_model_len=256,
+                skip_tokenizer_init=tokenized is None,
+                tensor_parallel_size=tp,
+                enable_expert_parallel=job.get("ep", False),
+                seed=0,
+                disable_log_stats=True,
+            )
+            prompts = tokenized or [{"prompt_token_ids": ids} for ids in PROMPTS]
+            outputs = [out.outputs[0] for out in llm.generate(prompts, sampling, use_tqdm=False)]
+            report["tokens"] = [list(out.token_ids) for out in outputs]
+            report["text"] = [out.text for out in outputs]
+            report["logprobs"] = [
+                [step[token].logprob for step, token in zip(out.logprobs, out.token_ids, strict=True)]
+                for out in outputs
+            ]
+        except Exception as problem:
+            traceback.print_exc()
+            traceback.clear_frames(problem.__traceback__)
+            report["error"] = f"{type(problem).__name__}: {problem}"
+        print("REPORT " + json.dumps(report), flush=True)
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    main()

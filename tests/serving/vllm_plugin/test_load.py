@@ -1,0 +1,312 @@
+"""What is loaded is what was stored, where it was put; what is not whole is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import EXPERTS, SCHEMES, write
+
+from xpuquant.errors import DamagedError, EnvironmentFault
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def load() -> Any:
+    from support.plugin_loading import load
+
+    return load
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of our layers' parameters whose memory is elsewhere after `process_weights_after_loading`."""
+    from vllm.model_executor.model_loader import base_loader
+
+    process = base_loader.process_weights_after_loading
+    names: list[str] = []
+
+    def places(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+        return {
+            f"{name}.{suffix}": (param.data_ptr(), param.numel())
+            for name, layer in model.named_modules()
+            if type(getattr(layer, "quant_method", None)).__name__.startswith("Xpuquant")
+            for suffix, param in layer.named_parameters(recurse=False)
+        }
+
+    def watched(model: torch.nn.Module, *args: Any) -> None:
+        before = places(model)
+        assert before
+        process(model, *args)
+        after = places(model)
+        names.extend(name for name in before if before[name] != after.get(name))
+
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", watched)
+    return names
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_linear_moves(scheme: str, tmp_path: Path, load: Any, moved: list[str]) -> None:
+    model = load(write(tmp_path, "llama", SCHEMES[scheme]).converted)
+    weights = [name for name, _ in model.named_parameters() if name.endswith(("qweight", "proj.weight"))]
+    assert len(weights) == 2 * 4
+    # The scale of each fused member becomes one per row, and one shared permutation stays of the members'.
+    small = ("weight_scale",) if scheme == "fp8-tensor" else ("g_idx",)
+    assert [name for name in moved if not name.endswith(small)] == []
+
+
+def mapped(path: Path) -> list[range]:
+    """Where a file lies in this process's memory."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    found = [line[0].split("-") for line in lines if line[5:] == [str(path.resolve())]]
+    return [range(int(begin, 16), int(end, 16)) for begin, end in found]
+
+
+def test_whole_tensors_stay_in_the_files_pages(tmp_path: Path, load: Any) -> None:
+    """On the CPU: stacks of experts and linears that are not fused; what is fused or cast is copied."""
+    pair = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS["int4"])
+    model = load(pair.converted)
+    pages = mapped(pair.converted / "model.safetensors")
+    held = {name: any(param.data_ptr() in part for part in pages) for name, param in model.named_parameters()}
+    layer = "model.layers.1"
+    assert held[f"{layer}.mlp.experts.routed_experts.gate_up_proj"]
+    assert held[f"{layer}.self_attn.o_proj.qweight"]
+    assert not held[f"{layer}.self_attn.qkv_proj.qweight"]
+    stored = load_file(pair.converted / "model.safetensors")
+    weight = model.get_parameter(f"{layer}.self_attn.o_proj.qweight")
+    assert torch.equal(weight, stored[f"{layer}.self_attn.o_proj.qweight"])
+    weight.data.zero_()  # a private mapping: the file keeps its bytes
+    assert torch.equal(
+        load_file(pair.converted / "model.safetensors")[f"{layer}.self_attn.o_proj.qweight"],
+        stored[f"{layer}.self_attn.o_proj.qweight"],
+    )
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_no_expert_moves(experts: str, tmp_path: Path, load: Any, moved: list[str]) -> None:
+    pair = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS[experts])
+    model = load(pair.converted)
+    assert moved == []
+    stored = load_file(pair.converted / "model.safetensors")
+    for name in ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale"):
+        held = model.model.layers[1].mlp.experts.routed_experts.get_parameter(name)
+        wanted = stored[f"model.layers.1.mlp.experts.{name}"]
+        assert held.shape == wanted.shape
+        assert torch.equal(held.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int32, torch.float8_e4m3fn, torch.uint8])
+def test_copies_of_a_load_are_torchs_own(dtype: torch.dtype) -> None:
+    """Contiguous or a rank's part, several pieces or one, of another dtype, broadcast, or empty."""
+    from xpuquant.vllm.copying import _PIECE, HostCopies
+
+    source = torch.randint(0, 2**31 - 1, (3 * _PIECE // 4 // 1000 + 1, 1000), dtype=torch.int32).view(dtype)
+    half, K = len(source) // 2, source.shape[1]
+    cuts: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda t: t,
+        lambda t: t[half:],
+        lambda t: t[:, K // 2 :],
+        lambda t: t[: K // 2, : len(t)].t(),
+        lambda t: t.view(-1, 1, K),
+        lambda t: t[3],
+        lambda t: t[3, 3],
+        lambda t: t[:0],
+    ]
+    for cut in cuts:
+        wanted, copied = torch.zeros_like(source), torch.zeros_like(source)
+        cut(wanted).copy_(cut(source))
+        with HostCopies():
+            returned = cut(copied)
+            assert returned.copy_(cut(source)) is returned
+        assert torch.equal(copied.view(torch.uint8), wanted.view(torch.uint8))
+    wide = torch.zeros(len(source), K, dtype=torch.float64)
+    with HostCopies():
+        wide.copy_(source)
+        assert torch.equal(wide.nan_to_num(), source.to(torch.float64).nan_to_num())
+        wide.copy_(torch.arange(K))
+    assert torch.equal(wide[-1], torch.arange(K, dtype=torch.float64))
+
+
+def test_copies_use_every_processor_of_the_process() -> None:
+    """vLLM's CPU worker binds the thread that loads to one processor; the copying threads are not."""
+    import os
+
+    from xpuquant.vllm.copying import HostCopies
+
+    everywhere = os.sched_getaffinity(0)
+    torch.rand(1 << 20).cos()  # torch's own threads exist, where there is more than one processor
+    os.sched_setaffinity(0, {min(everywhere)})
+    try:
+        with HostCopies() as copies:
+            assert copies.pool.submit(os.sched_getaffinity, 0).result() == everywhere
+            assert os.sched_getaffinity(0) == {min(everywhere)}
+    finally:
+        os.sched_setaffinity(0, everywhere)
+
+
+def edit(folder: Path, change: Callable[[Tensors], object]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+LAYER = "model.layers.1"
+MISSING = [
+    ("llama", f"{LAYER}.self_attn.k_proj.qweight"),
+    ("llama", f"{LAYER}.mlp.down_proj.qzeros"),
+    ("llama", f"{LAYER}.input_layernorm.weight"),
+    ("llama", "model.embed_tokens.weight"),
+    ("llama", "lm_head.weight"),
+    ("qwen2", f"{LAYER}.self_attn.v_proj.bias"),
+    ("qwen3_moe", f"{LAYER}.mlp.experts.down_proj_scale"),
+    ("qwen3_moe", f"{LAYER}.mlp.gate.weight"),
+    ("mixtral", f"{LAYER}.block_sparse_moe.experts.gate_up_proj"),
+    ("deepseek_v3", f"{LAYER}.mlp.experts.down_proj"),
+    ("deepseek_v3", f"{LAYER}.mlp.gate.e_score_correction_bias"),
+    ("deepseek_v3", f"{LAYER}.self_attn.kv_a_proj_with_mqa.scales"),
+    ("gpt_oss", f"{LAYER}.mlp.experts.gate_up_proj_bias"),
+    ("gpt_oss", f"{LAYER}.self_attn.sinks"),
+    ("gpt_oss", f"{LAYER}.self_attn.q_proj.bias"),
+]
+
+
+@pytest.mark.parametrize(("family", "tensor"), MISSING)
+def test_refuses_a_missing_tensor(family: str, tensor: str, tmp_path: Path, load: Any) -> None:
+    experts = None if family in ("llama", "qwen2") else EXPERTS["int4"]
+    folder = write(tmp_path, family, SCHEMES["int4-asym"], experts).converted
+    with pytest.raises(DamagedError) as refusal:
+        load(edit(folder, lambda tensors: tensors.pop(tensor)))
+    message = str(refusal.value)
+    assert "is missing from the repo" in message
+    assert "\n" not in message
+    # Fused layers are named as vLLM knows them, where the repo's own name is not known any more.
+    assert tensor.split(".")[-1] in message
+
+
+EXTRA = {
+    f"{LAYER}.mlp.down_proj.g_idx": torch.zeros(256, dtype=torch.int32),
+    f"{LAYER}.self_attn.rotary.qweight": torch.zeros(8, 8, dtype=torch.int32),
+    f"{LAYER}.mlp.down_proj.qweight_extra": torch.zeros(4),
+    f"{LAYER}.mlp.unheard_of": torch.zeros(4),
+}
+
+
+@pytest.mark.parametrize("tensor", EXTRA)
+def test_refuses_an_extra_tensor(tensor: str, tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"]).converted
+    with pytest.raises(ValueError if "unheard" in tensor else DamagedError, match=tensor.split(".")[-1]):
+        load(edit(folder, lambda tensors: tensors.update({tensor: EXTRA[tensor]})))
+
+
+def test_refuses_bytes_of_another_dtype(tmp_path: Path, load: Any) -> None:
+    """A copy into the parameter would convert e5m2 to e4m3 without a word."""
+    folder = write(tmp_path, "llama", SCHEMES["fp8-channel"]).converted
+    name = f"{LAYER}.mlp.down_proj.weight"
+    with pytest.raises(DamagedError, match=r"float8_e5m2, the format wants torch\.float8_e4m3fn"):
+        load(edit(folder, lambda t: t.update({name: t[name].float().to(torch.float8_e5m2)})))
+
+
+def test_refuses_a_stack_of_another_shape(tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS["int4"]).converted
+    name = f"{LAYER}.mlp.experts.down_proj"
+    with pytest.raises(DamagedError, match=r"does not fit config\.json"):
+        load(edit(folder, lambda t: t.update({name: t[name][:, :128].contiguous()})))
+
+
+def reconfigure(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_refuses_a_newer_format(tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"]).converted
+    with pytest.raises(DamagedError, match="format_version 2, this xpuquant reads 1"):
+        load(reconfigure(folder, lambda q: q.update(format_version=2)))
+
+
+@pytest.mark.parametrize("tensor", ["q_proj.weight", "k_proj.scales"])
+def test_refuses_a_missing_tensor_of_a_mixed_layer(tensor: str, tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"], others={"q_proj": None}).converted
+    load(folder)
+    with pytest.raises(DamagedError, match=tensor.split(".")[-1]):
+        load(edit(folder, lambda tensors: tensors.pop(f"{LAYER}.self_attn.{tensor}")))
+
+
+@pytest.mark.parametrize("version", ["0.31.1", "0.34.0", "0.40.2+xpu"])
+def test_names_the_wrong_vllm(version: str, tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xpuquant.vllm import versions
+
+    monkeypatch.setattr(versions, "vllm_version", lambda: version)
+    with pytest.raises(EnvironmentFault, match=f"vLLM {version.replace('+', '.')} is not supported.*0.32 to 0.33"):
+        load(write(tmp_path, "llama", SCHEMES["int4"]).converted)
+
+
+@pytest.mark.parametrize(("version", "complaint"), [("0.1.14.1", "0.1.14.1 is too old"), (None, "not installed")])
+def test_names_the_wrong_kernels(version: str | None, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    from xpuquant.xpu_ops import check_kernels
+
+    def found(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", found)
+    with pytest.raises(EnvironmentFault, match=complaint):
+        check_kernels()
+
+
+HEADS = {
+    **{name: SCHEMES[name] for name in ("int4", "int4-asym", "int4-channel", "int4-act-order", "fp8-tensor")},
+    **{name: SCHEMES[name] for name in ("fp8-e5m2", "mxfp4", "mxfp8")},
+    "fp8-block": replace(SCHEMES["fp8-block"], block_n=16),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_quantized_head(head: str, tied: bool, tmp_path: Path, load: Any) -> None:
+    """496 rows, which vLLM pads to 512; a config that calls it tied is overruled by its tensors."""
+    pair = write(tmp_path, "llama", SCHEMES["int4"], others={"lm_head": HEADS[head]}, vocab_size=496)
+    for folder in (pair.converted, pair.plain):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    model = load(pair.converted, dtype="float32")
+    plain = load_file(pair.plain / "model.safetensors")
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(model.compute_logits(x), x @ plain["lm_head.weight"].t().float(), atol=1e-4, rtol=0)
+    embedded = model.model.embed_tokens(torch.arange(496))
+    torch.testing.assert_close(embedded, plain["model.embed_tokens.weight"].float(), atol=0, rtol=0)
+
+
+def test_refuses_a_missing_tensor_of_the_head(tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"], others={"lm_head": SCHEMES["int4-asym"]}).converted
+    with pytest.raises(DamagedError, match=r"tensor lm_head\.qzeros is missing"):
+        load(edit(folder, lambda tensors: tensors.pop("lm_head.qzeros")))
+
+
+def test_refuses_a_quantized_head_that_the_model_does_not_take(tmp_path: Path, load: Any) -> None:
+    """vLLM 0.32 and 0.33 give gpt-oss's head no quantization method."""
+    folder = write(tmp_path, "gpt_oss", SCHEMES["int4"], EXPERTS["int4"], others={"lm_head": SCHEMES["int4"]}).converted
+    with pytest.raises((DamagedError, ValueError), match="lm_head"):
+        load(folder)
+
+
+def test_tied_embeddings(tmp_path: Path, load: Any) -> None:
+    folder = write(tmp_path, "llama", SCHEMES["int4"], tie_word_embeddings=True).converted
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(DamagedError, match=r"embed_tokens\.weight is missing"):
+        load(edit(folder, lambda tensors: tensors.pop("model.embed_tokens.weight")))

@@ -1,0 +1,182 @@
+"""Layers made by hand from random codes, with the float64 weight they stand for.
+
+Written from the on-disk contract alone: nothing here uses the package's own packing or decoding, so that a
+mistake there cannot hide here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from xpuquant.formats.scheme import Scheme
+from xpuquant.kernels.base import Layer
+
+Array = np.ndarray[Any, Any]
+
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+
+def pack_words(codes: Array) -> Array:
+    """int32 `[R, C/8]` from codes `[R, C]` below 16: code j of a word at bit 4j."""
+    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
+    for j in range(8):
+        words |= codes[:, j::8].astype(np.uint32) << np.uint32(4 * j)
+    return words.view(np.int32)
+
+
+def pack_bytes(codes: Array) -> Array:
+    """uint8 `[R, C/2]` from codes `[R, C]` below 16: the even column in the low nibble."""
+    return (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
+
+
+def int4_linear(
+    N: int,
+    K: int,
+    g: int,
+    *,
+    scale: str = "BF16",
+    symmetric: bool = True,
+    act_order: bool = False,
+    bias: bool = False,
+    seed: int = 0,
+) -> tuple[Layer, Array]:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (N, K))
+    scales = (rng.uniform(0.002, 0.02, (N, K // g)) * rng.choice([-1, 1], (N, K // g))).astype(DTYPES[scale])
+    zeros = np.full((N, K // g), 8) if symmetric else rng.integers(0, 16, (N, K // g))
+    weight = np.empty((N, K))
+    for column in range(K):
+        group = column // g
+        weight[:, column] = (codes[:, column] - zeros[:, group]) * scales[:, group].astype(np.float64)
+    tensors = {"qweight": pack_words(codes), "scales": np.ascontiguousarray(scales.T)}
+    if not symmetric:
+        tensors["qzeros"] = pack_words(zeros.T)
+    if act_order:
+        order = rng.permutation(K).astype(np.int32)
+        tensors["g_idx"] = order
+        weight[:, order] = weight.copy()
+    if bias:
+        tensors["bias"] = rng.normal(size=N).astype(DTYPES[scale])
+    scheme = Scheme("int4_linear", group_size=g, scale_dtype=scale, symmetric=symmetric, act_order=act_order)
+    return Layer(scheme, N, K, tensors), weight
+
+
+def int4_expert(
+    N: int, K: int, g: int, *, scale: str = "BF16", bias: bool = False, seed: int = 0
+) -> tuple[Layer, Array]:
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-8, 8, (N, K))
+    scales = rng.uniform(0.002, 0.02, (N, K // g)).astype(DTYPES[scale])
+    tensors: dict[str, Array] = {"weight": pack_bytes(values & 15), "weight_scale": scales}
+    if bias:
+        tensors["bias"] = rng.normal(size=N).astype(DTYPES[scale])
+    weight = values * np.repeat(scales.astype(np.float64), g, axis=1)
+    return Layer(Scheme("int4_experts", group_size=g, scale_dtype=scale, bias=bias), N, K, tensors), weight
+
+
+def fp8(
+    N: int,
+    K: int,
+    granularity: str,
+    *,
+    experts: bool = False,
+    dtype: Any = ml_dtypes.float8_e4m3fn,
+    block: int = 128,
+    bias: bool = False,
+    seed: int = 0,
+) -> tuple[Layer, Array]:
+    rng = np.random.default_rng(seed)
+    codes = rng.normal(scale=60, size=(N, K)).astype(dtype)
+    shape = {"tensor": (1,), "channel": (N,), "block": (K // block, N // block)}[granularity]
+    scales = rng.uniform(1e-4, 1e-3, shape).astype(np.float32)
+    wide = scales.astype(np.float64)
+    if granularity == "channel":
+        wide = wide[:, None]
+    elif granularity == "block":
+        wide = np.kron(wide, np.ones((block, block))).T
+    sizes = {"group_size": block, "block_n": block} if granularity == "block" else {}
+    scheme = Scheme("fp8_experts" if experts else "fp8_linear", granularity, scale_dtype="F32", **sizes)
+    stored = np.ascontiguousarray(codes.T) if experts else codes
+    tensors: dict[str, Array] = {"weight": stored, "weight_scale": scales}
+    if bias:
+        tensors["bias"] = rng.normal(size=N).astype(ml_dtypes.bfloat16)
+    return Layer(scheme, N, K, tensors), codes.astype(np.float64) * wide
+
+
+def mx(N: int, K: int, kind: str, *, experts: bool = False, seed: int = 0) -> tuple[Layer, Array]:
+    """`kind`: "mxfp4" or "mxfp8"."""
+    rng = np.random.default_rng(seed)
+    exponents = rng.integers(116, 122, (N, K // 32)).astype(np.uint8)
+    if kind == "mxfp4":
+        codes = rng.integers(0, 16, (N, K))
+        values, stored = np.array(E2M1)[codes], pack_bytes(codes)
+    else:
+        elements = rng.normal(scale=60, size=(N, K)).astype(ml_dtypes.float8_e4m3fn)
+        values, stored = elements.astype(np.float64), elements
+        stored = np.ascontiguousarray(stored.T) if experts else stored
+    weight = values * np.repeat(2.0 ** (exponents.astype(np.float64) - 127), 32, axis=1)
+    scales = exponents if experts else np.ascontiguousarray(exponents.T)
+    layout = f"{kind}_{'experts' if experts else 'linear'}"
+    scheme = Scheme(layout, group_size=32, scale_dtype="U8")
+    return Layer(scheme, N, K, {"weight": stored, "weight_scale": scales}), weight
+
+
+def activations(M: int, K: int, dtype: str, seed: int = 1) -> Array:
+    """`[M, K]` as they come out of an RMS norm: unit rows, one channel in 64 ten times the others."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(M, K))
+    x[:, rng.permutation(K)[: max(1, K // 64)]] *= 10
+    x /= np.sqrt((x**2).mean(axis=1, keepdims=True))
+    return x.astype(DTYPES[dtype])
+
+
+def expected(weight: Array, x: Array, layer: Layer) -> Array:
+    """float64 `x · Wᵀ + bias` by numpy alone."""
+    y = np.einsum("mk,nk->mn", x.astype(np.float64), weight)
+    return y + layer.tensors["bias"].astype(np.float64) if "bias" in layer.tensors else y
+
+
+def error(actual: Array, truth: Array) -> float:
+    """Relative Frobenius error."""
+    return float(np.linalg.norm(actual.astype(np.float64) - truth) / np.linalg.norm(truth))
+
+
+# What every backend is asked to run. N = 96 or 128 and K = 256 keep every kernel's alignment rules.
+_INT4: dict[str, Callable[[str], tuple[Layer, Array]]] = {
+    "int4": lambda scale: int4_linear(96, 256, 64, scale=scale),
+    "int4 bias": lambda scale: int4_linear(96, 256, 32, scale=scale, bias=True),
+    "int4 asym": lambda scale: int4_linear(96, 256, 32, scale=scale, symmetric=False),
+    "int4 channel": lambda scale: int4_linear(96, 256, 256, scale=scale),
+    "int4 act-order": lambda scale: int4_linear(96, 256, 64, scale=scale, act_order=True),
+    "int4 asym act-order bias": lambda scale: int4_linear(
+        96, 256, 64, scale=scale, symmetric=False, act_order=True, bias=True
+    ),
+    "int4 expert": lambda scale: int4_expert(128, 256, 64, scale=scale),
+    "int4 expert bias": lambda scale: int4_expert(128, 256, 32, scale=scale, bias=True),
+}
+_FLOAT: dict[str, Callable[[], tuple[Layer, Array]]] = {
+    "fp8 tensor": lambda: fp8(96, 256, "tensor"),
+    "fp8 channel bias": lambda: fp8(96, 256, "channel", bias=True),
+    "fp8 block": lambda: fp8(128, 256, "block"),
+    "fp8 e5m2 tensor": lambda: fp8(96, 256, "tensor", dtype=ml_dtypes.float8_e5m2),
+    "fp8 expert tensor": lambda: fp8(128, 256, "tensor", experts=True),
+    "fp8 expert block": lambda: fp8(128, 256, "block", experts=True),
+    "mxfp8": lambda: mx(96, 256, "mxfp8"),
+    "mxfp8 expert": lambda: mx(128, 256, "mxfp8", experts=True),
+    "mxfp4": lambda: mx(96, 256, "mxfp4"),
+    "mxfp4 expert": lambda: mx(128, 256, "mxfp4", experts=True),
+}
+CASES = (*_INT4, *_FLOAT)
+
+
+def layers(case: str) -> Iterator[tuple[Layer, Array]]:
+    """The layers of a case: int4 with bfloat16, float16 and float32 scales, others as they are."""
+    if case in _INT4:
+        yield from (_INT4[case](scale) for scale in DTYPES)
+    else:
+        yield _FLOAT[case]()

@@ -1,0 +1,344 @@
+"""Tiny models in an XPU layout and, beside each, the dequantized model it must agree with.
+
+Written without the converter, by the plainest code there is: every weight is rounded to nearest, packed
+byte by byte as the contract says, and the values that the packed bytes mean go into the twin.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from xpuquant.formats.scheme import Scheme, to_config
+
+VOCAB = 512
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two model folders: `converted` in the XPU layout, `plain` its dequantized twin (exact values, in float32)."""
+
+    converted: Path
+    plain: Path
+
+
+def nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes `[..., n]` → bytes `[..., n/2]`, low nibble first."""
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).contiguous()
+
+
+def grouped(weight: torch.Tensor, size: int) -> torch.Tensor:
+    return weight.float().reshape(weight.shape[0], -1, size)
+
+
+def int4(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    """Linear: qweight, scales, qzeros, g_idx. Act-order shuffles by N: q and k differ, gate and up agree."""
+    N, K = weight.shape
+    order = torch.arange(K)
+    if scheme.act_order:
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(N))
+    groups = grouped(weight[:, order], scheme.group_size)
+    if scheme.symmetric:
+        scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
+        zero = torch.full_like(scale, 8.0).float()
+    else:
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = ((high - low) / 15).bfloat16()
+        zero = (-low / scale.float()).round().clamp(0, 15)
+    codes = (groups / scale.float() + zero).round().clamp(0, 15)
+    values = ((codes - zero) * scale.float()).reshape(N, K)
+    tensors = {
+        "qweight": nibbles(codes.reshape(N, K).to(torch.uint8)).view(torch.int32),
+        "scales": scale.squeeze(-1).t().contiguous(),
+    }
+    if not scheme.symmetric:
+        tensors["qzeros"] = nibbles(zero.squeeze(-1).t().to(torch.uint8)).view(torch.int32)
+    if scheme.act_order:
+        tensors["g_idx"] = order.to(torch.int32)
+    plain = torch.empty_like(values)
+    plain[:, order] = values
+    return tensors, plain
+
+
+def int4_expert(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    groups = grouped(weight, scheme.group_size)
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
+    codes = (groups / scale.float()).round().clamp(-8, 7)
+    signed = nibbles((codes.reshape(weight.shape).to(torch.int8) & 15).to(torch.uint8))
+    return {"": signed, "_scale": scale.squeeze(-1)}, (codes * scale.float()).reshape(weight.shape)
+
+
+def _power(groups: torch.Tensor, largest: int) -> torch.Tensor:
+    """E8M0 byte so that the group's largest value has the format's largest exponent (`largest`)."""
+    return (torch.floor(torch.log2(groups.abs().amax(-1).clamp(min=2.0**-100))) - largest + 127).to(torch.uint8)
+
+
+def mxfp4(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    groups = grouped(weight, 32)
+    exponent = _power(groups, 2)
+    scale = torch.exp2(exponent.float() - 127).unsqueeze(-1)
+    code = (groups.abs().div(scale).unsqueeze(-1) - E2M1).abs().argmin(-1)
+    values = E2M1[code] * groups.sign() * scale
+    signed = (code | (groups < 0).long() << 3).reshape(weight.shape).to(torch.uint8)
+    if scheme.experts:
+        return {"": nibbles(signed), "_scale": exponent}, values.reshape(weight.shape)
+    return {"weight": nibbles(signed), "weight_scale": exponent.t().contiguous()}, values.reshape(weight.shape)
+
+
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
+def mxfp8(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    groups = grouped(weight, 32)
+    dtype = FP8[scheme.weight_dtype]
+    largest = torch.finfo(dtype).max
+    exponent = _power(groups, 8 if dtype is torch.float8_e4m3fn else 15)
+    scale = torch.exp2(exponent.float() - 127).unsqueeze(-1)
+    stored = (groups / scale).clamp(-largest, largest).to(dtype)
+    values = (stored.float() * scale).reshape(weight.shape)
+    stored = stored.reshape(weight.shape)
+    if scheme.experts:
+        return {"": stored.t().contiguous(), "_scale": exponent}, values
+    return {"weight": stored, "weight_scale": exponent.t().contiguous()}, values
+
+
+def fp8(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    wide = weight.float()
+    dtype = FP8[scheme.weight_dtype]
+    largest = torch.finfo(dtype).max
+    N, K = wide.shape
+    if scheme.granularity == "block":
+        blocks = wide.reshape(N // scheme.block_n, scheme.block_n, K // scheme.group_size, scheme.group_size)
+        scale = blocks.abs().amax((1, 3)) / largest
+        spread = scale[:, None, :, None].expand_as(blocks).reshape(N, K)
+        stored_scale = scale.t().contiguous()
+    elif scheme.granularity == "channel":
+        stored_scale = wide.abs().amax(1) / largest
+        spread = stored_scale[:, None]
+    else:
+        stored_scale = (wide.abs().amax() / largest).reshape(1)
+        spread = stored_scale
+    stored = (wide / spread).clamp(-largest, largest).to(dtype)
+    values = stored.float() * spread
+    if scheme.experts:
+        return {"": stored.t().contiguous(), "_scale": stored_scale}, values
+    tensors = {"weight": stored, "weight_scale": stored_scale}
+    return tensors | ({"input_scale": torch.tensor([0.5])} if scheme.input_scale else {}), values
+
+
+PACK: dict[str, Callable[[torch.Tensor, Scheme], Packed]] = {
+    "int4_linear": int4,
+    "int4_experts": int4_expert,
+    "mxfp4_linear": mxfp4,
+    "mxfp4_experts": mxfp4,
+    "mxfp8_linear": mxfp8,
+    "mxfp8_experts": mxfp8,
+    "fp8_linear": fp8,
+    "fp8_experts": fp8,
+}
+
+SCHEMES: dict[str, Scheme] = {
+    "int4": Scheme("int4_linear", group_size=32),
+    "int4-asym": Scheme("int4_linear", group_size=64, symmetric=False),
+    "int4-channel": Scheme("int4_linear", group_size=-1),
+    "int4-act-order": Scheme("int4_linear", group_size=32, act_order=True),
+    "int4-act-order-asym": Scheme("int4_linear", group_size=32, act_order=True, symmetric=False),
+    "fp8-tensor": Scheme("fp8_linear", granularity="tensor", scale_dtype="F32", input_scale=True),
+    "fp8-channel": Scheme("fp8_linear", granularity="channel", scale_dtype="F32"),
+    "fp8-block": Scheme("fp8_linear", granularity="block", group_size=128, block_n=128, scale_dtype="F32"),
+    "mxfp4": Scheme("mxfp4_linear", group_size=32, scale_dtype="U8"),
+    "mxfp8": Scheme("mxfp8_linear", group_size=32, scale_dtype="U8"),
+    "fp8-e5m2": Scheme("fp8_linear", granularity="channel", scale_dtype="F32", weight_dtype="F8_E5M2"),
+    "mxfp8-e5m2": Scheme("mxfp8_linear", group_size=32, scale_dtype="U8", weight_dtype="F8_E5M2"),
+}
+EXPERTS: dict[str, Scheme] = {
+    "int4": Scheme("int4_experts", group_size=32),
+    "fp8-tensor": Scheme("fp8_experts", granularity="tensor", scale_dtype="F32"),
+    "fp8-block": Scheme("fp8_experts", granularity="block", group_size=128, block_n=128, scale_dtype="F32"),
+    "mxfp4": Scheme("mxfp4_experts", group_size=32, scale_dtype="U8"),
+    "mxfp8": Scheme("mxfp8_experts", group_size=32, scale_dtype="U8"),
+    "fp8-e5m2": Scheme("fp8_experts", granularity="tensor", scale_dtype="F32", weight_dtype="F8_E5M2"),
+    "mxfp8-e5m2": Scheme("mxfp8_experts", group_size=32, scale_dtype="U8", weight_dtype="F8_E5M2"),
+}
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+)
+MOE = FAMILIES[4:]
+
+
+def tiny(family: str, **changes: object) -> torch.nn.Module:
+    """Two layers, hidden 256, random weights wide enough that greedy tokens are not near-ties."""
+    import transformers
+
+    size = {
+        "vocab_size": VOCAB,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.08,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    moe = {"moe_intermediate_size": 128, "num_experts_per_tok": 2}
+    mla = {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    special = {
+        "qwen2": {"attn_implementation": "eager"},
+        "qwen3": {"head_dim": 64},
+        "qwen3_moe": {"head_dim": 64, "num_experts": 8, "decoder_sparse_step": 1, **moe},
+        "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+        "deepseek_v2": {**moe, **mla, "topk_method": "greedy"},
+        "deepseek_v3": {**moe, **mla, "topk_method": "noaux_tc"},
+        "gpt_oss": {
+            "head_dim": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    }
+    config = transformers.AutoConfig.for_model(family, **{**size, **special.get(family, {}), **changes})
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(param, std=0.05)
+    return model
+
+
+def write(
+    folder: Path,
+    family: str,
+    scheme: Scheme,
+    experts: Scheme | None = None,
+    others: Mapping[str, Scheme | None] | None = None,
+    **changes: object,
+) -> Pair:
+    """A tiny model of `family` with every linear in `scheme` and every stack of experts in `experts`.
+
+    `others`: last part of a linear's name → another scheme, or None for unquantized.
+    `changes`: to the model's config.
+
+    Routers and embeddings stay as they are, and `lm_head` unless `others` names it. Scheme fields that depend on
+    the module (interleaving, biases, a group as long as K) are filled in.
+    """
+    pair = Pair(folder / "converted", folder / "plain")
+    model = tiny(family, **changes)
+    model.save_pretrained(pair.plain)
+    plain = {name: tensor.float() for name, tensor in load_file(pair.plain / "model.safetensors").items()}
+    converted: dict[str, torch.Tensor] = {}
+    modules: dict[str, Scheme] = {}
+    stacks: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in list(plain.items()):
+        if experts is not None and ".experts." in name:
+            stack, _, part = name.partition(".experts.")
+            stacks.setdefault(f"{stack}.experts", {})[part] = tensor
+        elif _is_linear(name, tensor) or name.removesuffix(".weight") in (others or {}):
+            module = name.removesuffix(".weight")
+            own = (others or {}).get(module.rpartition(".")[2], scheme)
+            if own is None:
+                plain[name] = converted[name] = tensor.bfloat16()
+                continue
+            modules[module] = own if own.group_size >= 0 else _whole(own, tensor)
+            tensors, values = PACK[own.layout](tensor, modules[module])
+            converted |= {f"{module}.{suffix}": t for suffix, t in tensors.items()}
+            plain[name] = values
+        else:
+            converted[name] = tensor.bfloat16()
+    for stack, parts in stacks.items():
+        assert experts is not None
+        modules[stack] = _pack_stack(stack, parts, experts, plain, converted)
+    _save(pair.plain, plain, None)
+    _save(pair.converted, converted, to_config(modules, "tests"))
+    for path in pair.plain.iterdir():
+        if not (pair.converted / path.name).exists():
+            (pair.converted / path.name).write_bytes(path.read_bytes())
+    return pair
+
+
+def _is_linear(name: str, tensor: torch.Tensor) -> bool:
+    skipped = ("lm_head", "embed", "norm", "gate.weight", "router", "sinks", "shared_expert_gate")
+    return name.endswith("weight") and tensor.ndim == 2 and not any(word in name for word in skipped)
+
+
+def _whole(scheme: Scheme, weight: torch.Tensor) -> Scheme:
+    from dataclasses import replace
+
+    return replace(scheme, group_size=weight.shape[1])
+
+
+def _pack_stack(
+    stack: str,
+    parts: dict[str, torch.Tensor],
+    scheme: Scheme,
+    plain: dict[str, torch.Tensor],
+    converted: dict[str, torch.Tensor],
+) -> Scheme:
+    """Packs one layer's experts and writes their values back where they came from."""
+    from dataclasses import replace
+
+    fused = "gate_up_proj" in parts  # gpt-oss: [E, H, 2I], gate and up interleaved, biases
+    if fused:
+        E = parts["gate_up_proj"].shape[0]
+        scheme = replace(scheme, interleaved=True, bias=True)
+    else:
+        E = 1 + max(int(part.split(".")[0]) for part in parts)
+    names = ("w1", "w3", "w2") if "0.w1.weight" in parts else ("gate_proj", "up_proj", "down_proj")
+    gathered: dict[str, list[torch.Tensor]] = {}
+    for e in range(E):
+        for out, sources in (("gate_up_proj", names[:2]), ("down_proj", names[2:])):
+            matrices = [parts[out][e].t()] if fused else [parts[f"{e}.{source}.weight"] for source in sources]
+            weight = torch.cat(matrices)
+            tensors, values = PACK[scheme.layout](weight, scheme)
+            for suffix, tensor in tensors.items():
+                gathered.setdefault(out + suffix, []).append(tensor)
+            if fused:
+                plain[f"{stack}.{out}"][e] = values.t()
+                continue
+            for source, part in zip(sources, values.chunk(len(sources)), strict=True):
+                plain[f"{stack}.{e}.{source}.weight"] = part
+    for name, tensors_of in gathered.items():
+        stacked = torch.stack(tensors_of)
+        converted[f"{stack}.{name}"] = stacked.reshape(E) if stacked.shape == (E, 1) else stacked
+    for name in ("gate_up_proj_bias", "down_proj_bias") if fused else ():
+        converted[f"{stack}.{name}"] = parts[name].bfloat16()
+    return scheme
+
+
+def _save(folder: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, object] | None) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    if quantization is not None:
+        config = json.loads((folder.parent / "plain" / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))

@@ -1,0 +1,105 @@
+"""The modules that the Transformers quantizer puts in: parameters as they are stored, nothing to convert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from xpuquant import layers
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats.scheme import Scheme
+
+
+class Quantized(nn.Module):
+    """Holds the stored tensors; created on the meta device, filled by the loader."""
+
+    scheme: Scheme
+    bias: nn.Parameter | None
+
+    def _create(self, tensors: Mapping[str, layers.Stored]) -> None:
+        self.wanted = dict(tensors)
+        for name, stored in tensors.items():
+            data = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in self.wanted}
+
+    def extra_repr(self) -> str:
+        return self.scheme.label()
+
+
+class XpuquantLinear(Quantized):
+    """Instead of an `nn.Linear`."""
+
+    def __init__(self, scheme: Scheme, linear: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(linear, nn.Linear):
+            raise UnsupportedError(f"a {type(linear).__name__} cannot be loaded as {scheme.label()}: not a linear")
+        self.scheme = scheme
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._create(layers.linear_tensors(scheme, linear.out_features, linear.in_features))
+        self.register_parameter("bias", linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layers.linear(self.scheme, self._stored(), x, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features}x{self.in_features}, {super().extra_repr()}"
+
+
+class XpuquantExperts(Quantized):
+    """Instead of a model's stack of experts, whose activation it keeps."""
+
+    def __init__(self, scheme: Scheme, experts: Any) -> None:
+        super().__init__()
+        for name in ("gate_up_proj", "down_proj"):
+            if not isinstance(getattr(experts, name, None), nn.Parameter):
+                raise UnsupportedError(f"{type(experts).__name__} has no stacked {name}: Transformers 5 is needed")
+        self.scheme = scheme
+        E, first, second = experts.down_proj.shape
+        # [E, H, I] in most models; [E, I, H] in gpt-oss, whose gate_up_proj is [E, H, 2I].
+        H, I = (first, second) if experts.gate_up_proj.shape[1] == 2 * second else (second, first)
+        self.num_experts = E
+        self.act_fn = getattr(experts, "act_fn", None)
+        # gpt-oss and its like gate in their own way; the rest is the activation of one half times the other.
+        self._gate: Callable[[torch.Tensor], torch.Tensor] = getattr(experts, "_apply_gate", self._halves)
+        if scheme.interleaved and not hasattr(experts, "_apply_gate"):
+            raise UnsupportedError(f"{type(experts).__name__} does not take the alternating rows of {scheme.label()}")
+        self._create(layers.expert_tensors(scheme, E, H, I))
+        self._kernel: Any = None
+
+    @property
+    def activation(self) -> str:
+        """The name that the XPU kernel knows."""
+        if self.scheme.interleaved:
+            return "swigluoai"
+        name = type(self.act_fn).__name__.lower()
+        return "silu" if "silu" in name else "gelu_tanh" if "tanh" in name else "gelu"
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`[M, H]`, ids `[M, k]` (the number of experts: none), weights `[M, k]` → `[M, H]`."""
+        tensors = self._stored()
+        ids = torch.where(top_k_index < self.num_experts, top_k_index, -1)
+        if hidden_states.device.type != "xpu":
+            return layers.experts(self.scheme, tensors, hidden_states, top_k_weights, ids, self._gate)
+        if self._kernel is None:
+            from xpuquant.xpu_ops import fused_moe
+
+            # The grouped GEMM reads scales and biases as the activations' dtype.
+            for name, tensor in tensors.items():
+                if name.endswith("_bias") or (name.endswith("_scale") and self.scheme.layout == "int4_experts"):
+                    tensor.data = tensor.data.to(hidden_states.dtype)
+            self._kernel = fused_moe(self.scheme, tensors, ids.shape[1], self.activation)
+        out = torch.empty_like(hidden_states)
+        self._kernel.apply(output=out, hidden_states=hidden_states, topk_weights=top_k_weights, topk_ids=ids)
+        return out
+
+    def _halves(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up  # type: ignore[misc, no-any-return]

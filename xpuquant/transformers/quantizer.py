@@ -1,0 +1,149 @@
+"""The Transformers quantizer: `from_pretrained` on a converted repo, every layout, CPU and Intel GPU.
+
+Importing this module registers it; `transformers_autoload` imports it where the user does not.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+# Not from the package `transformers.quantizers`: this module may be imported while that one still is.
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from xpuquant.errors import DamagedError, UnsupportedError, one_line
+from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
+from xpuquant.transformers.layers import Quantized, XpuquantExperts, XpuquantLinear
+
+_FIX = "convert again, or download the repo again"
+
+
+class XpuquantTransformersConfig(QuantizationConfigMixin):
+    """`quantization_config` of a converted repo, kept whole for `save_pretrained`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.quant_method: Any = QUANT_METHOD
+        self.stored = {"quant_method": QUANT_METHOD, **kwargs}
+        self.modules: dict[str, Scheme] = from_config(self.stored)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> XpuquantTransformersConfig | tuple[XpuquantTransformersConfig, dict[str, Any]]:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        copied: dict[str, Any] = json.loads(json.dumps(self.stored))
+        return copied
+
+
+class XpuquantQuantizer(HfQuantizer):
+    """Replaces the modules that the config names; the loader then fills them like any other."""
+
+    requires_calibration = True
+    quantization_config: XpuquantTransformersConfig
+
+    def __init__(self, quantization_config: XpuquantTransformersConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.other_experts = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Raises UnsupportedError where a module of the config is not in the model."""
+        renamings = [r for r in _conversions(model) if isinstance(r, WeightRenaming)]
+        for stored, scheme in self.quantization_config.modules.items():
+            name = stored
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                if _unused(model, stored):
+                    continue
+                raise UnsupportedError(
+                    f"{one_line(stored)} is quantized in the repo, but {type(model).__name__} has no such module"
+                ) from None
+            replacement = XpuquantExperts if scheme.experts else XpuquantLinear
+            model.set_submodule(name, replacement(scheme, module))
+            _untie(model, name)
+        self.other_experts = any(
+            hasattr(m, "gate_up_proj")
+            and getattr(m.gate_up_proj, "ndim", 0) == 3
+            and not isinstance(m, XpuquantExperts)
+            for m in model.modules()
+        )
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Raises DamagedError, in one line, where a tensor was missing or misshapen: Transformers goes on then."""
+        for name, module in model.named_modules():
+            for suffix, stored in module.wanted.items() if isinstance(module, Quantized) else ():
+                param: Any = getattr(module, suffix)
+                # Set by the loader on what it read; a parameter offloaded to disk is another object, on meta.
+                if not (getattr(param, "_is_hf_initialized", False) or param.is_meta):
+                    raise DamagedError(f"tensor {one_line(name)}.{suffix} is missing from the repo; {_FIX}")
+                if (param.shape, param.dtype) != (stored.shape, stored.dtype):
+                    raise DamagedError(
+                        f"tensor {one_line(name)}.{suffix} is {param.dtype} {list(param.shape)}, "
+                        f"config.json says {stored.dtype} {list(stored.shape)}; {_FIX}"
+                    )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Without those that would take the stacks of experts apart again when the model is saved."""
+        if self.other_experts:
+            return weight_conversions
+        stacks = ("experts.gate_up_proj", "experts.down_proj")
+        return [
+            c
+            for c in weight_conversions
+            if not (isinstance(c, WeightConverter) and any(s in t for t in c.target_patterns for s in stacks))
+        ]
+
+    def is_serializable(self) -> bool:
+        return not self.other_experts
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _conversions(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions: list[Any] = get_model_conversion_mapping(model)
+    return conversions
+
+
+def _untie(model: Any, name: str) -> None:
+    """A head that is stored on its own is not tied to the embeddings, whatever the model's config says."""
+    tied = [target for target in model.all_tied_weights_keys if target.rpartition(".")[0] == name]
+    for target in tied:
+        del model.all_tied_weights_keys[target]
+        model.config.get_text_config().tie_word_embeddings = False
+
+
+def _unused(model: nn.Module, name: str) -> bool:
+    """Whether Transformers leaves this part of a checkpoint out on purpose (multi-token prediction layers)."""
+    import re
+
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, f"{name}.weight") for pattern in patterns)
+
+
+def _register() -> None:
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(XpuquantTransformersConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(XpuquantQuantizer)
+
+
+_register()
