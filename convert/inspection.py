@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from xpuquant.conversion.cli.answers import modules_grid
 from xpuquant.conversion.cli.output import Answer, Grid, size
 from xpuquant.conversion.options import Options
-from xpuquant.conversion.plan.plan import survey
+from xpuquant.conversion.plan.survey import survey
 from xpuquant.conversion.plan.tensor_parallel import problems
 from xpuquant.conversion.sources.base import Source
 from xpuquant.formats.scheme import compact

@@ -97,5 +97,6 @@ def nbytes(label: str, shape: tuple[int, ...]) -> int:
 
 
 def rounds(source: str, target: str) -> bool:
-    """Whether a cast between two of `FLOATS` can change a value: float32 holds the other two, which do not hold it."""
-    return target not in (source, "F32")
+    """Whether a cast to one of `FLOATS`, from another or from E8M0, can change a value: float32 holds all of them, and
+    bfloat16 every power of two that E8M0 has."""
+    return target not in (source, "F32") and (source, target) != ("F8_E8M0", "BF16")

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xpuquant.conversion.cli.output import Answer, Grid, size
-from xpuquant.conversion.plan.plan import Plan, PlannedModule, kind_of
+from xpuquant.conversion.plan.plan import Plan
+from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.report.reports import as_data, in_one_line
 from xpuquant.conversion.runs.local import Result
 from xpuquant.conversion.sources.base import Source

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from xpuquant.conversion.plan.plan import PlannedModule
-from xpuquant.formats.layouts.base import ExpertStack
+from xpuquant.conversion.plan.survey import PlannedModule
+from xpuquant.formats.layouts.modules import ExpertStack
 from xpuquant.formats.scheme import Scheme
 
 _ALONG_K = re.compile(r".*(?:o_proj|down_proj|out_proj|w2|dense|fc2)")

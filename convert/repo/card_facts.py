@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from xpuquant import __version__
-from xpuquant.conversion.plan.plan import Plan, PlannedModule, kind_of
+from xpuquant.conversion.plan.plan import Plan
+from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.card import CardFacts, SchemeCount, VerificationSummary
 from xpuquant.conversion.repo.card_merge import front_matter
 from xpuquant.conversion.report.reports import in_one_line

@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from xpuquant.conversion.plan.plan import Plan, PlannedModule, kind_of
+from xpuquant.conversion.plan.plan import Plan
+from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.digests import RECORDED

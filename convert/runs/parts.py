@@ -23,7 +23,8 @@ from pathlib import Path
 
 from xpuquant.conversion.cli.output import Answer, size
 from xpuquant.conversion.options import Options
-from xpuquant.conversion.plan.plan import Plan, Shard, make_plan
+from xpuquant.conversion.plan.plan import Plan, make_plan
+from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.repo.journal import STAGING, Finished, check_output, file_sha256, sync
 from xpuquant.conversion.runs.local import Reporter
 from xpuquant.conversion.sources.base import Source

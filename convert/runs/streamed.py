@@ -22,7 +22,9 @@ from typing import Any
 from xpuquant.conversion.hub.publish import Pushed, hash_files, publish
 from xpuquant.conversion.hub.target import CONFIG, Target
 from xpuquant.conversion.options import Options
-from xpuquant.conversion.plan.plan import Plan, PlannedModule, Shard, make_plan
+from xpuquant.conversion.plan.plan import Plan, make_plan
+from xpuquant.conversion.plan.shards import Shard
+from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished, Journal, check_output
 from xpuquant.conversion.repo.replace import clear_output

@@ -18,7 +18,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from xpuquant.conversion.plan.plan import Plan, PlannedModule
+from xpuquant.conversion.plan.plan import Plan
+from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.sources.base import Progress, Source, read_slice
 from xpuquant.conversion.verify.column_cache import Panels
@@ -28,12 +29,12 @@ from xpuquant.conversion.verify.verdict import CONTRADICTIONS, Checked, Health, 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_bytes, whole
 from xpuquant.formats.dtypes import numpy_dtype
-from xpuquant.formats.layouts.base import ExpertStack, Matrix, Stored
-from xpuquant.formats.layouts.dequantized import to_bf16
+from xpuquant.formats.layouts.base import Matrix, Stored
+from xpuquant.formats.layouts.modules import ExpertStack
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import PIECE_BYTES, ROWS_MULTIPLE, Weight, row_blocks
-from xpuquant.formats.weights.decoded import Decoded, difference, in_order
-from xpuquant.formats.weights.split import SplitBias
+from xpuquant.formats.weights.decoded import Decoded, difference, in_order, to_bf16
+from xpuquant.formats.weights.parts import BiasRows
 
 BLOCK_CODES = 2 << 20
 """Codes decoded at once: a matrix of a small expert in one go, for every block costs the same few hundred microseconds
@@ -62,7 +63,7 @@ def check_exact(
     def passed(tensor: Tensor) -> tuple[Checked, Health | None]:
         return _check_bytes(source, tensor, repo, progress), None
 
-    def bias(split: SplitBias, name: str) -> tuple[Checked, Health | None]:
+    def bias(split: BiasRows, name: str) -> tuple[Checked, Health | None]:
         return _check_split_bias(split, source, repo.tensors[name], repo), None
 
     # Largest first, so that no worker is left with a long one at the end.
@@ -192,14 +193,14 @@ def in_rows(decoded: Decoded) -> Decoded:
 def decoded_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, Decoded]]:
     """The source's rows, decoded, block by block. Source slices are read in larger blocks than are decoded: strided
     reads want long runs, decoding wants the cache."""
-    row_bytes = sum(part.nbytes for part in weight.decode_inputs(0, weight.N)) // weight.N
+    row_bytes = sum(part.nbytes for part in weight.decoded(0, weight.N).inputs) // weight.N
     for top, bottom in row_blocks(weight.N, row_bytes, ROWS_MULTIPLE, PIECE_BYTES):
-        outer = weight.decode_inputs(top, bottom)
+        outer = weight.decoded(top, bottom).inputs
         arrays = [read_slice(source, part) for part in outer]
         for start, stop in row_blocks(bottom - top, weight.K, ROWS_MULTIPLE, BLOCK_CODES):
-            inner = weight.decode_inputs(top + start, top + stop)
-            narrowed = [part.inside(of, array) for part, of, array in zip(inner, outer, arrays, strict=True)]
-            yield top + start, top + stop, weight.decode(narrowed, top + start, top + stop)
+            recipe = weight.decoded(top + start, top + stop)
+            narrowed = [part.inside(of, array) for part, of, array in zip(recipe.inputs, outer, arrays, strict=True)]
+            yield top + start, top + stop, recipe.build(narrowed)
 
 
 def _check_rounded(weight: Weight, source: Source, repo: Repo) -> str | None:
@@ -263,10 +264,10 @@ def _check_bytes(source: Source, tensor: Tensor, repo: Repo, progress: Progress)
     return Checked(tensor.name, 0, None, digest.hexdigest())
 
 
-def _check_split_bias(split: SplitBias, source: Source, held: Tensor, repo: Repo) -> Checked:
+def _check_split_bias(split: BiasRows, source: Source, held: Tensor, repo: Repo) -> Checked:
     """A bias out of a stacked or fused one: the same values, and the sha256 of its bytes."""
     actual = repo.reader.read(whole(held))
-    expected = split.values([read_slice(source, part) for part in split.parts])
+    expected = split.values().build([read_slice(source, part) for part in split.parts])
     if not np.array_equal(expected, actual, equal_nan=True):
         return Checked(held.name, 0, "differs from its rows of the source's")
     return Checked(held.name, 0, None, hashlib.sha256(actual.view(np.uint8).data).hexdigest())

@@ -44,7 +44,6 @@ from xpuquant.conversion.verify.verdict import (
 from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
 from xpuquant.formats.dtypes import FLOATS, numpy_dtype
 from xpuquant.formats.layouts.base import Stored
-from xpuquant.formats.layouts.compressed_tensors.stored import for_kernels
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.decoded import Decoded
@@ -220,7 +219,7 @@ def _subjects(plan: Plan, source: Source, repo: Repo) -> Iterator[Subject]:
             for role, expert, weight in planned.weights:
                 matrix = find_matrix(matrices, role, expert)
                 layout = repo.layout(stored)
-                taken = for_kernels(layout, stored)
+                taken = layout.for_kernels(stored)
                 if taken is not None and (matrix.N, matrix.K) == (weight.N, weight.K):
                     yield Subject(taken, layout, matrix, _source_rows(weight, source, stored.scheme))
         except CONTRADICTIONS:
@@ -229,8 +228,8 @@ def _subjects(plan: Plan, source: Source, repo: Repo) -> Iterator[Subject]:
 
 def _source_rows(weight: Weight, source: Source, scheme: Scheme) -> Rows:
     def rows(start: int, stop: int) -> Decoded:
-        arrays = [read_slice(source, part) for part in weight.decode_inputs(start, stop)]
-        decoded = weight.decode(arrays, start, stop)
+        recipe = weight.decoded(start, stop)
+        decoded = recipe.build([read_slice(source, part) for part in recipe.inputs])
         if scheme.scale_dtype not in FLOATS:
             return decoded
         # Scales that were rounded because the user asked for it are the truth from then on; exactness has
@@ -248,7 +247,7 @@ def _stored_subjects(repo: Repo) -> Iterator[Subject]:
         except CONTRADICTIONS:
             continue
         layout = repo.layout(stored)
-        taken = for_kernels(layout, stored)
+        taken = layout.for_kernels(stored)
         for matrix in matrices if taken is not None else ():
             yield Subject(taken or stored, layout, matrix, _stored_rows(repo, stored, matrix))
 

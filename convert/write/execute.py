@@ -14,7 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from xpuquant.conversion.plan.plan import Plan, Shard
+from xpuquant.conversion.plan.plan import Plan
+from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Progress, Source
 from xpuquant.conversion.write.read_ahead import Stopped, Workers

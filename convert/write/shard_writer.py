@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xpuquant.conversion.plan.plan import Shard
+from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Progress, Source
 from xpuquant.conversion.write.output_files import create
@@ -121,15 +121,15 @@ class ShardWriter:
     def _fill(self, piece: Piece, arrays: Sequence[Array], out: Array) -> None:
         if self._workers.stop.is_set():
             raise Stopped
-        if piece.make is None:
+        if piece.filler is None:
             self._source.read_into(piece.inputs[0], out)
         else:
-            piece.make(arrays, out)
+            piece.fill(arrays, out)
 
     def _read(self, piece: Piece) -> Sequence[Array]:
         """A piece's inputs as arrays, in memory that the calling thread uses again from piece to piece; none for a
         copy, which is read into its place."""
-        if piece.make is None:
+        if piece.filler is None:
             return ()
         # Each input starts on a 64-byte boundary, so that wide loads are aligned.
         sizes = [-(-part.nbytes // 64) * 64 for part in piece.inputs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from xpuquant.conversion.plan.plan import Shard
+from xpuquant.conversion.plan.shards import Shard
 from xpuquant.formats.checkpoint import Slice, as_bytes
 from xpuquant.formats.layouts.base import Piece
 
@@ -43,7 +43,7 @@ def tasks(shard: Shard) -> Iterator[Task]:
 
 def _cut(piece: Piece) -> Iterator[Piece]:
     """A long verbatim copy as several; others are one."""
-    if piece.make is not None or piece.nbytes <= TASK_BYTES or len(runs := piece.inputs[0].runs()) > 1:
+    if piece.filler is not None or piece.nbytes <= TASK_BYTES or len(runs := piece.inputs[0].runs()) > 1:
         yield piece
         return
     tensor = as_bytes(piece.inputs[0].tensor)

@@ -1,6 +1,6 @@
 """What is written: the on-disk contract of each kind of module, listed in `LAYOUTS`.
 
-A new layout is a file with a class that meets `base.Layout`, and a line below.
+A new layout is a file with a subclass of `base.Layout`, and a line below.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,8 @@ from xpuquant.formats.layouts.xpu.fp8_experts import Fp8Experts
 from xpuquant.formats.layouts.xpu.fp8_linear import Fp8Linear
 from xpuquant.formats.layouts.xpu.int4_experts import Int4Experts
 from xpuquant.formats.layouts.xpu.int4_linear import Int4Linear
+from xpuquant.formats.layouts.xpu.mx_experts import Mxfp4Experts, Mxfp8Experts
 from xpuquant.formats.layouts.xpu.mx_linear import MXFP4_LINEAR, MXFP8_LINEAR
-from xpuquant.formats.layouts.xpu.mxfp4_experts import Mxfp4Experts
-from xpuquant.formats.layouts.xpu.mxfp8_experts import Mxfp8Experts
 
 LAYOUTS: tuple[Layout, ...] = (
     Int4Linear(),

@@ -1,30 +1,39 @@
 """What a layout is: the on-disk contract of one kind of module, as code.
 
-A layout answers four questions: does the kernel take this module (`refuses`), which output tensors does it become
-and from which source bytes (`convert`), which matrices does a stored module hold (`matrices`), and what do they
-mean (`decode`). `convert` only describes: a `Piece` names its input slices and carries the function that will make
-its bytes, so that a plan is complete before a weight is read.
+A layout says whether the kernel takes a module of the source and which output tensors it becomes (`offer`); which
+tensors a stored module has, which matrices they hold and what those mean (`suffixes`, `matrices`, `decode`); and what a
+kernel is given of them (`layer`, `for_kernels`). `offer` only describes: a `Piece` names its input slices and carries
+the filler that will make its bytes, so that a plan is complete before a weight is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from xpuquant.formats.checkpoint import Slice, as_bytes, whole
-from xpuquant.formats.dtypes import nbytes, numpy_dtype
+from xpuquant.errors import DamagedError
+from xpuquant.formats.checkpoint import Array, Slice, as_bytes, whole
+from xpuquant.formats.dtypes import nbytes
+from xpuquant.formats.layouts.modules import Module
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.base import Weight, row_blocks
+from xpuquant.formats.weights.base import Arrays, row_blocks
 from xpuquant.formats.weights.decoded import Decoded
 
-Array = np.ndarray[Any, Any]
 
-Make = Callable[[Sequence[Array], Array], None]
-"""Fills the piece's bytes (flat uint8 `out`) from the arrays of its inputs."""
+class Filler(ABC):
+    """What makes the bytes of a piece; see `fillers.py`."""
+
+    @abstractmethod
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        """Fill the piece's bytes (flat uint8 `out`) from the arrays of its inputs."""
+
+    def cut(self, piece: Piece, limit: int) -> Iterator[Piece]:
+        """The piece in pieces of about `limit` bytes, each input of which is a part of the same input here."""
+        yield piece
 
 
 @dataclass(frozen=True)
@@ -33,22 +42,27 @@ class Piece:
 
     inputs  source slices, read in order
     nbytes  length of the run
-    make    fills it; None for a verbatim copy of the single input. With a method `cut(piece, limit)`, it can also fill
-            the run in parts
+    filler  makes it; None for a verbatim copy of the single input
     """
 
     inputs: tuple[Slice, ...]
     nbytes: int
-    make: Make | None = None
+    filler: Filler | None = None
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        """Make the run from the arrays of its inputs."""
+        if self.filler is None:
+            out[...] = arrays[0].reshape(-1).view(np.uint8)
+        else:
+            self.filler.fill(arrays, out)
 
     def cut(self, limit: int) -> Iterator[Piece]:
         """The run in pieces of about `limit` bytes, each input of which is a part of the same input here; the piece
         itself where it is no longer, or cannot be cut."""
-        cut = getattr(self.make, "cut", None)
-        if cut is None or self.nbytes <= limit:
+        if self.filler is None or self.nbytes <= limit:
             yield self
         else:
-            yield from cut(self, limit)
+            yield from self.filler.cut(self, limit)
 
 
 @dataclass(frozen=True)
@@ -79,37 +93,6 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A source module that stays one module. `bias` is informative: it passes through on its own."""
-
-    name: str
-    weight: Weight
-
-
-@dataclass(frozen=True)
-class ExpertStack:
-    """The experts of one layer.
-
-    name         `model.layers.0.mlp.experts`
-    weights      role → weight of each expert, in order; roles gate, up, down or gate_up, down
-    biases       role → bias slice of each expert (dtype of the source); empty where there are none
-    interleaved  gate and up rows alternate in the output (gpt-oss's activation reads them so)
-    """
-
-    name: str
-    weights: Mapping[str, tuple[Weight, ...]]
-    biases: Mapping[str, tuple[Slice, ...]] = field(default_factory=dict)
-    interleaved: bool = False
-
-    @property
-    def experts(self) -> int:
-        return len(self.weights["down"])
-
-
-Module = Linear | ExpertStack
-
-
-@dataclass(frozen=True)
 class Conversion:
     """A module's place in the output.
 
@@ -127,6 +110,13 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why the kernel of a layout cannot take a module, for the list of what has no exact layout."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Stored:
     """A module of an output repo: its scheme, its tensors by suffix, and how to read them."""
 
@@ -139,47 +129,58 @@ class Stored:
         """A whole tensor; for the small ones (scales, zero points, g_idx)."""
         return self.load(whole(self.tensors[suffix]))
 
+    def check(self, suffix: str, dtype: str, shape: tuple[int, ...] | None) -> None:
+        """Raises DamagedError where a tensor is not as the scheme says.
 
-class Layout(Protocol):
-    """One file of `formats/` each; found by its module attribute `LAYOUT`."""
+        Args:
+            shape: None where the scheme's granularity is none that the layout has.
+        """
+        tensor = self.tensors[suffix]
+        if tensor.dtype != dtype or tensor.shape != shape:
+            wanted = "another granularity" if shape is None else f"{dtype} {list(shape)}"
+            raise DamagedError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, config.json says {wanted}")
 
-    @property
-    def name(self) -> str: ...
 
-    @property
-    def family(self) -> str:
-        """Which `--layout` it belongs to."""
-        ...
+class Layout(ABC):
+    """One on-disk contract, listed in `layouts.LAYOUTS`.
 
-    def takes(self, module: Module) -> bool:
-        """Whether this is the layout for this kind of module (by type, not by limits)."""
-        ...
+    name    as it stands in config.json
+    family  which `--layout` it belongs to
+    """
 
-    def refuses(self, module: Module) -> str | None:
-        """Why the kernel cannot take it, or None."""
-        ...
+    name: str
+    family: str
 
-    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
-        """Describe the output. `scale_dtype` None keeps the source's dtype."""
-        ...
+    @abstractmethod
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
+        """What the module becomes in this layout. None where the layout is for another kind of module; a refusal where
+        it is for this kind, but the kernel cannot take this one.
 
+        Args:
+            scale_dtype: safetensors label of the type that the user wants the scales in; None for the source's.
+        """
+
+    @abstractmethod
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         """Names of the tensors a stored module has, after the module's name and a dot (experts: the name
         of the stack)."""
-        ...
 
+    @abstractmethod
     def matrices(self, stored: Stored) -> list[Matrix]:
         """The matrices a stored module holds. Raises DamagedError where shapes or dtypes break the contract."""
-        ...
 
+    @abstractmethod
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
         """Rows `start:stop` of a matrix, in source column order, by the plain definition of the layout."""
-        ...
 
+    @abstractmethod
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         """The arrays a kernel takes for rows `start:stop` of one matrix (multiples of 8), by role: see
         `kernels.Layer`."""
-        ...
+
+    def for_kernels(self, stored: Stored) -> Stored | None:
+        """The module as kernels are to be checked on it, under the scheme that they know; None for one they are not."""
+        return stored
 
 
 def copied(tensor: Tensor, name: str | None = None) -> OutTensor:
@@ -188,14 +189,3 @@ def copied(tensor: Tensor, name: str | None = None) -> OutTensor:
         Piece((Slice(as_bytes(tensor), start, stop),), stop - start) for start, stop in row_blocks(tensor.nbytes, 1)
     )
     return OutTensor(name or tensor.name, tensor.dtype, tensor.shape, pieces)
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Fills a piece with one input cast to `dtype` (a safetensors label)."""
-
-    dtype: str
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        target = out.view(numpy_dtype(self.dtype))
-        target[...] = arrays[0].reshape(target.shape)

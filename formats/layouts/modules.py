@@ -1,4 +1,4 @@
-"""Which matrices of a checkpoint are the experts of one layer.
+"""The modules of a checkpoint: linears, and the experts of one layer.
 
 Families spell the same three matrices differently, on disk:
 
@@ -17,16 +17,66 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.layouts.base import ExpertStack, Linear, Module
 from xpuquant.formats.weights.base import Weight
-from xpuquant.formats.weights.joined import join
+from xpuquant.formats.weights.parts import join_rows
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A source module that stays one module. Its bias, if it has one, is an ordinary tensor that passes through."""
+
+    name: str
+    weight: Weight
+
+    def matrices(self) -> Iterator[tuple[str, int | None, Weight]]:
+        """(role, expert, weight) of every matrix."""
+        yield "linear", None, self.weight
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """The experts of one layer.
+
+    name         `model.layers.0.mlp.experts`
+    weights      role → weight of each expert, in order; roles gate, up, down or gate_up, down
+    biases       role → bias slice of each expert (dtype of the source); empty where there are none
+    interleaved  gate and up rows alternate in the output (gpt-oss's activation reads them so)
+    """
+
+    name: str
+    weights: Mapping[str, tuple[Weight, ...]]
+    biases: Mapping[str, tuple[Slice, ...]] = field(default_factory=dict)
+    interleaved: bool = False
+
+    @property
+    def experts(self) -> int:
+        return len(self.weights["down"])
+
+    @property
+    def upper_roles(self) -> tuple[str, ...]:
+        """The roles that make up `gate_up_proj`: gate and up, or the one that already is both."""
+        return tuple(role for role in self.weights if role != "down")
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """What was decided about the experts, each thing once."""
+        return tuple(dict.fromkeys(fact for _, _, weight in self.matrices() for fact in weight.facts))
+
+    def matrices(self) -> Iterator[tuple[str, int | None, Weight]]:
+        """(role, expert, weight) of every matrix."""
+        for role, members in self.weights.items():
+            for expert, weight in enumerate(members):
+                yield role, expert, weight
+
+
+Module = Linear | ExpertStack
 
 
 def is_interleaved(checkpoint: Checkpoint) -> bool:
@@ -56,7 +106,7 @@ def halved(checkpoint: Checkpoint) -> bool | None:
     return False if (0, 14) <= version < (0, 17) or version >= (0, 19) else None
 
 
-def modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:
+def gather_modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:
     """Gather experts into stacks; everything else is a linear. Order of first appearance is kept.
 
     Raises:
@@ -136,7 +186,7 @@ def _in_order(
         return {**weights, "gate": gate}
     fact = f"gate_proj and up_proj are halves of the alternating rows (compressed-tensors {version}): joined again"
     pairs = zip(weights["gate"], weights["up"], strict=True)
-    fused = tuple(join(f"{name}.{e}.gate_up_proj", gate, up, fact) for e, (gate, up) in enumerate(pairs))
+    fused = tuple(join_rows(f"{name}.{e}.gate_up_proj", gate, up, fact) for e, (gate, up) in enumerate(pairs))
     return {"gate_up": fused, "down": weights["down"]}
 
 

@@ -10,21 +10,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.checkpoint import Checkpoint, Slice, columns, whole
+from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, columns, whole
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD
 from xpuquant.formats.readers.base import Parts, need
 from xpuquant.formats.readers.gptq_config import check_no_rotation, integer, overridden, symmetry
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import Array, IntWeight, Weight, column_groups
+from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, FillRecipe, Recipe, Weight
 from xpuquant.formats.weights.decoded import Decoded, in_order, subtract_zeros
-from xpuquant.formats.weights.groups import source_group_size
+from xpuquant.formats.weights.integers import SourceInts, column_groups, source_group_size
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of nibble i within its word."""
@@ -34,48 +33,44 @@ _OTHER_PACKINGS = ("gemv", "gemv_fast", "marlin")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AwqWeight(IntWeight):
+class AwqWeight(SourceInts):
     """An AWQ module. `qzeros` is None only where the config says symmetric."""
 
     qweight: Tensor
     scale: Tensor
     qzeros: Tensor | None
 
-    def code_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        return (_word_columns(self.qweight, start, stop),)
+    def codes(self, start: int, stop: int) -> FillRecipe:
+        def fill(arrays: Arrays, out: Array) -> None:
+            from xpuquant.formats.packing.convert_loops import transpose_nibbles
 
-    def code_words(self, arrays: Sequence[Array], out: Array) -> None:
-        from xpuquant.formats.packing.convert_loops import transpose_nibbles
+            transpose_nibbles(arrays[0].view(np.uint32), out, ORDER)
 
-        transpose_nibbles(arrays[0].view(np.uint32), out, ORDER)
+        return Recipe((_word_columns(self.qweight, start, stop),), fill)
 
-    def scale_inputs(self) -> tuple[Slice, ...]:
-        return (whole(self.scale),)
+    def scales(self) -> ArrayRecipe:
+        return Recipe((whole(self.scale),), lambda arrays: arrays[0])
 
-    def scales(self, arrays: Sequence[Array]) -> Array:
-        return arrays[0]
-
-    def zero_inputs(self) -> tuple[Slice, ...]:
+    def zeros(self, start: int, stop: int) -> ArrayRecipe:
         assert self.qzeros is not None, "an asymmetric weight has qzeros"
-        return (whole(self.qzeros),)
+        return Recipe((whole(self.qzeros),), lambda arrays: unpack(arrays[0]).T[:, start:stop])
 
-    def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
-        return unpack(arrays[0]).T[:, start:stop]
+    def decoded(self, start: int, stop: int) -> DecodedRecipe:
+        inputs = [_word_columns(self.qweight, start, stop), columns(self.scale, start, stop)]
+        if not self.symmetric:
+            assert self.qzeros is not None, "an asymmetric weight has qzeros"
+            inputs.append(_word_columns(self.qzeros, start, stop))
 
-    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        inputs = (_word_columns(self.qweight, start, stop), columns(self.scale, start, stop))
-        if self.symmetric:
-            return inputs
-        assert self.qzeros is not None
-        return (*inputs, _word_columns(self.qzeros, start, stop))
+        def build(arrays: Arrays) -> Decoded:
+            words, scale, *packed_zeros = arrays
+            first = start % NIBBLES_PER_WORD
+            inside = slice(first, first + stop - start)
+            col = column_groups(self)
+            zeros = None if self.symmetric else unpack(packed_zeros[0])[inside]
+            values = subtract_zeros(unpack(words)[inside], zeros, self.bits, col)
+            return Decoded("int", values, scale.T, np.arange(stop - start), col)
 
-    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
-        first = start % NIBBLES_PER_WORD
-        inside = slice(first, first + stop - start)
-        col = column_groups(self)
-        zeros = None if self.symmetric else unpack(arrays[2])[inside]
-        values = subtract_zeros(unpack(arrays[0])[inside], zeros, self.bits, col)
-        return Decoded("int", values, arrays[1].T, np.arange(stop - start), col)
+        return Recipe(tuple(inputs), build)
 
 
 def unpack(words: Array) -> Array:

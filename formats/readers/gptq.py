@@ -12,15 +12,14 @@ z - 1, v2 stores z; `formats/readers/gptq_zeros.py` tells them apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from sys import intern
 
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import has_bias, in_features, is_embedding
-from xpuquant.formats.checkpoint import Checkpoint, Slice, columns, whole
+from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, columns, whole
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.packing.plain import pack_nibbles, unpack_planar, unpack_rows
 from xpuquant.formats.readers.base import Parts, need
@@ -29,25 +28,28 @@ from xpuquant.formats.readers.gptq_zeros import measure_zeros, true_zeros
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import (
     CACHED_CODES,
-    Array,
-    IntWeight,
+    ArrayRecipe,
+    Arrays,
+    DecodedRecipe,
+    FillRecipe,
+    Recipe,
     Weight,
-    column_groups,
     row_blocks,
-    words_of_rows,
 )
 from xpuquant.formats.weights.decoded import Decoded, in_order, subtract_zeros
-from xpuquant.formats.weights.groups import source_group_size
+from xpuquant.formats.weights.integers import SourceInts, column_groups, source_group_size, words_of_rows
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptqWeight(IntWeight):
+class GptqWeight(SourceInts):
     """A GPTQ module.
 
     plus_one  zero points are stored minus one (v1)
     planar    each 32 columns are stored as bit planes (checkpoint_format `gptq_p`)
+    folded    the act-order is met by the layers before, whose rows stand in stored order (`fold_act_order.py`)
+    rows      `[N]` source row of each stored row, for such a layer before; None where rows are in order
     """
 
     qweight: Tensor
@@ -55,57 +57,48 @@ class GptqWeight(IntWeight):
     qzeros: Tensor | None
     plus_one: bool
     planar: bool
+    folded: bool = False
+    rows: Array | None = field(default=None, compare=False)
 
-    def code_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        return (self._columns(self.qweight, start, stop),)
+    @property
+    def act_order(self) -> bool:
+        return self.groups_of is not None and not self.folded
 
-    def words(self, arrays: Sequence[Array], out: Array, start: int) -> None:
-        packed = self._pick(arrays[0], start, start + len(out))
-        super().words([packed, *arrays[1:]], out, start)
+    def codes(self, start: int, stop: int) -> FillRecipe:
+        def fill(arrays: Arrays, out: Array) -> None:
+            self._fill_codes(self._pick(arrays[0], start, stop).view(np.uint32), out)
 
-    def code_words(self, arrays: Sequence[Array], out: Array) -> None:
-        from xpuquant.formats.packing.convert_loops import transpose_words, widen_words
+        return Recipe((self._columns(self.qweight, start, stop),), fill)
 
-        # Rows past K are padding (AutoRound, model-free).
-        packed = arrays[0].view(np.uint32)[: self.K * self.bits // 32]
-        if self.bits == 4:
-            transpose_words(packed, out)
-        elif self.bits == 2 or (self.bits == 3 and not self.planar):
-            widen_words(packed, self.bits, out)
-        else:
-            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
-                out[first:last] = pack_nibbles(self._codes(packed[:, first:last]))
+    def scales(self) -> ArrayRecipe:
+        return Recipe((whole(self.scale),), lambda arrays: self._pick(arrays[0], 0, self.N))
 
-    def scale_inputs(self) -> tuple[Slice, ...]:
-        return (whole(self.scale),)
-
-    def scales(self, arrays: Sequence[Array]) -> Array:
-        return self._pick(arrays[0], 0, self.N)
-
-    def zero_inputs(self) -> tuple[Slice, ...]:
+    def zeros(self, start: int, stop: int) -> ArrayRecipe:
         assert self.qzeros is not None, "an asymmetric weight has qzeros"
-        return (whole(self.qzeros),)
 
-    def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
-        words = words_of_rows(self.bits, start, stop)
-        if self.rows is not None or words is None:
-            zeros = true_zeros(arrays[0], self.bits, self.N, self.plus_one, self.planar)
-            return zeros[:, start:stop] if self.rows is None else self._pick(zeros, start, stop)
-        return true_zeros(arrays[0][:, words], self.bits, stop - start, self.plus_one, self.planar)
+        def build(arrays: Arrays) -> Array:
+            words = words_of_rows(self.bits, start, stop)
+            if self.rows is not None or words is None:
+                zeros = true_zeros(arrays[0], self.bits, self.N, self.plus_one, self.planar)
+                return zeros[:, start:stop] if self.rows is None else self._pick(zeros, start, stop)
+            return true_zeros(arrays[0][:, words], self.bits, stop - start, self.plus_one, self.planar)
 
-    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
+        return Recipe((whole(self.qzeros),), build)
+
+    def decoded(self, start: int, stop: int) -> DecodedRecipe:
+        zeros = None if self.symmetric else self.zeros(start, stop)
+
+        def build(arrays: Arrays) -> Decoded:
+            packed, scale = (self._pick(array, start, stop) for array in arrays[:2])
+            col = column_groups(self)
+            minus = None if zeros is None else zeros.build(arrays[2:]).T
+            values = subtract_zeros(self._unpacked(packed.view(np.uint32)), minus, self.bits, col)
+            if self.folded:
+                values, col = values[:, self.order], col[self.order]
+            return Decoded("int", values, scale.T, np.arange(stop - start), col)
+
         inputs = (self._columns(self.qweight, start, stop), self._columns(self.scale, start, stop))
-        return inputs if self.symmetric else inputs + self.zero_inputs()
-
-    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
-        packed, scale = (self._pick(array, start, stop) for array in arrays[:2])
-        codes = self._codes(packed.view(np.uint32))
-        col = column_groups(self)
-        zeros = None if self.symmetric else self.zeros(arrays[2:], start, stop).T
-        values = subtract_zeros(codes, zeros, self.bits, col)
-        if self.folded:
-            values, col = values[:, self.order], col[self.order]
-        return Decoded("int", values, scale.T, np.arange(stop - start), col)
+        return Recipe(inputs if zeros is None else inputs + zeros.inputs, build)
 
     def _columns(self, tensor: Tensor, start: int, stop: int) -> Slice:
         """What holds output rows `start:stop`: these columns, or all where they are scattered."""
@@ -115,7 +108,20 @@ class GptqWeight(IntWeight):
         """Output rows `start:stop` out of what `_columns` gives."""
         return array if self.rows is None else array[:, self.rows[start:stop]]
 
-    def _codes(self, packed: Array) -> Array:
+    def _fill_codes(self, packed: Array, out: Array) -> None:
+        from xpuquant.formats.packing.convert_loops import transpose_words, widen_words
+
+        # Rows past K are padding (AutoRound, model-free).
+        packed = packed[: self.K * self.bits // 32]
+        if self.bits == 4:
+            transpose_words(packed, out)
+        elif self.bits == 2 or (self.bits == 3 and not self.planar):
+            widen_words(packed, self.bits, out)
+        else:
+            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+                out[first:last] = pack_nibbles(self._unpacked(packed[:, first:last]))
+
+    def _unpacked(self, packed: Array) -> Array:
         """uint8 `[n, K]` from words `[ceil(K*b/32), n]`."""
         unpack = unpack_planar if self.planar else unpack_rows
         return unpack(in_order(packed.T), self.bits, self.K)

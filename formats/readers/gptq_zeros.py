@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.checkpoint import Array, Checkpoint
 from xpuquant.formats.packing.plain import unpack_planar, unpack_rows
 from xpuquant.formats.readers.gptq_config import GptqConfig
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import Array
 
 
 @dataclass(frozen=True)

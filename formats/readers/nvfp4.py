@@ -11,17 +11,16 @@ Read so that it can be dequantized.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from xpuquant.errors import DamagedError
-from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
+from xpuquant.formats.checkpoint import Checkpoint, whole
 from xpuquant.formats.readers.base import Parts, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import Array, Weight
+from xpuquant.formats.weights.base import Arrays, DecodedRecipe, Recipe, Weight
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.floats import FloatWeight, view
 
@@ -43,15 +42,18 @@ class Nvfp4Weight(FloatWeight):
     def kind(self) -> str:
         return "nvfp4"
 
-    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        return (*super().decode_inputs(start, stop), whole(self.global_scale))
+    def decoded(self, start: int, stop: int) -> DecodedRecipe:
+        recipe = super().decoded(start, stop)
 
-    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
-        decoded = super().decode(arrays[:2], start, stop)
-        overall = arrays[2].astype(np.float64).reshape(())
-        scale = decoded.scale.astype(np.float64)
-        scale = scale / overall if self.divides else scale * overall
-        return Decoded("e2m1", decoded.codes, scale, decoded.row, decoded.col)
+        def build(arrays: Arrays) -> Decoded:
+            *below, overall = arrays
+            decoded = recipe.build(below)
+            factor = overall.astype(np.float64).reshape(())
+            scale = decoded.scale.astype(np.float64)
+            scale = scale / factor if self.divides else scale * factor
+            return Decoded("e2m1", decoded.codes, scale, decoded.row, decoded.col)
+
+        return Recipe((*recipe.inputs, whole(self.global_scale)), build)
 
 
 class Nvfp4:

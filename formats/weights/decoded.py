@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from xpuquant.formats.checkpoint import Array
+from xpuquant.formats.dtypes import numpy_dtype
 
 # The eight magnitudes of E2M1 (OCP Microscaling Formats v1.0, section 5.3.3); code = sign << 3 | index.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -53,6 +54,21 @@ class Decoded:
         """float64 `[n, K]`: what the layer multiplies by. Exact: 8 + 24 significant bits fit in 53."""
         scale = self.scale.astype(np.float64)
         return self.elements() * scale[self.row][:, self.col]
+
+
+def to_bf16(values: Array) -> Array:
+    """bf16 nearest to float64 values, ties to even: rounded once.
+
+    By way of float32, because numpy has no direct cast; float32 does not hold the product of an 8-bit code and a
+    24-bit scale, so that rounding is made harmless: where it was inexact, to odd (Boldo and Melquiond, 2008).
+    """
+    with np.errstate(over="ignore"):
+        wide = values.astype(np.float32)
+    inexact = (wide != values) & ~np.isnan(values)
+    bits = wide.view(np.uint32)
+    bits -= inexact & (np.abs(wide) > np.abs(values))
+    bits |= inexact
+    return wide.astype(numpy_dtype("BF16"))
 
 
 def subtract_zeros(codes: Array, zeros: Array | None, bits: int, col: Array) -> Array:

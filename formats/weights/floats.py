@@ -1,6 +1,6 @@
 """Scaled float weights in normal form: FP8, MXFP4, MXFP8 and their kin.
 
-A weight is a grid of codes (fp8 bytes, or E2M1 nibbles) and a coarser grid of multipliers, each of which covers a
+A weight is a table of codes (fp8 bytes, or E2M1 nibbles) and a coarser table of multipliers, each of which covers a
 block of rows and columns. Per-tensor, per-channel, 128 x 128 blocks and MX groups of 32 columns differ in the size of
 that block alone.
 """
@@ -8,16 +8,15 @@ that block alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from xpuquant.formats.checkpoint import Slice, columns, rows
-from xpuquant.formats.dtypes import nbytes, numpy_dtype
+from xpuquant.formats.checkpoint import Array, Slice, columns, rows
+from xpuquant.formats.dtypes import nbytes
 from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import Array, Weight
+from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, Recipe, Weight
 from xpuquant.formats.weights.decoded import Decoded, even_groups
 
 ELEMENTS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
@@ -93,55 +92,35 @@ class FloatWeight(Weight):
         """Codes of columns `start:stop` of fp8: an array `[N, n]`, or `[n, N]` where transposed."""
         return (rows if self.transposed else columns)(self.codes, start, stop)
 
-    def scale_rows(self, start: int, stop: int) -> Slice:
-        """The scales that cover rows `start:stop`."""
+    def scales(self, start: int, stop: int) -> ArrayRecipe:
+        """`[rows of scales, columns of scales]` that cover rows `start:stop`, in the source's dtype."""
         first, last = start // self.block[0], -(-stop // self.block[0])
-        return (columns if self.transposed else rows)(self.scale, first, last)
+        return Recipe(((columns if self.transposed else rows)(self.scale, first, last),), self._table)
 
-    def grid(self, stored: Array) -> Array:
-        """`[rows of scales, columns of scales]` from the array of `scale_rows`, in the source's dtype."""
-        grid = stored.T if self.transposed else stored
-        if not self.exponent_shift:
-            return grid
-        # Bytes wrap, as they did when they were written: the exponent of an all-zero group is 0, stored as 254.
-        return (grid.view(np.uint8) + np.uint8(self.exponent_shift)).view(grid.dtype)
-
-    def spread(self, grid: Array, row_step: int, column_step: int) -> Array:
-        """`[N / row_step, K / column_step]`: the grid of the whole weight, repeated to finer blocks."""
+    def spread(self, scales: Array, row_step: int, column_step: int) -> Array:
+        """`[N / row_step, K / column_step]`: the scales of the whole weight, repeated to finer blocks."""
         down = np.arange(0, self.N, row_step) // self.block[0]
         across = np.arange(0, self.K, column_step) // self.block[1]
-        return grid[down][:, across]
+        return scales[down][:, across]
 
-    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        return self.code_rows(start, stop), self.scale_rows(start, stop)
+    def decoded(self, start: int, stop: int) -> DecodedRecipe:
+        scales = self.scales(start, stop)
 
-    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
-        codes = (arrays[0].T if self.transposed else arrays[0]).view(np.uint8)
-        if self.element == "e2m1":
-            codes = unpack_nibbles(codes)
-        row = np.arange(start, stop) // self.block[0] - start // self.block[0]
-        return Decoded(self.element, codes, self.grid(arrays[1]), row, even_groups(self.K, self.block[1]))
+        def build(arrays: Arrays) -> Decoded:
+            codes = (arrays[0].T if self.transposed else arrays[0]).view(np.uint8)
+            if self.element == "e2m1":
+                codes = unpack_nibbles(codes)
+            row = np.arange(start, stop) // self.block[0] - start // self.block[0]
+            return Decoded(self.element, codes, scales.build(arrays[1:]), row, even_groups(self.K, self.block[1]))
 
+        return Recipe((self.code_rows(start, stop), *scales.inputs), build)
 
-@dataclass(frozen=True)
-class Scales:
-    """Fills `[K / column_step, N / row_step]` scales of one weight, `[N / row_step, K / column_step]` where
-    `by_row`.
-
-    dtype  `F32` (every source dtype widens to it exactly), or `U8` for exponents
-    """
-
-    weight: FloatWeight
-    row_step: int
-    column_step: int
-    dtype: str
-    by_row: bool = False
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        spread = self.weight.spread(self.weight.grid(arrays[0]), self.row_step, self.column_step)
-        values = np.ascontiguousarray(spread).view(np.uint8) if self.dtype == "U8" else spread.astype(np.float32)
-        target = values if self.by_row else values.T
-        out.view(numpy_dtype(self.dtype)).reshape(target.shape)[...] = target
+    def _table(self, arrays: Arrays) -> Array:
+        table = arrays[0].T if self.transposed else arrays[0]
+        if not self.exponent_shift:
+            return table
+        # Bytes wrap, as they did when they were written: the exponent of an all-zero group is 0, stored as 254.
+        return (table.view(np.uint8) + np.uint8(self.exponent_shift)).view(table.dtype)
 
 
 def block_rows(weight: FloatWeight) -> int:

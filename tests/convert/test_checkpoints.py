@@ -21,7 +21,7 @@ from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.sources.base import open_source
 from xpuquant.formats.checkpoint import whole
 from xpuquant.formats.layouts.base import Matrix
-from xpuquant.formats.weights.joined import parts
+from xpuquant.formats.weights.parts import source_matrices
 
 NAMES = sorted(all_checkpoints())
 
@@ -89,7 +89,7 @@ def agrees_with_oracle(name: str, plan: Plan, repo: Repo) -> None:
         for role, expert, weight in planned.weights:
             matrix = matrices.get((role, expert)) or Matrix(role, weight.N, weight.K, expert)
             bottom = 0
-            for part in parts(weight):
+            for part in source_matrices(weight):
                 top, bottom = bottom, bottom + part.N
                 if part.name not in wanted:
                     continue

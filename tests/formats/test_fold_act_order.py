@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ints import DOWN, Converted, Ints, Pico, convert, gptq, gptq_config, ints
 
+from xpuquant.formats.readers.fold_act_order import fold_act_order
 from xpuquant.formats.readers.reading import read
-from xpuquant.formats.weights.fold_act_order import fold_act_order
 
 GATE, UP = DOWN.replace("down", "gate"), DOWN.replace("down", "up")
 

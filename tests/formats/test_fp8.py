@@ -30,7 +30,7 @@ from support.ints import DOWN, Pico, Q, convert, refusal
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.layouts.dequantized import to_bf16
+from xpuquant.formats.weights.decoded import to_bf16
 
 
 def linear(folder, weight: Floats, tensors, config=None, name=DOWN):

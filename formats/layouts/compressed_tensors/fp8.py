@@ -10,90 +10,47 @@ has no room outside MX, are widened to float32, which is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
-from xpuquant.formats.checkpoint import rows, whole
-from xpuquant.formats.dtypes import FLOATS, nbytes, numpy_dtype
-from xpuquant.formats.layouts.base import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
+from xpuquant.formats.checkpoint import Array, rows, whole
+from xpuquant.formats.dtypes import FLOATS
+from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Piece, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
 from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, refusal
 from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout, weight_of
+from xpuquant.formats.layouts.fillers import FillScales, code_pieces
+from xpuquant.formats.layouts.modules import Module
+from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.base import row_blocks
 from xpuquant.formats.weights.floats import ELEMENTS, FP8_BLOCK, FloatWeight
-from xpuquant.formats.weights.split import SplitFloat
 
 _CODES = "F8_E4M3"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Fills the scales as they lie in the source, in another dtype."""
-
-    weight: FloatWeight
-    dtype: str
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        grid = self.weight.grid(arrays[0])
-        out.view(numpy_dtype(self.dtype)).reshape(grid.shape)[...] = grid
-
-
-@dataclass(frozen=True)
-class Upright:
-    """Fills rows of codes from a source that stores them as columns, or with other rows between them."""
-
-    weight: FloatWeight
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        stored = arrays[0].view(np.uint8)
-        codes = stored.T if self.weight.transposed else stored
-        step = self.weight.picked.step if isinstance(self.weight, SplitFloat) else 1
-        out.reshape(-1, codes.shape[1])[...] = codes[::step]
-
-
-def upright(weight: FloatWeight) -> Upright | None:
-    """What makes rows of codes; None where they lie in the source just so."""
-    skips = isinstance(weight, SplitFloat) and weight.picked.step > 1
-    return Upright(weight) if weight.transposed or skips else None
 
 
 class CtFp8(CtLayout):
     name = "ct_fp8"
 
-    def takes(self, module: Module) -> bool:
-        weight = module.weight if isinstance(module, Linear) else None
-        return isinstance(weight, FloatWeight) and weight.dtype in ELEMENTS and not weight.is_mx
-
-    def refuses(self, module: Module) -> str | None:
-        weight = _weight(module)
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
+        if not isinstance(module, CtLinear) or not isinstance(module.weight, FloatWeight):
+            return None
+        name, weight = module.name, module.weight
+        if weight.dtype not in ELEMENTS or weight.is_mx:
+            return None
         if (reason := refusal(module)) is not None:
-            return reason
+            return Refusal(reason)
         if weight.dtype != _CODES:
-            return f"{weight.dtype} has no compressed-tensors format: its 8-bit floats are E4M3"
-        return None
-
-    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
-        weight = _weight(module)
+            return Refusal(f"{weight.dtype} has no compressed-tensors format: its 8-bit floats are E4M3")
         N, K = weight.N, weight.K
         dtype = scale_dtype or (weight.scale.dtype if weight.scale.dtype in FLOATS else "F32")
         is_block = weight.granularity == "block"
-        grid = (-(-N // weight.block[0]), -(-K // weight.block[1]))
-        shape = (1,) if weight.granularity == "tensor" else grid
-        scales = Piece((weight.scale_rows(0, N),), nbytes(dtype, grid), Grid(weight, dtype))
-        make = upright(weight)
-        codes = tuple(
-            Piece((weight.code_rows(start, stop),), (stop - start) * K, make) for start, stop in row_blocks(N, K)
-        )
+        shape = (1,) if weight.granularity == "tensor" else (-(-N // weight.block[0]), -(-K // weight.block[1]))
         tensors = [
-            OutTensor(f"{module.name}.weight", _CODES, (N, K), codes),
-            OutTensor(f"{module.name}.weight_scale", dtype, shape, (scales,)),
+            OutTensor(f"{name}.weight", _CODES, (N, K), code_pieces(weight)),
+            OutTensor(f"{name}.weight_scale", dtype, shape, (FillScales(weight, dtype).piece(),)),
         ]
         if weight.input_scale is not None:
             static = Piece((whole(weight.input_scale),), weight.input_scale.nbytes)
-            tensors.append(OutTensor(f"{module.name}.input_scale", weight.input_scale.dtype, (1,), (static,)))
+            tensors.append(OutTensor(f"{name}.input_scale", weight.input_scale.dtype, (1,), (static,)))
         scheme = CtScheme(
             layout=self.name,
             granularity=weight.granularity,
@@ -101,9 +58,10 @@ class CtFp8(CtLayout):
             block_n=weight.block[0] if is_block else 0,
             scale_dtype=dtype,
             input_scale=weight.input_scale is not None,
-            activations=module.activations if isinstance(module, CtLinear) else "",
+            activations=module.activations,
         )
-        return Conversion(module.name, scheme, (*tensors, *bias_tensors(module)), weight.facts)
+        rounded_to = rounded((weight.scale.dtype,), scale_dtype)
+        return Conversion(name, scheme, (*tensors, *bias_tensors(module)), weight.facts, rounded_to)
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         return ("weight", "weight_scale", *["input_scale"] * scheme.input_scale)
@@ -139,8 +97,3 @@ class CtFp8(CtLayout):
         if scheme.input_scale:
             arrays["input_scale"] = stored.array("input_scale").astype(np.float32)
         return arrays
-
-
-def _weight(module: Module) -> FloatWeight:
-    assert isinstance(module, Linear) and isinstance(module.weight, FloatWeight)
-    return module.weight

@@ -11,102 +11,55 @@ unsigned `(nibble - zero nibble) * scale`, the same as in the XPU layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
-from xpuquant.formats.checkpoint import rows
-from xpuquant.formats.dtypes import numpy_dtype
-from xpuquant.formats.layouts.base import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
+from xpuquant.formats.checkpoint import Array, rows
+from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Piece, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
-from xpuquant.formats.layouts.compressed_tensors.modules import (
-    CtLinear,
-    bias_tensors,
-    groups_of,
-    has_zero_points,
-    refusal,
-)
+from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, groups_in_order, refusal
 from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout, weight_of
-from xpuquant.formats.layouts.xpu.int4_linear import K_MULTIPLE, Scales, word_pieces
-from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, pack_nibbles
+from xpuquant.formats.layouts.fillers import FillGroupScales, FillShape, FillZeroPoints, word_pieces
+from xpuquant.formats.layouts.modules import Module
+from xpuquant.formats.layouts.scales import rounded
+from xpuquant.formats.packing.plain import NIBBLES_PER_WORD
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.base import IntWeight
-from xpuquant.formats.weights.groups import GROUP_MULTIPLE, Regrouping
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """Fills `[ceil(N/8), G]` words of zero points, packed along N. A symmetric weight has 8 everywhere."""
-
-    weight: IntWeight
-    groups: Regrouping
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        words = out.view(np.uint32).reshape(-(-self.weight.N // NIBBLES_PER_WORD), -1)
-        if not has_zero_points(self.weight):
-            words[...] = 0x88888888
-            return
-        zeros = self.groups.rows(self.weight.zeros(arrays, 0, self.weight.N))
-        missing = -zeros.shape[1] % NIBBLES_PER_WORD
-        padded = np.pad(zeros, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(zeros)
-        words[...] = pack_nibbles(padded).T
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Fills `weight_shape`."""
-
-    N: int
-    K: int
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        out.view(np.int64)[...] = self.N, self.K
+from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight
 
 
 class CtInt4(CtLayout):
     name = "ct_int4"
 
-    def takes(self, module: Module) -> bool:
-        return isinstance(module, Linear) and isinstance(module.weight, IntWeight)
-
-    def refuses(self, module: Module) -> str | None:
-        weight = _weight(module)
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
+        if not isinstance(module, CtLinear) or not isinstance(module.weight, IntWeight):
+            return None
+        name, weight = module.name, module.weight
         if (reason := refusal(module)) is not None:
-            return reason
+            return Refusal(reason)
         if weight.bits > 4:
-            return f"{weight.bits}-bit integers are not converted"
+            return Refusal(f"{weight.bits}-bit integers are not converted")
         if weight.act_order:
-            return (
+            return Refusal(
                 "act-order, which compressed-tensors 0.19 and vLLM 0.32 no longer load (actorder group); "
                 "--layout xpu takes it"
             )
-        if weight.K % K_MULTIPLE:
-            return f"K={weight.K} is not a multiple of {K_MULTIPLE}"
-        if _groups(module) is None:
-            return f"groups of {weight.group_size} in K={weight.K} share no multiple of 32 columns"
-        return None
-
-    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
-        weight = _weight(module)
-        groups = _groups(module)
-        assert groups is not None, "convert follows refuses"
-        N, K, G = weight.N, weight.K, weight.K // groups.size
+        N, K = weight.N, weight.K
+        if K % GROUP_MULTIPLE:
+            return Refusal(f"K={K} is not a multiple of {GROUP_MULTIPLE}")
+        groups = groups_in_order(weight, module.group_size)
+        if groups is None:
+            return Refusal(f"groups of {weight.group_size} in K={K} share no multiple of 32 columns")
+        G = K // groups.size
         dtype = scale_dtype or weight.scale_dtype
-        words = word_pieces(weight)
-        scale_bytes = G * N * numpy_dtype(dtype).itemsize
-        scales = Piece(weight.scale_inputs(), scale_bytes, Scales(weight, groups, dtype, transposed=True))
+        scales = FillGroupScales(weight, groups, dtype, by_row=True).piece()
         tensors = [
-            OutTensor(f"{module.name}.weight_packed", "I32", (N, K // NIBBLES_PER_WORD), words),
-            OutTensor(f"{module.name}.weight_scale", dtype, (N, G), (scales,)),
-            OutTensor(f"{module.name}.weight_shape", "I64", (2,), (Piece((), 16, Shape(N, K)),)),
+            OutTensor(f"{name}.weight_packed", "I32", (N, K // NIBBLES_PER_WORD), word_pieces(weight)),
+            OutTensor(f"{name}.weight_scale", dtype, (N, G), (scales,)),
+            OutTensor(f"{name}.weight_shape", "I64", (2,), (Piece((), 16, FillShape(N, K)),)),
         ]
-        zero_points = has_zero_points(weight) or (isinstance(module, CtLinear) and module.zero_points)
+        zero_points = weight.has_zero_points or module.zero_points
         if zero_points:
-            height = -(-N // NIBBLES_PER_WORD)
-            inputs = weight.zero_inputs() if has_zero_points(weight) else ()
-            zeros = Piece(inputs, 4 * height * G, Zeros(weight, groups))
-            tensors.append(OutTensor(f"{module.name}.weight_zero_point", "I32", (height, G), (zeros,)))
+            zeros = FillZeroPoints(weight, groups, by_row=True).piece()
+            tensors.append(OutTensor(f"{name}.weight_zero_point", "I32", (-(-N // NIBBLES_PER_WORD), G), (zeros,)))
         scheme = CtScheme(
             layout=self.name,
             granularity="channel" if G == 1 else "group",
@@ -114,7 +67,8 @@ class CtInt4(CtLayout):
             scale_dtype=dtype,
             symmetric=not zero_points,
         )
-        return Conversion(module.name, scheme, (*tensors, *bias_tensors(module)), weight.facts)
+        rounded_to = rounded((weight.scale_dtype,), scale_dtype)
+        return Conversion(name, scheme, (*tensors, *bias_tensors(module)), weight.facts, rounded_to)
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         return (
@@ -142,12 +96,3 @@ class CtInt4(CtLayout):
             part = rows(stored.tensors["weight_zero_point"], start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD))
             arrays["qzeros"] = np.ascontiguousarray(stored.load(part).T)
         return arrays
-
-
-def _weight(module: Module) -> IntWeight:
-    assert isinstance(module, Linear) and isinstance(module.weight, IntWeight)
-    return module.weight
-
-
-def _groups(module: Module) -> Regrouping | None:
-    return groups_of(_weight(module), module.group_size if isinstance(module, CtLinear) else 0)

@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.architecture import expert_of, is_embedding
 from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
-from xpuquant.formats.layouts.base import Linear, Module, OutTensor
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.layouts.base import OutTensor, Piece
 from xpuquant.formats.layouts.compressed_tensors.config import activation_words
-from xpuquant.formats.layouts.modules import halved, is_interleaved
+from xpuquant.formats.layouts.fillers import FillBias
+from xpuquant.formats.layouts.modules import Linear, Module, halved, is_interleaved
 from xpuquant.formats.readers.compressed_tensors.config import METHODS, weight_args
-from xpuquant.formats.weights.base import IntWeight, Weight
+from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import FloatWeight
-from xpuquant.formats.weights.groups import GROUP_MULTIPLE, Regrouping, regroup
-from xpuquant.formats.weights.joined import join, parts
-from xpuquant.formats.weights.split import Rows, SplitBias, split
+from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, Regrouping, regroup
+from xpuquant.formats.weights.parts import BiasRows, RowStride, join_rows, source_matrices, split_gate_up
 
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -49,12 +50,12 @@ class CtLinear(Linear):
     activations: str = ""
     zero_points: bool = False
     group_size: int = 0
-    bias: SplitBias | None = None
+    bias: BiasRows | None = None
     reason: str | None = None
 
 
-def modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:
-    """Every weight as a module, in order.
+def gather_linears(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:
+    """Every weight as a module of its own, in order.
 
     Raises:
         UnsupportedError: how gpt-oss's gate and up rows lie cannot be known.
@@ -64,7 +65,10 @@ def modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:
     for weight in (module.weight for module in taken):
         if isinstance(weight, IntWeight):
             mates.setdefault(_mates(weight.name), []).append(weight)
-    common = {name: (any(map(has_zero_points, members)), _common_group(members)) for name, members in mates.items()}
+    common = {
+        name: (any(weight.has_zero_points for weight in members), _common_group(members))
+        for name, members in mates.items()
+    }
     found: list[Module] = []
     for module in taken:
         activations = _activations(checkpoint, module.weight)
@@ -73,7 +77,7 @@ def modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:
     return found
 
 
-def groups_of(weight: IntWeight, size: int = 0) -> Regrouping | None:
+def groups_in_order(weight: IntWeight, size: int = 0) -> Regrouping | None:
     """Groups of `size` columns; where it is 0 the source's if they are equally long and in order, otherwise the
     coarsest exact ones that are. None where there are none."""
     if size:
@@ -85,7 +89,7 @@ def groups_of(weight: IntWeight, size: int = 0) -> Regrouping | None:
 
 def _common_group(members: Sequence[IntWeight]) -> int:
     """The coarsest group size that all members can have, exactly; 0 where each may keep its own."""
-    natural = [(groups_of(weight), weight.K) for weight in members]
+    natural = [(groups_in_order(weight), weight.K) for weight in members]
     sizes = {groups.size for groups, _ in natural if groups is not None}
     if len(sizes) < 2 or all(groups is None or groups.size == K for groups, K in natural):
         return 0
@@ -111,46 +115,44 @@ def _joined(checkpoint: Checkpoint, weights: Sequence[Weight]) -> Iterator[Weigh
             yield weight
         elif role == "gate" and other is not None:
             fact = "gate_proj and up_proj were halves of the alternating rows"
-            yield join(f"{parent}gate_up_proj", weight, other, fact)
+            yield join_rows(f"{parent}gate_up_proj", weight, other, fact)
 
 
 def _parts(checkpoint: Checkpoint, weight: Weight) -> list[CtLinear]:
     """A weight as modules of one projection each."""
     expert = expert_of(weight.name)
     if expert is None or expert[2] != "gate_up":
-        bias = None if weight.bias is None else SplitBias((weight.bias,), Rows(0, 1), weight.N)
+        bias = None if weight.bias is None else BiasRows((weight.bias,), RowStride(0, 1), weight.N)
         return [CtLinear(weight.name, weight, bias=bias)]
-    pair = split(weight, is_interleaved(checkpoint))
+    pair = split_gate_up(weight, is_interleaved(checkpoint))
     if isinstance(pair, str):
         return [CtLinear(weight.name, weight, reason=pair)]
     biases = _biases(checkpoint, weight)
-    return [CtLinear(part.name, part, bias=SplitBias(biases, part.picked, part.N) if biases else None) for part in pair]
+    return [CtLinear(part.name, part, bias=BiasRows(biases, part.stride, part.N) if biases else None) for part in pair]
 
 
 def _biases(checkpoint: Checkpoint, weight: Weight) -> tuple[Slice, ...]:
     """What makes up the bias of a fused weight."""
     if weight.bias is not None:
         return (weight.bias,)
-    tensors = [checkpoint.tensors.get(f"{part.name}.bias") for part in parts(weight)]
+    tensors = [checkpoint.tensors.get(f"{part.name}.bias") for part in source_matrices(weight)]
     return tuple(whole(tensor) for tensor in tensors if tensor is not None)
 
 
-def refusal(module: Module) -> str | None:
+def refusal(module: CtLinear) -> str | None:
     """What every layout of the family refuses."""
-    if isinstance(module, CtLinear) and module.reason is not None:
+    if module.reason is not None:
         return module.reason
     return "an embedding: few loaders read quantized rows" if is_embedding(module.name) else None
 
 
-def bias_tensors(module: Module) -> list[OutTensor]:
+def bias_tensors(module: CtLinear) -> list[OutTensor]:
     """A bias taken out of a stacked or fused one, as a tensor of the output."""
-    bias = module.bias if isinstance(module, CtLinear) else None
-    return [] if bias is None else [bias.tensor(f"{module.name}.bias")]
-
-
-def has_zero_points(weight: IntWeight) -> bool:
-    """Whether 4-bit storage of the weight needs zero points."""
-    return not weight.symmetric and not weight.widened
+    bias = module.bias
+    if bias is None:
+        return []
+    piece = Piece(bias.parts, bias.count * numpy_dtype(bias.dtype).itemsize, FillBias(bias))
+    return [OutTensor(f"{module.name}.bias", bias.dtype, (bias.count,), (piece,))]
 
 
 def _mates(name: str) -> str:

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xpuquant.formats.checkpoint import rows
-from xpuquant.formats.layouts.base import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
+from xpuquant.formats.checkpoint import Array, rows
+from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
-from xpuquant.formats.layouts.compressed_tensors.fp8 import upright
 from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, refusal
 from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout
+from xpuquant.formats.layouts.fillers import FillBlockScales, code_pieces
+from xpuquant.formats.layouts.modules import Module
+from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.base import row_blocks
-from xpuquant.formats.weights.floats import MX_GROUP, FloatWeight, Scales
+from xpuquant.formats.weights.floats import MX_GROUP, FloatWeight
 
 
 @dataclass(frozen=True)
@@ -43,41 +44,32 @@ class CtMx(CtLayout):
     packed: int
     kernel: str
 
-    def takes(self, module: Module) -> bool:
-        weight = module.weight if isinstance(module, Linear) else None
-        if not isinstance(weight, FloatWeight) or not weight.is_mx:
-            return False
-        return (weight.element == "e2m1") == (self.packed == 2)
-
-    def refuses(self, module: Module) -> str | None:
-        weight = _weight(module)
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
+        if not isinstance(module, CtLinear) or not isinstance(module.weight, FloatWeight):
+            return None
+        name, weight = module.name, module.weight
+        if not weight.is_mx or (weight.element == "e2m1") != (self.packed == 2):
+            return None
         if (reason := refusal(module)) is not None:
-            return reason
+            return Refusal(reason)
         if weight.element != self.element:
-            return f"MX of {weight.element} has no compressed-tensors format: its 8-bit floats are E4M3"
-        return f"K={weight.K} is not a multiple of {MX_GROUP}" if weight.K % MX_GROUP else None
-
-    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
-        """Exponents stay exponents whatever `scale_dtype` says."""
-        weight = _weight(module)
-        N, width, G = weight.N, weight.K // self.packed, weight.K // MX_GROUP
-        make = upright(weight)
-        codes = tuple(
-            Piece((weight.code_rows(start, stop),), (stop - start) * width, make)
-            for start, stop in row_blocks(N, width)
-        )
-        scales = Piece((weight.scale_rows(0, N),), G * N, Scales(weight, 1, MX_GROUP, "U8", by_row=True))
+            return Refusal(f"MX of {weight.element} has no compressed-tensors format: its 8-bit floats are E4M3")
+        N, K = weight.N, weight.K
+        if K % MX_GROUP:
+            return Refusal(f"K={K} is not a multiple of {MX_GROUP}")
+        scales = FillBlockScales(weight, 1, MX_GROUP, "U8", by_row=True).piece()
         tensors = (
-            OutTensor(f"{module.name}.{self.codes}", self.dtype, (N, width), codes),
-            OutTensor(f"{module.name}.weight_scale", "U8", (N, G), (scales,)),
+            OutTensor(f"{name}.{self.codes}", self.dtype, (N, K // self.packed), code_pieces(weight)),
+            OutTensor(f"{name}.weight_scale", "U8", (N, K // MX_GROUP), (scales,)),
         )
         scheme = CtScheme(
             layout=self.name,
             group_size=MX_GROUP,
             scale_dtype="U8",
-            activations=module.activations if isinstance(module, CtLinear) else "",
+            activations=module.activations,
         )
-        return Conversion(module.name, scheme, (*tensors, *bias_tensors(module)), weight.facts)
+        facts = (*weight.facts, *kept("U8", scale_dtype))
+        return Conversion(name, scheme, (*tensors, *bias_tensors(module)), facts)
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         return (self.codes, "weight_scale")
@@ -92,11 +84,6 @@ class CtMx(CtLayout):
             "weight": stored.load(rows(stored.tensors[self.codes], start, stop)),
             "weight_scale": np.ascontiguousarray(exponents.T),
         }
-
-
-def _weight(module: Module) -> FloatWeight:
-    assert isinstance(module, Linear) and isinstance(module.weight, FloatWeight)
-    return module.weight
 
 
 CT_MXFP4 = CtMx("ct_mxfp4", "e2m1", "weight_packed", "U8", 2, "mxfp4_linear")

@@ -5,6 +5,7 @@ That reader shares nothing with what wrote the module, so decoding through it is
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, whole
-from xpuquant.formats.layouts.base import Matrix, Stored
+from xpuquant.formats.layouts.base import Layout, Matrix, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import FAMILY, scheme_of
 from xpuquant.formats.readers.reading import read
 from xpuquant.formats.safetensors import Tensor
@@ -30,7 +31,7 @@ class CtStored(Stored):
     weight: Weight
 
 
-class CtLayout:
+class CtLayout(Layout):
     """What the layouts of the family share."""
 
     family = FAMILY
@@ -40,13 +41,22 @@ class CtLayout:
         return [Matrix("linear", weight.N, weight.K)]
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
-        weight = weight_of(stored)
-        return weight.decode([stored.load(part) for part in weight.decode_inputs(start, stop)], start, stop)
+        recipe = weight_of(stored).decoded(start, stop)
+        return recipe.build([stored.load(part) for part in recipe.inputs])
 
+    @abstractmethod
     def kernel_scheme(self, stored: Stored) -> Scheme | None:
         """The scheme of the XPU layout that a loader makes of the module without touching its codes; None where no
         kernel takes it."""
-        raise NotImplementedError
+
+    def for_kernels(self, stored: Stored) -> Stored | None:
+        """As a loader makes it. Of the experts of a layer only the first: a kernel that reads one reads all of its
+        shape."""
+        expert = expert_of(stored.name)
+        scheme = self.kernel_scheme(stored)
+        if scheme is None or (expert is not None and expert[1] > 0):
+            return None
+        return replace(stored, scheme=scheme)
 
 
 def weight_of(stored: Stored) -> Weight:
@@ -93,17 +103,3 @@ def stored_modules(
         )
         for weight in reading.weights
     }
-
-
-def for_kernels(layout: object, stored: Stored) -> Stored | None:
-    """A module as kernels are to be checked on it; None for one they are not.
-
-    Of the experts of a layer only the first is: a kernel that reads one reads all of its shape.
-    """
-    if not isinstance(layout, CtLayout):
-        return stored
-    expert = expert_of(stored.name)
-    scheme = layout.kernel_scheme(stored)
-    if scheme is None or (expert is not None and expert[1] > 0):
-        return None
-    return replace(stored, scheme=scheme)

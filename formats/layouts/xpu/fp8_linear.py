@@ -14,73 +14,46 @@ import numpy as np
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
-from xpuquant.formats.checkpoint import columns, rows, whole
-from xpuquant.formats.layouts.base import (
-    Array,
-    Cast,
-    Conversion,
-    Linear,
-    Matrix,
-    Module,
-    OutTensor,
-    Piece,
-    Stored,
-)
-from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.checkpoint import Array, columns, rows, whole
+from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
+from xpuquant.formats.layouts.fillers import FillBlockScales, FillCast, code_pieces
+from xpuquant.formats.layouts.modules import Linear, Module
+from xpuquant.formats.layouts.scales import block_start, kept
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.base import row_blocks
 from xpuquant.formats.weights.decoded import Decoded, even_groups
-from xpuquant.formats.weights.floats import ELEMENTS, FP8_BLOCK, FloatWeight, Scales, block_rows
+from xpuquant.formats.weights.floats import ELEMENTS, FP8_BLOCK, FloatWeight, block_rows
 
 BLOCK_ROWS = 16
 """vLLM's XPU block kernel repeats scale rows down to blocks of this many rows at the least."""
 
 
-class Fp8Linear:
+class Fp8Linear(Layout):
     name = "fp8_linear"
     family = "xpu"
 
-    def takes(self, module: Module) -> bool:
-        weight = module.weight if isinstance(module, Linear) else None
-        return isinstance(weight, FloatWeight) and weight.dtype in ELEMENTS and not weight.is_mx
-
-    def refuses(self, module: Module) -> str | None:
-        weight = _weight(module)
-        if is_embedding(module.name):
-            return "an embedding is looked up, not multiplied: no XPU kernel reads quantized rows"
-        if _granularity(weight) is not None:
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
+        if not isinstance(module, Linear) or not isinstance(module.weight, FloatWeight):
             return None
-        if weight.block[1] % FP8_BLOCK:
-            return f"fp8 blocks of {weight.block[0]}x{weight.block[1]} have no XPU kernel (128 columns each)"
-        if weight.K % FP8_BLOCK:
-            return f"fp8 blocks need K to be a multiple of {FP8_BLOCK}, K={weight.K}"
-        return (
-            f"fp8 blocks of {weight.block[0]} rows cannot be cut into equal ones of at least {BLOCK_ROWS} "
-            f"rows, N={weight.N}"
-        )
-
-    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
-        """The scales are float32 whatever `scale_dtype` says: the kernels take nothing else."""
-        weight = _weight(module)
+        name, weight = module.name, module.weight
+        if weight.dtype not in ELEMENTS or weight.is_mx:
+            return None
+        if is_embedding(name):
+            return Refusal("an embedding is looked up, not multiplied: no XPU kernel reads quantized rows")
         granularity = _granularity(weight)
-        assert granularity is not None, "convert follows refuses"
+        if granularity is None:
+            return Refusal(_too_odd(weight))
         N, K = weight.N, weight.K
         is_block = granularity == "block"
         steps = {"tensor": (N, K), "channel": (1, K), "block": (block_rows(weight), FP8_BLOCK)}[granularity]
         shape = (K // steps[1], N // steps[0]) if is_block else (N // steps[0],)
-        scales = Piece(
-            (weight.scale_rows(0, N),),
-            4 * (N // steps[0]) * (K // steps[1]),
-            Scales(weight, *steps, "F32"),
-        )
-        codes = tuple(Piece((weight.code_rows(start, stop),), (stop - start) * K) for start, stop in row_blocks(N, K))
+        scales = FillBlockScales(weight, *steps, "F32").piece()
         tensors = [
-            OutTensor(f"{module.name}.weight", weight.dtype, (N, K), codes),
-            OutTensor(f"{module.name}.weight_scale", "F32", shape, (scales,)),
+            OutTensor(f"{name}.weight", weight.dtype, (N, K), code_pieces(weight)),
+            OutTensor(f"{name}.weight_scale", "F32", shape, (scales,)),
         ]
         if weight.input_scale is not None:
-            static = Piece((whole(weight.input_scale),), 4, Cast("F32"))
-            tensors.append(OutTensor(f"{module.name}.input_scale", "F32", (1,), (static,)))
+            static = Piece((whole(weight.input_scale),), 4, FillCast("F32"))
+            tensors.append(OutTensor(f"{name}.input_scale", "F32", (1,), (static,)))
         scheme = Scheme(
             layout=self.name,
             granularity=granularity,
@@ -92,7 +65,7 @@ class Fp8Linear:
         )
         expanded = weight.granularity == "block" and granularity == "channel"
         facts = ("one block covers all of K: stored as a scale per row, exactly",) * expanded
-        return Conversion(module.name, scheme, tuple(tensors), (*weight.facts, *facts))
+        return Conversion(name, scheme, tuple(tensors), (*weight.facts, *facts, *kept("F32", scale_dtype)))
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         return ("weight", "weight_scale", *["input_scale"] * scheme.input_scale)
@@ -110,7 +83,7 @@ class Fp8Linear:
         wanted = {"weight_scale": scales.get(scheme.granularity), "input_scale": (1,)}
         for suffix, shape in wanted.items():
             if suffix in stored.tensors:
-                check_tensor(stored.tensors[suffix], "F32", shape)
+                stored.check(suffix, "F32", shape)
         return [Matrix("linear", N, K)]
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
@@ -155,20 +128,13 @@ def _granularity(weight: FloatWeight) -> str | None:
     return "channel" if weight.block[1] >= weight.K else None
 
 
-def check_tensor(tensor: Tensor, dtype: str, shape: tuple[int, ...] | None) -> None:
-    """Raises DamagedError where a stored tensor is not as the contract says."""
-    if tensor.dtype != dtype or tensor.shape != shape:
-        wanted = "another granularity" if shape is None else f"{dtype} {list(shape)}"
-        raise DamagedError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, config.json says {wanted}")
-
-
-def block_start(scheme: Scheme, start: int) -> int:
-    """Number of the block that begins at row `start`. Raises ValueError inside a block."""
-    if start % scheme.block_n:
-        raise ValueError(f"row {start} is inside a block of {scheme.block_n} rows")
-    return start // scheme.block_n
-
-
-def _weight(module: Module) -> FloatWeight:
-    assert isinstance(module, Linear) and isinstance(module.weight, FloatWeight)
-    return module.weight
+def _too_odd(weight: FloatWeight) -> str:
+    """Why no kernel takes the blocks of a weight."""
+    if weight.block[1] % FP8_BLOCK:
+        return f"fp8 blocks of {weight.block[0]}x{weight.block[1]} have no XPU kernel (128 columns each)"
+    if weight.K % FP8_BLOCK:
+        return f"fp8 blocks need K to be a multiple of {FP8_BLOCK}, K={weight.K}"
+    return (
+        f"fp8 blocks of {weight.block[0]} rows cannot be cut into equal ones of at least {BLOCK_ROWS} "
+        f"rows, N={weight.N}"
+    )

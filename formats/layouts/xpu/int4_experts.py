@@ -14,105 +14,83 @@ would otherwise do the XOR itself, into a second copy of every expert (`implemen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
 from xpuquant.errors import DamagedError
-from xpuquant.formats.dtypes import nbytes
-from xpuquant.formats.layouts.base import (
-    Array,
-    Conversion,
-    ExpertStack,
-    Matrix,
-    Module,
-    OutTensor,
-    Piece,
-    Stored,
+from xpuquant.formats.checkpoint import Array
+from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
+from xpuquant.formats.layouts.fillers import FillGroupScales, FillInterleaved, FillWords, word_pieces
+from xpuquant.formats.layouts.modules import ExpertStack, Module
+from xpuquant.formats.layouts.scales import rounded
+from xpuquant.formats.layouts.stacks import (
+    EXPERT_STACKS,
+    alternates,
+    bias_tensor,
+    part_rows,
+    roles_of_stacks,
+    stack_suffixes,
+    stored_matrices,
 )
-from xpuquant.formats.layouts.stacks import bias_tensor, interleaved, part_rows, stored_matrices, upper_roles
-from xpuquant.formats.layouts.xpu.int4_linear import Scales, Words
-from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, SIGN_FLIP, unpack_nibbles
+from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, unpack_nibbles
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.base import IntWeight, row_blocks
+from xpuquant.formats.weights.base import row_blocks
 from xpuquant.formats.weights.decoded import Decoded, even_groups
-from xpuquant.formats.weights.groups import Regrouping, regroup
+from xpuquant.formats.weights.integers import IntWeight, common_group_size, divide_groups
 
 GROUP_SIZES = (32, 64, 128, 256)
 N_MULTIPLE = 8
 """C++ checks of the grouped GEMM (vllm-xpu-kernels csrc/xpu/grouped_gemm): N % 8 == 0, g in the list above."""
 
-
-@dataclass(frozen=True)
-class SignedWords(Words):
-    """Fills rows of two's complement nibbles, from row `start` on."""
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        super().__call__(arrays, out)
-        words = out.view(np.uint32)
-        np.bitwise_xor(words, SIGN_FLIP, out=words)
+Experts = dict[str, list[IntWeight]]
+"""Role → weight of each expert, in order."""
 
 
-class Int4Experts:
+class Int4Experts(Layout):
     name = "int4_experts"
     family = "xpu"
 
-    def takes(self, module: Module) -> bool:
-        return isinstance(module, ExpertStack) and all(
-            isinstance(weight, IntWeight) for weights in module.weights.values() for weight in weights
-        )
-
-    def refuses(self, module: Module) -> str | None:
-        stack = _stack(module)
-        for role in stack.weights:
-            for weight in _weights(stack, role):
-                if weight.bits > 4:
-                    return f"{weight.bits}-bit integers have no XPU kernel ({role} of the experts)"
-                if not weight.symmetric and not weight.widened:
-                    return "asymmetric experts have no XPU kernel (the grouped GEMM has no zero points)"
-                if weight.act_order:
-                    return "act-order experts have no XPU kernel (the grouped GEMM has no g_idx)"
-                if weight.N % N_MULTIPLE or weight.K % GROUP_SIZES[0]:
-                    return f"{role} is [{weight.N}, {weight.K}]; the grouped GEMM needs N % 8 == 0, K % 32 == 0"
-        if _group_size(stack) is None:
-            return f"no group size of {list(GROUP_SIZES)} divides the groups of all experts"
-        return None
-
-    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
-        stack = _stack(module)
-        size = _group_size(stack)
-        assert size is not None, "convert follows refuses"
-        dtypes = {weight.scale_dtype for role in stack.weights for weight in _weights(stack, role)}
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
+        if not isinstance(module, ExpertStack) or (experts := _integers(module)) is None:
+            return None
+        if (reason := _refusal(experts)) is not None:
+            return Refusal(reason)
+        weights = [weight for members in experts.values() for weight in members]
+        # config.json has one group size per module, and finer groups are exact.
+        size = common_group_size(weights, GROUP_SIZES)
+        if size is None:
+            return Refusal(f"no group size of {list(GROUP_SIZES)} divides the groups of all experts")
+        dtypes = {weight.scale_dtype for weight in weights}
         # Experts of one tensor have one dtype; float32 holds both others exactly.
-        dtype = scale_dtype or (dtypes.pop() if len(dtypes) == 1 else "F32")
+        dtype = scale_dtype or (next(iter(dtypes)) if len(dtypes) == 1 else "F32")
         tensors: list[OutTensor] = []
-        for out, roles in (("gate_up_proj", upper_roles(stack)), ("down_proj", ("down",))):
-            members = [_weights(stack, role) for role in roles]
-            N, K = sum(weights[0].N for weights in members), members[0][0].K
-            shape = (stack.experts, N)
-            words = [piece for e in range(stack.experts) for piece in _word_pieces(stack, roles, e)]
-            tensors.append(OutTensor(f"{stack.name}.{out}", "U8", (*shape, K // 2), tuple(words)))
-            scales = [piece for e in range(stack.experts) for piece in _scale_pieces(stack, roles, e, size, dtype)]
-            tensors.append(OutTensor(f"{stack.name}.{out}_scale", dtype, (*shape, K // size), tuple(scales)))
-            if stack.biases:
-                tensors.append(bias_tensor(stack, out))
+        for name, roles in roles_of_stacks(module):
+            words: list[Piece] = []
+            scales: list[Piece] = []
+            for expert in range(module.experts):
+                members = [experts[role][expert] for role in roles]
+                words += _word_pieces(members, alternates(module, roles))
+                scales += _scale_pieces(members, alternates(module, roles), size, dtype)
+            N, K = sum(weight.N for weight in members), members[0].K
+            shape = (module.experts, N)
+            tensors.append(OutTensor(f"{module.name}.{name}", "U8", (*shape, K // 2), tuple(words)))
+            tensors.append(OutTensor(f"{module.name}.{name}_scale", dtype, (*shape, K // size), tuple(scales)))
+            if module.biases:
+                tensors.append(bias_tensor(module, name))
         scheme = Scheme(
             layout=self.name,
             group_size=size,
             scale_dtype=dtype,
-            bias=bool(stack.biases),
-            interleaved=stack.interleaved,
+            bias=bool(module.biases),
+            interleaved=module.interleaved,
         )
-        facts = dict.fromkeys(fact for role in stack.weights for weight in stack.weights[role] for fact in weight.facts)
-        return Conversion(stack.name, scheme, tuple(tensors), tuple(facts))
+        return Conversion(module.name, scheme, tuple(tensors), module.facts, rounded(dtypes, scale_dtype))
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
-        roles = ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale")
-        return (*roles, *("gate_up_proj_bias", "down_proj_bias") * scheme.bias)
+        return stack_suffixes(scheme)
 
     def matrices(self, stored: Stored) -> list[Matrix]:
-        for part in ("gate_up_proj", "down_proj"):
+        for part in EXPERT_STACKS:
             weight, scale = stored.tensors[part], stored.tensors[f"{part}_scale"]
             if weight.dtype != "U8" or len(weight.shape) != 3:
                 raise DamagedError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, want U8 [E, N, K/2]")
@@ -137,63 +115,49 @@ class Int4Experts:
         return arrays | ({"bias": rows(f"{part}_bias")} if stored.scheme.bias else {})
 
 
-def _word_pieces(stack: ExpertStack, roles: tuple[str, ...], expert: int) -> list[Piece]:
-    members = [_weights(stack, role)[expert] for role in roles]
-    row_bytes = members[0].K // 2
-    if len(members) == 2 and stack.interleaved:
-        gate, up = members
-        blocks = row_blocks(gate.N, 2 * row_bytes, NIBBLES_PER_WORD)
-        return [
-            interleaved(
-                (gate.word_inputs(a, b), up.word_inputs(a, b)),
-                (SignedWords(gate, a), SignedWords(up, a)),
-                b - a,
-                row_bytes,
-            )
-            for a, b in blocks
-        ]
+def _integers(stack: ExpertStack) -> Experts | None:
+    """The experts of a stack, all of whose matrices are integer weights; None for any other."""
+    experts = {
+        role: [weight for weight in members if isinstance(weight, IntWeight)] for role, members in stack.weights.items()
+    }
+    complete = all(len(members) == len(stack.weights[role]) for role, members in experts.items())
+    return experts if complete else None
+
+
+def _refusal(experts: Experts) -> str | None:
+    """Why the kernel cannot take one of the matrices."""
+    for role, members in experts.items():
+        for weight in members:
+            if weight.bits > 4:
+                return f"{weight.bits}-bit integers have no XPU kernel ({role} of the experts)"
+            if weight.has_zero_points:
+                return "asymmetric experts have no XPU kernel (the grouped GEMM has no zero points)"
+            if weight.act_order:
+                return "act-order experts have no XPU kernel (the grouped GEMM has no g_idx)"
+            if weight.N % N_MULTIPLE or weight.K % GROUP_SIZES[0]:
+                return f"{role} is [{weight.N}, {weight.K}]; the grouped GEMM needs N % 8 == 0, K % 32 == 0"
+    return None
+
+
+def _word_pieces(members: Sequence[IntWeight], alternate: bool) -> list[Piece]:
+    """The words of one expert in a stacked tensor; rows of the two members by turns where they `alternate`."""
+    if not alternate:
+        return [piece for weight in members for piece in word_pieces(weight, signed=True)]
+    gate, up = members
     return [
-        Piece(weight.word_inputs(start, stop), (stop - start) * row_bytes, SignedWords(weight, start))
-        for weight in members
-        for start, stop in row_blocks(weight.N, row_bytes, NIBBLES_PER_WORD)
+        FillInterleaved(
+            FillWords(gate, start, stop, signed=True).piece(),
+            FillWords(up, start, stop, signed=True).piece(),
+            stop - start,
+        ).piece()
+        for start, stop in row_blocks(gate.N, gate.K, NIBBLES_PER_WORD)
     ]
 
 
-def _scale_pieces(stack: ExpertStack, roles: tuple[str, ...], expert: int, size: int, dtype: str) -> list[Piece]:
-    members = [_weights(stack, role)[expert] for role in roles]
-    row_bytes = nbytes(dtype, (members[0].K // size,))
-    makes = [Scales(weight, _regroup(weight, size), dtype, transposed=True) for weight in members]
-    if len(members) == 2 and stack.interleaved:
-        gate, up = members
-        return [interleaved((gate.scale_inputs(), up.scale_inputs()), (makes[0], makes[1]), gate.N, row_bytes)]
-    return [
-        Piece(weight.scale_inputs(), weight.N * row_bytes, make) for weight, make in zip(members, makes, strict=True)
-    ]
-
-
-def _stack(module: Module) -> ExpertStack:
-    assert isinstance(module, ExpertStack)
-    return module
-
-
-def _weights(stack: ExpertStack, role: str) -> tuple[IntWeight, ...]:
-    # `takes` has looked at every one; looking again for each expert would be quadratic in their number.
-    return cast("tuple[IntWeight, ...]", stack.weights[role])
-
-
-def _group_size(stack: ExpertStack) -> int | None:
-    """The one group size of a stack: config.json has one per module, and finer groups are exact."""
-    size = 0
-    for role in stack.weights:
-        for weight in _weights(stack, role):
-            groups = regroup(weight, GROUP_SIZES, also=(size,))
-            if groups is None:
-                return None
-            size = groups.size
-    return size
-
-
-def _regroup(weight: IntWeight, size: int) -> Regrouping:
-    groups = regroup(weight, (size,))
-    assert groups is not None, "_group_size divides every weight's groups"
-    return groups
+def _scale_pieces(members: Sequence[IntWeight], alternate: bool, size: int, dtype: str) -> list[Piece]:
+    """The scales of one expert in a stacked tensor, in groups of `size` columns."""
+    pieces = [FillGroupScales(each, divide_groups(each, size), dtype, by_row=True).piece() for each in members]
+    if not alternate:
+        return pieces
+    gate, up = pieces
+    return [FillInterleaved(gate, up, members[0].N).piece()]

@@ -11,151 +11,63 @@ The kernel (`int4_gemm_w4a16`, vllm-xpu-kernels csrc/xpu/onednn) takes `qweight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-
 import numpy as np
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
-from xpuquant.formats.checkpoint import columns, rows, whole
-from xpuquant.formats.dtypes import FLOATS, numpy_dtype
-from xpuquant.formats.layouts.base import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
-from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, pack_nibbles, unpack_nibbles
+from xpuquant.formats.checkpoint import Array, columns, rows, whole
+from xpuquant.formats.dtypes import FLOATS
+from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
+from xpuquant.formats.layouts.fillers import FillGroupScales, FillOrder, FillZeroPoints, word_pieces
+from xpuquant.formats.layouts.modules import Linear, Module
+from xpuquant.formats.layouts.scales import rounded
+from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, unpack_nibbles
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.base import ROWS_MULTIPLE, IntWeight, row_blocks
 from xpuquant.formats.weights.decoded import Decoded, even_groups, subtract_zeros
-from xpuquant.formats.weights.groups import Regrouping, regroup
-
-K_MULTIPLE = 32
+from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, regroup
 
 
-@dataclass(frozen=True)
-class Words:
-    """Fills rows of u4 words, from row `start` on."""
-
-    weight: IntWeight
-    start: int
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        words = out.view(np.uint32).reshape(-1, self.weight.K // NIBBLES_PER_WORD)
-        self.weight.words(arrays, words, self.start)
-
-    def cut(self, piece: Piece, limit: int) -> Iterator[Piece]:
-        """The rows in blocks. Act-order stays whole: each block would derive the order again."""
-        weight, row_bytes = self.weight, self.weight.K // 2
-        if weight.groups_of is not None:
-            yield piece
-            return
-        for first, last in row_blocks(piece.nbytes // row_bytes, row_bytes, ROWS_MULTIPLE, limit):
-            start, stop = self.start + first, self.start + last
-            yield Piece(weight.word_inputs(start, stop), (last - first) * row_bytes, replace(self, start=start))
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Fills `[K/g, N]` scales (`[N, K/g]` where `transposed`), regrouped and cast."""
-
-    weight: IntWeight
-    groups: Regrouping
-    dtype: str
-    transposed: bool = False
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        scales = self.groups.rows(self.weight.scales(arrays))
-        if self.transposed:
-            scales = scales.T
-        out.view(numpy_dtype(self.dtype)).reshape(scales.shape)[...] = scales
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """Fills `[K/g, N/8]` words of true zero points."""
-
-    weight: IntWeight
-    groups: Regrouping
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        zeros = self.groups.rows(self.weight.zeros(arrays, 0, self.weight.N))
-        out.view(np.uint32).reshape(len(zeros), -1)[...] = pack_nibbles(np.ascontiguousarray(zeros))
-
-
-@dataclass(frozen=True)
-class Order:
-    """Fills the act-order permutation."""
-
-    weight: IntWeight
-
-    def __call__(self, arrays: Sequence[Array], out: Array) -> None:
-        order = self.weight.order
-        assert order is not None
-        out.view(np.int32)[...] = order
-
-
-def word_pieces(weight: IntWeight) -> tuple[Piece, ...]:
-    """`[N, K/8]` u4 words, in blocks of rows; bytes that already are the words are copied."""
-    return tuple(
-        Piece(
-            weight.word_inputs(start, stop),
-            (stop - start) * weight.K // 2,
-            None if weight.verbatim else Words(weight, start),
-        )
-        for start, stop in row_blocks(weight.N, weight.K // 2, NIBBLES_PER_WORD)
-    )
-
-
-class Int4Linear:
+class Int4Linear(Layout):
     name = "int4_linear"
     family = "xpu"
 
-    def takes(self, module: Module) -> bool:
-        return isinstance(module, Linear) and isinstance(module.weight, IntWeight)
-
-    def refuses(self, module: Module) -> str | None:
-        weight = _weight(module)
-        if is_embedding(module.name):
-            return "an embedding is looked up, not multiplied: no XPU kernel reads quantized rows"
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
+        if not isinstance(module, Linear) or not isinstance(module.weight, IntWeight):
+            return None
+        name, weight = module.name, module.weight
+        N, K = weight.N, weight.K
+        if is_embedding(name):
+            return Refusal("an embedding is looked up, not multiplied: no XPU kernel reads quantized rows")
         if weight.bits > 4:
-            return f"{weight.bits}-bit integers have no XPU kernel"
-        if weight.K % K_MULTIPLE:
-            return f"K={weight.K} is not a multiple of {K_MULTIPLE}"
-        if regroup(weight) is None:
-            return f"groups of {weight.group_size} in K={weight.K} share no multiple of 32 columns"
-        if not _symmetric(weight) and weight.N % NIBBLES_PER_WORD:
-            return f"zero points need N to be a multiple of 8, N={weight.N}"
-        return None
-
-    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
-        weight = _weight(module)
+            return Refusal(f"{weight.bits}-bit integers have no XPU kernel")
+        if K % GROUP_MULTIPLE:
+            return Refusal(f"K={K} is not a multiple of {GROUP_MULTIPLE}")
         groups = regroup(weight)
-        assert groups is not None, "convert follows refuses"
-        N, K, G = weight.N, weight.K, weight.K // groups.size
+        if groups is None:
+            return Refusal(f"groups of {weight.group_size} in K={K} share no multiple of 32 columns")
+        if weight.has_zero_points and N % NIBBLES_PER_WORD:
+            return Refusal(f"zero points need N to be a multiple of 8, N={N}")
+        G = K // groups.size
         dtype = scale_dtype or weight.scale_dtype
-        words = word_pieces(weight)
-        scale_bytes = G * N * numpy_dtype(dtype).itemsize
+        scales = FillGroupScales(weight, groups, dtype).piece()
         tensors = [
-            OutTensor(f"{module.name}.qweight", "I32", (N, K // NIBBLES_PER_WORD), words),
-            OutTensor(
-                f"{module.name}.scales",
-                dtype,
-                (G, N),
-                (Piece(weight.scale_inputs(), scale_bytes, Scales(weight, groups, dtype)),),
-            ),
+            OutTensor(f"{name}.qweight", "I32", (N, K // NIBBLES_PER_WORD), word_pieces(weight)),
+            OutTensor(f"{name}.scales", dtype, (G, N), (scales,)),
         ]
-        if not _symmetric(weight):
-            zeros = Piece(weight.zero_inputs(), G * N // 2, Zeros(weight, groups))
-            tensors.append(OutTensor(f"{module.name}.qzeros", "I32", (G, N // NIBBLES_PER_WORD), (zeros,)))
+        if weight.has_zero_points:
+            zeros = FillZeroPoints(weight, groups).piece()
+            tensors.append(OutTensor(f"{name}.qzeros", "I32", (G, N // NIBBLES_PER_WORD), (zeros,)))
         if weight.act_order:
-            order = Piece((), 4 * K, Order(weight))
-            tensors.append(OutTensor(f"{module.name}.g_idx", "I32", (K,), (order,)))
+            tensors.append(OutTensor(f"{name}.g_idx", "I32", (K,), (Piece((), 4 * K, FillOrder(weight)),)))
         scheme = Scheme(
             layout=self.name,
             group_size=groups.size,
             scale_dtype=dtype,
-            symmetric=_symmetric(weight),
+            symmetric=not weight.has_zero_points,
             act_order=weight.act_order,
         )
-        return Conversion(module.name, scheme, tuple(tensors), weight.facts)
+        rounded_to = rounded((weight.scale_dtype,), scale_dtype)
+        return Conversion(name, scheme, tuple(tensors), weight.facts, rounded_to)
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         return ("qweight", "scales", *["qzeros"] * (not scheme.symmetric), *["g_idx"] * scheme.act_order)
@@ -203,12 +115,3 @@ class Int4Linear:
             "g_idx": whole,
         }
         return {suffix: stored.load(parts[suffix](tensor)) for suffix, tensor in stored.tensors.items()}
-
-
-def _weight(module: Module) -> IntWeight:
-    assert isinstance(module, Linear) and isinstance(module.weight, IntWeight)
-    return module.weight
-
-
-def _symmetric(weight: IntWeight) -> bool:
-    return weight.symmetric or weight.widened

@@ -1,101 +1,203 @@
-"""What the MXFP4 and MXFP8 expert layouts share: exponents `[E, N, K/32]`, row by row as the source has them.
+"""Layouts `mxfp4_experts` and `mxfp8_experts`: MX experts of a layer, as vllm-xpu-kernels' grouped GEMM reads them.
 
-Rows of `gate_up_proj_scale` are all gate, then all up; gpt-oss alternates gate, up.
+    mxfp4_experts  P.gate_up_proj        uint8 [E, 2I, H/2]    E2M1 nibbles, low nibble = even column
+                   P.down_proj           uint8 [E, H, I/2]
+    mxfp8_experts  P.gate_up_proj        F8_E4M3 or F8_E5M2 [E, H, 2I]   physically transposed
+                   P.down_proj           F8_E4M3 or F8_E5M2 [E, I, H]
+    both           P.gate_up_proj_scale  uint8 [E, 2I, H/32]   E8M0
+                   P.down_proj_scale     uint8 [E, H, I/32]
+                   P.gate_up_proj_bias, P.down_proj_bias  [E, 2I], [E, H]  where the model has them
+
+P ends in `.experts`. Rows of gate_up_proj are all gate, then all up; gpt-oss alternates gate, up, as its activation
+kernel reads them (`swigluoai_and_mul`). gpt-oss as published is `mxfp4_experts` already, but for its names and shapes.
+
+The kernel's own order of MXFP8's exponents is `[E, N, K/32]`; given `[E, K/32, N]`, it transposes them on every call.
+It tells the two apart by size, so a square one cannot be given to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import replace
 
-from xpuquant.formats.layouts.base import Conversion, ExpertStack, Module, OutTensor, Piece, Stored
-from xpuquant.formats.layouts.stacks import bias_tensor, interleaved, upper_roles
-from xpuquant.formats.layouts.transposed_stacks import (
-    STACKS,
-    all_parts,
-    float_parts,
-    is_float_stack,
-    one_dtype,
-    stack_facts,
+import numpy as np
+
+from xpuquant.errors import DamagedError
+from xpuquant.formats.checkpoint import Array
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
+from xpuquant.formats.layouts.fillers import FillBlockScales, FillInterleaved, code_pieces
+from xpuquant.formats.layouts.modules import ExpertStack, Module
+from xpuquant.formats.layouts.scales import kept
+from xpuquant.formats.layouts.stacks import (
+    EXPERT_STACKS,
+    alternates,
+    bias_tensor,
+    expert_bias,
+    expert_scale,
+    float_members,
+    float_stack,
+    part_rows,
+    roles_of_stacks,
+    several_dtypes,
+    stack_suffixes,
+    stored_matrices,
+    transposed_codes,
+    transposed_matrices,
+    transposed_tensor,
 )
-from xpuquant.formats.layouts.xpu.fp8_linear import check_tensor
+from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.scheme import FP8_DTYPES, Scheme
-from xpuquant.formats.weights.floats import MX_GROUP, FloatWeight, Scales
+from xpuquant.formats.weights.base import row_blocks
+from xpuquant.formats.weights.decoded import Decoded, even_groups
+from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight
+
+NIBBLES = {"U8": "e2m1"}
 
 N_MULTIPLE = 8
 """C++ check of the grouped GEMM (vllm-xpu-kernels csrc/xpu/grouped_gemm)."""
 
 
-def takes_stack(module: Module, dtypes: dict[str, str]) -> bool:
-    """Whether every matrix is MX with codes of one of these dtypes."""
-    return (
-        isinstance(module, ExpertStack)
-        and is_float_stack(module)
-        and all(part.is_mx and part.dtype in dtypes for part in all_parts(module))
-    )
+class MxExperts(Layout):
+    """What the two layouts share: limits, and exponents row by row as the source has them.
 
-
-def refuses_stack(module: Module) -> str | None:
-    """Limits of the grouped GEMM that both element types share."""
-    assert isinstance(module, ExpertStack)
-    for part in all_parts(module):
-        if part.N % N_MULTIPLE or part.K % MX_GROUP:
-            return f"an expert has [{part.N}, {part.K}]; the grouped GEMM needs N % 8 == 0, K % 32 == 0"
-    return one_dtype(module)
-
-
-def convert_stack(
-    module: Module, layout: str, codes: Callable[[ExpertStack, str, tuple[str, ...]], OutTensor]
-) -> Conversion:
-    """A whole stack.
-
-    Args:
-        codes: makes `gate_up_proj` or `down_proj` from (stack, name, its roles).
+    elements  dtype label of the stored codes → `Decoded.number`
     """
-    assert isinstance(module, ExpertStack)
-    tensors: list[OutTensor] = []
-    for name, roles in zip(STACKS, (upper_roles(module), ("down",)), strict=True):
-        tensors += [codes(module, name, roles), _exponents(module, name, roles)]
-        if module.biases:
-            tensors.append(bias_tensor(module, name))
-    scheme = Scheme(
-        layout=layout,
-        group_size=MX_GROUP,
-        scale_dtype="U8",
-        bias=bool(module.biases),
-        interleaved=module.interleaved,
-    )
-    if tensors[0].dtype in FP8_DTYPES:
-        scheme = replace(scheme, weight_dtype=tensors[0].dtype)
-    return Conversion(module.name, scheme, tuple(tensors), stack_facts(module))
+
+    family = "xpu"
+    elements: dict[str, str]
+
+    @abstractmethod
+    def codes(self, stack: ExpertStack, name: str, roles: tuple[str, ...]) -> OutTensor:
+        """The codes of `gate_up_proj` or `down_proj`."""
+
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
+        if (floats := float_stack(module)) is None:
+            return None
+        stack, sources = floats
+        if not all(source.is_mx and source.dtype in self.elements for source in sources):
+            return None
+        if (reason := self.refusal(stack, sources)) is not None:
+            return Refusal(reason)
+        tensors: list[OutTensor] = []
+        for name, roles in roles_of_stacks(stack):
+            tensors += [self.codes(stack, name, roles), _exponents(stack, name, roles)]
+            if stack.biases:
+                tensors.append(bias_tensor(stack, name))
+        scheme = Scheme(
+            layout=self.name,
+            group_size=MX_GROUP,
+            scale_dtype="U8",
+            bias=bool(stack.biases),
+            interleaved=stack.interleaved,
+        )
+        if tensors[0].dtype in FP8_DTYPES:
+            scheme = replace(scheme, weight_dtype=tensors[0].dtype)
+        return Conversion(stack.name, scheme, tuple(tensors), (*stack.facts, *kept("U8", scale_dtype)))
+
+    def refusal(self, stack: ExpertStack, sources: list[FloatWeight]) -> str | None:
+        """Why the kernel cannot take a stack of these source matrices, or None."""
+        for source in sources:
+            if source.N % N_MULTIPLE or source.K % MX_GROUP:
+                return f"an expert has [{source.N}, {source.K}]; the grouped GEMM needs N % 8 == 0, K % 32 == 0"
+        return several_dtypes(sources)
+
+    def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        return stack_suffixes(scheme)
 
 
-def check_exponents(stored: Stored, part: str, E: int, N: int, K: int) -> None:
-    """Raises DamagedError where a stack's exponents are not `[E, N, K/32]`."""
-    check_tensor(stored.tensors[f"{part}_scale"], "U8", (E, N, K // MX_GROUP))
+class Mxfp4Experts(MxExperts):
+    name = "mxfp4_experts"
+    elements = NIBBLES
+
+    def codes(self, stack: ExpertStack, name: str, roles: tuple[str, ...]) -> OutTensor:
+        """`[E, N, K/2]`, byte for byte."""
+        pieces: list[Piece] = []
+        for expert in range(stack.experts):
+            members = float_members(stack, roles, expert)
+            width = members[0].K // 2
+            if alternates(stack, roles):
+                for start, stop in row_blocks(members[0].N, 2 * width):
+                    even, odd = (Piece((each.code_rows(start, stop),), (stop - start) * width) for each in members)
+                    pieces.append(FillInterleaved(even, odd, stop - start).piece())
+            else:
+                pieces += [piece for member in members for piece in code_pieces(member)]
+        shape = (stack.experts, sum(member.N for member in members), width)
+        return OutTensor(f"{stack.name}.{name}", "U8", shape, tuple(pieces))
+
+    def matrices(self, stored: Stored) -> list[Matrix]:
+        for part in EXPERT_STACKS:
+            weight = stored.tensors[part]
+            if weight.dtype != "U8" or len(weight.shape) != 3:
+                raise DamagedError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, want U8 [E, N, K/2]")
+            E, N, half = weight.shape
+            stored.check(f"{part}_scale", "U8", (E, N, 2 * half // MX_GROUP))
+        return stored_matrices(stored, packed=2)
+
+    def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
+        part, rows = part_rows(stored, matrix, start, stop)
+        return Decoded(
+            "e2m1",
+            unpack_nibbles(rows(part)),
+            rows(f"{part}_scale").view(numpy_dtype(E8M0)),
+            np.arange(stop - start),
+            even_groups(matrix.K, MX_GROUP),
+        )
+
+    def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
+        part, rows = part_rows(stored, matrix, start, stop)
+        arrays = {"weight": rows(part), "weight_scale": rows(f"{part}_scale")}
+        return arrays | ({"bias": rows(f"{part}_bias")} if stored.scheme.bias else {})
+
+
+class Mxfp8Experts(MxExperts):
+    name = "mxfp8_experts"
+    elements = ELEMENTS
+
+    def refusal(self, stack: ExpertStack, sources: list[FloatWeight]) -> str | None:
+        for _, roles in roles_of_stacks(stack):
+            N, K = sum(stack.weights[role][0].N for role in roles), stack.weights[roles[0]][0].K
+            if N * MX_GROUP == K:
+                return f"experts of [{N}, {K}] have square exponents, whose axes the grouped GEMM mistakes"
+        return super().refusal(stack, sources)
+
+    def codes(self, stack: ExpertStack, name: str, roles: tuple[str, ...]) -> OutTensor:
+        return transposed_tensor(stack, name, roles)
+
+    def matrices(self, stored: Stored) -> list[Matrix]:
+        matrices = transposed_matrices(stored)
+        for part in EXPERT_STACKS:
+            E, K, N = stored.tensors[part].shape
+            stored.check(f"{part}_scale", "U8", (E, N, K // MX_GROUP))
+        return matrices
+
+    def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
+        part, taken, codes = transposed_codes(stored, matrix, start, stop)
+        return Decoded(
+            ELEMENTS[stored.tensors[part].dtype],
+            codes.view(np.uint8).T,
+            expert_scale(stored, part, matrix)[taken].view(numpy_dtype(E8M0)),
+            np.arange(stop - start),
+            even_groups(matrix.K, MX_GROUP),
+        )
+
+    def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
+        part, taken, codes = transposed_codes(stored, matrix, start, stop)
+        scale = np.ascontiguousarray(expert_scale(stored, part, matrix)[taken])
+        arrays = {"weight": np.ascontiguousarray(codes), "weight_scale": scale}
+        return arrays | expert_bias(stored, part, matrix, taken)
 
 
 def _exponents(stack: ExpertStack, name: str, roles: tuple[str, ...]) -> OutTensor:
+    """`[E, N, K/32]` of `gate_up_proj` or `down_proj`."""
     pieces: list[Piece] = []
-    for e in range(stack.experts):
-        members = [part for role in roles for part in float_parts(stack, role, e)]
-        G = members[0].K // MX_GROUP
-        if stack.interleaved and len(roles) == 2:
-            gate, up = members
-            inputs = ((gate.scale_rows(0, gate.N),), (up.scale_rows(0, up.N),))
-            pieces.append(interleaved(inputs, (_by_row(gate), _by_row(up)), gate.N, G))
-            continue
-        pieces += [
-            Piece((part.scale_rows(0, part.N),), part.N * G, None if _verbatim(part) else _by_row(part))
-            for part in members
-        ]
-    shape = (stack.experts, sum(part.N for part in members), G)
+    for expert in range(stack.experts):
+        members = float_members(stack, roles, expert)
+        of_members = [FillBlockScales(member, 1, MX_GROUP, "U8", by_row=True).piece() for member in members]
+        if alternates(stack, roles):
+            gate, up = of_members
+            pieces.append(FillInterleaved(gate, up, members[0].N).piece())
+        else:
+            pieces += of_members
+    shape = (stack.experts, sum(member.N for member in members), members[0].K // MX_GROUP)
     return OutTensor(f"{stack.name}.{name}_scale", "U8", shape, tuple(pieces))
-
-
-def _by_row(weight: FloatWeight) -> Scales:
-    return Scales(weight, 1, MX_GROUP, "U8", by_row=True)
-
-
-def _verbatim(weight: FloatWeight) -> bool:
-    return weight.block == (1, MX_GROUP) and not weight.exponent_shift and not weight.transposed

@@ -14,25 +14,25 @@ same format themselves: there is no 16-bit-activation kernel for MX linears.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
-from xpuquant.formats.checkpoint import columns, rows
+from xpuquant.formats.checkpoint import Array, columns, rows
 from xpuquant.formats.dtypes import numpy_dtype
-from xpuquant.formats.layouts.base import Array, Conversion, Linear, Matrix, Module, OutTensor, Piece, Stored
-from xpuquant.formats.layouts.xpu.fp8_linear import check_tensor
+from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Refusal, Stored
+from xpuquant.formats.layouts.fillers import FillBlockScales, code_pieces
+from xpuquant.formats.layouts.modules import Linear, Module
+from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.scheme import FP8_DTYPES, Scheme
-from xpuquant.formats.weights.base import row_blocks
 from xpuquant.formats.weights.decoded import Decoded, even_groups
-from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight, Scales
+from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight
 
 
 @dataclass(frozen=True)
-class MxLinear:
+class MxLinear(Layout):
     """A layout of MX linears.
 
     name      of the layout
@@ -44,34 +44,28 @@ class MxLinear:
     elements: dict[str, str]
     packed: int
 
-    family: ClassVar[str] = "xpu"
+    family = "xpu"
 
-    def takes(self, module: Module) -> bool:
-        weight = module.weight if isinstance(module, Linear) else None
-        return isinstance(weight, FloatWeight) and weight.is_mx and weight.dtype in self.elements
-
-    def refuses(self, module: Module) -> str | None:
-        weight = _weight(module)
-        if is_embedding(module.name):
-            return "an embedding is looked up, not multiplied: no XPU kernel reads quantized rows"
-        return f"K={weight.K} is not a multiple of {MX_GROUP}" if weight.K % MX_GROUP else None
-
-    def convert(self, module: Module, scale_dtype: str | None) -> Conversion:
-        """Exponents stay exponents whatever `scale_dtype` says."""
-        weight = _weight(module)
-        N, width, G = weight.N, weight.K // self.packed, weight.K // MX_GROUP
-        codes = tuple(
-            Piece((weight.code_rows(start, stop),), (stop - start) * width) for start, stop in row_blocks(N, width)
-        )
-        scales = Piece((weight.scale_rows(0, N),), G * N, Scales(weight, 1, MX_GROUP, "U8"))
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
+        if not isinstance(module, Linear) or not isinstance(module.weight, FloatWeight):
+            return None
+        name, weight = module.name, module.weight
+        if not weight.is_mx or weight.dtype not in self.elements:
+            return None
+        if is_embedding(name):
+            return Refusal("an embedding is looked up, not multiplied: no XPU kernel reads quantized rows")
+        N, K = weight.N, weight.K
+        if K % MX_GROUP:
+            return Refusal(f"K={K} is not a multiple of {MX_GROUP}")
+        scales = FillBlockScales(weight, 1, MX_GROUP, "U8").piece()
         tensors = (
-            OutTensor(f"{module.name}.weight", weight.dtype, (N, width), codes),
-            OutTensor(f"{module.name}.weight_scale", "U8", (G, N), (scales,)),
+            OutTensor(f"{name}.weight", weight.dtype, (N, K // self.packed), code_pieces(weight)),
+            OutTensor(f"{name}.weight_scale", "U8", (K // MX_GROUP, N), (scales,)),
         )
         scheme = Scheme(layout=self.name, group_size=MX_GROUP, scale_dtype="U8")
         if weight.dtype in FP8_DTYPES:
             scheme = replace(scheme, weight_dtype=weight.dtype)
-        return Conversion(module.name, scheme, tensors, weight.facts)
+        return Conversion(name, scheme, tensors, (*weight.facts, *kept("U8", scale_dtype)))
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         return ("weight", "weight_scale")
@@ -84,7 +78,7 @@ class MxLinear:
                 f"{weight.name} is {weight.dtype} {list(weight.shape)}, config.json says {wanted} [N, K]"
             )
         N, K = weight.shape[0], weight.shape[1] * self.packed
-        check_tensor(stored.tensors["weight_scale"], "U8", (K // MX_GROUP, N))
+        stored.check("weight_scale", "U8", (K // MX_GROUP, N))
         return [Matrix("linear", N, K)]
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
@@ -104,11 +98,6 @@ class MxLinear:
             "weight": stored.load(rows(stored.tensors["weight"], start, stop)),
             "weight_scale": stored.load(columns(stored.tensors["weight_scale"], start, stop)),
         }
-
-
-def _weight(module: Module) -> FloatWeight:
-    assert isinstance(module, Linear) and isinstance(module.weight, FloatWeight)
-    return module.weight
 
 
 MXFP4_LINEAR = MxLinear("mxfp4_linear", {"U8": "e2m1"}, packed=2)

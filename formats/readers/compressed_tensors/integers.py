@@ -10,21 +10,19 @@ W4A8 and W4A16 have the same XPU weights: which arithmetic runs is decided when 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.checkpoint import Checkpoint, Slice, rows
+from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, rows
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.packing.plain import pack_nibbles
 from xpuquant.formats.readers.base import Parts, need
 from xpuquant.formats.readers.compressed_tensors.config import METHODS, check_supported, weight_args
 from xpuquant.formats.readers.compressed_tensors.packed import ScaledInts, groups_fit, measure_zeros
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import CACHED_CODES, Array, Weight, row_blocks
-from xpuquant.formats.weights.decoded import Decoded
+from xpuquant.formats.weights.base import CACHED_CODES, Arrays, FillRecipe, Recipe, Weight, row_blocks
 
 _ACTIVATION_SUFFIXES = frozenset({"input_scale", "input_zero_point"})
 
@@ -35,27 +33,23 @@ class UnpackedWeight(ScaledInts):
 
     weight: Tensor
 
-    def code_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        return (rows(self.weight, start, stop),)
+    def codes(self, start: int, stop: int) -> FillRecipe:
+        return Recipe((self.code_rows(start, stop),), self._fill_codes)
 
-    def code_words(self, arrays: Sequence[Array], out: Array) -> None:
-        for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
-            out[first:last] = pack_nibbles(self._codes(arrays[0][first:last]))
+    def code_rows(self, start: int, stop: int) -> Slice:
+        return rows(self.weight, start, stop)
 
-    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        inputs = (rows(self.weight, start, stop), *self.scale_inputs())
-        return inputs if self.symmetric else inputs + self.zero_inputs()
-
-    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
-        return self.decoded(self._codes(arrays[0]), arrays[1:], start, stop)
-
-    def _codes(self, signed: Array) -> Array:
-        """Offset-binary codes; bytes that are no code of this width are damage, not to be wrapped around."""
+    def unpacked(self, stored: Array) -> Array:
+        # Bytes that are no code of this width are damage, not to be wrapped around.
         middle = 1 << (self.bits - 1)
-        if signed.size and not (-middle <= int(signed.min()) and int(signed.max()) < middle):
-            found = f"{signed.min()} .. {signed.max()}"
+        if stored.size and not (-middle <= int(stored.min()) and int(stored.max()) < middle):
+            found = f"{stored.min()} .. {stored.max()}"
             raise DamagedError(f"{self.weight.name} holds {found}, which are no {self.bits}-bit codes")
-        return signed.view(np.uint8) + np.uint8(middle)
+        return stored.view(np.uint8) + np.uint8(middle)
+
+    def _fill_codes(self, arrays: Arrays, out: Array) -> None:
+        for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+            out[first:last] = pack_nibbles(self.unpacked(arrays[0][first:last]))
 
 
 class IntQuantized:

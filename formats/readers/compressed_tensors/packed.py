@@ -13,14 +13,14 @@ differ for 3, 5, 6, 7 bits, and only the shape tells which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
 from dataclasses import dataclass
 from sys import intern
 
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.checkpoint import Checkpoint, Slice, rows, whole
+from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, rows, whole
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.packing.plain import pack_nibbles, unpack_nibbles, unpack_rows
 from xpuquant.formats.readers.base import Parts, need
@@ -33,14 +33,16 @@ from xpuquant.formats.readers.compressed_tensors.config import (
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import (
     CACHED_CODES,
-    Array,
-    IntWeight,
+    ArrayRecipe,
+    Arrays,
+    DecodedRecipe,
+    FillRecipe,
+    Recipe,
     Weight,
-    column_groups,
     row_blocks,
-    words_of_rows,
 )
 from xpuquant.formats.weights.decoded import Decoded, subtract_zeros
+from xpuquant.formats.weights.integers import SourceInts, column_groups, words_of_rows
 
 
 def packed_words(count: int, bits: int, padded: bool) -> int:
@@ -57,7 +59,7 @@ def unpack(words: Array, bits: int, count: int, padded: bool) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledInts(IntWeight):
+class ScaledInts(SourceInts):
     """What the packed and the unpacked form share: scales and zero points. `padded`: no code straddles a word
     (before 0.18)."""
 
@@ -65,30 +67,43 @@ class ScaledInts(IntWeight):
     zero_point: Tensor | None
     padded: bool
 
-    def scale_inputs(self) -> tuple[Slice, ...]:
-        return (whole(self.scale),)
+    @abstractmethod
+    def code_rows(self, start: int, stop: int) -> Slice:
+        """The stored codes of rows `start:stop`."""
 
-    def scales(self, arrays: Sequence[Array]) -> Array:
-        return np.broadcast_to(arrays[0].reshape(-1, self.groups), (self.N, self.groups)).T
+    @abstractmethod
+    def unpacked(self, stored: Array) -> Array:
+        """uint8 `[n, K]` offset-binary codes from the array of `code_rows`."""
 
-    def zero_inputs(self) -> tuple[Slice, ...]:
+    def scales(self) -> ArrayRecipe:
+        shape = (self.N, self.groups)
+        return Recipe((whole(self.scale),), lambda arrays: np.broadcast_to(arrays[0].reshape(-1, self.groups), shape).T)
+
+    def zeros(self, start: int, stop: int) -> ArrayRecipe:
         assert self.zero_point is not None, "an asymmetric weight has zero points"
-        return (whole(self.zero_point),)
+        name = self.zero_point.name
 
-    def zeros(self, arrays: Sequence[Array], start: int, stop: int) -> Array:
-        assert self.zero_point is not None
-        stored, name = arrays[0], self.zero_point.name
-        words = words_of_rows(self.bits, start, stop)
-        if stored.dtype != np.int32 or self.padded or words is None:
-            return true_zeros(stored, self.bits, self.N, self.padded, name)[:, start:stop]
-        return true_zeros(stored[words], self.bits, stop - start, self.padded, name)
+        def build(arrays: Arrays) -> Array:
+            stored = arrays[0]
+            words = words_of_rows(self.bits, start, stop)
+            if stored.dtype != np.int32 or self.padded or words is None:
+                return true_zeros(stored, self.bits, self.N, self.padded, name)[:, start:stop]
+            return true_zeros(stored[words], self.bits, stop - start, self.padded, name)
 
-    def decoded(self, codes: Array, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
-        """Rows `start:stop` from offset-binary codes `[n, K]` and the arrays of `scale_inputs` and `zero_inputs`."""
-        col = column_groups(self)
-        zeros = None if self.symmetric else self.zeros(arrays[1:], start, stop).T
-        values = subtract_zeros(codes, zeros, self.bits, col)
-        return Decoded("int", values, self.scales(arrays[:1]).T[start:stop], np.arange(stop - start), col)
+        return Recipe((whole(self.zero_point),), build)
+
+    def decoded(self, start: int, stop: int) -> DecodedRecipe:
+        scales = self.scales()
+        zeros = None if self.symmetric else self.zeros(start, stop)
+
+        def build(arrays: Arrays) -> Decoded:
+            col = column_groups(self)
+            minus = None if zeros is None else zeros.build(arrays[2:]).T
+            values = subtract_zeros(self.unpacked(arrays[0]), minus, self.bits, col)
+            return Decoded("int", values, scales.build(arrays[1:2]).T[start:stop], np.arange(stop - start), col)
+
+        inputs = (self.code_rows(start, stop), *scales.inputs)
+        return Recipe(inputs if zeros is None else inputs + zeros.inputs, build)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +116,18 @@ class PackedWeight(ScaledInts):
     def verbatim(self) -> bool:
         return self.bits == 4 and self.groups_of is None
 
-    def code_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        return (rows(self.packed, start, stop),)
+    def codes(self, start: int, stop: int) -> FillRecipe:
+        return Recipe((self.code_rows(start, stop),), self._fill_codes)
 
-    def code_words(self, arrays: Sequence[Array], out: Array) -> None:
+    def code_rows(self, start: int, stop: int) -> Slice:
+        return rows(self.packed, start, stop)
+
+    def unpacked(self, stored: Array) -> Array:
+        if self.bits == 4:
+            return unpack_nibbles(stored.view(np.uint8))[:, : self.K]
+        return unpack(stored.view(np.uint32), self.bits, self.K, self.padded)
+
+    def _fill_codes(self, arrays: Arrays, out: Array) -> None:
         packed = arrays[0].view(np.uint32)
         if self.bits == 4:
             out[...] = packed
@@ -116,18 +139,6 @@ class PackedWeight(ScaledInts):
                 spread_words(packed[first:last].T, self.bits, out[first:last].T)
             else:
                 out[first:last] = pack_nibbles(unpack(packed[first:last], self.bits, self.K, self.padded))
-
-    def decode_inputs(self, start: int, stop: int) -> tuple[Slice, ...]:
-        inputs = (rows(self.packed, start, stop), *self.scale_inputs())
-        return inputs if self.symmetric else inputs + self.zero_inputs()
-
-    def decode(self, arrays: Sequence[Array], start: int, stop: int) -> Decoded:
-        packed = arrays[0]
-        if self.bits == 4:
-            codes = unpack_nibbles(packed.view(np.uint8))[:, : self.K]
-        else:
-            codes = unpack(packed.view(np.uint32), self.bits, self.K, self.padded)
-        return self.decoded(codes, arrays[1:], start, stop)
 
 
 def true_zeros(stored: Array, bits: int, N: int, padded: bool, name: str) -> Array:

@@ -1,0 +1,91 @@
+"""What every module of a source would become, and why some would not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from xpuquant.conversion.options import Options
+from xpuquant.formats.architecture import expert_of
+from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.layouts import layouts
+from xpuquant.formats.layouts.base import Conversion, Refusal
+from xpuquant.formats.layouts.compressed_tensors.config import FAMILY
+from xpuquant.formats.layouts.compressed_tensors.modules import gather_linears
+from xpuquant.formats.layouts.dequantized import dequantize
+from xpuquant.formats.layouts.modules import ExpertStack, Module, gather_modules
+from xpuquant.formats.readers.fold_act_order import fold_act_order
+from xpuquant.formats.readers.reading import Reading, read
+from xpuquant.formats.scheme import compact
+from xpuquant.formats.weights.base import Weight
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """A quantized module of the source and what becomes of it."""
+
+    source: Module
+    conversion: Conversion
+
+    @property
+    def weights(self) -> list[tuple[str, int | None, Weight]]:
+        """(role, expert, weight) of every matrix."""
+        return list(self.source.matrices())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.conversion.tensors)
+
+
+def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule], dict[str, str], Reading]:
+    """What every module would become: (convertible ones, module → reason for the others, the reading)."""
+    reading = read(checkpoint)
+    planned: list[PlannedModule] = []
+    refused = dict(reading.refused)
+    # Siblings of an expert that cannot be read are refused with it, not reported as an incomplete stack.
+    stacks = {expert[0] for name in refused if (expert := expert_of(name)) is not None}
+    weights = [w for w in reading.weights if (expert := expert_of(w.name)) is None or expert[0] not in stacks]
+    if options.fold_act_order:
+        weights = fold_act_order(checkpoint, weights)
+    gather = gather_linears if options.layout == FAMILY else gather_modules
+    for module in gather(checkpoint, weights):
+        offer = _offer(module, options)
+        if isinstance(offer, Conversion):
+            planned.append(PlannedModule(module, offer))
+        elif options.on_unsupported == "dequantize":
+            planned.append(PlannedModule(module, dequantize(module, offer.reason)))
+        else:
+            refused[module.name] = offer.reason
+    return planned, refused, reading
+
+
+def _offer(module: Module, options: Options) -> Conversion | Refusal:
+    """The answer of the one layout for this kind of module."""
+    for layout in layouts(options.layout).values():
+        if (offer := layout.offer(module, options.scale_dtype)) is not None:
+            return offer
+    without = "compressed-tensors layout" if options.layout == FAMILY else "XPU kernel"
+    return Refusal(f"{kind_of(module)} has no {without}")
+
+
+def refusal(refused: Mapping[str, str], readable: bool, layout: str) -> str:
+    """One line for modules that cannot be converted: reasons, with the modules of each as compact patterns.
+
+    Args:
+        refused: module → reason.
+        readable: all of them could be read, so that they can be dequantized.
+        layout: the `--layout` asked for.
+    """
+    shown = "XPU" if layout == "xpu" else layout
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        by_reason.setdefault(reason, []).append(name)
+    listed = "; ".join(f"{reason}: {', '.join(compact(names))}" for reason, names in by_reason.items())
+    fix = ". Pass --on-unsupported dequantize to store them as bf16" if readable else ""
+    return f"{len(refused)} modules have no exact {shown} layout: {listed}{fix}"
+
+
+def kind_of(module: Module) -> str:
+    """What a module's weights are, for tables and refusals."""
+    kinds = dict.fromkeys(weight.kind for _, _, weight in module.matrices())
+    return " + ".join(kinds) + (" experts" if isinstance(module, ExpertStack) else "")

@@ -1,0 +1,326 @@
+"""What makes the bytes of the output's tensors: one filler per way in which a tensor differs from its source.
+
+Each names what it fills. A filler is small and holds no data: a plan has a few for every matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from xpuquant.formats.checkpoint import Array, columns
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.layouts.base import Filler, Piece
+from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, SIGN_FLIP, pack_nibbles
+from xpuquant.formats.weights.base import ROWS_MULTIPLE, Arrays, Weight, all_inputs, deal, row_blocks
+from xpuquant.formats.weights.decoded import to_bf16
+from xpuquant.formats.weights.floats import FP8_BLOCK, FloatWeight
+from xpuquant.formats.weights.integers import WORD_ZERO, IntWeight, Regrouping
+from xpuquant.formats.weights.parts import BiasRows, FloatRows
+
+LINE_BYTES = 64
+"""Rows of a transposed stack are columns of the source, and are cut in multiples of a line of the cache."""
+
+# Of integer weights.
+
+
+@dataclass(frozen=True)
+class FillWords(Filler):
+    """`[stop - start, K/8]` u4 words of rows `start:stop`; two's complement nibbles (u4 XOR 8) where `signed`."""
+
+    weight: IntWeight
+    start: int
+    stop: int
+    signed: bool = False
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        words = out.view(np.uint32).reshape(-1, self.weight.K // NIBBLES_PER_WORD)
+        self.weight.words(self.start, self.stop).build(arrays, words)
+        if self.signed:
+            np.bitwise_xor(words, SIGN_FLIP, out=words)
+
+    def piece(self) -> Piece:
+        """The words; a copy where the source has them so."""
+        inputs = self.weight.words(self.start, self.stop).inputs
+        verbatim = self.weight.verbatim and not self.signed
+        return Piece(inputs, (self.stop - self.start) * self.weight.K // 2, None if verbatim else self)
+
+    def cut(self, piece: Piece, limit: int) -> Iterator[Piece]:
+        """The rows in blocks. Act-order stays whole: each block would derive the order again."""
+        if self.weight.groups_of is not None:
+            yield piece
+            return
+        for first, last in row_blocks(self.stop - self.start, self.weight.K // 2, ROWS_MULTIPLE, limit):
+            yield replace(self, start=self.start + first, stop=self.start + last).piece()
+
+
+def word_pieces(weight: IntWeight, signed: bool = False) -> tuple[Piece, ...]:
+    """`[N, K/8]` words of a whole weight, in blocks of rows."""
+    blocks = row_blocks(weight.N, weight.K // 2, NIBBLES_PER_WORD)
+    return tuple(FillWords(weight, start, stop, signed).piece() for start, stop in blocks)
+
+
+@dataclass(frozen=True)
+class FillGroupScales(Filler):
+    """`[K/g, N]` scales (`[N, K/g]` where `by_row`), regrouped and cast to `dtype`."""
+
+    weight: IntWeight
+    groups: Regrouping
+    dtype: str
+    by_row: bool = False
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        scales = self.groups.rows(self.weight.scales().build(arrays))
+        if self.by_row:
+            scales = scales.T
+        out.view(numpy_dtype(self.dtype)).reshape(scales.shape)[...] = scales
+
+    def piece(self) -> Piece:
+        count = self.weight.N * (self.weight.K // self.groups.size)
+        return Piece(self.weight.scales().inputs, count * numpy_dtype(self.dtype).itemsize, self)
+
+
+@dataclass(frozen=True)
+class FillZeroPoints(Filler):
+    """`[K/g, ceil(N/8)]` words of true zero points, packed along N (`[ceil(N/8), K/g]` where `by_row`). Those of a
+    weight that needs none are 8."""
+
+    weight: IntWeight
+    groups: Regrouping
+    by_row: bool = False
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        N = self.weight.N
+        width = -(-N // NIBBLES_PER_WORD)
+        target = out.view(np.uint32).reshape((width, -1) if self.by_row else (-1, width))
+        if not self.weight.has_zero_points:
+            target[...] = WORD_ZERO * 0x11111111
+            return
+        zeros = self.groups.rows(self.weight.zeros(0, N).build(arrays))
+        missing = -N % NIBBLES_PER_WORD
+        words = pack_nibbles(np.pad(zeros, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(zeros))
+        target[...] = words.T if self.by_row else words
+
+    def piece(self) -> Piece:
+        inputs = self.weight.zeros(0, self.weight.N).inputs if self.weight.has_zero_points else ()
+        words = -(-self.weight.N // NIBBLES_PER_WORD) * (self.weight.K // self.groups.size)
+        return Piece(inputs, 4 * words, self)
+
+
+@dataclass(frozen=True)
+class FillOrder(Filler):
+    """int32 `[K]`: the act-order permutation."""
+
+    weight: IntWeight
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        order = self.weight.order
+        assert order is not None, "only a weight in act-order has a permutation"
+        out.view(np.int32)[...] = order
+
+
+@dataclass(frozen=True)
+class FillShape(Filler):
+    """int64 `[2]`: N, K."""
+
+    N: int
+    K: int
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        out.view(np.int64)[...] = self.N, self.K
+
+
+# Of float weights.
+
+
+@dataclass(frozen=True)
+class FillUpright(Filler):
+    """Rows of codes from a source that stores them as columns, or with other rows between them."""
+
+    weight: FloatWeight
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        stored = arrays[0].view(np.uint8)
+        codes = stored.T if self.weight.transposed else stored
+        step = self.weight.stride.step if isinstance(self.weight, FloatRows) else 1
+        out.reshape(-1, codes.shape[1])[...] = codes[::step]
+
+
+def code_pieces(weight: FloatWeight) -> tuple[Piece, ...]:
+    """Codes `[N, K]`, two to a byte those of fp4, in blocks of rows; copied where the source has them so."""
+    skips = isinstance(weight, FloatRows) and weight.stride.step > 1
+    filler = FillUpright(weight) if weight.transposed or skips else None
+    width = weight.K // 2 if weight.element == "e2m1" else weight.K
+    return tuple(
+        Piece((weight.code_rows(start, stop),), (stop - start) * width, filler)
+        for start, stop in row_blocks(weight.N, width)
+    )
+
+
+@dataclass(frozen=True)
+class FillScales(Filler):
+    """The scales as they lie in the source, cast to `dtype`."""
+
+    weight: FloatWeight
+    dtype: str
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        scales = self.weight.scales(0, self.weight.N).build(arrays)
+        out.view(numpy_dtype(self.dtype)).reshape(scales.shape)[...] = scales
+
+    def piece(self) -> Piece:
+        rows, columns = self.weight.block
+        count = -(-self.weight.N // rows) * -(-self.weight.K // columns)
+        return Piece(self.weight.scales(0, self.weight.N).inputs, count * numpy_dtype(self.dtype).itemsize, self)
+
+
+@dataclass(frozen=True)
+class FillBlockScales(Filler):
+    """`[K / column_step, N / row_step]` scales of one weight, `[N / row_step, K / column_step]` where `by_row`.
+
+    dtype  `F32` (every source dtype widens to it exactly), or `U8` for exponents
+    """
+
+    weight: FloatWeight
+    row_step: int
+    column_step: int
+    dtype: str
+    by_row: bool = False
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        scales = self.weight.scales(0, self.weight.N).build(arrays)
+        spread = self.weight.spread(scales, self.row_step, self.column_step)
+        values = np.ascontiguousarray(spread).view(np.uint8) if self.dtype == "U8" else spread.astype(np.float32)
+        target = values if self.by_row else values.T
+        out.view(numpy_dtype(self.dtype)).reshape(target.shape)[...] = target
+
+    def piece(self) -> Piece:
+        count = (self.weight.N // self.row_step) * (self.weight.K // self.column_step)
+        inputs = self.weight.scales(0, self.weight.N).inputs
+        return Piece(inputs, count * numpy_dtype(self.dtype).itemsize, None if self._verbatim else self)
+
+    @property
+    def _verbatim(self) -> bool:
+        """Whether the source's exponents lie just so."""
+        same = (
+            self.by_row and self.weight.block == (self.row_step, self.column_step) and type(self.weight) is FloatWeight
+        )
+        return self.dtype == "U8" and same and not self.weight.exponent_shift and not self.weight.transposed
+
+
+@dataclass(frozen=True)
+class FillExpertScales(Filler):
+    """The float32 scales of one expert: one number, or `[K/128, N/128]` where `blocks`, of matrices that lie side by
+    side."""
+
+    members: tuple[FloatWeight, ...]
+    blocks: bool
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        recipes = [weight.scales(0, weight.N) for weight in self.members]
+        tables = [recipe.build(mine) for recipe, mine in zip(recipes, deal(recipes, arrays), strict=True)]
+        target = out.view(np.float32)
+        if not self.blocks:
+            target[...] = tables[0].astype(np.float32).reshape(1)
+            return
+        both = zip(self.members, tables, strict=True)
+        scales = np.concatenate([weight.spread(table, FP8_BLOCK, FP8_BLOCK) for weight, table in both])
+        target.reshape(scales.T.shape)[...] = scales.T.astype(np.float32)
+
+    def piece(self) -> Piece:
+        inputs = all_inputs([weight.scales(0, weight.N) for weight in self.members])
+        codes = sum(weight.N * weight.K for weight in self.members)
+        return Piece(inputs, 4 * (codes // FP8_BLOCK**2 if self.blocks else 1), self)
+
+
+@dataclass(frozen=True)
+class FillSideBySide(Filler):
+    """Rows `[n, N]` of a transposed stack: the columns of each matrix after those of the one before, or alternating.
+
+    widths     N of each matrix
+    alternate  columns of the two matrices alternate
+    """
+
+    widths: tuple[int, ...]
+    alternate: bool
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        from xpuquant.formats.packing.convert_loops import transpose_bytes
+
+        target = out.reshape(-1, sum(self.widths))
+        left = 0
+        for i, (array, width) in enumerate(zip(arrays, self.widths, strict=True)):
+            place = target[:, i::2] if self.alternate else target[:, left : left + width]
+            transpose_bytes(array.view(np.uint8), place)
+            left += width
+
+    def cut(self, piece: Piece, limit: int) -> Iterator[Piece]:
+        """Rows of the output, which are columns of every input."""
+        total = sum(self.widths)
+        for first, last in row_blocks(piece.nbytes // total, total, LINE_BYTES, limit):
+            inputs = tuple(columns(part.tensor, part.start + first, part.start + last) for part in piece.inputs)
+            yield Piece(inputs, (last - first) * total, self)
+
+
+# Of any.
+
+
+@dataclass(frozen=True)
+class FillInterleaved(Filler):
+    """Rows of two pieces by turns: the first of `even`, the first of `odd`, the second of `even`, ..."""
+
+    even: Piece
+    odd: Piece
+    rows: int
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        pairs = out.reshape(self.rows, 2, -1)
+        at = len(self.even.inputs)
+        for side, (piece, mine) in enumerate(((self.even, arrays[:at]), (self.odd, arrays[at:]))):
+            half = np.empty(piece.nbytes, np.uint8)
+            piece.fill(mine, half)
+            pairs[:, side] = half.reshape(self.rows, -1)
+
+    def piece(self) -> Piece:
+        return Piece(self.even.inputs + self.odd.inputs, self.even.nbytes + self.odd.nbytes, self)
+
+
+@dataclass(frozen=True)
+class FillCast(Filler):
+    """The one input, cast to `dtype` (a safetensors label)."""
+
+    dtype: str
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        target = out.view(numpy_dtype(self.dtype))
+        target[...] = arrays[0].reshape(target.shape)
+
+
+@dataclass(frozen=True)
+class FillBias(Filler):
+    """A bias taken out of a fused one."""
+
+    bias: BiasRows
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        values = self.bias.values().build(arrays)
+        out.view(values.dtype)[...] = values
+
+
+@dataclass(frozen=True)
+class FillDequantized(Filler):
+    """Rows `start:stop` as bf16, rounded once."""
+
+    weight: Weight
+    start: int
+    stop: int
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        target = out.view(numpy_dtype("BF16")).reshape(-1, self.weight.K)
+        target[...] = to_bf16(self.weight.decoded(self.start, self.stop).build(arrays).values())
+
+    def piece(self) -> Piece:
+        nbytes = (self.stop - self.start) * self.weight.K * 2
+        return Piece(self.weight.decoded(self.start, self.stop).inputs, nbytes, self)
