@@ -1,6 +1,6 @@
 """SmolLM2-135M as real producers quantize it, and its dequantized twin, decoded by the plain definition of each format.
 
-`scripts/make-smollm2` makes the models, in $XPUQUANT_SMOLLM2 or .cache/smollm2; what exists is kept.
+`scripts/fixtures/make-smollm2` makes the models, in $XPUQUANT_SMOLLM2 or .cache/smollm2; what exists is kept.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ QUANTIZED = {
     "llmcompressor-mxfp4": "mxfp4_linear g32",
     "llmcompressor-mxfp8": "mxfp8_linear g32",
 }
-"""What `make-smollm2` calls it → the scheme that its linears get."""
+"""What `scripts/fixtures/make-smollm2` calls it → the scheme that its linears get."""
 Tensors = dict[str, torch.Tensor]
 
 
 def source(name: str) -> Path:
     """The folder of a quantized model, made where it is absent: minutes, and its producer's environment."""
     folder = Path(os.environ.get("XPUQUANT_SMOLLM2") or REPO / ".cache" / "smollm2")
-    subprocess.run([str(REPO / "scripts" / "make-smollm2"), str(folder), name], check=True)
+    subprocess.run([str(REPO / "scripts" / "fixtures" / "make-smollm2"), str(folder), name], check=True)
     return folder / name
 
 
