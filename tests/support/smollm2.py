@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.models import E2M1
+from support.packers import unpack_tensor
 
 REPO = Path(__file__).parents[2]
 QUANTIZED = {
@@ -38,25 +39,19 @@ def source(name: str) -> Path:
     return folder / name
 
 
-def nibbles(words: torch.Tensor) -> torch.Tensor:
-    """int32 `[..., n]` → `[..., 8n]`, or uint8 `[..., n]` → `[..., 2n]`: lowest nibble first."""
-    octets = words.contiguous().view(torch.uint8)
-    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2).int()
-
-
 def gptq(t: Tensors) -> torch.Tensor:
     """qweight `[K/8, N]`, qzeros `[G, N/8]` of zero points minus one (v1), scales `[G, N]`, g_idx `[K]`."""
-    codes = nibbles(t["qweight"].t())
-    zeros = (nibbles(t["qzeros"]) + 1)[t["g_idx"].long()].t()
+    codes = unpack_tensor(t["qweight"].t())
+    zeros = (unpack_tensor(t["qzeros"]) + 1)[t["g_idx"].long()].t()
     return (codes - zeros) * t["scales"].float()[t["g_idx"].long()].t()
 
 
 def packed(t: Tensors) -> torch.Tensor:
     """weight_packed `[N, K/8]`, weight_scale `[N, G]`, weight_zero_point `[N/8, G]`; codes and zero points plus 8."""
-    codes = nibbles(t["weight_packed"])
+    codes = unpack_tensor(t["weight_packed"])
     zeros = torch.tensor(8)
     if "weight_zero_point" in t:
-        zeros = nibbles(t["weight_zero_point"].t()).t()
+        zeros = unpack_tensor(t["weight_zero_point"].t()).t()
         zeros = zeros.repeat_interleave(codes.shape[1] // zeros.shape[1], 1)
     return (codes - zeros) * spread(t["weight_scale"], codes)
 
@@ -72,7 +67,7 @@ def spread(scale: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 
 def mxfp4(t: Tensors) -> torch.Tensor:
-    codes = nibbles(t["weight_packed"])
+    codes = unpack_tensor(t["weight_packed"])
     return torch.cat([E2M1, -E2M1])[codes] * spread(t["weight_scale"], codes)
 
 
