@@ -2,7 +2,7 @@
 
 It takes GPTQ tensors: qweight `[K/8, N]`, scales `[K/g, N]`, qzeros `[K/g, N/8]` with each zero point minus
 one (it adds the one back and lets 16 wrap to 0, so a true zero point of 0 survives as a stored 15). Its last
-release, 2.8, needs torch 2.8: it lives in an environment of its own (scripts/test-ipex).
+release, 2.8, needs torch 2.8: it lives in an environment of its own (scripts/lanes/ipex).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _quantization() -> Any:
     Raises:
         EnvironmentFault: not installed, or not for this torch.
     """
-    own = "run scripts/test-ipex, which makes an environment with torch 2.8 for it"
+    own = "run scripts/lanes/ipex, which makes an environment with torch 2.8 for it"
     try:
         release = metadata.version("intel-extension-for-pytorch")
         torch_release = metadata.version("torch")

@@ -1,14 +1,80 @@
-"""For every test: one BLAS thread (workers run side by side, and threads below them only spin), and no deadline for an
-example of hypothesis (the first call of a compiled loop compiles it)."""
+"""For every test: threads, hypothesis, markers by folder, the wheel of this tree, and a table of what was skipped."""
 
+from __future__ import annotations
+
+import fcntl
 import os
+import subprocess
+import sys
+from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
+import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+# Workers run side by side; threads below them only spin.
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 with suppress(ImportError):  # the slow lanes' environments have no hypothesis
     from hypothesis import settings
 
+    # No deadline: the first call of a compiled loop compiles it.
     settings.register_profile("compiled", deadline=None)
     settings.load_profile("compiled")
+
+FOLDER_MARKERS = {"reliability": "reliability", "serving/vllm_plugin": "vllm"}
+"""Folder below tests/ → the marker that every test in it gets."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for folder, marker in FOLDER_MARKERS.items():
+            if item.path.is_relative_to(TESTS / folder):
+                item.add_marker(marker)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, counted by reason: a skip that nobody sees is a test that nobody has."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        # (file, line, "Skipped: reason") of a skip; of an expected failure a text.
+        said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[said.removeprefix("Skipped: ")] += 1
+    if reasons:
+        terminalreporter.section("skipped, by reason")
+        for reason, number in reasons.most_common():
+            terminalreporter.write_line(f"{number:5}  {reason}")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this tree, built without network, once for all workers of a run."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "wheel"
+    with (shared / "wheel.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not any(out.glob("*.whl")):
+            _build_wheel(shared / "tree", out)
+    return next(out.glob("*.whl"))
+
+
+def _build_wheel(tree: Path, out: Path) -> None:
+    """From a copy: setuptools leaves folders where it builds."""
+    tree.mkdir(exist_ok=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "xpuquant", "convert", "formats", "kernels"):
+        subprocess.run(["cp", "-rL", "--", str(ROOT / name), str(tree)], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    built = subprocess.run(
+        [*command, "-w", str(out), str(tree)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    if built.returncode:
+        pytest.skip(f"no wheel can be built here: {built.stderr.strip().splitlines()[-1]}")

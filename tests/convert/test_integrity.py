@@ -20,7 +20,7 @@ from support.fuzz.tally import count
 from xpuquant.conversion.verify.integrity import UNPROTECTED, seal
 
 PLACES = int(os.environ.get("XPUQUANT_TRUST_PLACES", "60"))
-"""Random bits; scripts/test-trust takes a thousand and more."""
+"""Random bits; scripts/lanes/trust takes a thousand and more."""
 
 
 @pytest.fixture(scope="module")

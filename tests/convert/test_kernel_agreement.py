@@ -144,7 +144,7 @@ MADE = {
     "mxfp4 expert": lambda seed: hand.mx(64, 256, "mxfp4", experts=True, seed=seed),
 }
 SEEDS = int(os.environ.get("XPUQUANT_TRUST_ROUNDS", "3"))
-"""Layers of each kind; scripts/test-trust takes more."""
+"""Layers of each kind; scripts/lanes/trust takes more."""
 
 
 def spoil(layer: Layer, rng: np.random.Generator) -> Layer:

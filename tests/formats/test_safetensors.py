@@ -81,7 +81,7 @@ def many(count: int) -> bytes:
 
 
 def test_a_million_tensors_take_seconds_and_no_more_memory_than_they_need() -> None:
-    """A tenth of them here; scripts/test-trust takes the million through the command line."""
+    """A tenth of them here; scripts/lanes/trust takes the million through the command line."""
     header = many(100_000)
     began = time.process_time()
     assert len(parse(header, 200_000)) == 100_000

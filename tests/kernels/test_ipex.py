@@ -1,5 +1,5 @@
 """What is particular to IPEX. It runs in an environment of its own, with its part of test_kernels.py:
-scripts/test-ipex.
+scripts/lanes/ipex.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from support.fuzz.tally import count
 
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
 ROUNDS = int(os.environ.get("XPUQUANT_TRUST_ROUNDS", "3"))
-"""Random moments per signal; scripts/test-trust takes more."""
+"""Random moments per signal; scripts/lanes/trust takes more."""
 LONG = ROUNDS > 3
 NOBODY = 65534
 

@@ -1,5 +1,5 @@
 """Spoiled checkpoints: a verified exact output or a clean refusal, no third outcome. A few hundred of the cases that
-scripts/test-trust plays by the ten thousand, and what it has found so far."""
+scripts/lanes/trust plays by the ten thousand, and what it has found so far."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ class TestLinks:
 class TestConfigs:
     @pytest.mark.parametrize("fixture", KINDS, ids=lambda path: path.name)
     def test_values_of_any_type(self, fixture: Path, tmp_path: Path) -> None:
-        """Each key that any reader looks at, with bad values; scripts/test-trust takes more of the product."""
+        """Each key that any reader looks at, with bad values; scripts/lanes/trust takes more of the product."""
         load(fixture).write(tmp_path / "source")
         path = tmp_path / "source" / "config.json"
         whole = json.loads(path.read_text())
@@ -452,7 +452,7 @@ class TestPlaces:
 
 
 def test_a_million_tensors_through_the_command_line(tmp_path: Path) -> None:
-    """XPUQUANT_TRUST_TENSORS of them (a million in scripts/test-trust), in bounded memory and time."""
+    """XPUQUANT_TRUST_TENSORS of them (a million in scripts/lanes/trust), in bounded memory and time."""
     tensors = int(os.environ.get("XPUQUANT_TRUST_TENSORS", "20000"))
     (tmp_path / "source").mkdir()
     shutil.copy(GPTQ / "config.json", tmp_path / "source")

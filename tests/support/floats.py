@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from support.ints import Array, Tensors
+from support.packers import pack_bytes
 
 FP8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 E8M0 = ml_dtypes.float8_e8m0fnu
@@ -93,7 +94,7 @@ class Floats:
     @property
     def packed(self) -> Array:
         """uint8 `[N, K/2]`: the even column in the low nibble."""
-        return (self.codes[:, 0::2] | self.codes[:, 1::2] << 4).astype(np.uint8)
+        return pack_bytes(self.codes)
 
     def rows_of(self, start: int, stop: int, step: int = 1) -> Floats:
         """Some rows of a matrix whose scales do not cross rows."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from support.packers import pack_words
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.repo.converted import Repo
@@ -137,12 +138,7 @@ def awq(weight: Ints) -> Tensors:
     """AWQ `gemm` tensors."""
 
     def packed(rows: Array) -> Array:
-        return words(
-            [
-                [sum(int(row[8 * j + AWQ_ORDER[i]]) << 4 * i for i in range(8)) for j in range(len(row) // 8)]
-                for row in rows
-            ]
-        )
+        return pack_words(rows.reshape(len(rows), -1, 8)[..., AWQ_ORDER].reshape(rows.shape))
 
     return {"qweight": packed(weight.codes.T), "qzeros": packed(weight.zeros), "scales": weight.scales}
 

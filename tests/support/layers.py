@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from support.packers import pack_bytes, pack_words
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.base import Layer
 
@@ -19,19 +20,6 @@ Array = np.ndarray[Any, Any]
 
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-
-
-def pack_words(codes: Array) -> Array:
-    """int32 `[R, C/8]` from codes `[R, C]` below 16: code j of a word at bit 4j."""
-    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
-    for j in range(8):
-        words |= codes[:, j::8].astype(np.uint32) << np.uint32(4 * j)
-    return words.view(np.int32)
-
-
-def pack_bytes(codes: Array) -> Array:
-    """uint8 `[R, C/2]` from codes `[R, C]` below 16: the even column in the low nibble."""
-    return (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
 
 
 def int4_linear(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.packers import pack_tensor
 from xpuquant.formats.scheme import Scheme, to_config
 
 VOCAB = 512
@@ -27,11 +28,6 @@ class Pair:
 
     converted: Path
     plain: Path
-
-
-def nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 codes `[..., n]` → bytes `[..., n/2]`, low nibble first."""
-    return (codes[..., 0::2] | codes[..., 1::2] << 4).contiguous()
 
 
 def grouped(weight: torch.Tensor, size: int) -> torch.Tensor:
@@ -55,11 +51,11 @@ def int4(weight: torch.Tensor, scheme: Scheme) -> Packed:
     codes = (groups / scale.float() + zero).round().clamp(0, 15)
     values = ((codes - zero) * scale.float()).reshape(N, K)
     tensors = {
-        "qweight": nibbles(codes.reshape(N, K).to(torch.uint8)).view(torch.int32),
+        "qweight": pack_tensor(codes.reshape(N, K).to(torch.uint8)).view(torch.int32),
         "scales": scale.squeeze(-1).t().contiguous(),
     }
     if not scheme.symmetric:
-        tensors["qzeros"] = nibbles(zero.squeeze(-1).t().to(torch.uint8)).view(torch.int32)
+        tensors["qzeros"] = pack_tensor(zero.squeeze(-1).t().to(torch.uint8)).view(torch.int32)
     if scheme.act_order:
         tensors["g_idx"] = order.to(torch.int32)
     plain = torch.empty_like(values)
@@ -71,7 +67,7 @@ def int4_expert(weight: torch.Tensor, scheme: Scheme) -> Packed:
     groups = grouped(weight, scheme.group_size)
     scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
     codes = (groups / scale.float()).round().clamp(-8, 7)
-    signed = nibbles((codes.reshape(weight.shape).to(torch.int8) & 15).to(torch.uint8))
+    signed = pack_tensor((codes.reshape(weight.shape).to(torch.int8) & 15).to(torch.uint8))
     return {"": signed, "_scale": scale.squeeze(-1)}, (codes * scale.float()).reshape(weight.shape)
 
 
@@ -88,8 +84,8 @@ def mxfp4(weight: torch.Tensor, scheme: Scheme) -> Packed:
     values = E2M1[code] * groups.sign() * scale
     signed = (code | (groups < 0).long() << 3).reshape(weight.shape).to(torch.uint8)
     if scheme.experts:
-        return {"": nibbles(signed), "_scale": exponent}, values.reshape(weight.shape)
-    return {"weight": nibbles(signed), "weight_scale": exponent.t().contiguous()}, values.reshape(weight.shape)
+        return {"": pack_tensor(signed), "_scale": exponent}, values.reshape(weight.shape)
+    return {"weight": pack_tensor(signed), "weight_scale": exponent.t().contiguous()}, values.reshape(weight.shape)
 
 
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}

@@ -1,6 +1,6 @@
 """SmolLM2-135M as real producers quantize it, and its dequantized twin, decoded by the plain definition of each format.
 
-`scripts/make-smollm2` makes the models, in $XPUQUANT_SMOLLM2 or .cache/smollm2; what exists is kept.
+`scripts/fixtures/make-smollm2` makes the models, in $XPUQUANT_SMOLLM2 or .cache/smollm2; what exists is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.models import E2M1
+from support.packers import unpack_tensor
 
 REPO = Path(__file__).parents[2]
 QUANTIZED = {
@@ -27,36 +28,30 @@ QUANTIZED = {
     "llmcompressor-mxfp4": "mxfp4_linear g32",
     "llmcompressor-mxfp8": "mxfp8_linear g32",
 }
-"""What `make-smollm2` calls it → the scheme that its linears get."""
+"""What `scripts/fixtures/make-smollm2` calls it → the scheme that its linears get."""
 Tensors = dict[str, torch.Tensor]
 
 
 def source(name: str) -> Path:
     """The folder of a quantized model, made where it is absent: minutes, and its producer's environment."""
     folder = Path(os.environ.get("XPUQUANT_SMOLLM2") or REPO / ".cache" / "smollm2")
-    subprocess.run([str(REPO / "scripts" / "make-smollm2"), str(folder), name], check=True)
+    subprocess.run([str(REPO / "scripts" / "fixtures" / "make-smollm2"), str(folder), name], check=True)
     return folder / name
-
-
-def nibbles(words: torch.Tensor) -> torch.Tensor:
-    """int32 `[..., n]` → `[..., 8n]`, or uint8 `[..., n]` → `[..., 2n]`: lowest nibble first."""
-    octets = words.contiguous().view(torch.uint8)
-    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2).int()
 
 
 def gptq(t: Tensors) -> torch.Tensor:
     """qweight `[K/8, N]`, qzeros `[G, N/8]` of zero points minus one (v1), scales `[G, N]`, g_idx `[K]`."""
-    codes = nibbles(t["qweight"].t())
-    zeros = (nibbles(t["qzeros"]) + 1)[t["g_idx"].long()].t()
+    codes = unpack_tensor(t["qweight"].t())
+    zeros = (unpack_tensor(t["qzeros"]) + 1)[t["g_idx"].long()].t()
     return (codes - zeros) * t["scales"].float()[t["g_idx"].long()].t()
 
 
 def packed(t: Tensors) -> torch.Tensor:
     """weight_packed `[N, K/8]`, weight_scale `[N, G]`, weight_zero_point `[N/8, G]`; codes and zero points plus 8."""
-    codes = nibbles(t["weight_packed"])
+    codes = unpack_tensor(t["weight_packed"])
     zeros = torch.tensor(8)
     if "weight_zero_point" in t:
-        zeros = nibbles(t["weight_zero_point"].t()).t()
+        zeros = unpack_tensor(t["weight_zero_point"].t()).t()
         zeros = zeros.repeat_interleave(codes.shape[1] // zeros.shape[1], 1)
     return (codes - zeros) * spread(t["weight_scale"], codes)
 
@@ -72,7 +67,7 @@ def spread(scale: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 
 def mxfp4(t: Tensors) -> torch.Tensor:
-    codes = nibbles(t["weight_packed"])
+    codes = unpack_tensor(t["weight_packed"])
     return torch.cat([E2M1, -E2M1])[codes] * spread(t["weight_scale"], codes)
 
 

@@ -1,4 +1,4 @@
-"""These tests need vLLM: scripts/test-vllm makes an environment that has it."""
+"""These tests need vLLM: scripts/lanes/vllm makes an environment that has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the lanes of scripts/test-trust did, counted: a JSON line per event, in the file XPUQUANT_TRUST_TALLY names."""
+"""What the lanes of scripts/lanes/trust did, counted: a JSON line per event, in the file XPUQUANT_TRUST_TALLY names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def count(what: str, number: int = 1) -> None:
-    """Note that something was done `number` times. Nothing is noted outside scripts/test-trust."""
+    """Note that something was done `number` times. Nothing is noted outside scripts/lanes/trust."""
     path = os.environ.get("XPUQUANT_TRUST_TALLY")
     if path and number:
         with Path(path).open("a") as file:

@@ -1,4 +1,4 @@
-"""What `scripts/show-hub` runs: a conversion by repo id under a disk quota, a push, stock downloads, faults."""
+"""What `scripts/lanes/show-hub` runs: a conversion by repo id under a disk quota, a push, stock downloads, faults."""
 
 import os
 import re

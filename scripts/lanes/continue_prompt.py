@@ -1,6 +1,6 @@
 """Continue a sentence with a model, greedily, with Transformers.
 
-python scripts/_continue.py MODEL [--expect WORD] [--prompt TEXT]
+python scripts/lanes/continue_prompt.py MODEL [--expect WORD] [--prompt TEXT]
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A large checkpoint on paper: time, memory, disk and traffic, from measured rates.
 
-    python scripts/plan_scale.py --convert 0.8 --verify 0.7 [--hash 2.0] [--size 1000] [--nodes 16] [--shard 5]
+    python scripts/bench/scale.py --convert 0.8 --verify 0.7 [--hash 2.0] [--size 1000] [--nodes 16] [--shard 5]
                                  [--markdown docs/scale.md]
 
-Rates are GB/s of one node. From a table of bench_convert.py: `--convert` is size over the unverified time, `--verify`
+Rates are GB/s of one node. From a table of convert.py: `--convert` is size over the unverified time, `--verify`
 is size over what verification takes longer than that, `--hash` is one thread's sha256 of files in the page cache.
 """
 
@@ -14,8 +14,8 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from _bench import insert
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.measure import insert
 
 
 def table(size: float, shard: float, nodes: int, convert: float, verify: float, hashing: float) -> str:

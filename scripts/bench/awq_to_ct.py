@@ -1,6 +1,6 @@
 """AWQ to compressed-tensors: xpuquant against compressed-tensors' own converter, on the same input.
 
-    python scripts/bench_awq_to_ct.py [--rounds 5] [--folder DIR] [--dense 34] [--moe 0]
+    python scripts/bench/awq_to_ct.py [--rounds 5] [--folder DIR] [--dense 34] [--moe 0]
 
 An asymmetric AWQ checkpoint with the shapes of Llama-3.1-8B layers (and Qwen3-30B-A3B expert layers) is written; then,
 in turn, `cp -r`, `xpuquant convert --layout compressed-tensors` (unverified and verified) and
@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from _bench import XPUQUANT, Line, Run, Table, apart, fresh, median, ratio, timed, warm
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from bench.measure import XPUQUANT, Line, Run, Table, apart, fresh, median, ratio, timed, warm
 from support.real_shapes import Model, write_checkpoint
 
 from xpuquant.conversion.sources.shard_reader import ShardReader
@@ -49,7 +49,7 @@ convert_checkpoint(source, out, AutoAWQConverter.from_pretrained(source), max_wo
 
 def peer_python() -> Path:
     """The peer's environment, made where it is missing."""
-    venv = Path(os.environ.get("XPUQUANT_VENVS", Path(__file__).parent.parent)) / ".venv-compressed-tensors"
+    venv = Path(os.environ.get("XPUQUANT_VENVS", Path(__file__).resolve().parents[2])) / ".venv-compressed-tensors"
     mark = venv / ".installed"
     if not mark.exists() or mark.read_text() != PEER:
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)

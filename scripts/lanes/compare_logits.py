@@ -1,6 +1,6 @@
 """Load a converted repo with Transformers, run it, and compare with the source's exact weights.
 
-python scripts/_demo.py SOURCE OUT
+python scripts/lanes/compare_logits.py SOURCE OUT
 """
 
 from __future__ import annotations

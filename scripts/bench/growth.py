@@ -1,6 +1,6 @@
 """Does the cost per byte grow with the number of layers, the cost per tensor with the number of tensors?
 
-    python scripts/bench_growth.py [--rounds 3] [--folder DIR] [--svg docs/growth.svg] [--layers 64] [--tensors 100000]
+    python scripts/bench/growth.py [--rounds 3] [--folder DIR] [--svg docs/growth.svg] [--layers 64] [--tensors 100000]
 
 Two series of GPTQ checkpoints are converted, with and without verification, as whole processes: Llama-3.2-1B layers,
 from 1 to 64; and expert layers of matrices so small that only their number costs, from 1,000 tensors to 100,000. The
@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from _bench import XPUQUANT, Line, Run, Table, apart, fresh, median, peak_line, timed, warm
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from bench.measure import XPUQUANT, Line, Run, Table, apart, fresh, median, peak_line, timed, warm
 from support.real_shapes import Model, entries, write_checkpoint
 
 GOAL = 1.5

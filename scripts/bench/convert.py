@@ -1,6 +1,6 @@
 """Every goal of speed, memory and growth, measured in one run: one table, and exit code 1 when a goal is missed.
 
-    python scripts/bench_convert.py [--only gptq,ct,...] [--rounds 5] [--folder DIR] [--markdown FILE] [--svg FILE]
+    python scripts/bench/convert.py [--only gptq,ct,...] [--rounds 5] [--folder DIR] [--markdown FILE] [--svg FILE]
 
 Times are those of whole processes, start-up included, page cache warm, outputs removed in between; a ratio is the
 median over rounds of the ratio of two neighbouring runs. What there is to `--only`:
@@ -11,8 +11,8 @@ median over rounds of the ratio of two neighbouring runs. What there is to `--on
              when it returns, a copy in memory; the ratio to a copy and the flush of it stands beside, as information
     jobs     more `--jobs` are never slower
     inspect  a repo of 1,000 shards
-    peer     AWQ → compressed-tensors against that library's own converter (bench_awq_to_ct.py)
-    growth   time per byte from 1 to 64 layers, time per tensor from 1,000 to 100,000 tensors (bench_growth.py)
+    peer     AWQ → compressed-tensors against that library's own converter (awq_to_ct.py)
+    growth   time per byte from 1 to 64 layers, time per tensor from 1,000 to 100,000 tensors (growth.py)
 
 It needs 15 GB of disk and about 25 minutes. `--markdown docs/performance.md` renews the table there, `--svg
 docs/growth.svg` the plot.
@@ -26,11 +26,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import bench_awq_to_ct
-import bench_growth
-from _bench import XPUQUANT, Line, Run, Table, apart, fresh, insert, median, peak_line, ratio, timed, warm
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from bench import awq_to_ct
+from bench import growth as growing
+from bench.measure import XPUQUANT, Line, Run, Table, apart, fresh, insert, median, peak_line, ratio, timed, warm
 from support.real_shapes import FORMATS, Model, write_checkpoint
 
 COPY_GOAL = {"gptq": 2.0, "ct": 2.0, "fp8": 2.0, "mxfp4": 2.0, "awq": 3.0, "gptq3": 3.0, "gptq2": 3.0}
@@ -118,13 +118,13 @@ def bench_jobs(folder: Path, model: Model, rounds: int) -> list[Line]:
 def bench_inspect(folder: Path, rounds: int) -> list[Line]:
     """`inspect` of a repo of many shards; the weights are small, only headers are read."""
     source = folder / "source"
-    apart(write_checkpoint, source, "gptq", bench_growth.small_tensors(40), 68_000)
+    apart(write_checkpoint, source, "gptq", growing.small_tensors(40), 68_000)
     shards = len(list(source.glob("*.safetensors")))
     assert shards >= _SHARDS, shards
     warm(source)
     runs = [timed([*XPUQUANT, "inspect", source]) for _ in range(rounds + 1)][1:]
     shutil.rmtree(source)
-    tensors = bench_growth.count(bench_growth.small_tensors(40))
+    tensors = growing.count(growing.small_tensors(40))
     return [Line("inspect", median(runs), "s", INSPECT_GOAL_SECONDS, f"{shards} shards, {tensors} tensors")]
 
 
@@ -135,7 +135,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=None, help="scratch space (default: a temporary folder)")
     parser.add_argument("--dense", type=int, default=Model.dense, help="Llama-3.1-8B layers")
     parser.add_argument("--moe", type=int, default=Model.moe, help="Qwen3-30B-A3B layers")
-    parser.add_argument("--peer-layers", type=int, default=bench_awq_to_ct.LAYERS)
+    parser.add_argument("--peer-layers", type=int, default=awq_to_ct.LAYERS)
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     parser.add_argument("--svg", type=Path, help="write the plot of the growth here")
     arguments = parser.parse_args()
@@ -144,7 +144,7 @@ def main() -> int:
         parser.error(f"--only {', '.join(sorted(unknown))}: want some of {', '.join(PARTS)}")
     assert set(COPY_GOAL) == set(FORMATS)
     rounds, model = arguments.rounds, Model(dense=arguments.dense, moe=arguments.moe)
-    peer = bench_awq_to_ct.peer_python() if "peer" in parts else None
+    peer = awq_to_ct.peer_python() if "peer" in parts else None
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
         table = Table(folder, rounds)
@@ -155,14 +155,14 @@ def main() -> int:
         if "inspect" in parts:
             table.add(bench_inspect(folder, rounds))
         if peer is not None:
-            lines, same = bench_awq_to_ct.bench(folder, peer, Model(arguments.peer_layers, 0), rounds)
+            lines, same = awq_to_ct.bench(folder, peer, Model(arguments.peer_layers, 0), rounds)
             table.note(same)
             table.add(lines)
         if "growth" in parts:
-            growth = bench_growth.measure(folder, min(rounds, 3))
+            growth = growing.measure(folder, min(rounds, 3))
             table.add(growth.lines)
             if arguments.svg:
-                arguments.svg.write_text(bench_growth.plot(growth))
+                arguments.svg.write_text(growing.plot(growth))
     if arguments.markdown:
         insert(arguments.markdown, "bench_convert", table.markdown())
     return 0 if table.passed else 1

@@ -1,4 +1,4 @@
-"""Stock vLLM's own code for Intel GPUs, run on CPU tensors: what bench_load.py compares with."""
+"""Stock vLLM's own code for Intel GPUs, run on CPU tensors: what load.py compares with."""
 
 from __future__ import annotations
 

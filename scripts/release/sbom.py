@@ -1,9 +1,13 @@
 """A software bill of materials of a wheel of this project, CycloneDX 1.6 in JSON, on standard output.
 
-    scripts/sbom dist/xpuquant-0.1.0-py3-none-any.whl
+    .venv/bin/python -P scripts/release/sbom.py dist/xpuquant-0.1.0-py3-none-any.whl > xpuquant.cdx.json
 
-The wheel itself with its sha256, every file in it with its own, and what it requires: the versions and hashes that CI
-tests with (.ci/requirements.lock), the licences that their metadata state here. Nothing is fetched.
+The wheel itself with its sha256, every file in it with its own, and everything that its core requirements bring: the
+versions and hashes that CI tests with (.ci/requirements.lock), the licences that the metadata installed here state, and
+who requires whom. Nothing is fetched.
+
+Why not `cyclonedx-py`: its `environment` lists what is installed, without the sha256 of the wheel's files and of what
+the index holds; its `requirements` lists the whole lock, development tools included, without licences.
 """
 
 from __future__ import annotations
@@ -13,24 +17,30 @@ import json
 import re
 import sys
 import zipfile
+from collections.abc import Iterable
+from email.message import Message
 from email.parser import Parser
-from importlib.metadata import PackageNotFoundError, metadata
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 from typing import Any
 
-LOCK = Path(__file__).resolve().parent.parent / ".ci" / "requirements.lock"
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+LOCK = Path(__file__).resolve().parents[2] / ".ci" / "requirements.lock"
 
 
-def main(wheel: Path) -> dict[str, Any]:
+def bill_of_materials(wheel: Path) -> dict[str, Any]:
     """The bill of one wheel."""
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(archive.namelist())
         described = next(name for name in names if name.endswith(".dist-info/METADATA"))
         about = Parser().parsestr(archive.read(described).decode())
         files = [_file(name, archive.read(name)) for name in names if not name.endswith("/")]
+    core = [Requirement(line) for line in about.get_all("Requires-Dist") or []]
+    brought = closure(core)
+    reference = {name: f"pkg:pypi/{name}@{locked().get(name, ('', []))[0]}" for name in brought}
     purl = f"pkg:pypi/{about['Name']}@{about['Version']}"
-    required = {_name(line) for line in about.get_all("Requires-Dist") or [] if "extra ==" not in line}
-    components = [_requirement(name) for name in sorted(required)]
     return {
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
@@ -47,12 +57,43 @@ def main(wheel: Path) -> dict[str, Any]:
                 "components": files,
             }
         },
-        "components": components,
+        "components": [_component(name, reference[name]) for name in sorted(brought)],
         "dependencies": [
-            {"ref": purl, "dependsOn": [component["bom-ref"] for component in components]},
-            *({"ref": component["bom-ref"]} for component in components),
+            {"ref": purl, "dependsOn": sorted(reference[name] for name in wanted(core))},
+            *(
+                {"ref": reference[name], "dependsOn": sorted(reference[each] for each in direct if each in reference)}
+                for name, direct in sorted(brought.items())
+            ),
         ],
     }
+
+
+def closure(core: Iterable[Requirement]) -> dict[str, list[str]]:
+    """Everything that requirements bring, as installed here: package → the packages that it requires itself.
+
+    What is not installed is for another system, and left out.
+    """
+    brought: dict[str, list[str]] = {}
+    pending = wanted(core)
+    while pending:
+        name = pending.pop()
+        if name in brought:
+            continue
+        try:
+            brought[name] = wanted(Requirement(line) for line in requires(name) or [])
+        except PackageNotFoundError:
+            continue
+        pending += brought[name]
+    return brought
+
+
+def wanted(requirements: Iterable[Requirement]) -> list[str]:
+    """The names that apply to this system, without extras."""
+    return [
+        canonicalize_name(each.name)
+        for each in requirements
+        if each.marker is None or each.marker.evaluate({"extra": ""})
+    ]
 
 
 def locked() -> dict[str, tuple[str, list[str]]]:
@@ -71,7 +112,7 @@ def locked() -> dict[str, tuple[str, list[str]]]:
 def licence(name: str) -> str:
     """What a package's own metadata say; empty where it is not installed."""
     try:
-        about = metadata(name)
+        about: Message = metadata(name)  # type: ignore[assignment]
     except PackageNotFoundError:
         return ""
     classified = [entry for entry in about.get_all("Classifier") or [] if entry.startswith("License")]
@@ -79,9 +120,8 @@ def licence(name: str) -> str:
     return stated or (about.get("License") or "").splitlines()[0]
 
 
-def _requirement(name: str) -> dict[str, Any]:
+def _component(name: str, purl: str) -> dict[str, Any]:
     version, hashes = locked().get(name, ("", []))
-    purl = f"pkg:pypi/{name}@{version}"
     return {
         "type": "library",
         "bom-ref": purl,
@@ -95,10 +135,6 @@ def _requirement(name: str) -> dict[str, Any]:
     }
 
 
-def _name(requirement: str) -> str:
-    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
-
-
 def _file(name: str, data: bytes) -> dict[str, Any]:
     return {"type": "file", "bom-ref": f"file:{name}", "name": name, "hashes": [_sha256(data)]}
 
@@ -109,5 +145,5 @@ def _sha256(data: bytes) -> dict[str, str]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: scripts/sbom WHEEL")
-    print(json.dumps(main(Path(sys.argv[1])), indent=2))
+        sys.exit("usage: python scripts/release/sbom.py WHEEL")
+    print(json.dumps(bill_of_materials(Path(sys.argv[1])), indent=2))

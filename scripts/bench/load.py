@@ -1,6 +1,6 @@
 """Load cost: the source through stock vLLM's own code for Intel GPUs, and the converted repo through the plugin.
 
-    scripts/test-vllm --env-only && .venv-vllm/bin/python scripts/bench_load.py [--layers N] [--repeat R] [DIR]
+    scripts/lanes/vllm --env-only && .venv-vllm/bin/python scripts/bench/load.py [--layers N] [--repeat R] [DIR]
 
 Writes GPTQ checkpoints with the shapes of real models (random words: the work does not depend on values),
 converts them, and loads source and result through vLLM's model loader, each in a process of its own, in
@@ -36,8 +36,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from _stock_xpu import become_stock_xpu
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from bench.stock_xpu import become_stock_xpu
 
 GROUP = 128
 FASTER = 3.0  # goal: how many times; the other goal is a peak of the parameters plus the largest tensor
@@ -179,7 +180,6 @@ def anonymous() -> int:
 def measure(folder: Path, wheel: Path, stock: bool) -> dict[str, float]:
     """In a child: seconds, processor seconds, peak and parameter bytes of one load."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from support.plugin_loading import load
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
