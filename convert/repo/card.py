@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xpuquant.conversion.cli.output import size
 from xpuquant.conversion.repo.card_merge import join
+from xpuquant.conversion.sizes import size
 from xpuquant.errors import one_line
 
 LIBRARY = "transformers"

@@ -23,12 +23,12 @@ from xpuquant.conversion.hub.publish import Pushed, hash_files, publish
 from xpuquant.conversion.hub.target import CONFIG, Target
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, PlannedModule, Shard, make_plan
+from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished, Journal, check_output
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.runs.local import (
     PRODUCER,
-    Reporter,
     Result,
     check_disk,
     keep_card,

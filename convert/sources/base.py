@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,13 +23,7 @@ from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array, whol
 from xpuquant.formats.safetensors import Tensor
 
 if TYPE_CHECKING:
-    from xpuquant.conversion.options import Options
-    from xpuquant.conversion.runs.local import Reporter
     from xpuquant.conversion.sources.hub import HubSource
-
-
-Progress = Callable[[int], None]
-"""Called with each number of bytes done, from any thread."""
 
 
 class Source(Protocol):
@@ -184,24 +178,6 @@ def check_index(tensors: Mapping[str, Tensor], index: Mapping[str, str] | None) 
     for name, shard in (index or {}).items():
         if name not in tensors:
             raise DamagedError(f"{shard}: the index lists '{name}', the file does not hold it")
-
-
-def downloaded(source: Source, options: Options, reporter: Reporter) -> Source:
-    """A source whose weights are here: a repository on the Hub is downloaded into the client's cache, after its headers
-    have shown that it will convert.
-
-    Raises:
-        UnsupportedError, UsageError: as planning. EnvironmentFault: network, disk.
-    """
-    fetch = getattr(source, "fetch", None)
-    if fetch is None:
-        return source
-    from xpuquant.conversion.plan.plan import make_plan
-
-    make_plan(source.checkpoint, options)
-    reporter.phase("download", source.nbytes)
-    fetched: Source = fetch(reporter.advance)
-    return fetched
 
 
 def open_source(name: str, revision: str | None = None, stream: bool = False) -> LocalSource | HubSource:

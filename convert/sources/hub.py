@@ -23,7 +23,8 @@ import numpy as np
 from xpuquant.conversion.hub.client import connect, is_offline, retried
 from xpuquant.conversion.hub.downloads import Downloads, FileProgress
 from xpuquant.conversion.hub.ranges import Ranges
-from xpuquant.conversion.sources.base import LocalSource, Progress, check_index, merge_header
+from xpuquant.conversion.progress import Progress
+from xpuquant.conversion.sources.base import LocalSource, check_index, merge_header
 from xpuquant.conversion.sources.repo_files import _OLD_CONFIGS as OLD_CONFIGS
 from xpuquant.conversion.sources.repo_files import (
     FoundFiles,

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
-from xpuquant.conversion.sources.base import Progress
 from xpuquant.conversion.sources.repo_files import list_files, parse_json
 from xpuquant.conversion.verify.exactness import run_all
 from xpuquant.conversion.verify.verdict import Finding

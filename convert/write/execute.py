@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Protocol
 
 from xpuquant.conversion.plan.plan import Plan, Shard
+from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.journal import Finished
-from xpuquant.conversion.sources.base import Progress, Source
+from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.write.read_ahead import Stopped, Workers
 from xpuquant.conversion.write.shard_writer import ShardWriter
 
