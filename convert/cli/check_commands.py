@@ -91,7 +91,7 @@ def doctor(as_json: _JsonFlag = False) -> None:
 def _open(name: str, revision: str | None, out: Path, reporter: Reporter) -> Source:
     """The source, with its weights here; a repository on the Hub at the commit it was converted from."""
     from xpuquant.conversion.runs.local import downloaded
-    from xpuquant.conversion.sources.base import open_source
+    from xpuquant.conversion.sources.open import open_source
     from xpuquant.conversion.verify.run import recorded
 
     options, repo, commit = recorded(out)

@@ -79,7 +79,8 @@ def convert(
     from xpuquant.conversion.plan.plan import make_plan
     from xpuquant.conversion.repo.journal import check_output
     from xpuquant.conversion.runs import local
-    from xpuquant.conversion.sources.base import Source, open_source
+    from xpuquant.conversion.sources.base import Source
+    from xpuquant.conversion.sources.open import open_source
     from xpuquant.conversion.write import execute
 
     options = Options.parse(layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order)
@@ -155,7 +156,7 @@ def finish(
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.options import Options
     from xpuquant.conversion.runs import local, parts
-    from xpuquant.conversion.sources.base import open_source
+    from xpuquant.conversion.sources.open import open_source
 
     options = Options.parse(layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order)
     output = Output(as_json)
@@ -179,7 +180,7 @@ def inspect(
     from xpuquant.conversion import inspection
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.options import Options
-    from xpuquant.conversion.sources.base import open_source
+    from xpuquant.conversion.sources.open import open_source
 
     options = Options(on_unsupported=on_unsupported)
     Output(as_json).answer(inspection.inspect(open_source(source, revision), options, tuple(tp or (2, 4, 8))))

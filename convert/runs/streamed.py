@@ -216,7 +216,7 @@ class _Work:
             todo = [shard for shard in group.shards if shard.name not in self._staged]
             if todo:
                 for file in (*group.sources, *_ahead(cut, i)):
-                    self._source.ahead(file)
+                    self._source.prefetch(file)
                 self._make(group, todo, reporter)
             else:
                 reporter.advance(group.nbytes * 3)
