@@ -22,6 +22,7 @@ from xpuquant.conversion.progress import Progress, Reporter, Silent
 from xpuquant.conversion.repo.card import CardFacts, render
 from xpuquant.conversion.repo.card_facts import CARD, gather
 from xpuquant.conversion.repo.card_merge import merge
+from xpuquant.conversion.repo.checksums import seal
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import (
     PROVENANCE,
@@ -35,7 +36,6 @@ from xpuquant.conversion.repo.provenance import provenance
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
-from xpuquant.conversion.verify.integrity import seal
 from xpuquant.conversion.verify.run import verify_staged
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.conversion.write.execute import execute
