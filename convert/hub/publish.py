@@ -26,13 +26,12 @@ from typing import Any
 from xpuquant.conversion.hub.client import WAITS, connect, explain, is_transient, status_of
 from xpuquant.conversion.hub.target import MAIN, Blob, Target
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.card_merge import merge, rename
+from xpuquant.conversion.repo.card_merge import CARD, merge, rename
 from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
 from xpuquant.conversion.sources.repo_files import list_files, read_json
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, VerificationError, XpuquantError
 
-CARD = "README.md"
 COMMIT_MESSAGE = "Convert for Intel GPUs with xpuquant"
 
 _WEIGHTS = ".safetensors"

@@ -19,9 +19,8 @@ from xpuquant import __version__
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress, Reporter, Silent
-from xpuquant.conversion.repo.card import CardFacts, render
-from xpuquant.conversion.repo.card_facts import CARD, gather
-from xpuquant.conversion.repo.card_merge import merge
+from xpuquant.conversion.repo.card import CardFacts, gather, render
+from xpuquant.conversion.repo.card_merge import CARD, merge
 from xpuquant.conversion.repo.checksums import seal
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import (
