@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from xpuquant.conversion.cli.output import Answer, Grid, size
+from xpuquant.conversion.cli.output import Answer, Grid
+from xpuquant.conversion.progress import Reporter
+from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.repo_files import index_file, list_files, parse_index, read_json, shard_files
 from xpuquant.conversion.sources.shard_reader import ShardReader
 from xpuquant.errors import DamagedError, UsageError
@@ -24,14 +26,6 @@ from xpuquant.formats.weights.base import row_blocks
 
 _BLOCK_BYTES = 4 << 20
 _SHOWN = 30
-
-
-class Reporter(Protocol):
-    """Who is told how far the comparison is."""
-
-    def phase(self, name: str, total: int) -> None: ...
-
-    def advance(self, nbytes: int) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from xpuquant.conversion.cli.answers import modules_grid
-from xpuquant.conversion.cli.output import Answer, Grid, size
+from xpuquant.conversion.cli.output import Answer, Grid
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.survey import survey
 from xpuquant.conversion.plan.tensor_parallel import problems
+from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.formats.scheme import compact
 

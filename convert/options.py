@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from xpuquant.conversion.sizes import parse_size
 from xpuquant.errors import UsageError
 from xpuquant.formats.dtypes import FLOATS
 
@@ -13,19 +14,6 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 LAYOUTS = ("xpu", "compressed-tensors")
 ON_UNSUPPORTED = ("refuse", "dequantize")
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
-_LARGEST = 2.0**62
 _DTYPES = {
     "float16": "F16",
     "fp16": "F16",
@@ -41,10 +29,13 @@ class Options:
     """Everything that changes the bytes of the output.
 
     layout           `xpu`, or `compressed-tensors`: the same weights for loaders that know nothing of this tool
-    scale_dtype      safetensors label to round scales to; None keeps the source's
-    on_unsupported   `refuse`, or `dequantize` to bf16
+    scale_dtype      safetensors label (`F16`, `BF16`, `F32`) to round scales to; None keeps the source's
+    on_unsupported   `refuse`, or `dequantize` to bf16, modules that no kernel takes
     max_shard_bytes  upper size of a shard (a single larger tensor gets its own)
     fold_act_order   store MLP rows in the order down_proj wants, instead of a permutation (`weights/fold_act_order.py`)
+
+    Raises:
+        UsageError: a value that is none of these.
     """
 
     layout: str = "xpu"
@@ -63,18 +54,45 @@ class Options:
         if self.max_shard_bytes < 1:
             raise UsageError("--max-shard-size must be positive")
 
+    @classmethod
+    def parse(
+        cls,
+        layout: str = "xpu",
+        scale_dtype: str | None = None,
+        on_unsupported: str = "refuse",
+        max_shard_size: str | int = DEFAULT_SHARD_BYTES,
+        fold_act_order: bool = False,
+    ) -> Options:
+        """Options as people write them.
+
+        Args:
+            scale_dtype: `float16`, `bfloat16`, `float32`; None or `keep` keeps the source's.
+            max_shard_size: bytes, or text like `5GB` or `512MiB`.
+
+        Raises:
+            UsageError: a value that is none of these.
+        """
+        nbytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+        return cls(layout, parse_dtype(scale_dtype), on_unsupported, nbytes, fold_act_order)
+
+    @classmethod
+    def from_dict(cls, data: object) -> Options:
+        """The options that `as_dict` made, read from a file, which may be a stranger's.
+
+        Raises:
+            UsageError: they are not.
+        """
+        kinds = {field: type(value) for field, value in cls(scale_dtype="F32").as_dict().items()}
+        if not isinstance(data, dict) or not data.keys() <= kinds.keys():
+            raise UsageError("the recorded options cannot be read")
+        for field, value in data.items():
+            if type(value) is not kinds[field] and (field, value) != ("scale_dtype", None):
+                raise UsageError(f"the recorded options cannot be read: {field}")
+        return cls(**data)
+
     def as_dict(self) -> dict[str, Any]:
+        """The options as JSON has them."""
         return asdict(self)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `5GB` (10^9), `512MiB` (2^20), `1000`."""
-    match = _SIZE.fullmatch(text.strip())
-    unit = match[2].lower().removesuffix("b") if match else "?"
-    size = float(match[1]) * _UNITS[unit] if match is not None and unit in _UNITS else float("inf")
-    if size > _LARGEST:
-        raise UsageError(f"'{text}' is not a size; write 5GB or 512MiB")
-    return int(size)
 
 
 def parse_dtype(text: str | None) -> str | None:
@@ -84,3 +102,8 @@ def parse_dtype(text: str | None) -> str | None:
     if text.lower() not in _DTYPES:
         raise UsageError(f"--scale-dtype {text}: want float16, bfloat16 or float32")
     return _DTYPES[text.lower()]
+
+
+def default_jobs() -> int:
+    """A worker per core; beyond 8 the disk is the limit."""
+    return max(1, min(8, len(os.sched_getaffinity(0))))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xpuquant.conversion.cli.output import Answer, Grid, size
+from xpuquant.conversion.cli.output import Answer, Grid
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.report.reports import as_data, in_one_line
 from xpuquant.conversion.runs.local import Result
+from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weights.base import PIECE_BYTES

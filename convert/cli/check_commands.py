@@ -10,7 +10,7 @@ import typer
 from xpuquant.errors import EnvironmentFault, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from xpuquant.conversion.runs.local import Reporter
+    from xpuquant.conversion.progress import Reporter
     from xpuquant.conversion.sources.base import Source
     from xpuquant.conversion.verify.verdict import Verdict
 
@@ -90,7 +90,8 @@ def doctor(as_json: _JsonFlag = False) -> None:
 
 def _open(name: str, revision: str | None, out: Path, reporter: Reporter) -> Source:
     """The source, with its weights here; a repository on the Hub at the commit it was converted from."""
-    from xpuquant.conversion.sources.base import downloaded, open_source
+    from xpuquant.conversion.runs.local import downloaded
+    from xpuquant.conversion.sources.open import open_source
     from xpuquant.conversion.verify.run import recorded
 
     options, repo, commit = recorded(out)

@@ -75,14 +75,15 @@ def convert(
 
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
-    from xpuquant.conversion.options import Options, parse_dtype, parse_size
+    from xpuquant.conversion.options import Options
     from xpuquant.conversion.plan.plan import make_plan
     from xpuquant.conversion.repo.journal import check_output
     from xpuquant.conversion.runs import local
-    from xpuquant.conversion.sources.base import Source, downloaded, open_source
+    from xpuquant.conversion.sources.base import Source
+    from xpuquant.conversion.sources.open import open_source
     from xpuquant.conversion.write import execute
 
-    options = Options(layout, parse_dtype(scale_dtype), on_unsupported, parse_size(max_shard_size), fold_act_order)
+    options = Options.parse(layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order)
     output = Output(as_json)
     destination = push_command.Destination(push_to, private, branch, pr) if push_to else None
     opened: Source = open_source(source, revision, stream)
@@ -106,7 +107,7 @@ def convert(
         return
     check_output(target, force or bool(part))
     with output.progress() as progress:
-        opened = downloaded(opened, options, progress)
+        opened = local.downloaded(opened, options, progress)
     if part:
         from xpuquant.conversion.runs import parts
 
@@ -153,14 +154,14 @@ def finish(
     """Put the parts of `convert --shard i/n` together: check that all are there, verify, publish."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
-    from xpuquant.conversion.options import Options, parse_dtype, parse_size
+    from xpuquant.conversion.options import Options
     from xpuquant.conversion.runs import local, parts
-    from xpuquant.conversion.sources.base import downloaded, open_source
+    from xpuquant.conversion.sources.open import open_source
 
-    options = Options(layout, parse_dtype(scale_dtype), on_unsupported, parse_size(max_shard_size), fold_act_order)
+    options = Options.parse(layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order)
     output = Output(as_json)
     with output.progress() as progress:
-        opened = downloaded(open_source(source, revision), options, progress)
+        opened = local.downloaded(open_source(source, revision), options, progress)
         parts.adopt_parts(opened, options, out)
         result = local.convert(
             opened, out, options, jobs=jobs, verify=verify, reporter=progress, command=command_line()
@@ -179,7 +180,7 @@ def inspect(
     from xpuquant.conversion import inspection
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.options import Options
-    from xpuquant.conversion.sources.base import open_source
+    from xpuquant.conversion.sources.open import open_source
 
     options = Options(on_unsupported=on_unsupported)
     Output(as_json).answer(inspection.inspect(open_source(source, revision), options, tuple(tp or (2, 4, 8))))

@@ -27,6 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from xpuquant.conversion.sizes import size
 from xpuquant.errors import MESSAGE_LENGTH, one_line
 
 _PLAIN_INTERVAL_SECONDS = 5.0
@@ -71,11 +72,6 @@ class Output:
             else:
                 self._out.print(plain(part), markup=False)
 
-    def note(self, text: str) -> None:
-        """A remark beside the result."""
-        if not self.as_json:
-            self._err.print(one_line(text), markup=False)
-
     def error(self, text: str) -> None:
         """The one line a failed command ends with."""
         self._err.print(
@@ -118,6 +114,9 @@ class Bars:
         if self._task is not None:
             self._progress.advance(self._task, nbytes)
 
+    def note(self, text: str) -> None:
+        self._progress.console.print(one_line(text), markup=False)
+
 
 class Lines:
     """Progress where nobody watches: a line every few seconds, none for short work."""
@@ -154,14 +153,9 @@ class Lines:
             text = f"{self._name}: {size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
             self._console.print(text, markup=False)
 
-
-def size(nbytes: float) -> str:
-    """`4.1 GB` (powers of 1000, as disks and the Hub count)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
+    def note(self, text: str) -> None:
+        if not self._silent:
+            self._console.print(one_line(text), markup=False)
 
 
 def plain(grid: Grid) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from xpuquant.conversion.cli.output import Answer, Output
     from xpuquant.conversion.hub.publish import Pushed
     from xpuquant.conversion.options import Options
-    from xpuquant.conversion.runs.local import Reporter
+    from xpuquant.conversion.progress import Reporter
     from xpuquant.conversion.sources.base import Source
 
 Private = Annotated[bool, typer.Option("--private/--public", help="Of a repository that is created.")]
@@ -100,21 +100,23 @@ class Streaming:
 def stream(work: Streaming, output: Output, command: str) -> Answer:
     """Convert, and publish on the way, with little disk; says first how little."""
     from xpuquant.conversion.cli import answers
-    from xpuquant.conversion.cli.output import size
     from xpuquant.conversion.hub.client import connect
     from xpuquant.conversion.hub.target import MAIN, Target
     from xpuquant.conversion.plan.plan import make_plan
     from xpuquant.conversion.runs import streamed
+    from xpuquant.conversion.sizes import size
     from xpuquant.conversion.sources.streamed import StreamedSource
 
     source, to = work.source, work.destination
     if not isinstance(source, StreamedSource):
         raise UsageError("--stream needs the Hub; HF_HUB_OFFLINE is set, and the cache holds the model: leave it away")
     plan = make_plan(source.checkpoint, work.options)
-    output.note(
+    note = (
         f"needs at most {size(streamed.peak_disk(plan, source, to is not None))} of disk; "
         f"the model is {size(source.nbytes)}, the output {size(plan.write_bytes)}"
     )
+    with output.progress() as progress:
+        progress.note(note)
     target = None
     if to is not None:
         target = Target(connect(), to.repo_id)
@@ -143,7 +145,8 @@ def stream(work: Streaming, output: Output, command: str) -> Answer:
 
 def pushed_answer(pushed: Pushed) -> Answer:
     """What a push did."""
-    from xpuquant.conversion.cli.output import Answer, Grid, size
+    from xpuquant.conversion.cli.output import Answer, Grid
+    from xpuquant.conversion.sizes import size
 
     there = f", {len(pushed.unchanged)} were there" if pushed.unchanged else ""
     rows = [

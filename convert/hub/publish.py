@@ -9,8 +9,8 @@ What survives a crash: uploaded bytes stay on the Hub (by sha256 over LFS, by ch
 uploads only what is missing. A commit whose answer was lost is found by the next comparison; so nothing here needs to
 know how far an earlier attempt came.
 
-A conversion that keeps no output (`--stream --push-to`) uses `Staged` instead: finished shards go to a branch of their
-own, which names them durably, and the final commit copies them over. That branch never holds a config.json.
+A conversion that keeps no output (`--stream --push-to`) uploads each shard as soon as it is finished, to a staging
+branch (`Target.stage`); the final commit copies them from there. A staging branch never holds a config.json.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 
 from xpuquant.conversion.hub.client import WAITS, connect, explain, is_transient, status_of
 from xpuquant.conversion.hub.target import MAIN, Blob, Target
-from xpuquant.conversion.repo.card_merge import merge, rename
+from xpuquant.conversion.progress import Progress
+from xpuquant.conversion.repo.card_merge import CARD, merge, rename
+from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
-from xpuquant.conversion.sources.base import Progress
 from xpuquant.conversion.sources.repo_files import list_files, read_json
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, VerificationError, XpuquantError
 
-CARD = "README.md"
 COMMIT_MESSAGE = "Convert for Intel GPUs with xpuquant"
 
 _WEIGHTS = ".safetensors"
@@ -42,9 +42,6 @@ _STALE = re.compile(r"(.*-\d+-of-\d+|model)\.safetensors|model\.safetensors\.ind
 """Names that conversions write. Other files of the repository are its owner's and stay."""
 
 _CONFLICT = 412
-_HASH_BYTES = 4 << 20
-
-"""Called with bytes that are on the Hub: the size of every file, once."""
 
 
 @dataclass(frozen=True)
@@ -128,26 +125,23 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, Blob]:
     shards = read_json(folder / PROVENANCE).get("shards", {})
     blobs: dict[str, Blob] = {}
     for name in names:
-        blobs[name] = blob = _hash(folder / name)
+        blobs[name] = blob = _blob(folder / name)
         recorded = shards.get(name, {}).get("sha256", blob.sha256)
         if recorded != blob.sha256:
             raise DamagedError(f"{folder / name} is not what the conversion wrote; convert it again")
     return blobs
 
 
-def _hash(path: Path) -> Blob:
+def _blob(path: Path) -> Blob:
+    sha256, git = hash_file(path), None
     try:
         nbytes = path.stat().st_size
-        sha256 = hashlib.sha256()
-        git = None if path.suffix == _WEIGHTS else hashlib.sha1(b"blob %d\0" % nbytes)
-        with path.open("rb") as file:
-            while chunk := file.read(_HASH_BYTES):
-                sha256.update(chunk)
-                if git is not None:
-                    git.update(chunk)
+        if path.suffix != _WEIGHTS:
+            with path.open("rb") as file:
+                git = hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % nbytes)).hexdigest()
     except OSError as error:
         raise EnvironmentFault(f"{path}: cannot be read ({error.strerror})") from error
-    return Blob(nbytes, sha256.hexdigest(), None if git is None else git.hexdigest())
+    return Blob(nbytes, sha256, git)
 
 
 def publish(
@@ -263,5 +257,5 @@ def _merge_card(target: Target, folder: Path, wanted: dict[str, Blob], remote: s
         return (remark,)
     if text != ours:
         path.write_text(text, encoding="utf-8")
-        wanted[CARD] = _hash(path)
+        wanted[CARD] = _blob(path)
     return ()

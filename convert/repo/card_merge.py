@@ -1,12 +1,12 @@
 """Keeping what people write into a card that is generated again and again.
 
-A card is: front matter, text, the generated part between two markers, text. The markers carry three digests: of the
-generated part, of the front matter as generated, and of the whole card as we last wrote it. So a card tells by itself
-what in it is somebody's, and whether it was touched since. The rules of `merge`:
+A card is: front matter (YAML), text, the generated block between two markers, text. The markers carry three digests: of
+the generated block, of the front matter as generated, and of the whole card as we last wrote it. So a card tells by
+itself what in it is somebody's, and whether it was touched since. The rules of `merge`:
 
-- the generated part is replaced, the text around it is kept, edited metadata is kept and brought up to date;
-- a card whose generated part was edited, or that has lost its markers, is its author's: it stays as it is;
-- text around the generated part of the new card wins over older text, unless that was edited since.
+- the generated block is replaced, the text around it is kept, edited metadata is kept and brought up to date;
+- a card whose generated block was edited, or that has lost its markers, is its author's: it stays as it is;
+- text around the generated block of the new card wins over older text, unless that was edited since.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+CARD = "README.md"
 PRECISIONS = ("int4", "fp8", "mxfp4", "mxfp8")
 """Tags that say how the weights are stored, and change with them."""
 
@@ -28,8 +29,14 @@ _SERVED = re.compile(r'(?P<call>^vllm serve |from_pretrained\(")(?P<name>[^\s"]+
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A card, taken apart. `front` is YAML text; `block` the generated part without its markers."""
+class Card:
+    """A card, taken apart.
+
+    front          YAML, without the lines of dashes
+    before, after  text around the generated block
+    block          the generated block, without its markers
+    block_digest, front_digest, card_digest  what the markers say
+    """
 
     front: str
     before: str
@@ -41,15 +48,17 @@ class Parts:
 
     @property
     def is_block_intact(self) -> bool:
+        """Whether the generated block is as it was written."""
         return _digest(self.block) == self.block_digest
 
     @property
     def is_custom(self) -> bool:
-        """Whether any of it is not generated."""
+        """Whether anything in it is not generated."""
         return bool(self.before.strip() or self.after.strip()) or self.is_front_custom
 
     @property
     def is_front_custom(self) -> bool:
+        """Whether the front matter is not as it was generated."""
         return _digest(self.front) != self.front_digest
 
     @property
@@ -72,42 +81,40 @@ def merge(ours: str, theirs: str | None) -> tuple[str, str | None]:
     Returns:
         (text, a remark for the user or None).
     """
-    new = split(ours)
+    new = parse(ours)
     if new is None:
         return ours, None  # somebody's own card, put into the folder to be published
     if theirs is None:
-        return _seal(new, new.front, new.before, new.after), None
-    old = split(theirs)
+        return _written(new), None
+    old = parse(theirs)
     if old is None or not old.is_block_intact:
         return theirs, "README.md there was rewritten by hand: kept as it is"
     is_same = (new.before, new.after) == (old.before, old.after)
     if old.is_edited and new.is_edited and not is_same:
         return theirs, "README.md was edited here and there; kept the one there"
     if new.is_custom and not old.is_edited:
-        return _seal(new, new.front, new.before, new.after), None
-    front = _update(old.front, new.front) if old.is_front_custom else new.front
-    return _seal(new, front, old.before, old.after), None
+        return _written(new), None
+    front = _updated(old.front, new.front) if old.is_front_custom else new.front
+    return _written(replace(new, front=front, before=old.before, after=old.after)), None
 
 
 def rename(text: str, name: str) -> str:
-    """Put a repo id into the serving commands of the generated part."""
-    parts = split(text)
-    if parts is None or not parts.is_block_intact:
+    """Put a repo id into the serving commands of the generated block."""
+    card = parse(text)
+    if card is None or not card.is_block_intact:
         return text
-    block = _SERVED.sub(lambda match: match["call"] + name, parts.block)
-    renamed = replace(parts, block=block)
-    whole = parts.card_digest if parts.is_edited else renamed.digest
-    return _assemble(renamed, whole)
+    block = _SERVED.sub(lambda match: match["call"] + name, card.block)
+    renamed = replace(card, block=block)
+    return _text(renamed, card.card_digest if card.is_edited else renamed.digest)
 
 
-def join(metadata: Mapping[str, Any], block: str) -> str:
-    """A new card."""
+def generate(metadata: Mapping[str, Any], block: str) -> str:
+    """A new card: front matter, and the generated block."""
     front = _yaml(metadata)
-    new = Parts(front, "", block, "", "", _digest(front), "")
-    return _assemble(new, new.digest)
+    return _written(Card(front, "", block, "", "", _digest(front), ""))
 
 
-def split(text: str) -> Parts | None:
+def parse(text: str) -> Card | None:
     """Take a card apart; None where the markers are gone."""
     text = text.replace("\r\n", "\n")
     front = _FRONT.match(text)
@@ -116,27 +123,33 @@ def split(text: str) -> Parts | None:
     end = _END.search(body, begin.end()) if begin else None
     if begin is None or end is None:
         return None
-    inside = body[begin.end() : end.start()]
-    outside = body[: begin.start()], body[end.end() :]
-    return Parts(front[1] if front else "", outside[0], inside, outside[1], begin[1], begin[2], end[1])
+    before, block, after = body[: begin.start()], body[begin.end() : end.start()], body[end.end() :]
+    return Card(front[1] if front else "", before, block, after, begin[1], begin[2], end[1])
 
 
 def front_matter(text: str) -> dict[str, Any]:
     """The metadata of any card; empty where there is none or it is not a mapping."""
+    match = _FRONT.match(text)
+    return _metadata(match[1]) if match else {}
+
+
+def _metadata(front: str) -> dict[str, Any]:
+    # Not huggingface_hub's RepoCard: it makes keyword arguments of the keys, which a stranger's may not be, and drops
+    # empty values.
     import yaml  # type: ignore[import-untyped]  # huggingface_hub brings it
 
-    match = _FRONT.match(text)
     try:
-        found = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        found = yaml.safe_load(front)
+    except Exception:  # whatever PyYAML stumbles over, e.g. a KeyError for `!!bool maybe`, a ValueError for 2024-13-01
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _update(theirs: str, ours: str) -> str:
-    """Their metadata with our new facts: what they set stays, tags are joined, stale precisions go."""
-    old, new = front_matter(f"---\n{theirs}\n---\n"), front_matter(f"---\n{ours}\n---\n")
-    tags = [tag for tag in old.get("tags") or [] if tag not in PRECISIONS]
+def _updated(theirs: str, ours: str) -> str:
+    """Their front matter with our new facts: what they set stays, tags are joined, stale precisions go."""
+    old, new = _metadata(theirs), _metadata(ours)
+    said = old.get("tags")
+    tags = [tag for tag in (said if isinstance(said, list) else []) if tag not in PRECISIONS]
     merged = {**new, **old, "tags": [*tags, *(tag for tag in new.get("tags", []) if tag not in tags)]}
     return theirs if merged == old else _yaml(merged)
 
@@ -147,17 +160,17 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)).strip()
 
 
-def _seal(new: Parts, front: str, before: str, after: str) -> str:
-    sealed = replace(new, front=front, before=before, after=after)
-    return _assemble(sealed, sealed.digest)
+def _written(card: Card) -> str:
+    """The text of a card that we write now."""
+    return _text(card, card.digest)
 
 
-def _assemble(parts: Parts, whole: str) -> str:
-    head = f"---\n{parts.front}\n---\n" if parts.front else ""
-    begin = f"<!-- xpuquant:begin {_digest(parts.block)} {parts.front_digest} {_HINT} -->\n"
-    end = f"\n<!-- xpuquant:end {whole} -->\n"
-    return f"{head}{parts.before}{begin}{parts.block}{end}{parts.after}"
+def _text(card: Card, card_digest: str) -> str:
+    front = f"---\n{card.front}\n---\n" if card.front else ""
+    begin = f"<!-- xpuquant:begin {_digest(card.block)} {card.front_digest} {_HINT} -->\n"
+    end = f"\n<!-- xpuquant:end {card_digest} -->\n"
+    return f"{front}{card.before}{begin}{card.block}{end}{card.after}"
 
 
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

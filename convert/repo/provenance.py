@@ -9,6 +9,7 @@ from typing import Any
 
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
+from xpuquant.conversion.repo.checksums import UNSEALED
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.digests import RECORDED
@@ -26,12 +27,12 @@ def provenance(
     producer: str,
     verdict: Verdict | None,
 ) -> dict[str, Any]:
-    """The content of xpuquant.json, still to be sealed (`integrity.seal`). Holds no time and no machine: equal
+    """The content of xpuquant.json, still to be sealed (`checksums.seal`). Holds no time and no machine: equal
     conversions write equal files."""
     digests = {checked.name: checked.digest for checked in verdict.exact if checked.digest} if verdict else {}
     modules = {planned.conversion.name for planned in plan.modules}
     return {
-        "sha256": "0" * 64,
+        "sha256": UNSEALED,
         "producer": producer,
         "format_version": FORMAT_VERSION,
         "source": {

@@ -15,12 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from xpuquant.conversion.repo.checksums import UNSEALED, seal
 from xpuquant.conversion.report.heatmap import heat_map
 from xpuquant.conversion.report.markdown import markdown
 from xpuquant.conversion.report.page import page
 from xpuquant.conversion.verify.agreement import BINS, ROWS
 from xpuquant.conversion.verify.expected import SEED
-from xpuquant.conversion.verify.integrity import VERDICT, seal
+from xpuquant.conversion.verify.integrity import VERDICT
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Verdict
 
 
@@ -33,7 +34,7 @@ def write_reports(folder: Path, verdict: Verdict) -> list[str]:
     texts = {"verify.md": markdown(verdict), "verify.html": page(verdict), "verify.svg": heat_map(verdict)}
     contents = {name: text.encode() for name, text in texts.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    data = {"sha256": "0" * 64, **as_data(verdict), "reports": hashes}
+    data = {"sha256": UNSEALED, **as_data(verdict), "reports": hashes}
     contents[VERDICT] = seal((json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
     for name, content in contents.items():
         (folder / name).write_bytes(content)

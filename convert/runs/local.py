@@ -13,14 +13,15 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from xpuquant import __version__
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
-from xpuquant.conversion.repo.card import CardFacts, render
-from xpuquant.conversion.repo.card_facts import CARD, gather
-from xpuquant.conversion.repo.card_merge import merge
+from xpuquant.conversion.progress import Progress, Reporter, Silent
+from xpuquant.conversion.repo.card import CardFacts, gather, render
+from xpuquant.conversion.repo.card_merge import CARD, merge
+from xpuquant.conversion.repo.checksums import seal
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import (
     PROVENANCE,
@@ -33,8 +34,7 @@ from xpuquant.conversion.repo.journal import (
 from xpuquant.conversion.repo.provenance import provenance
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.report.reports import write_reports
-from xpuquant.conversion.sources.base import Progress, Source
-from xpuquant.conversion.verify.integrity import seal
+from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.run import verify_staged
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.conversion.write.execute import execute
@@ -44,26 +44,6 @@ PRODUCER = f"xpuquant {__version__}"
 INDEX = "model.safetensors.index.json"
 _EARLIER_CARD = "README.earlier.md"
 _HEADROOM_BYTES = 64 << 20
-
-
-class Reporter(Protocol):
-    """Who is told how far the work is. Called from any thread."""
-
-    def phase(self, name: str, total: int) -> None:
-        """A stage of `total` bytes begins."""
-        ...
-
-    def advance(self, nbytes: int) -> None: ...
-
-
-class Silent:
-    """Tells nobody."""
-
-    def phase(self, name: str, total: int) -> None:
-        pass
-
-    def advance(self, nbytes: int) -> None:
-        pass
 
 
 Executor = Callable[[Plan, Source, Journal, int, dict[str, Finished], Progress, bool], dict[str, Finished]]
@@ -125,6 +105,22 @@ def convert(
             verification = check_staged(plan, source, journal.folder, out.resolve().name, jobs, reporter)
         write_repo(plan, source, journal, shards, verification, command)
     return Result(out, plan, source, shards, verification)
+
+
+def downloaded(source: Source, options: Options, reporter: Reporter) -> Source:
+    """A source whose weights are here: a repository on the Hub is downloaded into the client's cache, after its headers
+    have shown that it will convert.
+
+    Raises:
+        UnsupportedError, UsageError: as planning. EnvironmentFault: network, disk.
+    """
+    fetch = getattr(source, "fetch", None)
+    if fetch is None:
+        return source
+    make_plan(source.checkpoint, options)
+    reporter.phase("download", source.nbytes)
+    fetched: Source = fetch(reporter.advance)
+    return fetched
 
 
 def _fits_memory(nbytes: int) -> bool:

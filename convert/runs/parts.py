@@ -21,12 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xpuquant.conversion.cli.output import Answer, size
+from xpuquant.conversion.cli.output import Answer
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
+from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.journal import STAGING, Finished, check_output, file_sha256, sync
-from xpuquant.conversion.runs.local import Reporter
+from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.write.execute import execute
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError

@@ -24,8 +24,11 @@ from typing import Any
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
+from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.journal import Finished, Journal, sync
-from xpuquant.conversion.sources.base import LocalSource, Progress, Source, open_source
+from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.sources.folder import LocalSource
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.write.execute import execute
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 

@@ -25,12 +25,12 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.plan.survey import PlannedModule
+from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished, Journal, check_output
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.runs.local import (
     PRODUCER,
-    Reporter,
     Result,
     check_disk,
     keep_card,
@@ -218,7 +218,7 @@ class _Work:
             todo = [shard for shard in group.shards if shard.name not in self._staged]
             if todo:
                 for file in (*group.sources, *_ahead(cut, i)):
-                    self._source.ahead(file)
+                    self._source.prefetch(file)
                 self._make(group, todo, reporter)
             else:
                 reporter.advance(group.nbytes * 3)

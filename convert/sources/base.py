@@ -1,35 +1,22 @@
-"""Where a checkpoint comes from: a folder here, a Hub repo in convert/sources/hub.py.
+"""What a source is: a checkpoint to read from, in a folder (`folder.py`) or on the Hub (`hub.py`, `streamed.py`).
 
-What flows: `open_source` reads config, index and headers (never weights) and hands them to the readers as a
-`Checkpoint`; the executor and the verification then read slices through `read_into`, from any thread. Nothing is
-ever written, unpickled or executed. A shard that changes while it is being read is noticed by `check_unchanged`.
+What flows: opening a source reads config, index and headers, never weights, and makes the `Checkpoint` that readers
+see. Conversion and verification then read slices through `read_into`, from any thread. Nothing is ever written,
+unpickled or executed. A shard that changes while it is read is noticed by `check_unchanged`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from xpuquant.conversion.sources.repo_files import find_files
-from xpuquant.conversion.sources.shard_reader import ShardReader
-from xpuquant.errors import DamagedError, UsageError, one_line
-from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array, whole
+from xpuquant.conversion.sources.repo_files import FoundFiles
+from xpuquant.errors import DamagedError, one_line
+from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array
 from xpuquant.formats.safetensors import Tensor
-
-if TYPE_CHECKING:
-    from xpuquant.conversion.options import Options
-    from xpuquant.conversion.runs.local import Reporter
-    from xpuquant.conversion.sources.hub import HubSource
-
-
-Progress = Callable[[int], None]
-"""Called with each number of bytes done, from any thread."""
 
 
 class Source(Protocol):
@@ -50,7 +37,7 @@ class Source(Protocol):
 
     @property
     def extra_files(self) -> tuple[str, ...]:
-        """Files to copy as they are, relative paths."""
+        """Files to copy as they are; paths below the folder."""
         ...
 
     @property
@@ -63,8 +50,8 @@ class Source(Protocol):
         """Bytes of all shards."""
         ...
 
-    def read_into(self, part: Slice, out: Array) -> None:
-        """Fill `out` (flat uint8, `part.nbytes` long) with a slice's bytes."""
+    def read_into(self, box: Slice, out: Array) -> None:
+        """Fill `out` (flat uint8, `box.nbytes` long) with the bytes of a slice."""
         ...
 
     def copy_file(self, name: str, target: Path) -> None:
@@ -76,7 +63,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Identifies the content as far as can be told without reading it."""
+        """Text that is equal for equal content, as far as can be told without reading the weights."""
         ...
 
     def check_unchanged(self) -> None:
@@ -84,74 +71,42 @@ class Source(Protocol):
         ...
 
 
-class LocalSource:
-    """A folder with safetensors shards."""
-
-    revision: str | None = None
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.name = str(folder)
-        found = find_files(folder)
-        self.extra_files = found.extra
-        self.left_files: Mapping[str, str] = found.left
-        self._shards = ShardReader(folder, found.shards)
-        notes = list(found.notes)
-        tensors: dict[str, Tensor] = {}
-        for shard in found.shards:
-            merge_header(tensors, notes, self._shards.header(shard), found.index)
-        check_index(tensors, found.index)
-        self.checkpoint = Checkpoint(
-            config=found.config,
-            quantization=found.quantization,
-            tensors=tensors,
-            peek=self._shards.peek,
-            notes=tuple(notes),
-        )
-        self.nbytes = self._shards.nbytes
-
-    def read_into(self, part: Slice, out: Array) -> None:
-        self._shards.read_into(part, out)
-
-    def copy_file(self, name: str, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Content only: the mode follows the umask, and a link of the Hub cache becomes a file.
-        shutil.copyfile(self.folder / name, target)
-
-    def read_text(self, name: str) -> str | None:
-        try:
-            return (self.folder / name).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
-
-    def fingerprint(self) -> str:
-        # The configs too: they decide what the tensors mean.
-        configs = json.dumps([self.checkpoint.config, self.checkpoint.quantization], sort_keys=True)
-        return hashlib.sha256((self._shards.fingerprint() + configs).encode()).hexdigest()
-
-    def check_unchanged(self) -> None:
-        self._shards.check_unchanged()
-
-
-def read_slice(source: Source, part: Slice) -> Array:
+def read_slice(source: Source, box: Slice) -> Array:
     """A slice as an array of its dtype and shape."""
-    out = np.empty(part.nbytes, np.uint8)
-    source.read_into(part, out)
-    return as_array(part, out)
+    out = np.empty(box.nbytes, np.uint8)
+    source.read_into(box, out)
+    return as_array(box, out)
 
 
-def read_all(source: Source, tensor: Tensor) -> Array:
-    """A whole tensor."""
-    return read_slice(source, whole(tensor)).reshape(tensor.shape)
+def checkpoint_of(
+    found: FoundFiles, headers: Iterable[Mapping[str, Tensor]], peek: Callable[[Tensor], Array | None]
+) -> Checkpoint:
+    """What readers see of a source.
+
+    Args:
+        headers: name → tensor of each shard, in the order of `found.shards`.
+        peek: reads a small tensor; None for one that is not to be read while planning.
+
+    Raises:
+        DamagedError: index and headers contradict each other.
+    """
+    notes = list(found.notes)
+    tensors: dict[str, Tensor] = {}
+    for header in headers:
+        _merge_header(tensors, notes, header, found.index)
+    for name, shard in (found.index or {}).items():
+        if name not in tensors:
+            raise DamagedError(f"{shard}: the index lists '{name}', the file does not hold it")
+    return Checkpoint(found.config, found.quantization, tensors, peek, tuple(notes))
 
 
-def merge_header(
+def _merge_header(
     tensors: dict[str, Tensor],
     notes: list[str],
     header: Mapping[str, Tensor],
     index: Mapping[str, str] | None,
 ) -> None:
-    """Add one shard's tensors. The index decides between two shards that hold the same name.
+    """Add one shard's tensors. Where two shards hold the same name, the index says which is meant.
 
     Raises:
         DamagedError: a name twice, and no index to decide.
@@ -177,54 +132,3 @@ def merge_header(
         if names:
             also = f" and {len(names) - 1} more" if names[1:] else ""
             notes.append(one_line(f"{header[names[0]].file} holds '{names[0]}'{also}, which {what}"))
-
-
-def check_index(tensors: Mapping[str, Tensor], index: Mapping[str, str] | None) -> None:
-    """Raises DamagedError where the index lists a tensor that its shard does not hold."""
-    for name, shard in (index or {}).items():
-        if name not in tensors:
-            raise DamagedError(f"{shard}: the index lists '{name}', the file does not hold it")
-
-
-def downloaded(source: Source, options: Options, reporter: Reporter) -> Source:
-    """A source whose weights are here: a repository on the Hub is downloaded into the client's cache, after its headers
-    have shown that it will convert.
-
-    Raises:
-        UnsupportedError, UsageError: as planning. EnvironmentFault: network, disk.
-    """
-    fetch = getattr(source, "fetch", None)
-    if fetch is None:
-        return source
-    from xpuquant.conversion.plan.plan import make_plan
-
-    make_plan(source.checkpoint, options)
-    reporter.phase("download", source.nbytes)
-    fetched: Source = fetch(reporter.advance)
-    return fetched
-
-
-def open_source(name: str, revision: str | None = None, stream: bool = False) -> LocalSource | HubSource:
-    """Open a folder, or a repository on the Hub at a revision (a branch, a tag, a commit).
-
-    Args:
-        stream: a repository is to be read without downloading all of it; see `hub_stream.py`.
-
-    Raises:
-        UsageError: neither a folder nor a model on the Hub; a revision of a folder.
-        EnvironmentFault: the Hub cannot be reached, or does not let us in.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        if revision is not None:
-            raise UsageError(f"{name} is a folder; --revision is for repositories on the Hub")
-        if stream:
-            raise UsageError(f"{name} is a folder; --stream is for repositories on the Hub")
-        return LocalSource(folder)
-    if folder.exists():
-        raise UsageError(f"{name} is a file; give the folder it lies in")
-    from xpuquant.conversion.sources.hub import is_repo_id, open_hub
-
-    if not is_repo_id(name):
-        raise UsageError(f"{name}: no such folder, and no repo id like owner/name")
-    return open_hub(name, revision, stream=stream)

@@ -3,7 +3,7 @@
 What flows: `open_hub` resolves the revision to one commit, lists its files, downloads config and index into the
 client's cache, and reads each shard's header with range requests: a few hundred kilobytes for any model. That is enough
 for `inspect` and `--dry-run`. `HubSource.fetch` then downloads every shard, a few at a time, into the cache, and hands
-over a `LocalSource` on it; `stream.py` has the source that keeps only the shards it needs.
+over a `CachedSource` on it. (`streamed.py` has the source that never holds all shards at once.)
 
 What survives a fault: huggingface_hub resumes partial downloads and keeps finished ones, so the same command carries
 on. Everything is asked for at the resolved commit: a push to the repository in between changes nothing.
@@ -16,26 +16,19 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from xpuquant.conversion.hub.client import connect, is_offline, retried
 from xpuquant.conversion.hub.downloads import Downloads, FileProgress
 from xpuquant.conversion.hub.ranges import Ranges
-from xpuquant.conversion.sources.base import LocalSource, Progress, check_index, merge_header
-from xpuquant.conversion.sources.repo_files import _OLD_CONFIGS as OLD_CONFIGS
-from xpuquant.conversion.sources.repo_files import (
-    FoundFiles,
-    extra_files,
-    index_file,
-    parse_index,
-    parse_json,
-    quantization_config,
-    shard_files,
-)
+from xpuquant.conversion.progress import Progress
+from xpuquant.conversion.sources.base import checkpoint_of, read_slice
+from xpuquant.conversion.sources.folder import LocalSource
+from xpuquant.conversion.sources.repo_files import FoundFiles, sort_files
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
-from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array, whole
+from xpuquant.formats.checkpoint import Array, Slice, whole
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
 
 if TYPE_CHECKING:
@@ -55,7 +48,8 @@ def is_repo_id(name: str) -> bool:
 
 
 def _checked(name: str) -> str:
-    """A file name that may be made here. The Hub has no others; a server that claims to be one might."""
+    """`name`, if a file may be made here under it. The Hub has no other names; a server that claims to be the Hub
+    might."""
     path = PurePosixPath(name)
     if not name.isprintable() or path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name:
         raise DamagedError(f"{name!r} is no name of a file in a repository")
@@ -63,9 +57,10 @@ def _checked(name: str) -> str:
 
 
 class Remote:
-    """One repository at one commit.
+    """One repository at one commit, to read from.
 
-    sizes  file → bytes
+    commit  its id
+    sizes   file → bytes
     """
 
     def __init__(self, api: HfApi, repo_id: str, revision: str | None) -> None:
@@ -116,7 +111,8 @@ class Remote:
 
 
 class HubSource:
-    """A repository by its headers. Reads of tensors are range requests: right for a few, slow for a model."""
+    """A repository of which only config, index and headers have been read. Tensors are read by range requests, which
+    is right for a few of them and slow for a model."""
 
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
@@ -126,36 +122,21 @@ class HubSource:
         self.extra_files = self.found.extra
         self.left_files: Mapping[str, str] = self.found.left
         self.nbytes = sum(remote.sizes[shard] for shard in self.found.shards)
-        notes = list(self.found.notes)
-        tensors: dict[str, Tensor] = {}
         with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
-            for header in pool.map(remote.header, self.found.shards):
-                merge_header(tensors, notes, header, self.found.index)
-        check_index(tensors, self.found.index)
-        self.checkpoint = Checkpoint(
-            config=self.found.config,
-            quantization=self.found.quantization,
-            tensors=tensors,
-            peek=self.peek,
-            notes=tuple(notes),
-        )
+            self.checkpoint = checkpoint_of(self.found, pool.map(remote.header, self.found.shards), self.peek)
 
     def peek(self, tensor: Tensor) -> Array | None:
-        """Only what decides whether a model converts at all is worth a request per module: the column order of an
-        act-order model. For the rest a plan from headers believes the config; a conversion looks at the values."""
-        act_order = self.checkpoint.quantization.get("desc_act") is not False
-        if not (act_order and tensor.name.endswith("g_idx")):
-            return None
-        part = whole(tensor)
-        out = np.empty(part.nbytes, np.uint8)
-        self.read_into(part, out)
-        return as_array(part, out)
+        """A tensor that decides whether the model converts at all: the column order (`g_idx`) of an act-order model.
+        None for others: they are not worth a request per module, so this plan believes the config; a conversion looks
+        at the values."""
+        is_act_order = self.checkpoint.quantization.get("desc_act") is not False
+        return read_slice(self, whole(tensor)) if is_act_order and tensor.name.endswith("g_idx") else None
 
-    def read_into(self, part: Slice, out: Array) -> None:
-        """Fill `out` (flat uint8, `part.nbytes` long) with a slice's bytes."""
+    def read_into(self, box: Slice, out: Array) -> None:
+        """Fill `out` (flat uint8, `box.nbytes` long) with the bytes of a slice, one request for each run of them."""
         position = 0
-        for offset, length in part.runs():
-            data = self.remote.read(part.tensor.file, offset, offset + length)
+        for offset, length in box.runs():
+            data = self.remote.read(box.tensor.file, offset, offset + length)
             out[position : position + length] = np.frombuffer(data, np.uint8)
             position += length
 
@@ -171,13 +152,13 @@ class HubSource:
         return self.remote.download(name).read_text(encoding="utf-8", errors="replace")
 
     def fingerprint(self) -> str:
-        """The commit says it all."""
+        """The commit names the content."""
         return f"{self.name}@{self.revision}"
 
     def check_unchanged(self) -> None:
         """A commit cannot change."""
 
-    def fetch(self, progress: Progress) -> LocalSource:
+    def fetch(self, progress: Progress) -> CachedSource:
         """Download every shard into the cache.
 
         Args:
@@ -187,7 +168,6 @@ class HubSource:
             EnvironmentFault: network, disk.
         """
         self._check_disk()
-
         downloads = Downloads(lambda shard: self.remote.download(shard, None, progress), _DOWNLOADS_AT_ONCE)
         running = [downloads.start(shard) for shard in self.found.shards]
         for future in running:
@@ -198,24 +178,13 @@ class HubSource:
         return CachedSource(folder, self.name, self.remote.commit, self.left_files)
 
     def _find(self) -> FoundFiles:
-        """The same decisions as for a folder, on names alone and a few small files."""
         names = sorted(self.remote.sizes)
         try:
             if "config.json" not in names:
                 raise UsageError("has no config.json; is it a model?")
-            config = self._json("config.json")
-            old = {name: self._json(name) for name in OLD_CONFIGS if name in names}
-            quantization, notes = quantization_config(config, old)
-            index_name = index_file(names)
-            index = None if index_name is None else parse_index(self._json(index_name), index_name)
-            shards, shard_notes = shard_files(names, index, index_name)
+            return sort_files(names, self.remote.download)
         except UsageError as error:
             raise UsageError(f"{self.name}: {error}") from None
-        extra, left = extra_files(names, shards, index_name)
-        return FoundFiles(config, quantization, shards, index, extra, left, (*notes, *shard_notes))
-
-    def _json(self, name: str) -> dict[str, Any]:
-        return parse_json(self.remote.download(name).read_bytes(), name)
 
     def _check_disk(self) -> None:
         from huggingface_hub import constants, try_to_load_from_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,10 +18,11 @@ _MAX_CONTAINERS = 2_000_000  # an empty list is 3 bytes of text, 64 of memory
 _MAX_DEPTH = 100
 _MAX_FILES = 100_000
 _INDEX = "model.safetensors.index.json"
+_ANY_INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", ".npz", ".mlmodel")
-_OLD_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+_QUANTIZATION_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".xpuquant"}
 _WEIGHT_FOLDERS = {"original", "metal"}
 
@@ -54,14 +55,23 @@ def find_files(folder: Path) -> FoundFiles:
     names = list_files(folder)
     if "config.json" not in names:
         raise UsageError(f"{folder}: has no config.json; is it a model folder?")
-    config = read_json(folder / "config.json")
-    quantization, notes = quantization_config(
-        config, {name: read_json(folder / name) for name in _OLD_CONFIGS if name in names}
-    )
+    return sort_files(names, lambda name: folder / name)
+
+
+def sort_files(names: Sequence[str], locate: Callable[[str], Path]) -> FoundFiles:
+    """Sort out a repo's files by their names and the content of its configs and index.
+
+    Args:
+        names: every file, `config.json` among them.
+        locate: where a file of that name can be read here.
+
+    Raises: as `find_files`.
+    """
+    config = read_json(locate("config.json"))
+    others = {name: read_json(locate(name)) for name in _QUANTIZATION_CONFIGS if name in names}
+    quantization, notes = quantization_config(config, others)
     index_name = index_file(names)
-    index = None
-    if index_name is not None:
-        index = parse_index(read_json(folder / index_name, _MAX_INDEX_BYTES), index_name)
+    index = None if index_name is None else parse_index(read_json(locate(index_name)), index_name)
     shards, shard_notes = shard_files(names, index, index_name)
     extra, left = extra_files(names, shards, index_name)
     return FoundFiles(config, quantization, shards, index, extra, left, (*notes, *shard_notes))
@@ -116,12 +126,13 @@ def _check_link(link: Path, allowed: Iterable[Path]) -> None:
         raise UsageError(f"{link}: is a link to a folder; copy the folder in instead")
 
 
-def read_json(path: Path, limit: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes.
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a config or an index.
 
     Raises:
-        DamagedError: not JSON, or not an object. EnvironmentFault: unreadable.
+        DamagedError: not JSON, not an object, or too large for what it is. EnvironmentFault: unreadable.
     """
+    limit = _MAX_INDEX_BYTES if path.name.endswith(_ANY_INDEX) else _MAX_CONFIG_BYTES
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -192,7 +203,7 @@ def quantization_config(
 
 def index_file(names: Iterable[str]) -> str | None:
     """The index, by its usual name or the only other one in the root."""
-    found = [name for name in names if name.endswith(".safetensors.index.json") and "/" not in name]
+    found = [name for name in names if name.endswith(_ANY_INDEX) and "/" not in name]
     if _INDEX in found:
         return _INDEX
     if len(found) > 1:
@@ -276,11 +287,11 @@ def extra_files(
         if name in mine:
             continue
         path = PurePosixPath(name)
-        if path.suffix == ".safetensors" or name.endswith(".safetensors.index.json"):
+        if path.suffix == ".safetensors" or name.endswith(_ANY_INDEX):
             left[name] = "weights outside the index"
         elif path.suffix in _PICKLED or path.suffix in _OTHER_WEIGHTS or path.parts[0] in _WEIGHT_FOLDERS:
             left[name] = "weights of another format"
-        elif name in _OLD_CONFIGS:
+        elif name in _QUANTIZATION_CONFIGS:
             left[name] = "describes the source's quantization"
         elif name in ("README.md", "xpuquant.json", "verify.json", "verify.md", "verify.html", "verify.svg"):
             left[name] = "written anew"

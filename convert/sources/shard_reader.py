@@ -1,4 +1,4 @@
-"""Reading safetensors shards of a folder: headers first, then slices, from any thread."""
+"""Reading the safetensors shards of a folder: headers first, then slices, from any thread."""
 
 from __future__ import annotations
 
@@ -51,25 +51,29 @@ class ShardReader:
             raise EnvironmentFault(f"{self._paths[shard]}: cannot be read ({error.strerror})") from error
         return parse_header(header, shard, size)
 
-    def read(self, part: Slice) -> Array:
+    def read(self, box: Slice) -> Array:
         """A slice as an array of its dtype and shape."""
-        out = np.empty(part.nbytes, np.uint8)
-        self.read_into(part, out)
-        return as_array(part, out)
+        out = np.empty(box.nbytes, np.uint8)
+        self.read_into(box, out)
+        return as_array(box, out)
 
-    def read_into(self, part: Slice, out: Array) -> None:
-        """Fill `out` (flat uint8, `part.nbytes` long) with a slice's bytes."""
-        shard = part.tensor.file
+    def read_into(self, box: Slice, out: Array) -> None:
+        """Fill `out` (flat uint8, `box.nbytes` long) with the bytes of a slice.
+
+        Raises:
+            DamagedError: the shard ends before. EnvironmentFault: unreadable.
+        """
+        shard = box.tensor.file
         fd, keep = self._descriptor(shard)
         try:
             position = 0
             view = out.data
-            for offset, length in part.runs():
+            for offset, length in box.runs():
                 end = position + length
                 while position < end:
                     got = os.preadv(fd, [view[position:end]], offset)
                     if got == 0:
-                        raise DamagedError(f"{shard}: is truncated inside '{part.tensor.name}'; download it again")
+                        raise DamagedError(f"{shard}: is truncated inside '{box.tensor.name}'; download it again")
                     position += got
                     offset += got
         except OSError as error:

@@ -1,4 +1,4 @@
-"""A repository on the Hub for a disk that does not hold it: shards come when they are needed and go when they are not.
+"""A repository on the Hub, converted on a disk too small for it: only the shards in use are here.
 
 What flows: the small tensors that decide the plan (column orders, zero points) are read by range requests, many at
 once. Then whole shards are downloaded into a folder of the conversion's own, each when it is first read or a little
@@ -30,7 +30,7 @@ class StreamedSource(HubSource):
 
     def __init__(self, remote: Remote) -> None:
         self._values: dict[str, bytes] = {}
-        self._kinds_read: set[str] = set()
+        self._suffixes_read: set[str] = set()
         self._lock = threading.Lock()
         self._readers: dict[str, ShardReader] = {}
         self._folder: Path | None = None
@@ -38,33 +38,33 @@ class StreamedSource(HubSource):
         super().__init__(remote)
 
     def keep_in(self, folder: Path) -> None:
-        """Where downloaded shards lie. Before the first read of a tensor."""
+        """Download shards into `folder`. Comes before the first read of a tensor."""
         self._folder = folder
 
     def peek(self, tensor: Tensor) -> Array | None:
-        """Every value that a reader asks for: a conversion must not believe the config."""
+        """Any small tensor: a conversion looks at the values, whatever the config says."""
         if tensor.nbytes > _MAX_VALUE_BYTES:
             return None
-        kind = tensor.name.rpartition(".")[2]
-        if kind not in self._kinds_read:
-            # Readers ask for one module after the other, and for the same kinds: fetch ahead, at once.
-            self._kinds_read.add(kind)
-            self._fetch_values([other for other in self.checkpoint.tensors.values() if _is_kind(other, kind)])
+        suffix = _suffix(tensor)
+        if suffix not in self._suffixes_read:
+            # Readers ask for the same tensor of one module after the other: fetch those of all modules at once.
+            self._suffixes_read.add(suffix)
+            self._fetch_values([other for other in self.checkpoint.tensors.values() if _suffix(other) == suffix])
         data = self._values.get(tensor.name)
         if data is None:
             data = self.remote.read(tensor.file, tensor.begin, tensor.end)
         return as_array(whole(tensor), np.frombuffer(data, np.uint8).copy())
 
-    def read_into(self, part: Slice, out: Array) -> None:
-        """Fill `out`; waits for the shard where it is not here yet."""
-        self._reader(part.tensor.file).read_into(part, out)
+    def read_into(self, box: Slice, out: Array) -> None:
+        """Fill `out` (flat uint8, `box.nbytes` long) with the bytes of a slice; waits until its shard is here."""
+        self._reader(box.tensor.file).read_into(box, out)
 
-    def ahead(self, shard: str) -> None:
-        """Begin to download a shard."""
+    def prefetch(self, shard: str) -> None:
+        """Begin to download a shard, and do not wait."""
         self._downloads.start(shard)
 
     def release(self, shard: str) -> None:
-        """Nobody will read this shard again: delete it, unless it is the cache's."""
+        """Delete a shard that will not be read again, unless it lies in the client's cache."""
         self._values.clear()
         with self._lock:
             reader = self._readers.pop(shard, None)
@@ -102,7 +102,7 @@ class StreamedSource(HubSource):
 
         total = sum(len(data) for data in self._values.values())
         chosen = []
-        for tensor in tensors:
+        for tensor in (tensor for tensor in tensors if tensor.nbytes <= _MAX_VALUE_BYTES):
             total += tensor.nbytes
             if total > _MAX_VALUES_BYTES:
                 break
@@ -111,5 +111,6 @@ class StreamedSource(HubSource):
             self._values.update(pool.map(fetch, chosen))
 
 
-def _is_kind(tensor: Tensor, kind: str) -> bool:
-    return tensor.name.rpartition(".")[2] == kind and tensor.nbytes <= _MAX_VALUE_BYTES
+def _suffix(tensor: Tensor) -> str:
+    """The last part of a tensor's name: `g_idx`, `qzeros`."""
+    return tensor.name.rpartition(".")[2]

@@ -20,8 +20,9 @@ import numpy as np
 
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule
+from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.converted import Repo
-from xpuquant.conversion.sources.base import Progress, Source, read_slice
+from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.verify.column_cache import Panels
 from xpuquant.conversion.verify.digests import MatrixDigest, module_digest
 from xpuquant.conversion.verify.health import Counter

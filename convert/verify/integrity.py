@@ -7,17 +7,16 @@ both ways, and with the list of modules and tensors that the conversion recorded
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from xpuquant.conversion.progress import Progress
+from xpuquant.conversion.repo.checksums import hash_file, is_sealed
 from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
-from xpuquant.conversion.sources.base import Progress
 from xpuquant.conversion.sources.repo_files import list_files, parse_json
 from xpuquant.conversion.verify.exactness import run_all
 from xpuquant.conversion.verify.verdict import Finding
@@ -31,8 +30,6 @@ UNPROTECTED = ("README.md", ".gitattributes", ".gitignore")
 VERDICT = "verify.json"
 REPORTS = ("verify.md", "verify.html", "verify.svg")
 
-_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"')
-_CHUNK = 4 << 20
 _MODULE_LISTS = ("roles", "dequantized")
 
 
@@ -49,22 +46,6 @@ class Integrity:
     record: Mapping[str, Any] | None
     repo: Repo | None
     files: int
-
-
-def seal(content: bytes) -> bytes:
-    """Fill in the sha256 of xpuquant.json: of its own bytes, with 64 zeros in this place."""
-    hole = _SEAL.search(content)
-    assert hole is not None and hole[1] == b"0" * 64, "the first sha256 of the file is its own"
-    digest = hashlib.sha256(content).hexdigest().encode()
-    return content[: hole.start(1)] + digest + content[hole.end(1) :]
-
-
-def is_sealed(content: bytes) -> bool:
-    """Whether the file still has the bytes it was sealed with."""
-    hole = _SEAL.search(content)
-    if hole is None:
-        return False
-    return hashlib.sha256(content[: hole.start(1)] + b"0" * 64 + content[hole.end(1) :]).hexdigest() == hole[1].decode()
 
 
 def weigh(folder: Path) -> int:
@@ -164,18 +145,11 @@ def _check_types(record: Mapping[str, Any]) -> None:
 
 
 def _file(folder: Path, name: str, sha256: str, progress: Progress) -> Finding | None:
-    digest = hashlib.sha256()
-    try:
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                progress(len(chunk))
-    except FileNotFoundError:
+    found = hash_file(folder / name, progress)
+    if found is None:
         return _wrong(name, "is missing")
-    except OSError as error:
-        raise EnvironmentFault(f"{folder / name}: cannot be read ({error.strerror})") from error
-    if digest.hexdigest() != sha256:
-        return _wrong(name, f"has sha256 {digest.hexdigest()[:12]}…, was written with {sha256[:12] or 'none'}…")
+    if found != sha256:
+        return _wrong(name, f"has sha256 {found[:12]}…, was written with {sha256[:12] or 'none'}…")
     return None
 
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.converted import Repo
-from xpuquant.conversion.sources.base import Progress
 from xpuquant.conversion.verify.column_cache import Panels
 from xpuquant.conversion.verify.digests import MatrixDigest, module_digest, recorded
 from xpuquant.conversion.verify.exactness import (

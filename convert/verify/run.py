@@ -18,9 +18,10 @@ from typing import Any
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
+from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE
-from xpuquant.conversion.sources.base import Progress, Source, read_slice
+from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.verify.agreement import check_kernels
 from xpuquant.conversion.verify.exactness import (

@@ -16,8 +16,9 @@ from typing import Protocol
 
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.shards import Shard
+from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.journal import Finished
-from xpuquant.conversion.sources.base import Progress, Source
+from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.write.read_ahead import Stopped, Workers
 from xpuquant.conversion.write.shard_writer import ShardWriter
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from xpuquant.conversion.plan.shards import Shard
+from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.journal import Finished
-from xpuquant.conversion.sources.base import Progress, Source
+from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.write.output_files import create
 from xpuquant.conversion.write.read_ahead import AHEAD, BATCH, Ahead, Stopped, Workers
 from xpuquant.conversion.write.tasks import TASK_BYTES, Task, tasks

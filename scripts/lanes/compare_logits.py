@@ -14,15 +14,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
-from xpuquant.conversion.sources.base import open_source, read_all
+from xpuquant.conversion.sources.base import read_slice
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.exactness import decoded_blocks
+from xpuquant.formats.checkpoint import whole
 
 
 def dequantized_source(folder: str, family: type) -> torch.nn.Module:
     """The source as an unquantized float32 model: every matrix decoded by the reader, the rest as stored."""
     source = open_source(folder)
     plan = make_plan(source.checkpoint, Options())
-    state = {tensor.name: torch.tensor(read_all(source, tensor).astype(np.float32)) for tensor in plan.passed}
+    plain = {tensor.name: read_slice(source, whole(tensor)) for tensor in plan.passed}
+    state = {name: torch.tensor(array.astype(np.float32)) for name, array in plain.items()}
     for module in plan.modules:
         for _, _, weight in module.weights:
             blocks = [decoded.values() for _, _, decoded in decoded_blocks(weight, source)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.cards import FACTS, NEWER
 
 from xpuquant.conversion.repo.card import render
-from xpuquant.conversion.repo.card_merge import front_matter, merge, rename, split
+from xpuquant.conversion.repo.card_merge import front_matter, merge, parse, rename
 
 
 def test_metadata_puts_the_repo_below_its_base_and_keeps_the_license() -> None:
@@ -102,6 +102,13 @@ def test_a_rewritten_card_is_its_authors(theirs: str) -> None:
     assert remark is not None
 
 
+@pytest.mark.parametrize("front", ["a: [", "a: !!bool maybe", "a: 2024-13-01", "- a list", "{" * 3000, "1: a"])
+def test_whatever_a_strangers_metadata_is_it_stops_nothing(front: str) -> None:
+    assert front_matter(f"---\n{front}\n---\n# Model\n") in ({}, {1: "a"})
+    theirs = render(FACTS).replace("tags:", "tags: mine\nothers:")
+    assert front_matter(merge(render(NEWER), theirs)[0])["license"] == "apache-2.0"
+
+
 def test_edits_in_the_folder_are_published() -> None:
     ours = render(NEWER) + "\nmy words\n"
     text, remark = merge(ours, render(FACTS))
@@ -141,12 +148,12 @@ def test_rename_puts_the_repo_id_into_the_commands_and_nothing_else() -> None:
     text = rename(render(FACTS), "me/Qwen3")
     assert "vllm serve me/Qwen3\n" in text
     assert 'from_pretrained("me/Qwen3"' in text
-    parts = split(text)
-    assert parts is not None
-    assert parts.is_block_intact
-    assert not parts.is_edited
+    found = parse(text)
+    assert found is not None
+    assert found.is_block_intact
+    assert not found.is_edited
     edited = render(FACTS) + "words"
-    renamed = split(rename(edited, "me/Qwen3"))
+    renamed = parse(rename(edited, "me/Qwen3"))
     assert renamed is not None
     assert renamed.is_edited
 
@@ -159,7 +166,7 @@ def test_whatever_is_written_around_survives(before: str, after: str) -> None:
     theirs = card[:start] + before + card[start:] + after
     text, remark = merge(render(NEWER), theirs)
     assert remark is None
-    parts = split(text)
-    assert parts is not None
-    assert (parts.before, parts.after) == (before, after)
-    assert yaml.safe_load(parts.front)["license"] == "apache-2.0"
+    found = parse(text)
+    assert found is not None
+    assert (found.before, found.after) == (before, after)
+    assert yaml.safe_load(found.front)["license"] == "apache-2.0"

@@ -18,7 +18,7 @@ from xpuquant.conversion.cli.app import run
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.repo.converted import Repo, open_repo
-from xpuquant.conversion.sources.base import open_source
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.formats.checkpoint import whole
 from xpuquant.formats.layouts.base import Matrix
 from xpuquant.formats.weights.parts import source_matrices

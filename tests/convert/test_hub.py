@@ -22,8 +22,9 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.runs import local as conversion
 from xpuquant.conversion.runs.streamed import convert_streaming, groups, peak_disk
-from xpuquant.conversion.sources.base import LocalSource, open_source
+from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.hub import HubSource, open_hub
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.sources.streamed import StreamedSource
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 

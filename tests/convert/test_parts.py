@@ -16,7 +16,7 @@ from xpuquant.conversion.cli.app import run
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.runs.parts import Part, parse_part, share
-from xpuquant.conversion.sources.base import open_source
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.errors import UsageError
 
 pytest_plugins = "support.hub.fixtures"

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from xpuquant.conversion.repo.checksums import is_sealed
 from xpuquant.conversion.report.heatmap import heat_map, table_of
 from xpuquant.conversion.report.markdown import markdown
 from xpuquant.conversion.report.reports import as_data, in_one_line, sentences, write_reports
-from xpuquant.conversion.verify.integrity import is_sealed
 from xpuquant.conversion.verify.verdict import Agreement, Checked, Finding, Health, Verdict
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

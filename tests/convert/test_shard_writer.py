@@ -18,7 +18,7 @@ from support.checkpoints import FIXTURES, REFUSED, SPOILT, all_checkpoints
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.repo.journal import Finished, Journal
-from xpuquant.conversion.sources.base import LocalSource
+from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.write import output_files as shard_file
 from xpuquant.conversion.write import shard_writer
 from xpuquant.conversion.write.execute import execute

@@ -24,7 +24,7 @@ from support.floats import (
 )
 from support.ints import Ints, Pico, convert, ct_config, ints, pack_quantized, refusal
 
-from xpuquant.conversion.sources.base import open_source
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.errors import DamagedError
 
 GPT_OSS = {"model_type": "gpt_oss"}

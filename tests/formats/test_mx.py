@@ -23,7 +23,7 @@ from support.floats import (
 )
 from support.ints import DOWN, Pico, convert, refusal
 
-from xpuquant.conversion.sources.base import open_source
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.errors import DamagedError
 
 MXFP8_CONFIG = float_ct_config("mxfp8-quantized", "group")

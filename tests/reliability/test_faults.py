@@ -311,7 +311,7 @@ class TestSource:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        from xpuquant.conversion.sources.base import LocalSource
+        from xpuquant.conversion.sources.folder import LocalSource
 
         shard = source / "model.safetensors"
         kept = tmp_path / "kept"

@@ -14,7 +14,7 @@ from support.checkpoints import FIXTURES
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.runs.local import convert
-from xpuquant.conversion.sources.base import open_source
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.run import select, verify
 from xpuquant.conversion.verify.verdict import Verdict
 

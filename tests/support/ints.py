@@ -21,7 +21,8 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import Journal
-from xpuquant.conversion.sources.base import LocalSource, open_source
+from xpuquant.conversion.sources.folder import LocalSource
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.exactness import check_exact
 from xpuquant.conversion.write.execute import execute
 from xpuquant.errors import UnsupportedError

@@ -1,0 +1,88 @@
+"""How far the work is: told in bytes, a phase after the other (`download`, `convert`, `verify`, `push`, ...)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
+
+Progress = Callable[[int], None]
+"""Called with each number of bytes done, from any thread."""
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with a phase's name, its bytes done so far and its bytes in all."""
+
+
+class Reporter(Protocol):
+    """Who is told how far the work is. Called from any thread."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A phase of `total` bytes begins."""
+        ...
+
+    def advance(self, nbytes: int) -> None:
+        """So many more bytes of the phase are done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A remark that is no part of the result, e.g. how much disk will be needed."""
+        ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def phase(self, name: str, total: int) -> None:
+        pass
+
+    def advance(self, nbytes: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class Calls:
+    """Tells a function. Use as a context manager: its end completes the last phase.
+
+    The function is called by one thread at a time. Within a phase `done` never falls and never exceeds `total`, however
+    the total was estimated; a phase that ended well ends with `done == total`. An exception that the function raises
+    stops the work.
+    """
+
+    def __init__(self, callback: ProgressCallback) -> None:
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._name, self._done, self._total = "", 0, 0
+
+    def __enter__(self) -> Calls:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            with self._lock:
+                self._complete()
+
+    def phase(self, name: str, total: int) -> None:
+        with self._lock:
+            self._complete()
+            self._name, self._done, self._total = name, 0, total
+            self._callback(name, 0, total)
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            done = min(self._done + nbytes, self._total)
+            if done > self._done:
+                self._done = done
+                self._callback(self._name, done, self._total)
+
+    def note(self, text: str) -> None:
+        pass
+
+    def _complete(self) -> None:
+        if self._done < self._total:
+            self._done = self._total
+            self._callback(self._name, self._total, self._total)

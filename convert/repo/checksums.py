@@ -1,0 +1,56 @@
+"""sha256 of files, and the seal by which a JSON file of ours vouches for itself."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from xpuquant.conversion.progress import Progress
+from xpuquant.errors import EnvironmentFault
+
+_CHUNK_BYTES = 4 << 20
+_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"')
+UNSEALED = "0" * 64
+"""What a JSON object holds as its first field, `sha256`, until it is sealed."""
+
+
+def hash_file(path: Path, progress: Progress | None = None) -> str | None:
+    """sha256 of a file, in hex; None where there is no such file.
+
+    Args:
+        progress: told the bytes of each chunk that was read.
+
+    Raises:
+        EnvironmentFault: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            if progress is None:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                progress(len(chunk))
+            return digest.hexdigest()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def seal(content: bytes) -> bytes:
+    """Put the sha256 of a JSON file into its first field, where `UNSEALED` stands: the sha256 of the bytes given."""
+    hole = _SEAL.search(content)
+    assert hole is not None and hole[1] == UNSEALED.encode(), "the first sha256 of the file is its own"
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return content[: hole.start(1)] + digest + content[hole.end(1) :]
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether a file still has the bytes that it was sealed with."""
+    hole = _SEAL.search(content)
+    if hole is None:
+        return False
+    unsealed = content[: hole.start(1)] + UNSEALED.encode() + content[hole.end(1) :]
+    return hashlib.sha256(unsealed).hexdigest() == hole[1].decode()
