@@ -3,8 +3,8 @@
 Through it (`CachedFile`) where the shard is read again at once. The kernel is told to begin writing pages out as they
 come, so that the flush before publishing finds little left.
 
-Past it (`DirectFile`, O_DIRECT) where nobody will: no page has to be found, filled and thrown away again, and what
-other programs have in memory stays there. Blocks are filled by the caller while a thread writes the ones before; three
+Past it (`DirectFile`, O_DIRECT) where it is not: no page has to be found, filled and thrown away again, and what other
+programs have in memory stays there. Blocks are filled by the caller while a thread writes the ones before; three
 blocks are all the memory. File systems that do not know O_DIRECT get plain writes of the same blocks.
 """
 
@@ -41,24 +41,25 @@ _ALIGNMENT = 4096
 """What O_DIRECT asks of offsets, lengths and memory, at most, of every disk in use."""
 
 
-class ShardFile(Protocol):
-    """A file of a size known beforehand, closed by `with`. Errors of the disk may come with any call, as OSError."""
+class OutputFile(Protocol):
+    """A file of a size known beforehand, closed by `with`. Any call may raise OSError for what was appended before."""
 
-    def __enter__(self) -> ShardFile: ...
+    def __enter__(self) -> OutputFile: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
     def append(self, data: Array) -> None:
-        """Write flat uint8 after what there is; `data` may be used again on return."""
+        """Write `data` (flat uint8) at the end. The caller may change it after the call."""
         ...
 
 
-def create(path: Path, nbytes: int, read_again: bool) -> ShardFile:
-    """A new file in place of an old one.
+def create(path: Path, nbytes: int, read_again: bool) -> OutputFile:
+    """Make a file, in place of one that is there.
 
     Args:
+        nbytes: its size.
         read_again: whether it is read soon, by this machine.
 
     Raises:

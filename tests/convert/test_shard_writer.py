@@ -19,10 +19,9 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.repo.journal import Finished, Journal
 from xpuquant.conversion.sources.folder import LocalSource
-from xpuquant.conversion.write import output_files as shard_file
-from xpuquant.conversion.write import shard_writer
+from xpuquant.conversion.write import output_files, shard_writer
 from xpuquant.conversion.write.execute import execute
-from xpuquant.conversion.write.output_files import CachedFile, DirectFile, ShardFile
+from xpuquant.conversion.write.output_files import CachedFile, DirectFile, OutputFile
 from xpuquant.errors import EnvironmentFault
 
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
@@ -48,7 +47,7 @@ def test_pieces_may_be_cut_anywhere(name: str, tmp_path: Path, monkeypatch: pyte
     """Every fixture, in parts of a few rows, is what it is when each piece is made at one go."""
     folder = all_checkpoints()[name]
     whole = shards(folder, tmp_path / "whole")
-    monkeypatch.setattr(shard_writer, "TASK_BYTES", 2048)
+    monkeypatch.setattr(shard_writer, "CHUNK_BYTES", 2048)
     assert shards(folder, tmp_path / "cut") == whole
     assert shards(folder, tmp_path / "ahead", jobs=4, read_again=False) == whole
 
@@ -63,7 +62,7 @@ def direct(path: Path, nbytes: int) -> DirectFile:
 def test_what_was_appended_is_there(
     create: Any, sizes: list[int], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_file, "_BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(output_files, "_BLOCK_BYTES", BLOCK)
     data = np.random.default_rng(seed).integers(0, 256, sum(sizes), np.uint8)
     path = tmp_path / "shard"
     path.write_bytes(b"of an earlier run" * 10_000)
@@ -77,7 +76,7 @@ def test_what_was_appended_is_there(
     assert path.read_bytes() == data.tobytes()
 
 
-def filled(file: ShardFile, nbytes: int) -> None:
+def filled(file: OutputFile, nbytes: int) -> None:
     with file:
         file.append(np.arange(nbytes, dtype=np.uint8))
 
@@ -85,7 +84,7 @@ def filled(file: ShardFile, nbytes: int) -> None:
 class TestDirect:
     @pytest.fixture(autouse=True)
     def small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shard_file, "_BLOCK_BYTES", BLOCK)
+        monkeypatch.setattr(output_files, "_BLOCK_BYTES", BLOCK)
 
     def test_the_page_cache_is_passed(self, tmp_path: Path) -> None:
         file = direct(tmp_path / "shard", 5 * BLOCK)
