@@ -1,1 +1,2 @@
-"""The Hugging Face Hub: one client, range reads, downloads, and publishing."""
+"""The Hugging Face Hub. Sources read with `client`, `ranges` and `downloads`; `target` and `publish` put an output
+folder there, and are what runs use."""

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WAITS = (1.0, 4.0, 10.0)
-"""Seconds before each retry. The client retries most requests by itself for about 20 s each time; these are for what it
-does not retry (commits over LFS, creating things), and for longer trouble. Beyond that: run the command again."""
+"""Seconds before each retry. The client itself retries most requests for about 20 s. These are for what it does not
+retry (commits over LFS, creating things), and for longer trouble; after the last, the user runs the command again."""
 
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TRANSIENT_NAMES = frozenset({"TransportError", "RequestException"})
@@ -75,7 +75,7 @@ def retried(action: Callable[[], T], about: str) -> T:
     """Run an action, again after transient faults.
 
     Args:
-        about: repo id, for the message.
+        about: repo id, for the message of an error.
 
     Raises:
         XpuquantError: one line with the fix.

@@ -1,6 +1,5 @@
-"""Files on their way here, in threads that nobody waits for: an interrupt ends the program, not the current download.
-
-huggingface_hub keeps what a killed download had, and the next run carries on from there.
+"""Downloads in background threads. They are daemons: an interrupt ends the program at once, without waiting for the
+files under way. huggingface_hub keeps what has come of them, and the next run carries on from there.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 
 class FileProgress:
-    """Progress of one file, as the client counts it. It counts again what it retries, and not what it resumes; here
+    """Progress of one file. The client counts bytes that it retries again, and bytes that it resumes not at all; here
     every byte counts once."""
 
     def __init__(self, nbytes: int, report: Callable[[int], None]) -> None:
@@ -22,16 +21,17 @@ class FileProgress:
         self._report = report
 
     def add(self, nbytes: int) -> None:
+        """Count bytes that the client reports."""
         counted = max(0, min(nbytes, self._left))
         self._left -= counted
         self._report(counted)
 
     def finish(self) -> None:
-        """The file is here."""
+        """The file is complete: count what is missing of its size."""
         self.add(self._left)
 
     def bar(self) -> type[Any]:
-        """A progress bar class for the client that draws nothing and counts here."""
+        """A progress bar class to give to the client: it draws nothing, and counts here."""
         from tqdm import tqdm  # type: ignore[import-untyped]  # huggingface_hub brings it
 
         count = self.add
@@ -65,7 +65,7 @@ class Downloads:
             threading.Thread(target=self._work, name=f"download-{number}", daemon=True).start()
 
     def start(self, name: str) -> Future[Path]:
-        """The file, now or later. A download that failed is started anew."""
+        """Begin to download a file; where it lies, once it is here. A download that failed is begun again."""
         with self._lock:
             known = self._futures.get(name)
             if known is not None and not (known.done() and known.exception() is not None):
@@ -76,7 +76,7 @@ class Downloads:
         return future
 
     def forget(self, name: str) -> None:
-        """The file is gone; asked for again, it is downloaded again."""
+        """Note that the file was deleted: `start` downloads it again."""
         with self._lock:
             self._futures.pop(name, None)
 

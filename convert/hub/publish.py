@@ -41,17 +41,20 @@ _LARGE_BYTES = 10_000_000
 _STALE = re.compile(r"(.*-\d+-of-\d+|model)\.safetensors|model\.safetensors\.index\.json")
 """Names that conversions write. Other files of the repository are its owner's and stay."""
 
-_CONFLICT = 412
+_CONFLICT = 412  # HTTP: somebody else has committed
 
 
 @dataclass(frozen=True)
 class Pushed:
     """What a push did.
 
-    revision  branch, or `refs/pr/N`
-    commit    its id; the repository's files at this commit equal the local ones
-    uploaded  files that were new or different; `unchanged` were there already, `removed` were stale
-    nbytes    bytes of `uploaded`
+    revision   branch, or `refs/pr/N`
+    commit     its id; the repository's files at this commit equal the local ones
+    uploaded   files that were new or different
+    unchanged  files that were there already
+    removed    files of an older conversion, which the new one does not have
+    nbytes     bytes of `uploaded`
+    notes      remarks for the user
     """
 
     repo_id: str
@@ -147,7 +150,12 @@ def _blob(path: Path) -> Blob:
 def publish(
     target: Target, folder: Path, wanted: dict[str, Blob], staged: Mapping[str, Finished], report: Progress
 ) -> Pushed:
-    """Make the target's revision equal to a folder's files and the shards that are staged on a branch, in one commit.
+    """Bring files of a folder, and shards from the staging branch, to the target's revision in one commit.
+
+    Args:
+        wanted: name → blob, of the folder's files.
+        staged: name → shard, of those on `target.staging`.
+        report: told bytes that are on the Hub; the size of every file, once.
 
     Raises: as `push`.
     """
@@ -188,7 +196,7 @@ def publish(
 
 
 class _Uploads:
-    """Uploads and commits; remembers from one attempt to the next what is on the Hub already.
+    """Uploads and commits. What one attempt has brought to the Hub, the next does not upload again.
 
     sent      name → bytes, of files that were new or different
     reported  names whose bytes were reported as progress

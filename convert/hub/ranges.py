@@ -1,7 +1,8 @@
-"""Parts of files on the Hub, by range requests.
+"""Byte ranges of files on the Hub.
 
-Large files are answered with a redirect to storage. The address there is good for about an hour, so it is kept and
-asked directly: thousands of small reads then cost the Hub one request per file, where its rate limits apply.
+The Hub answers a request for a large file with a redirect to storage. The address there is good for about an hour, so
+it is kept and asked directly: thousands of small reads cost the Hub, with its rate limits, one request per file.
+huggingface_hub's HfFileSystem asks the Hub for each read; once it keeps addresses, this module can go.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Ranges:
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Bytes `begin:end` of a file.
 
-        Raises: whatever the client raises; a short answer is a ConnectionError.
+        Raises:
+            ConnectionError: fewer bytes came. Otherwise as the client.
         """
         from huggingface_hub import hf_hub_url
 
@@ -69,14 +71,14 @@ class Ranges:
             hf_raise_for_status(response)
             skip = 0 if response.status_code == 206 else begin  # a server may send the whole file instead
             data = bytearray()
-            for piece in response.iter_bytes():
-                data += piece
+            for received in response.iter_bytes():
+                data += received
                 if len(data) >= skip + end - begin:
                     break
             if not signed and str(response.url) != url:
                 with self._lock:
                     self._addresses[name] = str(response.url)
-        part = bytes(data[skip : skip + end - begin])
-        if len(part) != end - begin:
-            raise ConnectionError(f"{name}: {len(part)} of {end - begin} bytes came")
-        return part
+        wanted = bytes(data[skip : skip + end - begin])
+        if len(wanted) != end - begin:
+            raise ConnectionError(f"{name}: {len(wanted)} of {end - begin} bytes came")
+        return wanted

@@ -1,4 +1,4 @@
-"""One repository on the Hub as something to publish to: created, a branch or pull request opened, listed, read."""
+"""A repository on the Hub to publish to: it is created, a branch or pull request opened, files listed and read."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PULL_REQUEST_TITLE = "Converted for Intel GPUs with xpuquant"
 
 @dataclass(frozen=True)
 class Blob:
-    """What a file is.
+    """The identity of a file's content.
 
-    sha256  None for a remote file outside LFS
-    git     git blob id; None for local weights, which always are LFS objects
+    sha256  None for a file on the Hub that is no LFS object
+    git     git blob id (a sha1); None for local weights, which are LFS objects always
     """
 
     nbytes: int
@@ -39,7 +39,7 @@ class Blob:
 
 
 class Target:
-    """Where a push goes. `create` and `open` come first.
+    """Where a push goes. `create` and `open` are called first.
 
     repo_id   completed with the user's name by `create`
     revision  branch or `refs/pr/N`
@@ -86,10 +86,11 @@ class Target:
         self.revision = branch
 
     def make_branch(self, branch: str) -> None:
+        """Make a branch from main, unless it exists."""
         self._retried(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
 
     def head(self, revision: str | None = None) -> str:
-        """Commit id."""
+        """Commit id of `revision`; None means the one to publish to."""
         return str(self._retried(lambda: self.api.model_info(self.repo_id, revision=revision or self.revision)).sha)
 
     def files(self, revision: str) -> dict[str, Blob]:
@@ -102,12 +103,12 @@ class Target:
         }
 
     def text(self, path: str, revision: str) -> str:
-        """A small file."""
+        """The text of a small file."""
         file = self._retried(lambda: self.api.hf_hub_download(self.repo_id, path, revision=revision))
         return Path(file).read_text(encoding="utf-8")
 
     def upload(self, operation: Any) -> None:
-        """Bring a large file to the Hub; no commit names it yet. Raises what the client raises."""
+        """Upload a large file, for a commit that will name it. Raises what the client raises."""
         self.api.preupload_lfs_files(self.repo_id, [operation], revision=self.revision, free_memory=False)
 
     def open_staging(self, branch: str, shards: Mapping[str, int]) -> dict[str, Finished]:

@@ -19,10 +19,11 @@ from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 
 
 class Repo:
-    """The tensors of a converted repo, as the headers on disk say.
+    """An open converted repo. Its tensors are those that the headers on disk say.
 
-    modules  name → stored module
-    plain    tensors that belong to no quantized module
+    tensors  name → tensor, of all shards
+    modules  name → quantized module
+    plain    name → tensor, of those that belong to no quantized module
     """
 
     def __init__(self, folder: Path, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
@@ -58,7 +59,7 @@ class Repo:
 
 
 def open_repo(folder: Path) -> Repo:
-    """Open a finished repo by its index and config.json.
+    """Open a finished repo; config.json, index and headers must agree.
 
     Raises:
         UsageError: not a converted repo. DamagedError: files that contradict each other.

@@ -1,1 +1,1 @@
-"""Where a checkpoint comes from: a folder, a repository on the Hub, or one read piece by piece."""
+"""Where a checkpoint comes from: a folder, a repository on the Hub, or one streamed shard by shard."""

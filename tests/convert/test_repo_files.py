@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from xpuquant.conversion.repo.checksums import hash_file, is_sealed, seal
 from xpuquant.conversion.repo.journal import STAGING, Finished, Journal
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.sources.repo_files import (
@@ -18,7 +20,7 @@ from xpuquant.conversion.sources.repo_files import (
     quantization_config,
     shard_files,
 )
-from xpuquant.errors import DamagedError, UsageError
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 
 def test_everything_but_weights_and_our_own_files_is_copied() -> None:
@@ -156,6 +158,26 @@ class TestJournal:
             first.begin("plan", force=False)
             with pytest.raises(UsageError, match="another conversion"), Journal(tmp_path):
                 pass
+
+
+class TestChecksums:
+    def test_a_file_has_one_sha256_whether_or_not_progress_is_told(self, tmp_path: Path) -> None:
+        path = tmp_path / "shard"
+        path.write_bytes(bytes(range(256)) * 40_000)
+        told: list[int] = []
+        assert hash_file(path, told.append) == hash_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert sum(told) == path.stat().st_size and len(told) > 1
+
+    def test_no_file_has_none_and_no_folder_any(self, tmp_path: Path) -> None:
+        assert hash_file(tmp_path / "nothing") is None
+        with pytest.raises(EnvironmentFault, match="cannot be read"):
+            hash_file(tmp_path)
+
+    def test_a_sealed_file_tells_any_change(self) -> None:
+        sealed = seal(b'{"sha256": "' + b"0" * 64 + b'", "files": {"a": "b"}}')
+        assert is_sealed(sealed)
+        for change in (sealed.replace(b'"b"', b'"c"'), sealed.replace(b"sha256", b"sha512"), b"{}"):
+            assert not is_sealed(change)
 
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
