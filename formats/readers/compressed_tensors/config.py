@@ -13,7 +13,7 @@ from typing import Any
 
 from xpuquant.errors import UnsupportedError, UsageError, shown
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.readers.gptq_config import overridden
+from xpuquant.formats.readers.config_keys import overridden
 from xpuquant.formats.readers.patterns import check_count, matches
 
 METHODS = frozenset({"compressed-tensors", "compressed_tensors"})
