@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from xpuquant.errors import UnsupportedError, UsageError
+from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.base import Parts
-from xpuquant.formats.readers.patterns import MAX_PATTERNS, searches
+from xpuquant.formats.readers.patterns import check_count, searches
 from xpuquant.formats.weights.base import Weight
 
 METHODS = frozenset({"auto-round", "auto_round", "autoround", "intel/auto-round", "intel/auto_round"})
@@ -123,8 +123,7 @@ def _patterns(keys: _Keys) -> tuple[str, ...]:
     """Keys to be searched for. A plain name with a layer number in it is one module's name, and not meant to match
     another."""
     found = tuple(key for key in keys.table if _METACHARACTERS.search(key) or not any(map(str.isdigit, key)))
-    if len(found) > MAX_PATTERNS:
-        raise UsageError(f"config: extra_config has {len(found)} regular expressions, at most {MAX_PATTERNS} are read")
+    check_count("extra_config", len(found))
     return found
 
 

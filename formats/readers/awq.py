@@ -16,10 +16,9 @@ import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, columns, whole
-from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD
-from xpuquant.formats.readers.base import Parts, need
-from xpuquant.formats.readers.gptq_config import check_no_rotation, integer, overridden, symmetry
+from xpuquant.formats.readers.base import Parts, float_scale, need
+from xpuquant.formats.readers.config_keys import check_no_rotation, integer, overridden, symmetry
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, FillRecipe, Recipe, Weight
 from xpuquant.formats.weights.decoded import Decoded, in_order, subtract_zeros
@@ -107,8 +106,7 @@ class Awq:
         qweight, scales = parts["qweight"], parts["scales"]
         qzeros = parts.get("qzeros")
         _check_packing(checkpoint, qweight, scales)
-        if scales.dtype not in FLOATS:
-            raise DamagedError(f"{scales.name} is {scales.dtype}, want one of {', '.join(FLOATS)}")
+        float_scale(scales)
         (K, width), (G, N) = qweight.shape, scales.shape
         group_size = source_group_size(integer(merged, ("group_size", "q_group_size"), -1), K, G)
         if group_size is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 
@@ -59,6 +60,13 @@ def guarded(name: str) -> Iterator[None]:
     except _STUMBLES as error:
         said = f"{type(error).__name__}: {error}"
         raise DamagedError(f"{name}: its tensors or what is said of it cannot be ({said})") from error
+
+
+def float_scale(scale: Tensor, dtypes: Sequence[str] = FLOATS) -> Tensor:
+    """The tensor itself, which holds scales. Raises DamagedError where its dtype is none of `dtypes`."""
+    if scale.dtype not in dtypes:
+        raise DamagedError(f"{scale.name} is {scale.dtype}, want one of {', '.join(dtypes)}")
+    return scale
 
 
 def need(parts: Parts, suffix: str, name: str, *, dtype: str | None = None, dims: int | None = None) -> Tensor:

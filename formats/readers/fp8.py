@@ -19,7 +19,7 @@ from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.readers.base import Parts, need
+from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported, weight_args
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
@@ -55,9 +55,7 @@ class Fp8:
         check_supported(checkpoint)
         weight = fp8_weight(parts, name)
         N, K = weight.shape
-        scale = scale_of(parts, name)
-        if scale.dtype not in SCALE_DTYPES:
-            raise DamagedError(f"{scale.name} is {scale.dtype}, want one of {', '.join(SCALE_DTYPES)}")
+        scale = float_scale(scale_of(parts, name), SCALE_DTYPES)
         granularity, block, fact = _granularity(checkpoint, name, scale, N, K)
         grid = (-(-N // block[0]), -(-K // block[1]))
         used = [weight, scale, *_no_zero_points(checkpoint, parts)]

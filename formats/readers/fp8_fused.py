@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.readers.base import Parts, need
+from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.readers.fp8 import SCALE_DTYPES, block_size
 from xpuquant.formats.safetensors import Tensor
@@ -48,9 +48,7 @@ class Fp8Fused:
     def _experts(
         self, checkpoint: Checkpoint, name: str, parts: Parts, part: str, tensor: Tensor, transposed: bool
     ) -> list[Weight]:
-        scale = fused_scale(parts, name, part)
-        if scale.dtype not in SCALE_DTYPES:
-            raise DamagedError(f"{scale.name} is {scale.dtype}, want one of {', '.join(SCALE_DTYPES)}")
+        scale = float_scale(fused_scale(parts, name, part), SCALE_DTYPES)
         E = tensor.shape[0]
         N, K = tensor.shape[:0:-1] if transposed else tensor.shape[1:]
         granularity, block = _granularity(scale, E, N, K, block_size(checkpoint, name) or (128, 128), transposed)

@@ -20,9 +20,8 @@ import numpy as np
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import has_bias, in_features, is_embedding
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, columns, whole
-from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.packing.plain import pack_nibbles, unpack_planar, unpack_rows
-from xpuquant.formats.readers.base import Parts, need
+from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.gptq_config import GptqConfig, gptq_config
 from xpuquant.formats.readers.gptq_zeros import measure_zeros, true_zeros
 from xpuquant.formats.safetensors import Tensor
@@ -147,9 +146,7 @@ class Gptq:
         if f"{name}.w_bf16_to_fp8_scale" in checkpoint.tensors:
             raise UnsupportedError("int4 inside fp8 (AutoRound's W4A-fp8, w_bf16_to_fp8_scale) has no XPU kernel")
         qweight = need(parts, "qweight", name, dtype="I32", dims=2)
-        scales = need(parts, "scales", name, dims=2)
-        if scales.dtype not in FLOATS:
-            raise DamagedError(f"{scales.name} is {scales.dtype}, want one of {', '.join(FLOATS)}")
+        scales = float_scale(need(parts, "scales", name, dims=2))
         qzeros = need(parts, "qzeros", name, dtype="I32", dims=2) if "qzeros" in parts else None
         g_idx = need(parts, "g_idx", name, dtype="I32", dims=1) if "g_idx" in parts else None
         G, N = scales.shape

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xpuquant.errors import UnsupportedError, UsageError
+from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.readers.patterns import matches
+from xpuquant.formats.readers.autoround import gptq_label
+from xpuquant.formats.readers.config_keys import check_no_rotation, integer, overridden, symmetry
 
 _V1, _V2, _PLANAR = "gptq", "gptq_v2", "gptq_p"
-_ROTATIONS = ("rotation", "rotation_config", "spinquant_config")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def gptq_config(checkpoint: Checkpoint, module: str) -> GptqConfig:
     """
     config = checkpoint.quantization
     check_no_rotation(config)
-    if _number(config, "pack_dtype", "int32") not in ("int32", "torch.int32"):
+    if str(config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
         raise UnsupportedError(f"pack_dtype is {config['pack_dtype']!r}; only int32 words are known")
     label = _label(config)
     merged = overridden(config, module)
@@ -50,20 +50,6 @@ def gptq_config(checkpoint: Checkpoint, module: str) -> GptqConfig:
         planar=label == _PLANAR,
         writer=_writer(config),
     )
-
-
-def check_no_rotation(config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedError where the activations would have to be rotated at run time."""
-    for key in _ROTATIONS:
-        if config.get(key):
-            raise UnsupportedError(f"the config asks for an online rotation ('{key}'), which no kernel here applies")
-
-
-def overridden(config: Mapping[str, Any], module: str) -> dict[str, Any]:
-    """The config with what it says about one module (`dynamic`, AutoRound's `extra_config`) laid over it."""
-    from xpuquant.formats.readers.autoround import module_overrides
-
-    return {**config, **_dynamic(config.get("dynamic"), module), **module_overrides(config, module)}
 
 
 def _writer(config: Mapping[str, Any]) -> str:
@@ -81,49 +67,8 @@ def _label(config: Mapping[str, Any]) -> str:
     if config.get("is_marlin_format"):
         raise UnsupportedError("the tensors are in Marlin's tile order (is_marlin_format)")
     if "round" in str(config.get("quant_method", "")).lower():
-        from xpuquant.formats.readers.autoround import gptq_label
-
         return gptq_label(config)
     label = str(config.get("checkpoint_format") or config.get("format") or _V1).lower()
     if label not in (_V1, _V2, _PLANAR):
         raise UnsupportedError(f"checkpoint_format '{label}' is not known; known: gptq, gptq_v2, gptq_p")
     return label
-
-
-def _dynamic(rules: Any, module: str) -> Mapping[str, Any]:
-    """GPTQModel's per-module overrides: `-:regex` (not quantized) first, then the first `+:regex` that matches.
-    A module that is quantized after all is what its tensors say, so negative rules override nothing."""
-    if not isinstance(rules, Mapping):
-        return {}
-    for rule, override in rules.items():
-        pattern = rule.removeprefix("+:")
-        if rule.startswith("-:") or not isinstance(override, Mapping):
-            continue
-        if matches(pattern, module):
-            return override
-    return {}
-
-
-def symmetry(config: Mapping[str, Any]) -> bool | None:
-    """`sym`, or AWQ's `zero_point` negated; None where the config does not say."""
-    if isinstance(config.get("sym"), bool | int):
-        return bool(config["sym"])
-    if isinstance(config.get("zero_point"), bool):
-        return not config["zero_point"]
-    return None
-
-
-def _number(config: Mapping[str, Any], key: str, default: str) -> str:
-    return str(config.get(key) or default)
-
-
-def integer(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
-    """The first of `keys` that the config has. Raises UsageError where it is no number."""
-    for key in keys:
-        value = config.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UsageError(f"config: '{key}' is {value!r}, want a number")
-        return value
-    return default

@@ -13,8 +13,8 @@ from typing import Any
 
 from xpuquant.errors import UnsupportedError, UsageError, shown
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.readers.gptq_config import overridden
-from xpuquant.formats.readers.patterns import MAX_PATTERNS, matches
+from xpuquant.formats.readers.config_keys import overridden
+from xpuquant.formats.readers.patterns import check_count, matches
 
 METHODS = frozenset({"compressed-tensors", "compressed_tensors"})
 
@@ -62,6 +62,7 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
     if not isinstance(groups, Mapping):
         return [_args(overridden(config, module), None)] if "bits" in config else []
     ranked: list[tuple[int, str, WeightArgs]] = []
+    patterns = 0
     for name, group in groups.items():
         if isinstance(group, list):
             # {preset: targets}, the short form of a group.
@@ -72,8 +73,8 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
         targets = group.get("targets") or ["Linear"]
         if not isinstance(targets, list):
             raise UsageError(f"config: 'targets' is {shown(targets)}, want a list of names")
-        if sum(str(target).startswith("re:") for target in targets) > MAX_PATTERNS:
-            raise UsageError(f"config: 'targets' has more than {MAX_PATTERNS} regular expressions")
+        patterns += sum(str(target).startswith("re:") for target in targets)
+        check_count("targets", patterns)
         for target in targets:
             rank = _rank(str(target), module)
             if rank is not None:

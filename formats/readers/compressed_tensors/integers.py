@@ -16,9 +16,8 @@ import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, rows
-from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.packing.plain import pack_nibbles
-from xpuquant.formats.readers.base import Parts, need
+from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import METHODS, check_supported, weight_args
 from xpuquant.formats.readers.compressed_tensors.packed import ScaledInts, groups_fit, measure_zeros
 from xpuquant.formats.safetensors import Tensor
@@ -63,9 +62,7 @@ class IntQuantized:
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
         check_supported(checkpoint)
         weight = need(parts, "weight", name, dtype="I8", dims=2)
-        scale = need(parts, "weight_scale", name)
-        if scale.dtype not in FLOATS:
-            raise DamagedError(f"{scale.name} is {scale.dtype}, want one of {', '.join(FLOATS)}")
+        scale = float_scale(need(parts, "weight_scale", name))
         N, K = weight.shape
         candidates = weight_args(checkpoint, name)
         if not candidates:

@@ -21,9 +21,8 @@ import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, rows, whole
-from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.packing.plain import pack_nibbles, unpack_nibbles, unpack_rows
-from xpuquant.formats.readers.base import Parts, need
+from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import (
     METHODS,
     WeightArgs,
@@ -167,10 +166,8 @@ class PackQuantized:
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
         check_supported(checkpoint)
         packed = need(parts, "weight_packed", name, dtype="I32", dims=2)
-        scale = need(parts, "weight_scale", name)
+        scale = float_scale(need(parts, "weight_scale", name))
         zero_point, g_idx = parts.get("weight_zero_point"), parts.get("weight_g_idx")
-        if scale.dtype not in FLOATS:
-            raise DamagedError(f"{scale.name} is {scale.dtype}, want one of {', '.join(FLOATS)}")
         candidates = weight_args(checkpoint, name)
         if not candidates:
             raise UnsupportedError("no group of the config describes it, so its bits are unknown")

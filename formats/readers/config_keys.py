@@ -1,0 +1,60 @@
+"""What several formats ask of a quantization config: a number, symmetric or not, what is said of one module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xpuquant.errors import UnsupportedError, UsageError
+from xpuquant.formats.readers.autoround import module_overrides
+from xpuquant.formats.readers.patterns import matches
+
+_ROTATIONS = ("rotation", "rotation_config", "spinquant_config")
+
+
+def overridden(config: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """The config as it is for one module: GPTQModel's `dynamic` and AutoRound's `extra_config` overrule the rest."""
+    return {**config, **_dynamic(config.get("dynamic"), module), **module_overrides(config, module)}
+
+
+def integer(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
+    """The value of the first of `keys` that the config has. Raises UsageError where it is no whole number."""
+    for key in keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(f"config: '{key}' is {value!r}, want a number")
+        return value
+    return default
+
+
+def symmetry(config: Mapping[str, Any]) -> bool | None:
+    """`sym`, or AWQ's `zero_point` negated; None where the config does not say."""
+    if isinstance(config.get("sym"), bool | int):
+        return bool(config["sym"])
+    if isinstance(config.get("zero_point"), bool):
+        return not config["zero_point"]
+    return None
+
+
+def check_no_rotation(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError where the activations would have to be rotated at run time."""
+    for key in _ROTATIONS:
+        if config.get(key):
+            raise UnsupportedError(f"the config asks for an online rotation ('{key}'), which no kernel here applies")
+
+
+def _dynamic(rules: Any, module: str) -> Mapping[str, Any]:
+    """What GPTQModel's `dynamic` says of a module: the value of the first `regex` or `+:regex` that matches its name.
+
+    `-:regex` stands for modules that are not quantized. One that has quantized tensors all the same is what they say.
+    """
+    if not isinstance(rules, Mapping):
+        return {}
+    for rule, override in rules.items():
+        if rule.startswith("-:") or not isinstance(override, Mapping):
+            continue
+        if matches(rule.removeprefix("+:"), module):
+            return override
+    return {}
