@@ -55,6 +55,9 @@ class Ark:
         # Its QuantLinearFP8 accepts FP8 and MXFP8 on a CPU, and leaves the output zero or unwritten.
         return f"ARK's CPU library computes int4 only, not {scheme.layout}"
 
+    def is_fast(self, scheme: Scheme, N: int, K: int) -> bool:
+        return False
+
     def linear(self, layer: Layer, x: Array) -> Array:
         """`x · Wᵀ (+ bias)`, float32 `[M, N]`: ARK widens 16-bit activations to float32.
 

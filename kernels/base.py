@@ -54,6 +54,10 @@ class Backend(Protocol):
         """
         ...
 
+    def is_fast(self, scheme: Scheme, N: int, K: int) -> bool:
+        """Whether a large linear, all its rows at several M, takes seconds here; otherwise checks compute a sample."""
+        ...
+
     def linear(self, layer: Layer, x: Array) -> Array:
         """`x · Wᵀ (+ bias)`.
 

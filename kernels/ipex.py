@@ -74,6 +74,9 @@ class Ipex:
             return f"IPEX's int4 linear is right only where N is a multiple of 32, not {N}"
         return None
 
+    def is_fast(self, scheme: Scheme, N: int, K: int) -> bool:
+        return True
+
     def linear(self, layer: Layer, x: Array) -> Array:
         """`x · Wᵀ (+ bias)`, float32 `[M, N]`.
 

@@ -97,6 +97,9 @@ class Reference:
     def refuses(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str | None:
         return None
 
+    def is_fast(self, scheme: Scheme, N: int, K: int) -> bool:
+        return False
+
     def linear(self, layer: Layer, x: Array) -> Array:
         result: np.ndarray[Any, Any] = matmul(dequantize(layer), x, layer.tensors.get("bias"))
         return result.astype(np.float32)

@@ -52,6 +52,9 @@ class TorchNative:
             return _refuses_fp8(scheme, N, K)
         return f"torch on {_device()} has no kernel for {scheme.layout}"
 
+    def is_fast(self, scheme: Scheme, N: int, K: int) -> bool:
+        return False  # its int4 kernel takes a minute
+
     def linear(self, layer: Layer, x: Array) -> Array:
         """`x · Wᵀ (+ bias)`, float32 `[M, N]`; the bias is added in float32.
 

@@ -80,6 +80,9 @@ class VllmXpu:
         missing = self.unavailable()
         return missing if missing is not None else _unfit(scheme, N, K, activation)
 
+    def is_fast(self, scheme: Scheme, N: int, K: int) -> bool:
+        return True
+
     def linear(self, layer: Layer, x: Array) -> Array:
         """`x · Wᵀ (+ bias)`, float32 `[M, N]`.
 

@@ -34,6 +34,9 @@ class Kernel:
     def refuses(self, scheme, N, K, activation="BF16"):
         return None if activation in self.takes else f"no {activation}"
 
+    def is_fast(self, scheme, N, K):
+        return True
+
     def linear(self, layer, x):
         return self.compute(backends()["reference"].linear(layer, x), layer, x)
 
@@ -119,6 +122,24 @@ class TestWrongKernels:
     def test_nan_where_the_source_has_none_fails(self):
         found = self.judge(lambda y, layer, x: np.where(y > 0, np.nan, y))
         assert not found.passed and np.isinf(found.error)
+
+    @pytest.mark.parametrize(
+        ("takes", "ran", "refused"),
+        [
+            (("F32", "F16", "BF16"), ["F32", "BF16"], []),
+            (("F32", "BF16"), ["F32", "BF16"], []),
+            (("F16", "BF16"), ["F16", "BF16"], []),
+            (("F32", "F16"), ["F32", "F16"], ["no BF16"]),
+            (("F32",), ["F32"], ["no BF16", "no F16"]),
+            (("F16",), ["F16"], ["no BF16"]),
+            (("BF16",), ["BF16"], []),
+        ],
+    )
+    def test_activations_are_those_the_processor_takes_and_the_report_says_so(self, takes, ran, refused):
+        layer, _ = hand.int4_linear(64, 256, 32, scale="F32")
+        found = check(subject_of(layer), Kernel(lambda y, layer, x: y, takes))
+        assert [one.activation for one in found if one.ran] == ran and all(one.passed for one in found)
+        assert [one.reason for one in found if not one.ran] == refused
 
     def test_activations_are_of_unit_rms_with_outliers_and_repeatable(self):
         x = truth.activations(8, 1024, 1, "F32")

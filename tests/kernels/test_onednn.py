@@ -27,6 +27,12 @@ def _installed():
         pytest.skip(missing)
 
 
+def narrowest(layer: Layer) -> str:
+    """The activation dtype of the fewest bits that this processor has an int4 matmul for: BF16, F16 or F32."""
+    (first, *_) = (dtype for dtype in hand.DTYPES if not BACKEND.refuses(layer.scheme, layer.N, layer.K, dtype))
+    return first
+
+
 def difference(layer: Layer, weight: hand.Array, M: int = 8) -> float:
     x = hand.activations(M, layer.K, "F32")
     return hand.error(BACKEND.linear(layer, x), hand.expected(weight, x, layer))
@@ -147,7 +153,7 @@ def test_odd_and_large_shapes(N, K, g):
 
 def test_reason_of_a_refusal_is_onednn_s_own():
     layer, _ = hand.int4_linear(96, 256, 32)
-    reason = BACKEND.refuses(replace(layer.scheme, group_size=96), 96, 256)
+    reason = BACKEND.refuses(replace(layer.scheme, group_size=96), 96, 256, "F32")
     assert reason is not None and "unsupported scales configuration" in reason
 
 
@@ -158,12 +164,23 @@ def test_a_missing_distribution_is_named_with_the_fix():
 
 def test_implementation_is_named():
     layer, _ = hand.int4_linear(96, 256, 32)
-    assert ":" in BACKEND.implementation(layer.scheme, 96, 256)
+    assert ":" in BACKEND.implementation(layer.scheme, 96, 256, "F32")
+
+
+@pytest.mark.parametrize("dtype", hand.DTYPES)
+def test_reference_code_is_too_slow_for_whole_linears(dtype, monkeypatch):
+    layer, _ = hand.int4_linear(96, 256, 32)
+    monkeypatch.setattr(BACKEND, "refuses", lambda scheme, N, K, asked: None if asked == dtype else "not this one")
+    for name, fast in (("brg_matmul:avx2", True), ("jit:gemm:any", True), ("ref:any", False), ("ref_int8:any", False)):
+        monkeypatch.setattr(BACKEND, "implementation", lambda scheme, N, K, asked, name=name: f"{name} {asked}")
+        assert BACKEND.is_fast(layer.scheme, 96, 256) is fast
+    monkeypatch.setattr(BACKEND, "refuses", lambda *_: "none of them")
+    assert not BACKEND.is_fast(layer.scheme, 96, 256)
 
 
 def test_memory_is_given_back():
-    layer, _ = hand.int4_linear(2048, 2048, 64)  # 2 MB of weights
-    x = hand.activations(8, 2048, "BF16")
+    layer, _ = hand.int4_linear(1024, 1024, 64)  # 0.5 MB of weights
+    x = hand.activations(1, 1024, narrowest(layer))
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -173,7 +190,7 @@ def test_memory_is_given_back():
     before = resident()
     for _ in range(100):
         BACKEND.linear(layer, x)
-    assert resident() - before < 50e6  # 200 MB if each call kept its copy
+    assert resident() - before < 20e6  # 50 MB if each call kept its copy
 
 
 RUN = """
@@ -181,8 +198,11 @@ import support.layers as hand
 from xpuquant.kernels.onednn.backend import OneDNN
 BACKEND = OneDNN()
 layer, weight = hand.int4_linear(96, 256, 32)
-x = hand.activations(8, 256, "BF16")
-assert hand.error(BACKEND.linear(layer, x), hand.expected(weight, x, layer)) < 4e-3
+for dtype in hand.DTYPES:
+    if BACKEND.refuses(layer.scheme, 96, 256, dtype) is None:
+        x = hand.activations(8, 256, dtype)
+        assert hand.error(BACKEND.linear(layer, x), hand.expected(weight, x, layer)) < 4e-3
+assert dtype == "F32" and BACKEND.refuses(layer.scheme, 96, 256, dtype) is None, "every processor has this one"
 """
 TORCH = """
 import torch
