@@ -28,7 +28,7 @@ def test_the_hub_client_reads_the_card() -> None:
     from huggingface_hub import ModelCard
 
     card = ModelCard(render(FACTS))
-    assert card.data.base_model == FACTS.base_model
+    assert card.data["base_model"] == FACTS.base_model
     assert card.data.to_dict()["base_model_relation"] == "quantized"
 
 

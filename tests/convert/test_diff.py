@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -28,7 +29,7 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> str:
     return str(path)
 
 
-def diff(a: str, b: str, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, object]]:
+def diff(a: str, b: str, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Any]]:
     code = run(["diff", a, b, "--json", *options])
     return code, json.loads(capsys.readouterr().out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def subject_of(layer: Layer) -> truth.Subject:
     def rows(start, stop):
         return replace(decoded, codes=decoded.codes[start:stop], row=decoded.row[start:stop])
 
-    return truth.Subject(Stored(), Layout(), Matrix("linear", layer.N, layer.K), rows)
+    return truth.Subject(cast("Any", Stored()), cast("Any", Layout()), Matrix("linear", layer.N, layer.K), rows)
 
 
 def check(subject: truth.Subject, backend) -> list[Agreement]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support.ints import DOWN, Converted, Ints, Pico, Q, awq, convert, gptq, ints, pack_quantized, refusal
+from support.ints import DOWN, Converted, Ints, Pico, Q, Tensors, awq, convert, gptq, ints, pack_quantized, refusal
 
 from xpuquant.errors import UnsupportedError, UsageError
 from xpuquant.formats.readers.autoround import gptq_label, module_overrides
@@ -24,7 +25,7 @@ def config(**keys):
     }
 
 
-def converted(folder: Path, weight: Ints, tensors, name: str = DOWN, **keys) -> Converted:
+def converted(folder: Path, weight: Ints, tensors, name: str = DOWN, **keys: Any) -> Converted:
     out = convert(Pico(config(**keys), {name: tensors}).write(folder / "in"), folder / "out")
     assert np.array_equal(out.values(name), weight.values)
     return out
@@ -79,8 +80,9 @@ def test_awq_tensors(tmp_path, symmetric):
 def test_compressed_tensors_tensors_under_autorounds_own_config(tmp_path):
     weight = ints(3)
     tensors = pack_quantized(weight, zeros="none")
-    extra = {"extra_config": {".*down_proj.*": {"bits": 3, "group_size": 32}}}
-    converted(tmp_path, weight, tensors, packing_format="auto_round:llm_compressor", group_size=128, **extra)
+    rules = {".*down_proj.*": {"bits": 3, "group_size": 32}}
+    keys: dict[str, Any] = {"packing_format": "auto_round:llm_compressor", "group_size": 128, "extra_config": rules}
+    converted(tmp_path, weight, tensors, **keys)
 
 
 def test_gptq_tensors_under_an_awq_label_are_refused(tmp_path):
@@ -111,7 +113,7 @@ def test_int4_inside_fp8_is_refused_by_name(tmp_path):
 
 
 def test_mlx_tensors_are_refused_by_name(tmp_path):
-    tensors = {
+    tensors: Tensors = {
         "weight": np.zeros((16, 8), np.uint32),
         "scales": np.ones((16, 2), np.float16),
         "biases": np.ones((16, 2), np.float16),

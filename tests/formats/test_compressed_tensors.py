@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.ints import DOWN, Converted, Ints, Pico, Q, convert, ct_config, ints, pack_quantized, refusal, unpacked
+from support.ints import (
+    DOWN,
+    Converted,
+    Ints,
+    Pico,
+    Q,
+    Tensors,
+    convert,
+    ct_config,
+    ints,
+    pack_quantized,
+    refusal,
+    unpacked,
+)
 
 from xpuquant.errors import DamagedError, UsageError
 from xpuquant.formats.readers.compressed_tensors.config import weight_args
@@ -211,7 +224,7 @@ def test_what_changes_the_meaning_of_every_tensor_is_refused(tmp_path, config, r
 
 
 def test_bitmask_tensors_are_refused_by_name(tmp_path):
-    tensors = {"compressed": np.ones(9, np.float16), "bitmask": np.ones((4, 1), np.uint8)}
+    tensors: Tensors = {"compressed": np.ones(9, np.float16), "bitmask": np.ones((4, 1), np.uint8)}
     assert "sparse (bitmask) weights have no XPU kernel" in refusal(tmp_path, Pico(ct_config(), {DOWN: tensors}))
 
 

@@ -55,8 +55,8 @@ def shown(array) -> str:
 
 
 def test_golden_fp8_linear(tmp_path):
-    weight = counted("e4m3", 2, 8, 0, 1, 8, np.float32([[0.5], [2]]))
-    parts = fp8_tensors(weight, shape=(2,)) | {"input_scale": np.float16([0.25])}
+    weight = counted("e4m3", 2, 8, 0, 1, 8, np.array([[0.5], [2]], np.float32))
+    parts = fp8_tensors(weight, shape=(2,)) | {"input_scale": np.array([0.25], np.float16)}
     out = convert(Pico(FP8, {DOWN: parts}).write(tmp_path / "in"), tmp_path / "out")
     assert shown(out.array(f"{DOWN}.weight")) == "00010203 04050607 08090a0b 0c0d0e0f"
     assert shown(out.array(f"{DOWN}.weight_scale")) == "0000003f 00000040"
@@ -64,14 +64,14 @@ def test_golden_fp8_linear(tmp_path):
 
 
 def test_golden_fp8_blocks(tmp_path):
-    weight = counted("e4m3", 256, 384, 0, 128, 128, np.float32([[1, 2, 4], [8, 16, 32]]))
+    weight = counted("e4m3", 256, 384, 0, 128, 128, np.array([[1, 2, 4], [8, 16, 32]], np.float32))
     parts = fp8_tensors(weight, "weight_scale_inv")
     out = convert(Pico(BLOCKS, {DOWN: parts}).write(tmp_path / "in"), tmp_path / "out")
     assert shown(out.array(f"{DOWN}.weight_scale")) == "0000803f 00000041 00000040 00008041 00008040 00000042"
 
 
 def test_golden_fp8_experts(tmp_path):
-    one = np.float32([[1]])
+    one = np.array([[1]], np.float32)
     weights = {
         (0, "gate"): counted("e4m3", 2, 4, 0x00, 2, 4, one),
         (0, "up"): counted("e4m3", 2, 4, 0x10, 2, 4, one),
@@ -86,7 +86,7 @@ def test_golden_fp8_experts(tmp_path):
 
 
 def test_golden_mxfp4_linear(tmp_path):
-    weight = counted("e2m1", 2, 64, 0, 1, 32, np.uint8([[0x7A, 0x7B], [0x7C, 0xFF]]))
+    weight = counted("e2m1", 2, 64, 0, 1, 32, np.array([[0x7A, 0x7B], [0x7C, 0xFF]], np.uint8))
     out = convert(Pico(mxfp4_ct_config(), {DOWN: mx_tensors(weight)}).write(tmp_path / "in"), tmp_path / "out")
     assert shown(out.array(f"{DOWN}.weight")[:, :8]) == "10325476 98badcfe 10325476 98badcfe"
     assert shown(out.array(f"{DOWN}.weight_scale")) == "7a7c7bff"
@@ -150,7 +150,7 @@ def test_the_reference_kernel_reads_linears_whole_and_in_part(tmp_path, weight, 
 
 def stacks():
     def of_one_scale(N, K, seed):
-        return replace(tensor(N, K, seed), scales=np.float32([[seed // 10 + 1]]))
+        return replace(tensor(N, K, seed), scales=np.array([[seed // 10 + 1]], np.float32))
 
     yield "tensor", of_one_scale, lambda w: fp8_tensors(w, shape=(1,)), FP8
     yield "block", block, lambda w: fp8_tensors(w, "weight_scale_inv"), BLOCKS

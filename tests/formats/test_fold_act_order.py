@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ GATE, UP = DOWN.replace("down", "gate"), DOWN.replace("down", "up")
 
 def mlp(bits: int = 4, symmetric: bool = True, seed: int = 0, **down) -> dict[str, Ints]:
     """gate and up [96, 64], down [64, 96], all in act-order."""
-    wide = {"N": 96, "K": 64, "symmetric": symmetric, "act_order": True}
-    narrow = {"N": 64, "K": 96, "symmetric": symmetric, "act_order": True, **down}
+    wide: dict[str, Any] = {"N": 96, "K": 64, "symmetric": symmetric, "act_order": True}
+    narrow: dict[str, Any] = {"N": 64, "K": 96, "symmetric": symmetric, "act_order": True, **down}
     return {
         GATE: ints(bits, seed=seed, **wide),
         UP: ints(bits, seed=seed + 1, **wide),

@@ -25,7 +25,7 @@ from support.floats import (
     random,
     tensor,
 )
-from support.ints import DOWN, Pico, Q, convert, refusal
+from support.ints import DOWN, Pico, Q, Tensors, convert, refusal
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
@@ -158,9 +158,9 @@ def test_zero_points_that_are_zero_mean_nothing(tmp_path):
 
 def test_kv_cache_scales_and_plain_tensors_pass(tmp_path):
     weight = block(128, 128)
-    plain = {
-        "model.layers.0.self_attn.k_scale": np.float32([0.5]),
-        "model.layers.0.self_attn.v_scale": np.float32([0.25]),
+    plain: Tensors = {
+        "model.layers.0.self_attn.k_scale": np.array([0.5], np.float32),
+        "model.layers.0.self_attn.v_scale": np.array([0.25], np.float32),
         "model.norm.scale": np.ones(4, np.float16),
         f"{EXPERTS}.gate_up_proj": np.ones((2, 4, 4), np.float16),
         f"{EXPERTS}.gate_up_proj_bias": np.ones((2, 4), np.float16),
@@ -255,7 +255,7 @@ def test_different_scales_of_gate_and_up_become_blocks(tmp_path):
 def test_static_activation_scales_of_experts_are_dropped_and_it_is_said(tmp_path):
     weights = expert_weights(tensor, H=128, I=128)
     modules = expert_modules(
-        weights, lambda weight: fp8_tensors(weight, shape=(1,)) | {"input_scale": np.float32([0.5])}
+        weights, lambda weight: fp8_tensors(weight, shape=(1,)) | {"input_scale": np.array([0.5], np.float32)}
     )
     out = convert(Pico({"quant_method": "fp8"}, modules).write(tmp_path / "in"), tmp_path / "out")
     assert "activation scales of experts dropped" in out.facts(EXPERTS)
@@ -314,7 +314,7 @@ def test_fused_experts_of_one_scale_each(tmp_path, shape):
     weights = expert_weights(tensor, H=40, I=24)
     for expert in range(2):
         weights[expert, "up"] = same_scale(weights[expert, "up"], weights[expert, "gate"])
-    parts = fused(weights, shape=shape) | {"gate_up_proj_activation_scale": np.float32([1, 2])}
+    parts = fused(weights, shape=shape) | {"gate_up_proj_activation_scale": np.array([1, 2], np.float32)}
     out = convert(Pico({"quant_method": "fp8"}, {EXPERTS: parts}).write(tmp_path / "in"), tmp_path / "out")
     check_experts(out, weights)
     assert "activation scales of experts dropped" in out.facts(EXPERTS)
@@ -393,7 +393,7 @@ def test_experts_of_two_types_are_refused(tmp_path):
 
 
 def test_fnuz_is_refused(tmp_path):
-    parts = {"weight": np.zeros((16, 32), ml_dtypes.float8_e4m3fnuz), "weight_scale": np.float32([1])}
+    parts = {"weight": np.zeros((16, 32), ml_dtypes.float8_e4m3fnuz), "weight_scale": np.array([1], np.float32)}
     assert "F8_E4M3FNUZ has no XPU kernel" in refusal(tmp_path, Pico({"quant_method": "fp8"}, {DOWN: parts}))
 
 
@@ -404,7 +404,7 @@ def test_an_fp8_embedding_is_refused(tmp_path):
 
 
 def test_fake_quantization_is_refused_by_name(tmp_path):
-    parts = {"weight": np.ones((16, 32), np.float16), "weight_scale": np.float16([1])}
+    parts = {"weight": np.ones((16, 32), np.float16), "weight_scale": np.array([1], np.float16)}
     config = float_ct_config("dense", "tensor", quantization_status="frozen")
     assert "fake-quantized" in refusal(tmp_path, Pico(config, {DOWN: parts}))
 
@@ -424,10 +424,13 @@ def test_zero_points_are_refused(tmp_path):
     ("parts", "message"),
     [
         ({"weight": np.zeros((16, 32), FP8["e4m3"])}, f"{DOWN}.weight is F8_E4M3 without a scale"),
-        (fp8_tensors(tensor(16, 32), shape=(1,)) | {"weight_scale_inv": np.float32([1])}, "has both"),
+        (fp8_tensors(tensor(16, 32), shape=(1,)) | {"weight_scale_inv": np.array([1], np.float32)}, "has both"),
         (fp8_tensors(tensor(16, 32)) | {"weight_scale": np.ones((3, 2), np.float32)}, "weight_scale has shape [3, 2]"),
         (fp8_tensors(tensor(16, 32)) | {"weight_scale": np.ones(1, np.int8)}, "weight_scale is I8"),
-        ({"weight": np.zeros((2, 16, 32), FP8["e4m3"]), "weight_scale": np.float32([1])}, "want 2 dimensions"),
+        (
+            {"weight": np.zeros((2, 16, 32), FP8["e4m3"]), "weight_scale": np.array([1], np.float32)},
+            "want 2 dimensions",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path, parts, message):
@@ -489,7 +492,7 @@ def test_refused_blocks_can_be_dequantized_rounded_once(tmp_path):
     weight = block(128, 192, scale=np.float32)
     # Times the scale, 1.125 (0x39) lies so near the middle of two bf16 numbers that float32 would round it there.
     weight.codes[:, ::2] = 0x39
-    scales = np.float32((1 + np.arange(1, 255, 2) * 2.0**-8) / 1.125)
+    scales = ((1 + np.arange(1, 255, 2) * 2.0**-8) / 1.125).astype(np.float32)
     products = 1.125 * scales.astype(np.float64)
     twice = products.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
     weight.scales[0] = scales[twice != bf16(products)][:2]

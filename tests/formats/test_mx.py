@@ -291,8 +291,8 @@ def nvfp4(modelopt=False):
     return weight, {
         "weight_packed": weight.packed,
         "weight_scale": scales,
-        "weight_global_scale": np.float32([2.0]),
-        "input_global_scale": np.float32([3.0]),
+        "weight_global_scale": np.array([2.0], np.float32),
+        "input_global_scale": np.array([3.0], np.float32),
     }
 
 

@@ -101,8 +101,8 @@ def alternating(name: str, decoded: dict[str, tuple[Any, Any]], wanted: dict[str
     for module, (values, _) in decoded.items():
         role = module.rpartition(".")[2]
         if role == "gate_proj" and module not in wanted:
-            up = decoded[module.replace("gate_proj", "up_proj")]
-            rows = np.stack([values, up[0]], 1).reshape(-1, values.shape[1])
+            up_values, _ = decoded[module.replace("gate_proj", "up_proj")]
+            rows = np.stack([values, up_values], 1).reshape(-1, values.shape[1])
             stacks.setdefault("gate_up_proj", []).append(rows)
         elif role == "down_proj" and module not in wanted:
             stacks.setdefault("down_proj", []).append(values)
@@ -189,7 +189,7 @@ def test_packing_by_eye(tmp_path: Path) -> None:
         qweight[k // 8] |= codes[:, k] << np.uint32(4 * (k % 8))
     source = tmp_path / "source"
     source.mkdir()
-    arrays = {
+    arrays: dict[str, Any] = {
         "qweight": qweight.view(np.int32),
         "qzeros": np.array([[0x87654321]], np.uint32).view(np.int32),
         "scales": np.arange(1, 9, dtype=np.float16)[None],
@@ -339,7 +339,7 @@ def fused_source(folder: Path, shape: tuple[int, ...], scales: tuple[int, ...], 
     E, inner = shape[0], max(shape[1:]) // 2
     hidden = min(shape[1:])
     down = (E, hidden, inner) if shape[1] > shape[2] else (E, inner, hidden)
-    down_scales = (E, 1, 1)
+    down_scales: tuple[int, ...] = (E, 1, 1)
     if keys:
         down_scales = (E, *(-(-side // 128) for side in down[1:]))
     experts = "model.layers.0.mlp.experts."

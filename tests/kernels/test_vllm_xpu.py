@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ import support.layers as hand
 from xpuquant.kernels.base import Layer, tolerance
 from xpuquant.kernels.vllm_xpu import OPS, VllmXpu
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.network
 
 

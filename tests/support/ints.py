@@ -21,7 +21,7 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import Journal
-from xpuquant.conversion.sources.folder import LocalSource
+from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.exactness import check_exact
 from xpuquant.conversion.write.execute import execute
@@ -226,7 +226,7 @@ class Pico:
         named = {name.replace("__", "."): tensors for name, tensors in modules.items()}
         return replace(self, modules={**self.modules, **named})
 
-    def write(self, folder: Path) -> LocalSource:
+    def write(self, folder: Path) -> Source:
         """Save it, and open it as a source."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -263,7 +263,7 @@ class Converted:
         return "; ".join(next(m.conversion.facts for m in self.plan.modules if m.conversion.name == module))
 
 
-def convert(source: LocalSource, out: Path, **options: Any) -> Converted:
+def convert(source: Source, out: Path, **options: Any) -> Converted:
     """Plan, execute and compare with the source, without the command line's paperwork."""
     plan = make_plan(source.checkpoint, Options(**options))
     with Journal(out) as journal:

@@ -82,12 +82,12 @@ def fp8(
     codes = rng.normal(scale=60, size=(N, K)).astype(dtype)
     shape = {"tensor": (1,), "channel": (N,), "block": (K // block, N // block)}[granularity]
     scales = rng.uniform(1e-4, 1e-3, shape).astype(np.float32)
-    wide = scales.astype(np.float64)
+    wide: Array = scales.astype(np.float64)
     if granularity == "channel":
         wide = wide[:, None]
     elif granularity == "block":
         wide = np.kron(wide, np.ones((block, block))).T
-    sizes = {"group_size": block, "block_n": block} if granularity == "block" else {}
+    sizes: dict[str, Any] = {"group_size": block, "block_n": block} if granularity == "block" else {}
     scheme = Scheme("fp8_experts" if experts else "fp8_linear", granularity, scale_dtype="F32", **sizes)
     stored = np.ascontiguousarray(codes.T) if experts else codes
     tensors: dict[str, Array] = {"weight": stored, "weight_scale": scales}

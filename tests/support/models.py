@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -177,7 +178,7 @@ FAMILIES = (
 MOE = FAMILIES[4:]
 
 
-def tiny(family: str, **changes: object) -> torch.nn.Module:
+def tiny(family: str, **changes: object) -> Any:
     """Two layers, hidden 256, random weights wide enough that greedy tokens are not near-ties."""
     import transformers
 
@@ -209,7 +210,7 @@ def tiny(family: str, **changes: object) -> torch.nn.Module:
         "n_group": 1,
         "topk_group": 1,
     }
-    special = {
+    special: dict[str, dict[str, Any]] = {
         "qwen2": {"attn_implementation": "eager"},
         "qwen3": {"head_dim": 64},
         "qwen3_moe": {"head_dim": 64, "num_experts": 8, "decoder_sparse_step": 1, **moe},

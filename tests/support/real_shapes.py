@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,14 @@ def entries(fmt: str, model: Model) -> Iterator[Entry]:
         for suffix, dtype, shape, data in make(N, K):
             yield f"{name}.{suffix}", dtype, shape, data
     H = model.hidden
-    plain = [("model.embed_tokens.weight", (model.vocab, H)), ("lm_head.weight", (model.vocab, H))]
-    plain += [("model.norm.weight", (H,))]
+    plain: list[tuple[str, tuple[int, ...]]] = [("model.norm.weight", (H,))]
+    plain += [("model.embed_tokens.weight", (model.vocab, H)), ("lm_head.weight", (model.vocab, H))]
     for layer in range(model.dense + model.moe):
         plain += [(f"model.layers.{layer}.{part}_layernorm.weight", (H,)) for part in ("input", "post_attention")]
     for layer in range(model.dense, model.dense + model.moe):
         plain += [(f"model.layers.{layer}.mlp.gate.weight", (model.experts, model.moe_hidden))]
     for name, shape in plain:
-        yield name, "BF16", shape, lambda shape=shape: random_bytes(2 * int(np.prod(shape)))
+        yield name, "BF16", shape, partial(random_bytes, 2 * int(np.prod(shape)))
 
 
 def _gptq(bits: int) -> Callable[[int, int], Iterator[Entry]]:
@@ -206,7 +206,7 @@ def write_checkpoint(folder: Path, fmt: str, model: Model, shard_bytes: int = SH
             file.write(build_header(sizes, {"format": "pt"}))
             for tensor, _, _, data in members:
                 array = np.ascontiguousarray(data())
-                file.write(memoryview(array).cast("B"))
+                file.write(array.data.cast("B"))
                 total += array.nbytes
                 weight_map[tensor] = name
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

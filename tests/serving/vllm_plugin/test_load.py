@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def load() -> Any:
 
 
 @pytest.fixture
-def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of our layers' parameters whose memory is elsewhere after `process_weights_after_loading`."""
     from vllm.model_executor.model_loader import base_loader
 

@@ -64,7 +64,7 @@ def test_bfloat16_is_served_with_the_same_roundings(pairs: dict[str, Pair], gene
         assert_same(said[str(pair.plain)], said[str(pair.converted)], tolerance=1e-6)
 
 
-MIXED = {
+MIXED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one of three unquantized": ("llama", "int4", {"q_proj": None}),
     "schemes": ("qwen2", "int4-asym", {"k_proj": SCHEMES["mxfp8"], "up_proj": SCHEMES["int4-act-order"]}),
     # 128 rows per block where N allows, 64 where it does not: DeepSeek's FP8 checkpoints.

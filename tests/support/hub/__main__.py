@@ -16,6 +16,11 @@ parser.add_argument("--tree-page", type=int, default=20, help="entries per page 
 arguments = parser.parse_args()
 with Server(arguments.root, arguments.port, arguments.part_bytes, arguments.tree_page) as server:
     print(server.endpoint, flush=True)
-    # Nobody's orphan: when standard input ends, so does the server.
-    threading.Thread(target=lambda: (sys.stdin.read(), server.shutdown()), daemon=True).start()
+
+    def follow() -> None:
+        """Nobody's orphan: when standard input ends, so does the server."""
+        sys.stdin.read()
+        server.shutdown()
+
+    threading.Thread(target=follow, daemon=True).start()
     server.serve_forever()

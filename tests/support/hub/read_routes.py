@@ -48,7 +48,7 @@ def tree(handler: Handler, repo: str, revision: str, under: str | None = None) -
     listed = [record for _, record in sorted(records.items())]
     start = int(handler.query.get("cursor", "0"))
     end = start + handler.server.tree_page
-    headers = {}
+    headers: dict[str, Any] = {}
     if end < len(listed):
         query = f"recursive={deep}&expand=False&cursor={end}"
         headers["Link"] = f'<{handler.origin}{urlsplit(handler.path).path}?{query}>; rel="next"'
@@ -118,5 +118,9 @@ def xet_token(handler: Handler, repo: str, kind: str, revision: str) -> Response
     handler.readable(repo)
     expires = int(time.time()) + 3600
     url = handler.server.store.xet.url
-    headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "local", "X-Xet-Token-Expiration": str(expires)}
+    headers: dict[str, Any] = {
+        "X-Xet-Cas-Url": url,
+        "X-Xet-Access-Token": "local",
+        "X-Xet-Token-Expiration": str(expires),
+    }
     return answer({"casUrl": url, "accessToken": "local", "exp": expires}, **headers)

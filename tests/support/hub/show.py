@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from support.hub.process import Hub, contents
 from support.hub.show_model import write_model
@@ -19,7 +20,7 @@ TOOLS = Path(sys.executable).parent
 SOURCE, TARGET = "producer/model-GPTQ", "me/model-xpu"
 SHARD = "1500kB"
 
-FAULTS = [
+FAULTS: list[tuple[str, str, dict[str, Any]]] = [
     ("create the repository", "both", {"method": "POST", "path": "/api/repos/create"}),
     ("list the files there", "both", {"method": "GET", "path": "/tree/"}),
     ("ask what to upload", "both", {"method": "POST", "path": "/preupload/"}),
@@ -30,7 +31,7 @@ FAULTS = [
     ("verify an object", "LFS", {"method": "POST", "path": "/objects/verify"}),
     ("commit", "both", {"method": "POST", "path": "/commit/"}),
 ]
-HOW = {
+HOW: dict[str, dict[str, Any]] = {
     "503": {"status": 503},
     "429": {"status": 429},
     "dropped": {"drop": "before"},
