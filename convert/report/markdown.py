@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from xpuquant.conversion.report.sentences import exactness, unquantized
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Verdict
 from xpuquant.errors import one_line
 
@@ -50,8 +51,8 @@ def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
     ran = [run for run in verdict.kernels if run.ran]
     what = {
         "integrity": f"sha256 of {verdict.files} files; headers, index and config.json against each other",
-        "exactness": f"{sum(c.matrices for c in modules):,} matrices in {len(modules)} modules, "
-        f"{len(verdict.exact) - len(modules)} unquantized tensors, against {verdict.basis}",
+        "exactness": f"{exactness(verdict)}, in {len(modules):,} modules; {unquantized(verdict)}; "
+        f"against {verdict.basis}",
         "kernels": f"{len(verdict.schemes) - len(verdict.unchecked)} of {len(verdict.schemes)} modules by "
         + (", ".join(dict.fromkeys(run.backend for run in ran if run.backend != REFERENCE)) or "no real kernel")
         + f"; {sum(run.wrong_layout is not None for run in ran)} wrong layouts tried, each noticed",
