@@ -27,21 +27,21 @@ def exactness(verdict: Verdict) -> str:
     to float16 (238 of 256 scales changed, largest relative change 3.9e-03)`."""
     sound = [checked for checked in verdict.exact if checked.matrices and checked.error is None]
     wrong = [checked for checked in verdict.exact if checked.error is not None]
-    phrases = []
+    decode, others = [], []
     if count := _matrices(sound, Claim.EXACT):
-        phrases.append(f"{count} decode exactly to the source")
+        decode.append(f"{count} matrices decode exactly to the source")
     for dtype, members in by_rounding(sound, Claim.ROUNDED).items():
-        decode = "" if phrases else " matrices decode to the source"
-        phrases.append(f"{_counted(members)}{decode} with scales rounded to {_rounded(dtype, members)}")
-    if count := _matrices(sound, Claim.DEQUANTIZED):
-        phrases.append(f"{count} dequantized to bf16: each value is the exact one rounded once")
+        verb = "" if decode else " matrices decode to the source"
+        decode.append(f"{_counted(members)}{verb} with scales rounded to {_rounded(dtype, members)}")
     if count := _matrices(sound, Claim.RECORDED):
-        phrases.append(f"{count} decode to what was recorded at conversion")
+        decode.append(f"{count} matrices decode to what was recorded at conversion")
     for dtype, members in by_rounding(sound, Claim.RECORDED).items():
-        phrases.append(f"{_counted(members)} of them with scales rounded to {_rounded(dtype, members)}")
+        decode.append(f"{_counted(members)} of them with scales rounded to {_rounded(dtype, members)}")
+    if count := _matrices(sound, Claim.DEQUANTIZED):
+        others.append(f"{count} matrices dequantized to bf16: each value is the exact one rounded once")
     if wrong:
-        phrases.append(f"{len(wrong)} modules or tensors differ")
-    return ", ".join(phrases) or "no matrices"
+        others.append(f"{len(wrong)} modules or tensors differ")
+    return "; ".join([", ".join(decode)] * bool(decode) + others) or "no matrices"
 
 
 def unquantized(verdict: Verdict) -> str:
@@ -82,9 +82,9 @@ def decibels(run: Agreement) -> str:
 
 
 def _matrices(exact: Iterable[Checked], claim: Claim) -> str:
-    """`7 matrices`; empty where there are none of the claim."""
+    """How many matrices are in modules of the claim; empty where there are none."""
     members = [checked for checked in exact if checked.claim is claim]
-    return f"{_counted(members)} matrices" if members else ""
+    return _counted(members) if members else ""
 
 
 def _counted(members: Iterable[Checked]) -> str:

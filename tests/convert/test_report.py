@@ -172,7 +172,7 @@ def test_only_what_is_exact_is_called_so():
     made = Verdict("r", "p", exact=members)
     assert exactness(made) == (
         "7 matrices decode exactly to the source, "
-        "12 with scales rounded to float16 (238 of 256 scales changed, largest relative change 3.9e-03), "
+        "12 with scales rounded to float16 (238 of 256 scales changed, largest relative change 3.9e-03); "
         "2 matrices dequantized to bf16: each value is the exact one rounded once"
     )
     assert exactness(made) in markdown(made)
