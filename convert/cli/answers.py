@@ -8,7 +8,8 @@ from typing import Any
 from xpuquant.conversion.cli.output import Answer, Grid
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
-from xpuquant.conversion.report.reports import as_data, in_one_line
+from xpuquant.conversion.report.reports import as_data
+from xpuquant.conversion.report.sentences import in_one_line
 from xpuquant.conversion.runs.local import Result
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.base import Source

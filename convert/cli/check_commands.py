@@ -92,9 +92,9 @@ def _open(name: str, revision: str | None, out: Path, reporter: Reporter) -> Sou
     """The source, with its weights here; a repository on the Hub at the commit it was converted from."""
     from xpuquant.conversion.runs.local import downloaded
     from xpuquant.conversion.sources.open import open_source
-    from xpuquant.conversion.verify.run import recorded
+    from xpuquant.conversion.verify.run import converted_from
 
-    options, repo, commit = recorded(out)
+    options, repo, commit = converted_from(out)
     opened = open_source(name, revision or (commit if name == repo else None))
     return downloaded(opened, options, reporter)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from xpuquant.conversion.cli.output import Answer, Grid
 from xpuquant.conversion.report.markdown import checks
-from xpuquant.conversion.report.reports import as_data, by_kernel, decibels
+from xpuquant.conversion.report.reports import as_data
+from xpuquant.conversion.report.sentences import by_kernel, decibels
 from xpuquant.conversion.verify.verdict import Verdict
 
 _SHOWN = 20

@@ -19,11 +19,12 @@ from xpuquant import __version__
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.card_merge import CARD, front_matter, generate
-from xpuquant.conversion.report.reports import in_one_line
+from xpuquant.conversion.report.sentences import in_one_line
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import one_line
+from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.scheme import compact
 
 LIBRARY = "transformers"
@@ -171,6 +172,8 @@ def _schemes(plan: Plan) -> list[SchemeCount]:
     for planned in plan.modules:
         scheme = planned.conversion.scheme
         stored = "bf16 (dequantized)" if scheme is None else scheme.label()
+        if planned.conversion.rounded is not None:
+            stored += f", scales rounded to {numpy_dtype(planned.conversion.rounded).name}"
         groups.setdefault((kind_of(planned.source), stored, precision(planned)), []).append(planned)
     return [
         SchemeCount(*key, modules=len(members), nbytes=sum(member.nbytes for member in members))
@@ -249,7 +252,7 @@ def _opening(facts: CardFacts) -> str:
         f"# {facts.name.rpartition('/')[2]}\n\n"
         f"{base} {layout}, {precisions} weights. The conversion "
         "repacks, it does not quantize again: every weight decodes to exactly the value it had, unless the table "
-        "below says bf16."
+        "below says bf16 or that scales were rounded."
     )
 
 

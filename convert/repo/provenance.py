@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from xpuquant.conversion.plan.plan import Plan
@@ -12,9 +13,9 @@ from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.checksums import UNSEALED
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Source
-from xpuquant.conversion.verify.digests import RECORDED
+from xpuquant.conversion.verify.digests import KIND
 from xpuquant.conversion.verify.run import sizes
-from xpuquant.conversion.verify.verdict import Verdict
+from xpuquant.conversion.verify.verdict import Checked, Verdict
 from xpuquant.formats.scheme import FORMAT_VERSION, compact
 
 
@@ -29,8 +30,8 @@ def provenance(
 ) -> dict[str, Any]:
     """The content of xpuquant.json, still to be sealed (`checksums.seal`). Holds no time and no machine: equal
     conversions write equal files."""
-    digests = {checked.name: checked.digest for checked in verdict.exact if checked.digest} if verdict else {}
-    modules = {planned.conversion.name for planned in plan.modules}
+    checks = {checked.name: checked for checked in verdict.exact if checked.digest} if verdict else {}
+    modules = {planned.conversion.name: planned for planned in plan.modules}
     return {
         "sha256": UNSEALED,
         "producer": producer,
@@ -44,9 +45,9 @@ def provenance(
             "notes": list(plan.notes),
         },
         "options": plan.options.as_dict(),
-        "modules": {planned.conversion.name: _module(planned, digests) for planned in plan.modules},
+        "modules": {name: _module(planned, checks.get(name)) for name, planned in modules.items()},
         "unquantized": compact([*(tensor.name for tensor in plan.passed), *plan.split_biases]),
-        "tensors_sha256": {name: digest for name, digest in sorted(digests.items()) if name not in modules},
+        "tensors_sha256": {name: one.digest for name, one in sorted(checks.items()) if name not in modules},
         "left_files": dict(source.left_files),
         "shards": {
             name: {"sha256": finished.sha256, "bytes": finished.nbytes} for name, finished in sorted(shards.items())
@@ -55,10 +56,11 @@ def provenance(
     }
 
 
-def _module(planned: PlannedModule, digests: Mapping[str, str]) -> dict[str, Any]:
+def _module(planned: PlannedModule, checked: Checked | None) -> dict[str, Any]:
+    """What is recorded of a module. `checked` is None where it was not verified."""
     scheme = planned.conversion.scheme
     names = [tensor.name for _, _, weight in planned.weights for tensor in weight.tensors]
-    entry = {
+    entry: dict[str, Any] = {
         "scheme": "bf16 (dequantized)" if scheme is None else scheme.label(),
         "from": kind_of(planned.source),
         "source_tensors": compact(dict.fromkeys(names)),
@@ -66,7 +68,9 @@ def _module(planned: PlannedModule, digests: Mapping[str, str]) -> dict[str, Any
     }
     if scheme is None:
         entry["dequantized"] = [tensor.name for tensor in planned.conversion.tensors]
-    elif planned.conversion.name in digests:
+    elif checked is not None:
         entry["roles"] = list(dict.fromkeys(role for role, _, _ in planned.weights))
-        entry[RECORDED] = digests[planned.conversion.name]
+        entry[KIND] = checked.digest
+        if checked.rounding is not None:
+            entry["rounding"] = asdict(checked.rounding)
     return entry

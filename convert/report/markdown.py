@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from xpuquant.conversion.report.sentences import exactness, unquantized
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Verdict
 from xpuquant.errors import one_line
 
@@ -50,8 +51,7 @@ def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
     ran = [run for run in verdict.kernels if run.ran]
     what = {
         "integrity": f"sha256 of {verdict.files} files; headers, index and config.json against each other",
-        "exactness": f"{sum(c.matrices for c in modules):,} matrices in {len(modules)} modules, "
-        f"{len(verdict.exact) - len(modules)} unquantized tensors, against {verdict.basis}",
+        "exactness": f"{len(modules):,} modules: {exactness(verdict)}; {unquantized(verdict)}; against {verdict.basis}",
         "kernels": f"{len(verdict.schemes) - len(verdict.unchecked)} of {len(verdict.schemes)} modules by "
         + (", ".join(dict.fromkeys(run.backend for run in ran if run.backend != REFERENCE)) or "no real kernel")
         + f"; {sum(run.wrong_layout is not None for run in ran)} wrong layouts tried, each noticed",
@@ -72,7 +72,13 @@ def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
             continue
         if kind == "kernels" and failing[kind]:
             what[kind] = what[kind].replace(", each noticed", "")
-        rows.append((kind, result + (f", {warned} warnings" if warned else ""), what[kind] if done[kind] else ""))
+        rows.append(
+            (
+                kind,
+                result + (f", {warned} warning{'s' * (warned > 1)}" if warned else ""),
+                what[kind] if done[kind] else "",
+            )
+        )
     return rows
 
 

@@ -1,289 +1,270 @@
 """verify.html: a verdict as one page. Nothing is loaded from elsewhere; it opens from a disk without a network.
 
-A little script sorts the tables; without it everything is still there to read.
+What stands where, `page.html.j2` says; this is what stands there. A little script sorts the tables; without it
+everything is still there to read.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from xpuquant.conversion.report.heatmap import heat_map
 from xpuquant.conversion.report.markdown import checks, matrix_name
+from xpuquant.conversion.sizes import size
 from xpuquant.conversion.verify.agreement import BINS
-from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Finding, Health, Verdict
+from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Health, Verdict
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 _MOST_LISTED = 200
+_BAR_STEP = 36.0
+_BAR_BASE = 112.0
+_BAR_HEIGHT = 76.0
+_LABELLED_SHARE = 0.05
+"""Bars of a smaller share have no room for their figure."""
 
-_CSS = """
-:root{color-scheme:light dark;--fg:#1f2328;--soft:#57606a;--bg:#fff;--line:#d0d7de;--band:#f6f8fa;--ok:#1a7f37;
---bad:#d1242f;--warn:#9a6700;--bar:#21918c}
-@media(prefers-color-scheme:dark){:root{--fg:#e6edf3;--soft:#9da7b3;--bg:#0d1117;--line:#30363d;--band:#161b22;
---ok:#3fb950;--bad:#f85149;--warn:#d29922;--bar:#35b7a9}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1120px;padding:24px;background:var(--bg);color:var(--fg);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-h1{font-size:24px;margin:0 0 4px;overflow-wrap:anywhere}h2{font-size:17px;margin:32px 0 8px}
-p{margin:4px 0}.soft{color:var(--soft)}.ok{color:var(--ok)}.bad{color:var(--bad)}.warn{color:var(--warn)}
-.scroll{overflow-x:auto}ul{margin:4px 0;padding-left:20px}li{overflow-wrap:anywhere}
-table{border-collapse:collapse;font-size:13px;width:100%}
-th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap}
-td.wrap{white-space:normal}td.num,th.num{text-align:right;font-variant-numeric:tabular-nums}
-thead th{background:var(--band);position:sticky;top:0}
-th button{all:unset;cursor:pointer;font-weight:600}th button:focus-visible{outline:2px solid var(--bar)}
-th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
-tr:target td{background:color-mix(in srgb,var(--bar) 25%,transparent)}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:32px}
-.chart text{font:12px system-ui,sans-serif;fill:var(--fg)}.chart .soft{fill:var(--soft)}
-.chart .bar0{fill:var(--bar)}.chart .bar1{fill:#6e7fd1}
-.chart .bar2{fill:#c98a2b}
-"""
 
-_SCRIPT = """
-for (const table of document.querySelectorAll("table.sort")) {
-  table.querySelectorAll("th").forEach((head, column) => head.querySelector("button").onclick = () => {
-    const down = head.getAttribute("aria-sort") !== "descending";
-    table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const key = row => row.cells[column].dataset.v ?? row.cells[column].textContent;
-    const rows = [...table.tBodies[0].rows].sort((a, b) => {
-      const x = key(a), y = key(b), n = Number(x) - Number(y);
-      return (Number.isNaN(n) ? x.localeCompare(y, undefined, {numeric: true}) : n) * (down ? -1 : 1);
-    });
-    table.tBodies[0].append(...rows);
-  });
-}
-"""
+@dataclass(frozen=True)
+class Column:
+    """A column of a table. Numbers stand at the right."""
+
+    title: str
+    is_number: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text   what is shown
+    kind   CSS classes
+    value  what is sorted by, where that is another thing than the text
+    """
+
+    text: str
+    kind: str = ""
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table. `id` is what a link of the heat map names."""
+
+    cells: Sequence[Cell]
+    id: str = ""
+    is_total: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, and rows of as many cells."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Row]
 
 
 def page(verdict: Verdict) -> str:
     """The whole page."""
+    # 80 ms, which a conversion has no use for until its end.
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    def printable(value: Any) -> Any:
+        """Names come from strangers' files: escaped by the environment, and without control characters."""
+        if not isinstance(value, str) or isinstance(value, Markup):
+            return value
+        return "".join(c if c.isprintable() else "?" for c in value)
+
+    environment = Environment(
+        autoescape=True,
+        finalize=printable,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     ran = [run for run in verdict.kernels if run.ran]
     ids = {run: f"r{i}" for i, run in enumerate(ran)}
-    state = '<span class="ok">verified</span>' if verdict.passed else '<span class="bad">failed</span>'
-    sections = [
-        f"<h1>{_text(verdict.repo)}: {state}</h1>",
-        f'<p class="soft">Written by {_text(verdict.producer or "unknown")}.</p>',
-        _table(("Check", "Result", "What was looked at"), [_check(*row) for row in checks(verdict)]),
-        _findings("Failures", "bad", verdict.failing),
-        _findings("Warnings", "warn", verdict.warnings),
-    ]
-    if verdict.schemes:
-        picture = heat_map(verdict, ids)
-        sections.append(f'<h2>Kernels, module by module</h2><div class="scroll">{picture}</div>')
-    sections.append(
-        f'<div class="two"><div>{_histogram(ran)}</div><div>{_bytes(verdict.before, verdict.after)}</div></div>'
-    )
-    if ran:
-        sections += ["<h2>Kernel runs</h2>", _runs(ids)]
-    if verdict.health:
-        sections += ["<h2>Scales and codes</h2>", _health(verdict.health)]
-    sections.append(_not_run(verdict))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<title>{_text(verdict.repo)}: {'verified' if verdict.passed else 'failed'}</title>\n"
-        f"<style>{_CSS}</style></head>\n<body>\n" + "\n".join(filter(None, sections)) + "\n"
-        f"<script>{_SCRIPT}</script>\n</body></html>\n"
-    )
+    return template.render(
+        title=verdict.repo,
+        producer=verdict.producer or "unknown",
+        passed=verdict.passed,
+        checks=_checks(verdict),
+        failures=[finding.line() for finding in verdict.failing],
+        warnings=[finding.line() for finding in verdict.warnings],
+        heat_map=Markup(heat_map(verdict, ids)) if verdict.schemes else None,
+        histogram=_histogram(ran),
+        sizes=_sizes(verdict.before, verdict.after),
+        runs=_runs(ids) if ran else None,
+        health=_health(verdict.health) if verdict.health else None,
+        not_run=_not_run(verdict),
+        unchecked=verdict.unchecked,
+        modules=len(verdict.schemes),
+        most_listed=_MOST_LISTED,
+    ).lstrip()
 
 
-def _check(check: str, result: str, what: str) -> tuple[str, ...]:
-    kind = "bad" if result.startswith("FAIL") else "ok" if result.startswith("pass") else "soft"
-    return _td(check), f'<td class="{kind}">{_text(result)}</td>', _td(what, "wrap")
+def _checks(verdict: Verdict) -> Table:
+    rows = []
+    for check, result, what in checks(verdict):
+        kind = "bad" if result.startswith("FAIL") else "ok" if result.startswith("pass") else "soft"
+        rows.append(Row((Cell(check), Cell(result, f"{kind} wrap"), Cell(what, "wrap"))))
+    return Table(_columns("Check", "Result", "What was looked at"), rows)
 
 
-def _findings(title: str, kind: str, found: Sequence[Finding]) -> str:
-    if not found:
-        return ""
-    lines = [f"<li>{_text(finding.line())}</li>" for finding in found[:_MOST_LISTED]]
-    if len(found) > _MOST_LISTED:
-        lines.append(f"<li>and {len(found) - _MOST_LISTED} more, in verify.json</li>")
-    return f'<h2 class="{kind}">{title} ({len(found)})</h2><ul>{"".join(lines)}</ul>'
+@dataclass(frozen=True)
+class Bar:
+    """A bar of the histogram, in units of its picture."""
+
+    colour: int
+    x: float
+    y: float
+    width: float
+    height: float
+    said: str
+    label: str
+
+    @property
+    def middle(self) -> float:
+        return round(self.x + self.width / 2, 1)
 
 
-def _histogram(ran: Sequence[Agreement]) -> str:
+@dataclass(frozen=True)
+class Histogram:
     """Shares of |error| / rms, a bar for each power of ten and dtype of the activations."""
+
+    outputs: int
+    backends: str
+    dtypes: Sequence[str]
+    edges: Sequence[str]
+    bars: Sequence[Bar]
+
+
+def _histogram(ran: Sequence[Agreement]) -> Histogram | None:
     real = [run for run in ran if run.backend != REFERENCE] or list(ran)
-    groups: dict[str, list[int]] = {}
+    counts: dict[str, list[int]] = {}
     for run in real:
-        counts = groups.setdefault(run.activation, [0] * (len(BINS) + 1))
-        groups[run.activation] = [a + b for a, b in zip(counts, run.histogram or counts, strict=True)]
-    groups = {dtype: counts for dtype, counts in groups.items() if sum(counts)}
-    if not groups:
-        return ""
-    width, height, base, step = 400, 176, 112, 36
-    each = (step - 6) / len(groups)
-    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="Histogram of errors">']
-    for order, (dtype, counts) in enumerate(groups.items()):
-        for i, count in enumerate(counts):
-            share = count / sum(counts)
-            tall = 0.0 if not count else max(2.0, share * 92)
-            x = 3 + i * step + order * each
-            below = f"errors up to {BINS[i]:.0e}" if i < len(BINS) else "larger errors"
-            said = f"{dtype}: {below} of the rms: {count} outputs, {share:.1%}"
-            parts.append(
-                f'<rect class="bar{order % 3}" x="{x:.1f}" y="{base - tall:.1f}" width="{each:.1f}" '
-                f'height="{tall:.1f}"><title>{_text(said)}</title></rect>'
-            )
-            if share >= 0.05:
-                at = f'x="{x + each / 2:.1f}" y="{base - tall - 5:.1f}"'
-                parts.append(f'<text {at} text-anchor="middle">{share:.0%}</text>')
-        legend = 4 + order * 130
-        parts.append(f'<rect class="bar{order % 3}" x="{legend}" y="{base + 46}" width="12" height="10"/>')
-        parts.append(f'<text class="soft" x="{legend + 18}" y="{base + 55}">{_text(dtype)} activations</text>')
-    for i in range(len(BINS) + 1):
-        label = f"10{_superscript(round(math.log10(BINS[i])))}" if i < len(BINS) else "more"
-        parts.append(f'<text class="soft" x="{i * step + 18}" y="{base + 16}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="soft" x="4" y="{base + 36}">upper edge of |error| / rms(output)</text></svg>')
-    names = ", ".join(dict.fromkeys(run.backend for run in real))
-    total = sum(sum(counts) for counts in groups.values())
-    return f"<h2>Errors of {total:,} outputs ({_text(names)})</h2>" + "".join(parts)
+        held = counts.setdefault(run.activation, [0] * (len(BINS) + 1))
+        counts[run.activation] = [a + b for a, b in zip(held, run.histogram or held, strict=True)]
+    counts = {dtype: of_dtype for dtype, of_dtype in counts.items() if sum(of_dtype)}
+    if not counts:
+        return None
+    return Histogram(
+        outputs=sum(sum(of_dtype) for of_dtype in counts.values()),
+        backends=", ".join(dict.fromkeys(run.backend for run in real)),
+        dtypes=list(counts),
+        edges=[f"10{_superscript(round(math.log10(edge)))}" for edge in BINS] + ["more"],
+        bars=[
+            _bar(order, len(counts), i, dtype, count, sum(of_dtype))
+            for order, (dtype, of_dtype) in enumerate(counts.items())
+            for i, count in enumerate(of_dtype)
+        ],
+    )
+
+
+def _bar(order: int, dtypes: int, i: int, dtype: str, count: int, total: int) -> Bar:
+    width, share = (_BAR_STEP - 6) / dtypes, count / total
+    height = max(2.0, share * _BAR_HEIGHT) if count else 0.0
+    below = f"errors up to {BINS[i]:.0e}" if i < len(BINS) else "larger errors"
+    return Bar(
+        colour=order % 3,
+        x=round(3 + i * _BAR_STEP + order * width, 1),
+        y=round(_BAR_BASE - height, 1),
+        width=round(width, 1),
+        height=round(height, 1),
+        said=f"{dtype}: {below} of the rms: {count} outputs, {share:.1%}",
+        label=f"{share:.0%}" if share >= _LABELLED_SHARE else "",
+    )
 
 
 def _superscript(number: int) -> str:
     return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _bytes(before: Mapping[str, int], after: Mapping[str, int]) -> str:
+def _sizes(before: Mapping[str, int], after: Mapping[str, int]) -> Table | None:
+    """Bytes by dtype, of the source where that is known and of the output."""
     if not after:
-        return ""
-    rows = []
-    for dtype in dict.fromkeys((*after, *before)):
-        rows.append(
-            (
-                _td(dtype),
-                *(_number(table.get(dtype, 0), _size(table.get(dtype, 0))) for table in (before, after)),
-            )
-        )
-    totals = [_number(sum(t.values()), f"<b>{_size(sum(t.values()))}</b>") for t in (before, after)]
-    if not before:
-        rows, totals = [(row[0], row[2]) for row in rows], totals[1:]
-    rows.append(("<td><b>total</b></td>", *totals))
-    columns = ("Stored as", "Source", "Converted") if before else ("Stored as", "Converted")
-    return "<h2>Bytes by dtype</h2>" + _table(columns, rows, numbers=(1, 2))
+        return None
+    known = {title: sizes for title, sizes in (("Source", before), ("Converted", after)) if sizes}
+    columns = [Column("Stored as"), *(Column(title, is_number=True) for title in known)]
+    rows = [
+        Row([Cell(dtype), *(_size(sizes.get(dtype, 0)) for sizes in known.values())])
+        for dtype in dict.fromkeys((*after, *before))
+    ]
+    totals = [_size(sum(sizes.values())) for sizes in known.values()]
+    return Table(columns, [*rows, Row([Cell("total"), *totals], is_total=True)])
 
 
-def _runs(ids: Mapping[Agreement, str]) -> str:
-    columns = (
-        "Module",
-        "Backend",
-        "Scheme",
-        "N",
-        "K",
-        "Rows",
-        "M",
-        "Acts",
-        "Rel. error",
-        "Deviation",
-        "Tolerance",
-        "SQNR dB",
-        "Max abs",
-        "Cosine",
-        "Wrong layout",
+def _size(nbytes: int) -> Cell:
+    return _number(nbytes, size(nbytes))
+
+
+def _runs(ids: Mapping[Agreement, str]) -> Table:
+    columns = [
+        *_columns("Module", "Backend", "Scheme"),
+        *_numbers("N", "K", "Rows"),
+        *_columns("M", "Acts"),
+        *_numbers("Rel. error", "Deviation", "Tolerance", "SQNR dB", "Max abs", "Cosine", "Wrong layout"),
+    ]
+    return Table(columns, [Row(_run(run), anchor) for run, anchor in ids.items()])
+
+
+def _run(run: Agreement) -> Sequence[Cell]:
+    error, sqnr, wrong = run.error or 0.0, run.sqnr_db, run.wrong_layout
+    return (
+        Cell(matrix_name(run)),
+        Cell(run.backend),
+        Cell(run.scheme),
+        _number(run.N),
+        _number(run.K),
+        _number(run.rows),
+        Cell(" ".join(map(str, run.M))),
+        Cell(run.activation),
+        _number(error, f"{error:.2e}"),
+        Cell(f"{run.deviation:.1e}", "num" if run.passed else "num bad", run.deviation),
+        _number(run.tolerance, f"{run.tolerance:.1e}"),
+        _number(-1.0 if sqnr is None else min(sqnr, 999.0), "" if sqnr is None else f"{sqnr:.1f}"),
+        _number(run.max_abs, f"{run.max_abs:.1e}"),
+        _number(run.cosine, f"{run.cosine:.7f}"),
+        _number(wrong or 0.0, "" if wrong is None else f"{wrong:.1e}"),
     )
-    rows = []
-    for run in ids:
-        error = run.error or 0.0
-        sqnr = run.sqnr_db
-        rows.append(
-            (
-                _td(matrix_name(run)),
-                _td(run.backend),
-                _td(run.scheme),
-                _number(run.N),
-                _number(run.K),
-                _number(run.rows),
-                _td(" ".join(map(str, run.M))),
-                _td(run.activation),
-                _number(error, f"{error:.2e}"),
-                f'<td class="num{"" if run.passed else " bad"}" data-v="{run.deviation!r}">{run.deviation:.1e}</td>',
-                _number(run.tolerance, f"{run.tolerance:.1e}"),
-                _number(-1.0 if sqnr is None else min(sqnr, 999.0), "" if sqnr is None else f"{sqnr:.1f}"),
-                _number(run.max_abs, f"{run.max_abs:.1e}"),
-                _number(run.cosine, f"{run.cosine:.7f}"),
-                _number(run.wrong_layout or 0.0, "" if run.wrong_layout is None else f"{run.wrong_layout:.1e}"),
-            )
-        )
-    return _table(columns, rows, numbers=(3, 4, 5, *range(8, 15)), ids=list(ids.values()), sortable=True)
 
 
-def _health(health: Mapping[str, Health]) -> str:
-    columns = (
-        "Module",
-        "Scales",
-        "NaN, Inf",
-        "Zero",
-        "Dead groups",
-        "Largest / rms scale",
-        "Codes at an end",
-    )
+def _health(health: Mapping[str, Health]) -> Table:
+    titles = ("Scales", "NaN, Inf", "Zero", "Dead groups", "Largest / rms scale", "Codes at an end")
     rows = []
     for name, h in health.items():
         outlier = h.scale_max / h.scale_typical if h.scale_typical else 0.0
         ends = h.saturated / max(h.codes, 1)
-        rows.append(
-            (
-                _td(name),
-                _number(h.groups, f"{h.groups:,}"),
-                _number(h.bad_scales + h.bad_codes),
-                _number(h.zero_scales),
-                _number(h.dead_groups),
-                _number(outlier, f"{outlier:.1f}"),
-                _number(ends, f"{ends:.2%}"),
-            )
+        cells = (
+            Cell(name),
+            _number(h.groups, f"{h.groups:,}"),
+            _number(h.bad_scales + h.bad_codes),
+            _number(h.zero_scales),
+            _number(h.dead_groups),
+            _number(outlier, f"{outlier:.1f}"),
+            _number(ends, f"{ends:.2%}"),
         )
-    return _table(columns, rows, numbers=range(1, 7), sortable=True)
+        rows.append(Row(cells))
+    return Table([Column("Module"), *_numbers(*titles)], rows)
 
 
-def _not_run(verdict: Verdict) -> str:
+def _not_run(verdict: Verdict) -> Table | None:
     refused = {(run.backend, run.reason or "") for run in verdict.kernels if not run.ran}
-    rows = [(_td(name), _td(why, "wrap")) for name, why in (*verdict.unavailable.items(), *sorted(refused))]
-    table = f"<h2>Backends that did not run</h2>{_table(('Backend', 'Reason'), rows)}" if rows else ""
-    if not verdict.unchecked:
-        return table
-    lines = "".join(f"<li>{_text(name)}</li>" for name in verdict.unchecked[:_MOST_LISTED])
-    title = f"Modules that no real kernel computed here: {len(verdict.unchecked)} of {len(verdict.schemes)}"
-    return f'{table}<h2 class="warn">{title}</h2><ul>{lines}</ul>'
+    rows = [Row((Cell(name), Cell(why, "wrap"))) for name, why in (*verdict.unavailable.items(), *sorted(refused))]
+    return Table(_columns("Backend", "Reason"), rows) if rows else None
 
 
-def _table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    numbers: Iterable[int] = (),
-    ids: Sequence[str] | None = None,
-    sortable: bool = False,
-) -> str:
-    right = set(numbers)
-    heads = "".join(
-        f'<th class="num">{title}</th>' if i in right else f"<th>{title}</th>"
-        for i, title in enumerate(f"<button>{_text(c)}</button>" if sortable else _text(c) for c in columns)
-    )
-    body = "\n".join(
-        f'<tr id="{ids[i]}">{"".join(row)}</tr>' if ids else f"<tr>{''.join(row)}</tr>" for i, row in enumerate(rows)
-    )
-    kind = ' class="sort"' if sortable else ""
-    return f'<div class="scroll"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+def _columns(*titles: str) -> Sequence[Column]:
+    return [Column(title) for title in titles]
 
 
-def _td(text: str, kind: str = "") -> str:
-    return f'<td class="{kind}">{_text(text)}</td>' if kind else f"<td>{_text(text)}</td>"
+def _numbers(*titles: str) -> Iterable[Column]:
+    return [Column(title, is_number=True) for title in titles]
 
 
-def _number(value: float, shown: str | None = None) -> str:
-    return f'<td class="num" data-v="{value!r}">{value if shown is None else shown}</td>'
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
-def _text(text: str) -> str:
-    """Escaped; names come from strangers' files."""
-    return html.escape("".join(c if c.isprintable() else "?" for c in text), quote=True)
+def _number(value: float, shown: str | None = None) -> Cell:
+    return Cell(str(value) if shown is None else shown, "num", value)

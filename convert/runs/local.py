@@ -35,6 +35,7 @@ from xpuquant.conversion.repo.provenance import provenance
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.run import verify_staged
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.conversion.write.execute import execute
@@ -155,7 +156,8 @@ def check_staged(plan: Plan, source: Source, folder: Path, name: str, jobs: int,
     reporter.phase("verify", sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors))
     repo = Repo(folder, tuple(shard.name for shard in plan.shards), plan.quantization_config(PRODUCER))
     try:
-        verdict = verify_staged(plan, source, repo, name, PRODUCER, jobs, reporter.advance)
+        check = Check(repo, jobs=jobs, progress=reporter.advance)
+        verdict = verify_staged(Origin(plan, source), check, name, PRODUCER)
     finally:
         repo.reader.close()
     source.check_unchanged()

@@ -15,9 +15,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from xpuquant.conversion.hub.publish import Pushed, hash_files, publish
 from xpuquant.conversion.hub.target import CONFIG, Target
@@ -39,8 +38,9 @@ from xpuquant.conversion.runs.local import (
 )
 from xpuquant.conversion.sources.repo_files import parse_json
 from xpuquant.conversion.sources.streamed import StreamedSource
+from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.run import sizes, verify_staged
-from xpuquant.conversion.verify.verdict import Agreement, Checked, Finding, Health, Verdict
+from xpuquant.conversion.verify.verdict import Checked, Verdict
 from xpuquant.conversion.write.execute import execute
 from xpuquant.formats.safetensors import Tensor
 
@@ -242,7 +242,7 @@ class _Work:
         noted = self._verdicts / f"{group.shards[0].name}.json"
         if any(shard.name in self._staged for shard in group.shards):
             if noted.exists():
-                return _loaded(json.loads(noted.read_text()))
+                return Verdict.from_json(json.loads(noted.read_text()))
             return Verdict(
                 name,
                 PRODUCER,
@@ -255,11 +255,12 @@ class _Work:
             plan.quantization_config(PRODUCER),
         )
         try:
-            verdict = verify_staged(plan, self._source, repo, name, PRODUCER, self._jobs, reporter.advance)
+            check = Check(repo, jobs=self._jobs, progress=reporter.advance)
+            verdict = verify_staged(Origin(plan, self._source), check, name, PRODUCER)
         finally:
             repo.reader.close()
         raise_failures(verdict, self._journal.folder)
-        noted.write_text(json.dumps(asdict(verdict)))
+        noted.write_text(json.dumps(verdict.to_json()))
         return verdict
 
     def _stage(self, shard: Shard, reporter: Reporter) -> Finished:
@@ -272,21 +273,6 @@ class _Work:
             path.unlink()
             reporter.advance(shard.nbytes)
         return self._staged[shard.name]
-
-
-def _loaded(data: dict[str, Any]) -> Verdict:
-    """A verdict from its JSON."""
-    return Verdict(
-        **{
-            **data,
-            "exact": [Checked(**entry) for entry in data["exact"]],
-            "kernels": [
-                Agreement(**{**e, "M": tuple(e["M"]), "histogram": tuple(e["histogram"])}) for e in data["kernels"]
-            ],
-            "health": {name: Health(**entry) for name, entry in data["health"].items()},
-            "findings": [Finding(**entry) for entry in data["findings"]],
-        }
-    )
 
 
 def _merged(verdicts: Sequence[Verdict], source: StreamedSource) -> Verdict:

@@ -1,4 +1,4 @@
-"""Numerics: kernels compute the stored layer, and agree with a float64 product of the *source*.
+"""Kernels: they compute the stored layer, and agree with a float64 product of the *source*.
 
 Exactness has shown what the bytes decode to; what is left is that a kernel reads this layout, in this shape, as we do.
 
@@ -20,7 +20,7 @@ from itertools import groupby
 
 import numpy as np
 
-from xpuquant.conversion.verify.expected import Subject, Truth, Truths, misread_truth
+from xpuquant.conversion.verify.expected import Expected, ExpectedProducts, Subject, expected_of_misread
 from xpuquant.conversion.verify.verdict import CONTRADICTIONS, REFERENCE, Agreement, contradiction
 from xpuquant.errors import UnsupportedError, one_line
 from xpuquant.kernels.base import Backend, tolerance
@@ -46,7 +46,7 @@ BINS = tuple(10.0**-e for e in range(9, -1, -1))
 
 _WORST = 2
 """`kernels.tolerance` is for the norm of all errors; the worst of millions of outputs gets so many times that, of its
-`Truth.size`, itself two to three times a usual output."""
+`Expected.size`, itself two to three times a usual output."""
 
 _REFERENCE_TOLERANCE = 2.0**-20
 """The reference computes in float64 and returns float32, rounding each output once (2^-24)."""
@@ -75,9 +75,9 @@ def check_kernels(
                 seen.add(key)
                 found += _thorough(subject, usable, full, every)
             elif chosen:
-                truths = Truths(subject)
+                products = ExpectedProducts(subject)
                 window = subject.window(CELL_ROWS)
-                found += [_agreement(truths, backend, window, (CELL_M,)) for backend in real]
+                found += [_agreement(products, backend, window, (CELL_M,)) for backend in real]
     return found
 
 
@@ -96,12 +96,12 @@ def _chosen(members: Sequence[Subject]) -> Iterator[tuple[Subject, bool]]:
 def _thorough(subject: Subject, backends: Sequence[Backend], full: bool, every: bool) -> Iterator[Agreement]:
     """All M, all rows where they are affordable, and the wrong layout."""
     N, K = subject.matrix.N, subject.matrix.K
-    truths, sample = Truths(subject), subject.window(SAMPLE_ROWS)
+    products, sample = ExpectedProducts(subject), subject.window(SAMPLE_ROWS)
     for backend in backends:
         is_fast = full and N * K <= FULL_CODES and backend.is_fast(subject.stored.scheme, N, K)
         window = (0, N) if (every and backend.name != REFERENCE) or is_fast else sample
         # What the reference computes does not depend on M.
-        run = _agreement(truths, backend, window, ROWS[-1:] if backend.name == REFERENCE else ROWS)
+        run = _agreement(products, backend, window, ROWS[-1:] if backend.name == REFERENCE else ROWS)
         if run.ran and run.reason is None:
             run = replace(run, wrong_layout=_wrong_layout(subject, backend, run.activation, run.tolerance))
         yield run
@@ -109,26 +109,26 @@ def _thorough(subject: Subject, backends: Sequence[Backend], full: bool, every: 
             for dtype in SERVED:
                 if dtype == run.activation:
                     break
-                as_served = _agreement(truths, backend, sample, ROWS, (dtype,))
+                as_served = _agreement(products, backend, sample, ROWS, (dtype,))
                 yield as_served  # refused too: what this processor cannot check belongs in the report
                 if as_served.ran:
                     break
 
 
 def _limit(backend: Backend, dtype: str, K: int) -> float:
-    """The largest error of an output, over its `Truth.size`, that arithmetic alone explains."""
+    """The largest error of an output, over its `Expected.size`, that arithmetic alone explains."""
     return _REFERENCE_TOLERANCE if backend.name == REFERENCE else _WORST * tolerance(dtype, K)
 
 
 def _agreement(
-    truths: Truths,
+    products: ExpectedProducts,
     backend: Backend,
     window: tuple[int, int],
     Ms: Sequence[int],
     dtypes: Sequence[str] = SHARPEST,
 ) -> Agreement:
     """In the first of the activation dtypes that the backend takes and that can hold the sums."""
-    stored, matrix = truths.subject.stored, truths.subject.matrix
+    stored, matrix = products.subject.stored, products.subject.matrix
     start, stop = window
     blank = Agreement(backend.name, stored.name, matrix.role, matrix.expert, stored.scheme.label(), matrix.N, matrix.K)
     refused, overflow = None, None
@@ -137,9 +137,9 @@ def _agreement(
             refused = backend.refuses(stored.scheme, stop - start, matrix.K, dtype)
             if refused is not None:
                 continue
-            truth = truths.of(start, stop, max(Ms), dtype)
-            if not truth.overflow:
-                runs = [_compare(backend, truth, M) for M in Ms]
+            expected = products.of(start, stop, max(Ms), dtype)
+            if not expected.overflow:
+                runs = [_compare(backend, expected, M) for M in Ms]
                 break
             overflow = f"sums of these values can exceed {'float16' if dtype == 'F16' else 'float32'}"
         else:
@@ -173,24 +173,24 @@ class _Comparison:
     histogram: Sequence[int] = (0,) * (len(BINS) + 1)
 
 
-def _compare(backend: Backend, truth: Truth, M: int) -> _Comparison:
+def _compare(backend: Backend, expected: Expected, M: int) -> _Comparison:
     """What a kernel makes of the first M activations."""
-    wanted, size = truth.wanted[:M], truth.size[:M]
+    product, size = expected.product[:M], expected.size[:M]
     with np.errstate(invalid="ignore", over="ignore"):
-        got = backend.linear(truth.layer, truth.x[:M])
-    finite = np.isfinite(wanted)
-    if got.shape != wanted.shape or not np.array_equal(finite, np.isfinite(got)):
+        got = backend.linear(expected.layer, expected.x[:M])
+    finite = np.isfinite(product)
+    if got.shape != product.shape or not np.array_equal(finite, np.isfinite(got)):
         return _Comparison()
-    right, result = wanted[finite], got.astype(np.float64)[finite]
+    right, result = product[finite], got.astype(np.float64)[finite]
     errors = np.abs(result - right)
     norm = float(np.linalg.norm(right))
     scale = norm / np.sqrt(max(right.size, 1)) or 1.0
-    product = float(np.linalg.norm(result)) * norm
+    norms = float(np.linalg.norm(result)) * norm
     return _Comparison(
         error=float(np.linalg.norm(errors)) / (norm or 1.0),
         deviation=float((errors / size[finite]).max(initial=0.0)),
         max_abs=float(errors.max(initial=0.0)),
-        cosine=float(right @ result) / product if product else 1.0,
+        cosine=float(right @ result) / norms if norms else 1.0,
         histogram=np.bincount(np.searchsorted(BINS, errors / scale), minlength=len(BINS) + 1).tolist(),
     )
 
@@ -198,7 +198,7 @@ def _compare(backend: Backend, truth: Truth, M: int) -> _Comparison:
 def _wrong_layout(subject: Subject, backend: Backend, dtype: str, limit: float) -> float | None:
     """The deviation where a kernel is given the bytes in a wrong order. None where that changes nothing (all codes of a
     byte alike), or so little beside larger weights that a right kernel may round it away."""
-    misread = misread_truth(subject, CELL_M, dtype)
+    misread = expected_of_misread(subject, CELL_M, dtype)
     if misread is None or misread[1] <= 2 * limit:
         return None
     try:

@@ -34,9 +34,8 @@ from xpuquant.formats.weights.decoded import Decoded
 
 _PLAIN_SUFFIXES = ("_bias", "input_scale")
 
-
-RECORDED = "decoded_xxh3"
-"""The kind of digest that is recorded, and its name in xpuquant.json."""
+KIND = "decoded_xxh3"
+"""The kind of digest that conversions record, and its name in xpuquant.json."""
 
 
 class Hash(Protocol):
@@ -53,18 +52,18 @@ def _xxh3(data: bytes = b"") -> Hash:
     return xxhash.xxh3_128(data)
 
 
-_HASHES: Mapping[str, Callable[..., Hash]] = {RECORDED: _xxh3, "decoded_sha256": hashlib.sha256}
+_HASHES: Mapping[str, Callable[..., Hash]] = {KIND: _xxh3, "decoded_sha256": hashlib.sha256}
 
 
-def recorded(entry: Mapping[str, Any]) -> tuple[str, str | None]:
+def digest_in(entry: Mapping[str, Any]) -> tuple[str, str | None]:
     """(kind, digest) of a module in xpuquant.json; the digest is None where there is none of a kind that is known."""
-    return next(((kind, entry[kind]) for kind in _HASHES if kind in entry), (RECORDED, None))
+    return next(((kind, entry[kind]) for kind in _HASHES if kind in entry), (KIND, None))
 
 
 class MatrixDigest:
     """The digest of one matrix, fed with its rows in order."""
 
-    def __init__(self, matrix: Matrix, kind: str = RECORDED) -> None:
+    def __init__(self, matrix: Matrix, kind: str = KIND) -> None:
         self._matrix = matrix
         self._hash = _HASHES[kind]
         self._codes = self._hash()

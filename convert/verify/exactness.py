@@ -3,7 +3,8 @@
 What flows: a worker takes a module, walks its matrices in blocks of rows that fit the cache, decodes the block from the
 source and from the output to the common form of `weights/decoded.py`, by code that shares nothing with the conversion's
 fast path, and compares integers and scale values for equality. The same pass counts what `health.py` warns of
-and digests the decoded form, so that a later check needs no source. Unquantized tensors are compared byte by byte.
+and digests the decoded form, so that a later check needs no source: `check_recorded`. Unquantized tensors are compared
+byte by byte. Scales that were rounded on request are compared with the rounded ones, and what that changed is counted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,30 +24,40 @@ from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.sources.base import Source, read_slice
-from xpuquant.conversion.verify.column_cache import Panels
-from xpuquant.conversion.verify.digests import MatrixDigest, module_digest
-from xpuquant.conversion.verify.health import Counter
-from xpuquant.conversion.verify.verdict import CONTRADICTIONS, Checked, Health, contradiction
+from xpuquant.conversion.verify.column_cache import ColumnCache
+from xpuquant.conversion.verify.context import Check, Origin
+from xpuquant.conversion.verify.digests import MatrixDigest, digest_in, module_digest
+from xpuquant.conversion.verify.health import HealthCount
+from xpuquant.conversion.verify.rounding import RoundedScales
+from xpuquant.conversion.verify.verdict import (
+    CONTRADICTIONS,
+    Checked,
+    Claim,
+    Health,
+    Rounding,
+    contradiction,
+)
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_bytes, whole
-from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import Matrix, Stored
 from xpuquant.formats.layouts.modules import ExpertStack
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import PIECE_BYTES, ROWS_MULTIPLE, Weight, row_blocks
 from xpuquant.formats.weights.decoded import Decoded, difference, in_order, to_bf16
+from xpuquant.formats.weights.floats import FloatWeight
 from xpuquant.formats.weights.parts import BiasRows
 
 BLOCK_CODES = 2 << 20
 """Codes decoded at once: a matrix of a small expert in one go, for every block costs the same few hundred microseconds
 beside its bytes; both sides and their temporaries still stay in the third-level cache."""
 
-Result = TypeVar("Result")
+T = TypeVar("T")
+
+Matrices = Mapping[tuple[str, int | None], Matrix]
+"""The matrices of a stored module by role and expert."""
 
 
-def check_exact(
-    plan: Plan, source: Source, repo: Repo, jobs: int, progress: Progress
-) -> tuple[list[Checked], dict[str, Health]]:
+def check_exact(origin: Origin, check: Check) -> tuple[list[Checked], dict[str, Health]]:
     """Compare everything the plan describes with everything the repo holds.
 
     Returns:
@@ -56,13 +67,16 @@ def check_exact(
         DamagedError: the repo's tensors are not those of the plan, by name, dtype or shape.
         EnvironmentFault: unreadable files.
     """
+    plan, source, repo = origin.plan, origin.source, check.repo
     _same_tensors(plan, repo)
 
     def module(planned: PlannedModule) -> tuple[Checked, Health | None]:
-        return _check_module(planned, source, repo, plan.options.scale_dtype, progress)
+        if planned.conversion.scheme is None:
+            return _check_dequantized(planned, source, repo, check.progress), None
+        return _ModuleCheck(planned, source, check).result()
 
     def passed(tensor: Tensor) -> tuple[Checked, Health | None]:
-        return _check_bytes(source, tensor, repo, progress), None
+        return _check_bytes(source, tensor, repo, check.progress), None
 
     def bias(split: BiasRows, name: str) -> tuple[Checked, Health | None]:
         return _check_split_bias(split, source, repo.tensors[name], repo), None
@@ -71,11 +85,41 @@ def check_exact(
     largest = sorted(plan.modules, key=lambda planned: -planned.nbytes)
     calls = [partial(module, planned) for planned in largest] + [partial(passed, one) for one in plan.passed]
     calls += [partial(bias, split, name) for name, split in plan.split_biases.items()]
-    results = run_all(jobs, calls)
+    results = run_all(check.jobs, calls)
     return [checked for checked, _ in results], {c.name: health for c, health in results if health is not None}
 
 
-def run_all(jobs: int, calls: Sequence[Callable[[], Result]]) -> list[Result]:
+def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checked], dict[str, Health], int]:
+    """Compare the decoded repo with the digests recorded at conversion. They were taken in the pass that compared every
+    value with the source, so equal digests mean equal values.
+
+    Args:
+        record: xpuquant.json.
+
+    Returns:
+        As `check_exact`, of what has a digest; and how many modules and tensors have none.
+    """
+    repo = check.repo
+    modules: Mapping[str, Any] = record.get("modules", {})
+    tensors: Mapping[str, str] = record.get("tensors_sha256", {})
+
+    def module(stored: Stored) -> tuple[Checked, Health | None]:
+        return _check_module_digest(stored, modules.get(stored.name, {}), check)
+
+    def plain(tensor: Tensor) -> tuple[Checked, Health | None]:
+        digest, expected = _tensor_digest(repo, tensor, check.progress), tensors.get(tensor.name)
+        error = None if expected in (None, digest) else "bytes differ from those converted"
+        return Checked(tensor.name, 0, error, digest if expected else None, Claim.RECORDED), None
+
+    calls = [partial(module, stored) for stored in repo.modules.values()]
+    calls += [partial(plain, tensor) for tensor in repo.plain.values()]
+    results = run_all(check.jobs, calls)
+    known = [checked for checked, _ in results if checked.digest is not None or checked.error is not None]
+    counted = {checked.name: health for checked, health in results if health is not None}
+    return known, counted, len(results) - len(known)
+
+
+def run_all(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
     """Results of the calls, in order, from `jobs` threads. The first error stops what has not begun."""
     # All of it is arithmetic: more threads than processors only take each other's caches.
     with ThreadPoolExecutor(min(jobs, len(os.sched_getaffinity(0))), "verify") as workers:
@@ -101,44 +145,115 @@ def _same_tensors(plan: Plan, repo: Repo) -> None:
             )
 
 
-def _check_module(
-    planned: PlannedModule, source: Source, repo: Repo, scale_dtype: str | None, progress: Progress
-) -> tuple[Checked, Health | None]:
-    name, weights, scheme = planned.conversion.name, planned.weights, planned.conversion.scheme
-    share = planned.nbytes // max(len(weights), 1)
+class _ModuleCheck:
+    """One module against the source: what its matrices have in common while they are compared."""
 
-    def verdict(error: str | None, digest: str | None = None) -> Checked:
-        return Checked(name, len(weights), error, digest)
+    def __init__(self, planned: PlannedModule, source: Source, check: Check) -> None:
+        scheme, stored = planned.conversion.scheme, check.repo.modules.get(planned.conversion.name)
+        assert scheme is not None, "a dequantized module is compared as bf16"
+        self._planned = planned
+        self._source = source
+        self._check = check
+        self._scheme = scheme
+        self._stored = stored if stored is None else replace(stored, load=ColumnCache(stored.load))
+        self._health = HealthCount(scheme.symmetric)
+        self._digests: list[MatrixDigest] = []
+        self._rounding = None if planned.conversion.rounded is None else Rounding(planned.conversion.rounded)
 
-    if scheme is None:
-        rounded = [_check_rounded(weight, source, repo) for _, _, weight in weights]
-        progress(planned.nbytes)
-        return verdict(next((wrong for wrong in rounded if wrong is not None), None)), None
-    # fp8 scales are float32 and MX scales exponents, whatever dtype was asked for.
-    cast = numpy_dtype(scale_dtype) if scheme.scale_dtype == scale_dtype else None
-    stored = repo.modules.get(name)
-    if stored is None or stored.scheme != scheme:
-        said = stored.scheme.label() if stored else "nothing"
-        return verdict(f"config.json says {said}, the source gives {scheme.label()}"), None
-    stored = replace(stored, load=Panels(stored.load))
-    counter = Counter(scheme.symmetric)
-    digests: list[MatrixDigest] = []
+    def result(self) -> tuple[Checked, Health | None]:
+        """What was found, and counted where all of it could be decoded."""
+        name, weights, stored = self._planned.conversion.name, self._planned.weights, self._stored
+        if stored is None or stored.scheme != self._scheme:
+            said = stored.scheme.label() if stored else "nothing"
+            return self._checked(f"config.json says {said}, the source gives {self._scheme.label()}"), None
+        try:
+            matrices = matrices_by_role(self._check.repo, stored)
+            for role, expert, weight in weights:
+                wrong = self._compare(weight, stored, find_matrix(matrices, role, expert))
+                if wrong is not None:
+                    return self._checked(wrong if weight.name == name else f"{weight.name}: {wrong}"), None
+                self._check.progress(self._planned.nbytes // max(len(weights), 1))
+            wrong = _check_biases(self._planned, self._source, stored)
+            wrong = wrong or _check_input_scale(self._planned, self._source, stored)
+        except CONTRADICTIONS as fault:
+            return self._checked(contradiction(fault)), None
+        return self._checked(wrong, module_digest(stored, self._digests)), self._health.health
+
+    def _checked(self, error: str | None, digest: str | None = None) -> Checked:
+        claim = Claim.EXACT if self._rounding is None else Claim.ROUNDED
+        name, matrices = self._planned.conversion.name, len(self._planned.weights)
+        return Checked(name, matrices, error, digest, claim, self._rounding)
+
+    def _compare(self, weight: Weight, stored: Stored, matrix: Matrix) -> str | None:
+        """The first difference of a matrix."""
+        if (matrix.N, matrix.K) != (weight.N, weight.K):
+            return f"output is [{matrix.N}, {matrix.K}], source [{weight.N}, {weight.K}]"
+        layout, digest = self._check.repo.layout(stored), MatrixDigest(matrix)
+        rounded = None if self._rounding is None else RoundedScales(self._rounding.dtype)
+        # Rows that one row of scales covers: a block of rows may begin among them.
+        covered = weight.block[0] if isinstance(weight, FloatWeight) else 1
+        for start, stop, expected in decoded_blocks(weight, self._source):
+            if rounded is not None:
+                expected = rounded.round(expected, continued=start % covered != 0)
+            try:
+                actual = in_rows(layout.decode(stored, matrix, start, stop))
+            except CONTRADICTIONS as fault:
+                return contradiction(fault)
+            wrong = difference(in_rows(expected), actual)
+            if wrong is not None:
+                return f"rows {start}:{stop}: {wrong}"
+            digest.update(actual)
+            self._health.update(actual)
+        self._digests.append(digest)
+        if rounded is None or self._rounding is None:
+            return None
+        self._rounding += rounded.rounding
+        wrong = rounded.error()
+        return wrong and f"{_scale_name(weight)}: {wrong}"
+
+
+def _scale_name(weight: Weight) -> str:
+    """The source's tensor of a weight's scales."""
+    names = (tensor.name for tensor in weight.tensors)
+    return next((name for name in names if "scale" in name.rpartition(".")[2]), weight.name)
+
+
+def _check_module_digest(stored: Stored, entry: Mapping[str, Any], check: Check) -> tuple[Checked, Health | None]:
+    """One module against its digest.
+
+    Args:
+        entry: the module in xpuquant.json.
+    """
+    kind, expected = digest_in(entry)
+    rounding = rounding_in(entry)
+    name, stored, repo = stored.name, replace(stored, load=ColumnCache(stored.load)), check.repo
+    health, digests, layout = HealthCount(stored.scheme.symmetric), list[MatrixDigest](), repo.layout(stored)
+
+    def checked(error: str | None, digest: str | None = None) -> Checked:
+        return Checked(name, len(digests), error, digest, Claim.RECORDED, rounding)
+
     try:
         matrices = matrices_by_role(repo, stored)
-        for role, expert, weight in weights:
-            digest = MatrixDigest(matrix := find_matrix(matrices, role, expert))
-            wrong = _check_matrix(weight, source, repo, stored, matrix, cast, digest, counter)
-            if wrong is not None:
-                return verdict(wrong if weight.name == name else f"{weight.name}: {wrong}"), None
-            digests.append(digest)
-            progress(share)
-        wrong = _check_biases(planned, source, stored) or _check_input_scale(planned, source, stored)
+        experts: list[int | None] = [*sorted({at for _, at in matrices if at is not None})] or [None]
+        roles = entry.get("roles", ()) or dict.fromkeys(role for role, _ in matrices)
+        for matrix in (find_matrix(matrices, role, expert) for role in roles for expert in experts):
+            digests.append(digest := MatrixDigest(matrix, kind))
+            for start, stop in row_blocks(matrix.N, matrix.K, 8, BLOCK_CODES):
+                rows = in_rows(layout.decode(stored, matrix, start, stop))
+                digest.update(rows)
+                health.update(rows)
+        found = module_digest(stored, digests)
     except CONTRADICTIONS as fault:
-        return verdict(contradiction(fault)), None
-    return verdict(wrong, module_digest(stored, digests)), counter.health
+        return checked(contradiction(fault)), None
+    check.progress(sum(tensor.nbytes for tensor in stored.tensors.values()))
+    error = None if expected in (None, found) else "decodes to something else than was converted"
+    return checked(error, found if expected else None), health.health
 
 
-Matrices = Mapping[tuple[str, int | None], Matrix]
+def rounding_in(entry: Mapping[str, Any]) -> Rounding | None:
+    """What rounding changed when a module was converted, by its entry in xpuquant.json."""
+    found = entry.get("rounding")
+    return None if found is None else Rounding(found["dtype"], found["scales"], found["changed"], found["largest"])
 
 
 def matrices_by_role(repo: Repo, stored: Stored) -> Matrices:
@@ -157,32 +272,6 @@ def find_matrix(matrices: Matrices, role: str, expert: int | None) -> Matrix:
     if matrix is None:
         raise DamagedError(f"the output has no {role} matrix of expert {expert}")
     return Matrix(role, 2 * matrix.N, matrix.K, expert) if fused else matrix
-
-
-def _check_matrix(
-    weight: Weight,
-    source: Source,
-    repo: Repo,
-    stored: Stored,
-    matrix: Matrix,
-    cast: object,
-    digest: MatrixDigest,
-    counter: Counter,
-) -> str | None:
-    layout = repo.layout(stored)
-    if (matrix.N, matrix.K) != (weight.N, weight.K):
-        return f"output is [{matrix.N}, {matrix.K}], source [{weight.N}, {weight.K}]"
-    for start, stop, expected in decoded_blocks(weight, source):
-        try:
-            actual = in_rows(layout.decode(stored, matrix, start, stop))
-        except CONTRADICTIONS as fault:
-            return contradiction(fault)
-        wrong = difference(in_rows(expected), actual, cast)
-        if wrong is not None:
-            return f"rows {start}:{stop}: {wrong}"
-        digest.update(actual)
-        counter.update(actual)
-    return None
 
 
 def in_rows(decoded: Decoded) -> Decoded:
@@ -204,14 +293,25 @@ def decoded_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, D
             yield top + start, top + stop, recipe.build(narrowed)
 
 
-def _check_rounded(weight: Weight, source: Source, repo: Repo) -> str | None:
-    """A dequantized matrix: bf16 values are the exact ones, rounded once."""
+def _check_dequantized(planned: PlannedModule, source: Source, repo: Repo, progress: Progress) -> Checked:
+    """A dequantized module: bf16 values are the exact ones, rounded once, and none became infinite."""
+    wrong = (_dequantized_error(weight, source, repo) for _, _, weight in planned.weights)
+    error = next((one for one in wrong if one is not None), None)
+    progress(planned.nbytes)
+    return Checked(planned.conversion.name, len(planned.weights), error, None, Claim.DEQUANTIZED)
+
+
+def _dequantized_error(weight: Weight, source: Source, repo: Repo) -> str | None:
     tensor = repo.tensors[f"{weight.name}.weight"]
     for start, stop, decoded in decoded_blocks(weight, source):
-        expected = to_bf16(decoded.values())
+        values = decoded.values()
+        expected = to_bf16(values)
         actual = repo.reader.read(Slice(tensor, start, stop))
         if not np.array_equal(expected.view(np.uint16), actual.view(np.uint16)):
-            return f"{weight.name}, rows {start}:{stop}: not the source's values rounded to bf16"
+            return f"{tensor.name}, rows {start}:{stop}: not the source's values rounded to bf16"
+        too_large = np.isinf(expected.astype(np.float32)) & np.isfinite(values)
+        if too_large.any():
+            return f"{tensor.name}, rows {start}:{stop}: {values[too_large][0]:g} does not fit bf16"
     return None
 
 
@@ -282,3 +382,12 @@ def byte_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
 def read_bytes(repo: Repo, tensor: Tensor, start: int, stop: int) -> Array:
     """Bytes `start:stop` of one of the repo's tensors."""
     return repo.reader.read(Slice(as_bytes(tensor), start, stop))
+
+
+def _tensor_digest(repo: Repo, tensor: Tensor, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    for start, stop in byte_blocks(tensor):
+        data = read_bytes(repo, tensor, start, stop)
+        digest.update(data.data)
+        progress(data.size)
+    return digest.hexdigest()

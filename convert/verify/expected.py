@@ -36,8 +36,8 @@ _PLAIN = 1e30
 _OUTLIER_EVERY = 256
 _OUTLIER_GAIN = 20.0
 
-Rows = Callable[[int, int], Decoded]
-"""Rows `start:stop` of a matrix, decoded: from the source, or from the output where the source is gone."""
+DecodeRows = Callable[[int, int], Decoded]
+"""Decodes rows `start:stop` of a matrix: of the source, or of the output where the source is gone."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Subject:
     stored: Stored
     layout: Layout
     matrix: Matrix
-    rows: Rows
+    rows: DecodeRows
 
     def layer(self, start: int, stop: int) -> Layer:
         arrays = self.layout.layer(self.stored, self.matrix, start, stop)
@@ -73,11 +73,11 @@ def activations(M: int, K: int, seed: int, dtype: str) -> Array:
 
 
 @dataclass(frozen=True)
-class Truth:
+class Expected:
     """What a kernel is given, and what it should make of it.
 
     x         activations `[M, K]`
-    wanted    float64 `[M, n]`
+    product   float64 `[M, n]`
     size      float64 `[M, n]`, positive: what rounding is in proportion to; see `_size`
     overflow  a weight, an output or a sum on the way can exceed what kernels hold: infinity, or the NaN of two of
               them, is then no error of theirs
@@ -85,47 +85,47 @@ class Truth:
 
     layer: Layer
     x: Array
-    wanted: Array
+    product: Array
     size: Array
     overflow: bool
 
 
-class Truths:
-    """The truths of one matrix, made once for all backends."""
+class ExpectedProducts:
+    """The products of one matrix, made once for all backends."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self._made: dict[tuple[int, int, int, str], Truth] = {}
+        self._made: dict[tuple[int, int, int, str], Expected] = {}
 
-    def of(self, start: int, stop: int, M: int, dtype: str) -> Truth:
+    def of(self, start: int, stop: int, M: int, dtype: str) -> Expected:
         key = (start, stop, M, dtype)
         if key not in self._made:
             self._made[key] = self._make(start, stop, M, dtype)
         return self._made[key]
 
-    def _make(self, start: int, stop: int, M: int, dtype: str) -> Truth:
+    def _make(self, start: int, stop: int, M: int, dtype: str) -> Expected:
         """Rows `start:stop`, a block at a time."""
         K = self.subject.matrix.K
         layer = self.subject.layer(start, stop)
         x = activations(M, K, SEED ^ zlib.crc32(self.subject.stored.name.encode()), dtype)
         wide = x.astype(np.float64)
-        wanted, size, largest = np.empty((M, stop - start)), np.empty((M, stop - start)), 0.0
+        product, size, largest = np.empty((M, stop - start)), np.empty((M, stop - start)), 0.0
         # A NaN that the source has makes NaN outputs on both sides, which is agreement.
         with np.errstate(invalid="ignore", over="ignore"):
             for top, bottom in row_blocks(stop - start, K, 8, _BLOCK_CODES):
                 decoded = self.subject.rows(start + top, start + bottom)
                 values, part = decoded.values(), slice(top, bottom)
-                wanted[:, part] = wide @ values.T
+                product[:, part] = wide @ values.T
                 weights = _magnitudes(decoded, values)
-                size[:, part] = _size(wide, wanted[:, part], weights, dtype)
+                size[:, part] = _size(wide, product[:, part], weights, dtype)
                 largest = max(largest, float(np.fmax.reduce(weights, axis=None, initial=0.0)))
             if "bias" in layer.tensors:
                 bias = layer.tensors["bias"].astype(np.float64)
-                wanted += bias
+                product += bias
                 size += np.abs(bias)
         reach = largest * float(np.abs(wide).sum(axis=1).max())
-        highest = max(largest, float(np.fmax.reduce(np.abs(wanted), axis=None, initial=0.0)))
-        return Truth(layer, x, wanted, size, reach > LARGEST["F32"] or highest > LARGEST[dtype])
+        highest = max(largest, float(np.fmax.reduce(np.abs(product), axis=None, initial=0.0)))
+        return Expected(layer, x, product, size, reach > LARGEST["F32"] or highest > LARGEST[dtype])
 
 
 def _magnitudes(decoded: Decoded, values: Array) -> Array:
@@ -151,9 +151,9 @@ def _size(x: Array, products: Array, weights: Array, dtype: str) -> Array:
     return found
 
 
-def misread_truth(subject: Subject, M: int, dtype: str) -> tuple[Truth, float] | None:
-    """The truth of a few rows, with a layer whose bytes are in a wrong order; and how far the product of that layer is
-    off at the worst, over the sizes of both. None where nothing is finite.
+def expected_of_misread(subject: Subject, M: int, dtype: str) -> tuple[Expected, float] | None:
+    """What a kernel should make of a few rows, beside a layer that holds their bytes in a wrong order; and the largest
+    deviation of that layer's own product, over the sizes of both. None where nothing is finite.
 
     Without the bias, which may be so large that the weight does not show.
     """
@@ -174,7 +174,7 @@ def misread_truth(subject: Subject, M: int, dtype: str) -> tuple[Truth, float] |
     right, wrong = wide @ values.T, wide @ misread.T
     size = _size(wide, right, weights, dtype)
     sizes = size + _size(wide, wrong, np.abs(misread), dtype)
-    return Truth(broken, x, right, size, False), float((np.abs(right - wrong) / sizes).max(initial=0.0))
+    return Expected(broken, x, right, size, False), float((np.abs(right - wrong) / sizes).max(initial=0.0))
 
 
 def _misread(layer: Layer) -> Iterator[tuple[str, Array]]:

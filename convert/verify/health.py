@@ -1,4 +1,4 @@
-"""Sanity: numbers that are exactly the source's and still worth a look before they are served.
+"""Health: numbers that are exactly the source's and still worth a look before they are served.
 
 Counted on the decoded output, block by block, in the pass that checks exactness. All of it warns; only a NaN or an
 infinity that cannot be shown to come from the source fails.
@@ -33,8 +33,11 @@ _NOT_FINITE = {"e4m3": 0x7F, "e5m2": 0x7C}
 
 
 @dataclass
-class Counter:
-    """Sums up one module. `symmetric`: zero points are in the middle, so -8 and 7 are the ends of the range."""
+class HealthCount:
+    """Counts one module, block by block.
+
+    symmetric  zero points are in the middle, so -8 and 7 are the ends of the range
+    """
 
     symmetric: bool = True
     health: Health = field(default_factory=Health)

@@ -31,6 +31,8 @@ VERDICT = "verify.json"
 REPORTS = ("verify.md", "verify.html", "verify.svg")
 
 _MODULE_LISTS = ("roles", "dequantized")
+_ROUNDING = (("dtype", str), ("scales", int), ("changed", int), ("largest", float))
+"""Fields of a module's `rounding`, and the type of each."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,25 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
         found.append(_wrong(PROVENANCE, "is not as it was written: its own sha256 differs"))
     try:
         record = parse_json(content, PROVENANCE)
-        recorded = _recorded(record)
+        listed = _listed_files(record)
     except DamagedError as error:
         return Integrity((*found, _wrong(PROVENANCE, str(error))), None, None, 0)
     progress(len(content))
     present = list_files(folder)
-    calls = [partial(_file, folder, name, sha256, progress) for name, sha256 in recorded.items()]
+    calls = [partial(_file, folder, name, sha256, progress) for name, sha256 in listed.items()]
     found += [finding for finding in run_all(jobs, calls) if finding is not None]
-    found += _unlisted(present, recorded)
+    found += _unlisted(present, listed)
     found += _reports(folder, present, progress)
     repo: Repo | None = None
     try:
         repo = open_repo(folder)
         with guarded(PROVENANCE):
-            found += _as_recorded(record, repo)
+            found += _same_modules(record, repo)
     except EnvironmentFault:
         raise
     except XpuquantError as error:
         found.append(_wrong(folder.name or str(folder), str(error)))
-    return Integrity(tuple(found), record, repo, len(recorded) + 1)
+    return Integrity(tuple(found), record, repo, len(listed) + 1)
 
 
 def _wrong(where: str, what: str) -> Finding:
@@ -103,7 +105,7 @@ def _provenance(folder: Path) -> bytes:
         raise EnvironmentFault(f"{folder / PROVENANCE}: cannot be read ({error.strerror})") from error
 
 
-def _recorded(record: Mapping[str, Any]) -> dict[str, str]:
+def _listed_files(record: Mapping[str, Any]) -> dict[str, str]:
     """file → sha256. Raises DamagedError where xpuquant.json does not list them."""
     if record.get("format_version") != FORMAT_VERSION:
         raise DamagedError(f"has format_version {record.get('format_version')!r}, this xpuquant reads {FORMAT_VERSION}")
@@ -134,6 +136,10 @@ def _check_types(record: Mapping[str, Any]) -> None:
     for table, key in names:
         values = table.get(key, [])
         fields += [(values, list), *((value, str) for value in (values if isinstance(values, list) else ()))]
+    roundings = [entry["rounding"] for entry in modules.values() if "rounding" in entry]
+    fields += [(rounding, dict) for rounding in roundings]
+    for rounding in roundings:
+        fields += [(rounding.get(key) if isinstance(rounding, dict) else None, kind) for key, kind in _ROUNDING]
     for table, key, kind in ((record, "tensors_sha256", str), (source, "bytes_by_dtype", int)):
         values = table.get(key, {})
         fields += [
@@ -176,11 +182,11 @@ def _reports(folder: Path, present: list[str], progress: Progress) -> list[Findi
     return found
 
 
-def _unlisted(present: list[str], recorded: Mapping[str, str]) -> list[Finding]:
+def _unlisted(present: list[str], listed: Mapping[str, str]) -> list[Finding]:
     """Files that the conversion did not write. Weights and configs among them may be loaded: those fail."""
     found: list[Finding] = []
     for name in present:
-        if name in recorded or name in (PROVENANCE, VERDICT, *REPORTS) or PurePosixPath(name).name in UNPROTECTED:
+        if name in listed or name in (PROVENANCE, VERDICT, *REPORTS) or PurePosixPath(name).name in UNPROTECTED:
             continue
         loadable = name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".py"))
         what = "was not written by the conversion" + (", and a loader may pick it up" if loadable else "")
@@ -188,7 +194,7 @@ def _unlisted(present: list[str], recorded: Mapping[str, str]) -> list[Finding]:
     return found
 
 
-def _as_recorded(record: Mapping[str, Any], repo: Repo) -> list[Finding]:
+def _same_modules(record: Mapping[str, Any], repo: Repo) -> list[Finding]:
     """No module and no tensor more or less than the conversion recorded."""
     modules: Mapping[str, Any] = record.get("modules", {})
     found: list[Finding] = []

@@ -8,8 +8,8 @@ error. The repo itself is only read.
 
 from __future__ import annotations
 
-from collections import Counter as Tally
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -17,22 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from xpuquant.conversion.options import Options
-from xpuquant.conversion.plan.plan import Plan, make_plan
+from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.verify.agreement import check_kernels
-from xpuquant.conversion.verify.exactness import (
-    check_exact,
-    find_matrix,
-    matrices_by_role,
-)
-from xpuquant.conversion.verify.expected import Rows, Subject
+from xpuquant.conversion.verify.context import Check, Origin
+from xpuquant.conversion.verify.exactness import check_exact, check_recorded, find_matrix, matrices_by_role
+from xpuquant.conversion.verify.expected import DecodeRows, Subject
 from xpuquant.conversion.verify.health import findings
-from xpuquant.conversion.verify.integrity import Integrity, check_integrity
-from xpuquant.conversion.verify.recorded import check_recorded
+from xpuquant.conversion.verify.integrity import check_integrity
+from xpuquant.conversion.verify.rounding import odd, round_scales
 from xpuquant.conversion.verify.verdict import (
     CONTRADICTIONS,
     REFERENCE,
@@ -43,9 +40,7 @@ from xpuquant.conversion.verify.verdict import (
     Verdict,
 )
 from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
-from xpuquant.formats.dtypes import FLOATS, numpy_dtype
-from xpuquant.formats.layouts.base import Stored
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.layouts.base import Matrix, Stored
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.kernels import backends
@@ -68,7 +63,7 @@ def select(names: Sequence[str]) -> list[Backend]:
     return [backend for name, backend in known.items() if not names or name in names or name == REFERENCE]
 
 
-def recorded(folder: Path) -> tuple[Options, str | None, str | None]:
+def converted_from(folder: Path) -> tuple[Options, str | None, str | None]:
     """(options, source's name, its commit) of a conversion, as far as they can be read: before they are checked."""
     try:
         record = read_json(folder / PROVENANCE)
@@ -99,7 +94,7 @@ def verify(
         DamagedError: the source is not sound.
     """
     integrity = check_integrity(folder, jobs, progress)
-    blank = Verdict(
+    verdict = Verdict(
         repo=folder.resolve().name,
         producer=str((integrity.record or {}).get("producer", "")),
         findings=integrity.findings,
@@ -107,111 +102,101 @@ def verify(
         unavailable=_unavailable(chosen),
     )
     if integrity.repo is None or integrity.record is None:
-        return blank
+        return verdict
+    check = Check(integrity.repo, chosen, jobs, progress, full=True, every=every)
     try:
-        if source is not None:
-            return _with_source(blank, integrity.record, integrity.repo, source, chosen, every, jobs, progress)
-        return _without(blank, integrity, integrity.repo, chosen, every, jobs, progress)
+        if source is None:
+            return _against_record(verdict, integrity.record, check)
+        return _against_source(verdict, integrity.record, source, check)
     finally:
         integrity.repo.reader.close()
 
 
-def verify_staged(
-    plan: Plan, source: Source, repo: Repo, name: str, producer: str, jobs: int, progress: Progress
-) -> Verdict:
+def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Verdict:
     """Check what `convert` is about to publish; its sha256 have just been computed from the same bytes.
+
+    Args:
+        check: its backends are not looked at: see `DURING_CONVERT`.
+        name: the repo's name in the verdict.
 
     Raises:
         DamagedError: the tensors written are not those planned.
     """
-    chosen = select(DURING_CONVERT)
-    blank = Verdict(repo=name, producer=producer, unavailable=_unavailable(chosen))
+    check = replace(check, backends=select(DURING_CONVERT))
     with ThreadPoolExecutor(1, "kernels") as beside:
-        kernels = partial(check_kernels, _subjects(plan, source, repo), chosen, full=False, every=False)
+        kernels = partial(_kernels, _source_subjects(origin, check.repo), check)
         # Few matrices, in one thread: it would otherwise be alone at the end.
-        agreements = beside.submit(kernels) if jobs > 1 else None
-        exact, health = check_exact(plan, source, repo, jobs, progress)
-        ran = kernels() if agreements is None else agreements.result()
-    return _complete(
-        blank, repo, ran, exact, health, basis=f"every value of the source, {_shown(source)}", before=sizes(source)
-    )
+        running = beside.submit(kernels) if check.jobs > 1 else None
+        exact, health = check_exact(origin, check)
+        ran = kernels() if running is None else running.result()
+    verdict = Verdict(name, producer, unavailable=_unavailable(check.backends), kernels=ran, **_of_source(origin))
+    return _with_exactness(verdict, check.repo, exact, health)
 
 
-def _with_source(
-    blank: Verdict,
-    record: Mapping[str, Any],
-    repo: Repo,
-    source: Source,
-    chosen: Sequence[Backend],
-    every: bool,
-    jobs: int,
-    progress: Progress,
-) -> Verdict:
+def _against_source(verdict: Verdict, record: Mapping[str, Any], source: Source, check: Check) -> Verdict:
+    """A verdict on integrity, and the rest by comparing with the source."""
     try:
-        plan = make_plan(source.checkpoint, Options(**record["options"]))
+        origin = Origin(make_plan(source.checkpoint, Options(**record["options"])), source)
     except (TypeError, KeyError):
-        broken = Finding("integrity", "xpuquant.json", "its options cannot be read")
-        return replace(blank, findings=(*blank.findings, broken))
+        return _with_findings(verdict, Finding("integrity", "xpuquant.json", "its options cannot be read"))
     try:
-        exact, health = check_exact(plan, source, repo, jobs, progress)
+        exact, health = check_exact(origin, check)
     except DamagedError as error:
-        other = Finding("exactness", _shown(source), f"{error}; is this the source it was converted from?")
-        return replace(blank, findings=(*blank.findings, other))
+        what = f"{error}; is this the source it was converted from?"
+        return _with_findings(verdict, Finding("exactness", _shown(source), what))
     source.check_unchanged()
-    ran = check_kernels(_subjects(plan, source, repo), chosen, full=True, every=every)
-    return _complete(
-        blank, repo, ran, exact, health, basis=f"every value of the source, {_shown(source)}", before=sizes(source)
-    )
+    ran = _kernels(_source_subjects(origin, check.repo), check)
+    return _with_exactness(replace(verdict, kernels=ran, **_of_source(origin)), check.repo, exact, health)
 
 
-def _without(
-    blank: Verdict,
-    integrity: Integrity,
-    repo: Repo,
-    chosen: Sequence[Backend],
-    every: bool,
-    jobs: int,
-    progress: Progress,
-) -> Verdict:
-    assert integrity.record is not None
-    exact, health, missing = check_recorded(integrity.record, repo, jobs, progress)
-    basis = "the digests recorded at conversion, when every value was compared with the source"
+def _against_record(verdict: Verdict, record: Mapping[str, Any], check: Check) -> Verdict:
+    """A verdict on integrity, and the rest by comparing with what xpuquant.json says."""
+    exact, health, missing = check_recorded(record, check)
     if missing:
         what = f"{missing} modules and tensors have no recorded digest (--no-verify); pass --source to check them"
-        blank = replace(blank, findings=(*blank.findings, Finding("exactness", blank.repo, what, fails=False)))
-        basis = "" if not exact else basis
-    before = integrity.record.get("source", {}).get("bytes_by_dtype", {})
-    ran = check_kernels(_stored_subjects(repo), chosen, full=True, every=every)
-    return _complete(blank, repo, ran, exact, health, basis=basis, before=before)
+        verdict = _with_findings(verdict, Finding("exactness", verdict.repo, what, fails=False))
+    verdict = replace(
+        verdict,
+        basis="the digests recorded at conversion, when every value was compared with the source" if exact else "",
+        before=record.get("source", {}).get("bytes_by_dtype", {}),
+        kernels=_kernels(_stored_subjects(check.repo), check),
+    )
+    return _with_exactness(verdict, check.repo, exact, health)
 
 
-def _complete(
-    blank: Verdict,
-    repo: Repo,
-    kernels: Sequence[Agreement],
-    exact: Sequence[Checked],
-    health: Mapping[str, Health],
-    *,
-    basis: str,
-    before: Mapping[str, int],
-) -> Verdict:
+def _of_source(origin: Origin) -> dict[str, Any]:
+    """What a verdict says of the source it was made with."""
+    return {"basis": f"every value of the source, {_shown(origin.source)}", "before": sizes(origin.source)}
+
+
+def _kernels(subjects: Iterable[Subject], check: Check) -> list[Agreement]:
+    return check_kernels(subjects, check.backends, full=check.full, every=check.every)
+
+
+def _with_findings(verdict: Verdict, *found: Finding) -> Verdict:
+    return replace(verdict, findings=(*verdict.findings, *found))
+
+
+def _with_exactness(verdict: Verdict, repo: Repo, exact: Sequence[Checked], health: Mapping[str, Health]) -> Verdict:
+    """The verdict with its part on exactness and health, and with what the repo holds."""
     proven = bool(exact) and all(checked.error is None for checked in exact)
+    strange = [Finding("exactness", one.name, what, fails=False) for one in exact if (what := _odd_rounding(one))]
     return replace(
-        blank,
-        basis=basis,
+        _with_findings(verdict, *strange, *findings(health, proven)),
         exact=exact,
-        kernels=kernels,
         health=health,
-        findings=(*blank.findings, *findings(health, proven)),
         schemes={name: stored.scheme.label() for name, stored in repo.modules.items()},
-        before=before,
         after=_by_dtype((tensor.dtype, tensor.nbytes) for tensor in repo.tensors.values()),
     )
 
 
-def _subjects(plan: Plan, source: Source, repo: Repo) -> Iterator[Subject]:
+def _odd_rounding(checked: Checked) -> str | None:
+    return None if checked.error is not None or checked.rounding is None else odd(checked.rounding)
+
+
+def _source_subjects(origin: Origin, repo: Repo) -> Iterator[Subject]:
     """Every matrix, to be compared with the source's."""
-    for planned in plan.modules:
+    for planned in origin.plan.modules:
         stored = repo.modules.get(planned.conversion.name)
         if stored is None or planned.conversion.scheme != stored.scheme:
             continue
@@ -222,20 +207,19 @@ def _subjects(plan: Plan, source: Source, repo: Repo) -> Iterator[Subject]:
                 layout = repo.layout(stored)
                 taken = layout.for_kernels(stored)
                 if taken is not None and (matrix.N, matrix.K) == (weight.N, weight.K):
-                    yield Subject(taken, layout, matrix, _source_rows(weight, source, stored.scheme))
+                    yield Subject(
+                        taken, layout, matrix, _source_rows(weight, origin.source, planned.conversion.rounded)
+                    )
         except CONTRADICTIONS:
             continue  # exactness has reported it
 
 
-def _source_rows(weight: Weight, source: Source, scheme: Scheme) -> Rows:
+def _source_rows(weight: Weight, source: Source, rounded: str | None) -> DecodeRows:
     def rows(start: int, stop: int) -> Decoded:
         recipe = weight.decoded(start, stop)
         decoded = recipe.build([read_slice(source, part) for part in recipe.inputs])
-        if scheme.scale_dtype not in FLOATS:
-            return decoded
-        # Scales that were rounded because the user asked for it are the truth from then on; exactness has
-        # compared the rounding itself.
-        return replace(decoded, scale=decoded.scale.astype(numpy_dtype(scheme.scale_dtype)))
+        # Kernels are to compute the scales as they were rounded; what rounding changed, exactness has counted.
+        return decoded if rounded is None else round_scales(decoded, rounded)
 
     return rows
 
@@ -253,7 +237,7 @@ def _stored_subjects(repo: Repo) -> Iterator[Subject]:
             yield Subject(taken or stored, layout, matrix, _stored_rows(repo, stored, matrix))
 
 
-def _stored_rows(repo: Repo, stored: Stored, matrix: Any) -> Rows:
+def _stored_rows(repo: Repo, stored: Stored, matrix: Matrix) -> DecodeRows:
     return lambda start, stop: repo.layout(stored).decode(stored, matrix, start, stop)
 
 
@@ -273,7 +257,7 @@ def sizes(source: Source) -> dict[str, int]:
 
 
 def _by_dtype(tensors: Iterator[tuple[str, int]]) -> dict[str, int]:
-    total: Tally[str] = Tally()
+    total: Counter[str] = Counter()
     for dtype, nbytes in tensors:
         total[dtype] += nbytes
     return dict(sorted(total.items(), key=lambda entry: -entry[1]))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 from xpuquant.errors import DamagedError, one_line
 
 REFERENCE = "reference"
 """The float64 backend: it checks that the layout means what it should, not that a real kernel reads it so."""
-
 
 CONTRADICTIONS = (
     DamagedError,
@@ -50,39 +51,80 @@ class Finding:
         return f"{self.check}: {self.where}: {self.what}"
 
 
+class Claim(StrEnum):
+    """What may be said of a module whose check found no error. Only `EXACT` may be called exact."""
+
+    EXACT = "exact"
+    """Integers and scales are the source's; of an unquantized tensor, the bytes are."""
+
+    ROUNDED = "scales rounded"
+    """Integers are the source's, scales are the source's rounded once to another dtype: `Checked.rounding`."""
+
+    DEQUANTIZED = "dequantized"
+    """Every bf16 value is the exact product of code and scale, rounded once."""
+
+    RECORDED = "recorded"
+    """It decodes to what was recorded at conversion, when it was compared with the source."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding the scales of a module changed.
+
+    dtype    what they were rounded to, a safetensors label
+    scales   scales of the source that were rounded
+    changed  those that have another value now
+    largest  largest |change| / |scale| of those
+    """
+
+    dtype: str
+    scales: int = 0
+    changed: int = 0
+    largest: float = 0.0
+
+    def __add__(self, other: Rounding) -> Rounding:
+        """Both together; they are of one dtype."""
+        scales, changed = self.scales + other.scales, self.changed + other.changed
+        return Rounding(self.dtype, scales, changed, max(self.largest, other.largest))
+
+
 @dataclass(frozen=True)
 class Checked:
     """The exactness of one module or one unquantized tensor.
 
     matrices  matrices compared; 0 for an unquantized tensor
-    error     None where everything is equal; otherwise the first difference
+    error     None where everything is as it should be; otherwise the first difference
     digest    of the decoded form (see `convert/verify/digests.py`); None where nothing could be decoded
+    claim     what the check shows where there is no error
+    rounding  of a module whose scales were rounded: now (`ROUNDED`), or when it was converted (`RECORDED`)
     """
 
     name: str
     matrices: int
     error: str | None
     digest: str | None = None
+    claim: Claim = Claim.EXACT
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True)
 class Agreement:
     """One kernel on one matrix, against the float64 product.
 
-    role, expert  which matrix of the module; see `formats.layout.Matrix`
+    role, expert  which matrix of the module; see `Matrix` in `formats/layouts/base.py`
     scheme        its label
     rows          output features computed, of N
     M             numbers of activation rows; figures are the worst over them
     activation    dtype of the activations: `F32`, `F16`, `BF16`
     error         relative Frobenius error; None where it was not run
-    deviation     largest error of an output, over its magnitude and that of its terms (`Truth.size`)
+    deviation     largest error of an output, over its magnitude and that of its terms (`Expected.size`)
     max_abs       largest absolute error
     cosine        cosine of the two products, as one vector
     tolerance     the deviation that passes
     wrong_layout  deviation when the kernel is given the same weight in a wrong layout: it must not pass;
                   None where that was not tried or could not show
     reason        why it was not run
-    histogram     counts of |error| / rms(product), by power of ten: see `report.BINS`
+    histogram     counts of |error| / rms(product), by power of ten: see `BINS` in `convert/verify/agreement.py`
     """
 
     backend: str
@@ -171,7 +213,7 @@ class Verdict:
     producer     what wrote it
     basis        what exactness was checked against, in words; empty where it was not
     files        files whose sha256 was compared
-    exact        modules and unquantized tensors
+    exact        modules and unquantized tensors, each with what may be claimed of it
     kernels      every kernel run, and the runs refused
     unavailable  backend → why it cannot run here
     health       module → its numbers
@@ -237,3 +279,34 @@ class Verdict:
         shown = [run for run in real if not run.passed]
         shown = shown or [run for run in real if run.activation == real[0].activation]
         return max(shown, key=lambda run: run.error or 0.0, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON objects, for `from_json`. verify.json is another, made for readers."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Verdict:
+        """The verdict that `to_json` made this of. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            **{
+                **data,
+                "exact": [_checked(entry) for entry in data["exact"]],
+                "kernels": [
+                    Agreement(**{**entry, "M": tuple(entry["M"]), "histogram": tuple(entry["histogram"])})
+                    for entry in data["kernels"]
+                ],
+                "health": {name: Health(**entry) for name, entry in data["health"].items()},
+                "findings": [Finding(**entry) for entry in data["findings"]],
+            }
+        )
+
+
+def _checked(entry: Mapping[str, Any]) -> Checked:
+    rounding = entry["rounding"]
+    return Checked(
+        **{
+            **entry,
+            "claim": Claim(entry["claim"]),
+            "rounding": None if rounding is None else Rounding(**rounding),
+        }
+    )

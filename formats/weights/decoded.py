@@ -118,13 +118,12 @@ def in_order(array: Array) -> Array:
     return out
 
 
-def difference(expected: Decoded, actual: Decoded, scale_dtype: Any = None) -> str | None:
+def difference(expected: Decoded, actual: Decoded) -> str | None:
     """None when both mean the same; otherwise one line on the first place where they do not.
 
     Args:
-        expected: the decoded source.
+        expected: the decoded source; with its scales rounded, where that was asked for.
         actual: the decoded output.
-        scale_dtype: dtype the conversion was asked to round the scales to; None for as in the source.
     """
     if expected.number != actual.number or expected.codes.shape != actual.codes.shape:
         return (
@@ -143,7 +142,7 @@ def difference(expected: Decoded, actual: Decoded, scale_dtype: Any = None) -> s
                 f"code [{n}, {k}] is {actual.codes[n, k]}, source has {expected.codes[n, k]} "
                 f"({wrong} of {same.size} differ)"
             )
-    return _scale_difference(expected, actual, scale_dtype)
+    return _scale_difference(expected, actual)
 
 
 def _same_bits(a: Array, b: Array) -> bool:
@@ -157,16 +156,14 @@ def _same_bits(a: Array, b: Array) -> bool:
     return bool((a == b).all())
 
 
-def _scale_difference(expected: Decoded, actual: Decoded, scale_dtype: Any) -> str | None:
-    want = expected.scale if scale_dtype is None else expected.scale.astype(scale_dtype)
+def _scale_difference(expected: Decoded, actual: Decoded) -> str | None:
+    """The first pair of scales that cover one weight and are of different values."""
     same_places = _same_places(expected.row, actual.row) and _same_places(expected.col, actual.col)
-    if same_places and want.shape == actual.scale.shape and _same_bits(want, actual.scale):
+    if same_places and expected.scale.shape == actual.scale.shape and _same_bits(expected.scale, actual.scale):
         return None
-    # Scales are compared once per pair of (source scale, output scale) that meet in some element,
-    # not once per element: a regrouped or expanded scale grid meets in few distinct pairs.
-    row_pairs, col_pairs = _meetings(expected.row, actual.row), _meetings(expected.col, actual.col)
-    wanted = np.take(np.take(want, row_pairs[0], axis=0), col_pairs[0], axis=1)
-    held = np.take(np.take(actual.scale, row_pairs[1], axis=0), col_pairs[1], axis=1)
+    rows, cols = distinct_pairs(expected.row, actual.row), distinct_pairs(expected.col, actual.col)
+    wanted = np.take(np.take(expected.scale, rows[0], axis=0), cols[0], axis=1)
+    held = np.take(np.take(actual.scale, rows[1], axis=0), cols[1], axis=1)
     if _same_bits(wanted, held):
         return None
     want64, have64 = wanted.astype(np.float64), held.astype(np.float64)
@@ -174,9 +171,9 @@ def _scale_difference(expected: Decoded, actual: Decoded, scale_dtype: Any) -> s
     same |= np.isnan(want64) & np.isnan(have64)
     if same.all():
         return None
-    a, b = np.argwhere(~same)[0]
+    i, j = np.argwhere(~same)[0]
     return (
-        f"scale [{row_pairs[1][a]}, {col_pairs[1][b]}] is {have64[a, b]!r}, source has {want64[a, b]!r} "
+        f"scale [{rows[1][i]}, {cols[1][j]}] is {have64[i, j]!r}, source has {want64[i, j]!r} "
         f"({same.size - int(np.count_nonzero(same))} of {same.size} differ)"
     )
 
@@ -185,15 +182,27 @@ def _same_places(ours: Array, theirs: Array) -> bool:
     return ours is theirs or np.array_equal(ours, theirs)
 
 
-def _meetings(ours: Array, theirs: Array) -> tuple[Array, Array]:
-    """The distinct pairs `(ours[i], theirs[i])`."""
-    first = np.ones(len(ours), bool)
-    np.not_equal(ours[1:], ours[:-1], out=first[1:])
-    first[1:] |= theirs[1:] != theirs[:-1]
-    ours, theirs = ours[first], theirs[first]
-    if len(ours) > 1 and ((ours[1:] < ours[:-1]).any() or (theirs[1:] < theirs[:-1]).any()):
-        # Act-order: the same pairs come again and again.
-        pairs = ours.astype(np.int64) << 32 | theirs.astype(np.int64)
-        _, at = np.unique(pairs, return_index=True)
-        ours, theirs = ours[at], theirs[at]
-    return ours, theirs
+def distinct_pairs(a: Array, b: Array) -> tuple[Array, Array]:
+    """Each pair `(a[i], b[i])` once, as two arrays; the order of the pairs is of no meaning.
+
+    Two ends of a conversion may cut their columns into groups differently. Which scale meets which is then a matter of
+    few pairs, though of many columns: with `a` the groups of 4 columns and `b` those of 2,
+
+        a = 0 0 0 0 1 1 1 1        distinct pairs: (0, 0) (0, 1) (1, 2) (1, 3)
+        b = 0 0 1 1 2 2 3 3        returned:       [0 0 1 1], [0 1 2 3]
+
+    so four scales are compared instead of eight, and `scale[:, [0 0 1 1]]` of one end lies beside
+    `scale[:, [0 1 2 3]]` of the other.
+
+    Args:
+        a, b: indices of one length, not negative and below 2^31.
+    """
+    is_new = np.ones(len(a), bool)
+    is_new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    a, b = a[is_new], b[is_new]
+    if len(a) > 1 and ((a[1:] < a[:-1]).any() or (b[1:] < b[:-1]).any()):
+        # Act-order: pairs that were left come again. One 64-bit number for a pair makes them easy to tell apart.
+        pairs = a.astype(np.int64) << 32 | b.astype(np.int64)
+        _, first = np.unique(pairs, return_index=True)
+        a, b = a[first], b[first]
+    return a, b

@@ -11,8 +11,7 @@ import pytest
 import support.layers as hand
 from support.fuzz.tally import count
 
-from xpuquant.conversion.verify import agreement as numerics
-from xpuquant.conversion.verify import expected as truth
+from xpuquant.conversion.verify import agreement, expected
 from xpuquant.conversion.verify.verdict import Agreement
 from xpuquant.formats.layouts.base import Matrix
 from xpuquant.formats.weights.decoded import Decoded
@@ -61,7 +60,7 @@ def decode(layer: Layer) -> Decoded:
     return Decoded("int", codes, dequantize(replace(layer, tensors=ones)), *grid)
 
 
-def subject_of(layer: Layer) -> truth.Subject:
+def subject_of(layer: Layer) -> expected.Subject:
     decoded = decode(layer)
 
     class Layout:
@@ -75,11 +74,11 @@ def subject_of(layer: Layer) -> truth.Subject:
     def rows(start, stop):
         return replace(decoded, codes=decoded.codes[start:stop], row=decoded.row[start:stop])
 
-    return truth.Subject(cast("Any", Stored()), cast("Any", Layout()), Matrix("linear", layer.N, layer.K), rows)
+    return expected.Subject(cast("Any", Stored()), cast("Any", Layout()), Matrix("linear", layer.N, layer.K), rows)
 
 
-def check(subject: truth.Subject, backend) -> list[Agreement]:
-    return numerics.check_kernels([subject], [backend], full=False, every=False)
+def check(subject: expected.Subject, backend) -> list[Agreement]:
+    return agreement.check_kernels([subject], [backend], full=False, every=False)
 
 
 class TestWrongKernels:
@@ -92,7 +91,7 @@ class TestWrongKernels:
     def test_a_right_kernel_passes(self):
         found = self.judge(lambda y, layer, x: y)
         assert found.passed and found.error < 1e-6 and found.wrong_layout > 0.5
-        assert sum(found.histogram) == 64 * sum(numerics.ROWS)
+        assert sum(found.histogram) == 64 * sum(agreement.ROWS)
 
     def test_right_for_one_request_and_wrong_for_two_is_noticed(self):
         found = self.judge(lambda y, layer, x: y if len(y) == 1 else y[::-1])
@@ -114,7 +113,7 @@ class TestWrongKernels:
 
         # It is given the wrong layout after the right one with the same activations: what it returns "agrees".
         layer, weight = hand.int4_linear(64, 256, 32, scale="F32", symmetric=False)
-        x = truth.activations(numerics.CELL_M, 256, truth.SEED, "F32")
+        x = expected.activations(agreement.CELL_M, 256, expected.SEED, "F32")
         remembers((x.astype(np.float64) @ weight.T).astype(np.float32), layer, x)
         found = self.judge(remembers)
         assert found.error < 1e-6 and found.blind and not found.passed
@@ -143,10 +142,10 @@ class TestWrongKernels:
         assert [one.reason for one in found if not one.ran] == refused
 
     def test_activations_are_of_unit_rms_with_outliers_and_repeatable(self):
-        x = truth.activations(8, 1024, 1, "F32")
+        x = expected.activations(8, 1024, 1, "F32")
         assert np.allclose(np.sqrt((x.astype(np.float64) ** 2).mean(axis=1)), 1, atol=1e-5)
         assert np.abs(x[:, ::256]).mean() > 10 * np.abs(x[:, 1::256]).mean()
-        assert np.array_equal(x, truth.activations(8, 1024, 1, "F32"))
+        assert np.array_equal(x, expected.activations(8, 1024, 1, "F32"))
 
 
 MADE = {

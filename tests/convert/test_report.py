@@ -17,8 +17,9 @@ import pytest
 from xpuquant.conversion.repo.checksums import is_sealed
 from xpuquant.conversion.report.heatmap import heat_map, table_of
 from xpuquant.conversion.report.markdown import markdown
-from xpuquant.conversion.report.reports import as_data, in_one_line, sentences, write_reports
-from xpuquant.conversion.verify.verdict import Agreement, Checked, Finding, Health, Verdict
+from xpuquant.conversion.report.reports import as_data, write_reports
+from xpuquant.conversion.report.sentences import exactness, in_one_line
+from xpuquant.conversion.verify.verdict import Agreement, Checked, Claim, Finding, Health, Rounding, Verdict
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = 'model.layers.3.<script>alert("x")</script>|`&.q_proj'
@@ -160,11 +161,49 @@ def test_markdown_pastes_as_tables():
     assert "model.layers.5.mlp.down_proj" in worst
 
 
-def test_sentences_for_a_card():
-    said = sentences(verdict(broken=False))
-    assert said[0].startswith("Exactness: 128 matrices in 128 modules decode to exactly")
-    assert any("onednn" in line and "dB" in line for line in said)
-    assert "128 matrices decode exactly" in in_one_line(verdict(broken=False))
+def test_the_end_of_a_conversion_in_one_line():
+    said = in_one_line(verdict(broken=False))
+    assert said.startswith("128 matrices decode exactly to the source; onednn F32 within")
+
+
+def test_only_what_is_exact_is_called_so():
+    rounded = Checked("b", 12, None, "00", Claim.ROUNDED, Rounding("F16", 256, 238, 0.0039))
+    members = [Checked("a", 7, None, "00"), rounded, Checked("c", 2, None, None, Claim.DEQUANTIZED)]
+    made = Verdict("r", "p", exact=members)
+    assert exactness(made) == (
+        "7 matrices decode exactly to the source, "
+        "12 with scales rounded to float16 (238 of 256 scales changed, largest relative change 3.9e-03); "
+        "2 matrices dequantized to bf16: each value is the exact one rounded once"
+    )
+    assert exactness(made) in markdown(made)
+    assert as_data(made)["exact"]["matrices_by_claim"] == {
+        "dequantized": 2,
+        "exact": 7,
+        "scales rounded": 12,
+        "scales_rounded_to": {
+            "float16": {"matrices": 12, "scales": 256, "scales_changed": 238, "largest_relative_change": 0.0039}
+        },
+    }
+    for members, said in (
+        ([rounded], "12 matrices decode to the source with scales rounded to float16 (238 of"),
+        ([replace(rounded, rounding=Rounding("F16", 256))], "rounded to float16 (none of 256 scales changed)"),
+        ([replace(rounded, claim=Claim.RECORDED)], "12 matrices decode to what was recorded at conversion, 12 of them"),
+        ([replace(rounded, error="differs")], "1 modules or tensors differ"),
+        ([], "no matrices"),
+    ):
+        found = exactness(Verdict("r", "p", exact=members))
+        assert said in found and "exactly" not in found
+
+
+def test_a_verdict_survives_json():
+    inf = float("inf")
+    made = verdict()
+    made = replace(
+        made,
+        exact=[*made.exact, Checked("b", 1, None, "00", Claim.ROUNDED, Rounding("F16", 4, 1, 0.5))],
+        kernels=[*made.kernels, replace(made.kernels[0], error=inf, deviation=inf)],
+    )
+    assert Verdict.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
 def test_heat_map_has_a_cell_for_every_module():

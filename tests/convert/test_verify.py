@@ -15,9 +15,9 @@ import xxhash
 from support.checkpoints import FIXTURES
 
 from xpuquant.conversion.cli.app import run
-from xpuquant.conversion.verify.column_cache import Panels
+from xpuquant.conversion.verify.column_cache import ColumnCache
 from xpuquant.conversion.verify.digests import MatrixDigest
-from xpuquant.conversion.verify.health import Counter, findings
+from xpuquant.conversion.verify.health import HealthCount, findings
 from xpuquant.conversion.verify.verdict import Agreement, Checked, Finding, Health, Verdict
 from xpuquant.formats.checkpoint import Slice, columns, whole
 from xpuquant.formats.layouts.base import Matrix
@@ -152,7 +152,7 @@ def decoded(codes, scale) -> Decoded:
 
 class TestSanity:
     def count(self, codes, scale) -> Health:
-        counter = Counter()
+        counter = HealthCount()
         counter.update(decoded(codes, scale))
         return counter.health
 
@@ -163,7 +163,7 @@ class TestSanity:
         assert (health.bad_scales, health.zero_scales, health.dead_groups, health.saturated) == (2, 1, 1, 12)
 
     def test_scales_of_a_block_are_counted_once(self):
-        counter = Counter()
+        counter = HealthCount()
         for start in (0, 8):
             row = np.arange(start, start + 8) // 16
             counter.update(Decoded("e4m3", np.zeros((8, 32), np.uint8), np.ones((1, 1)), row, np.zeros(32, int)))
@@ -220,7 +220,7 @@ class TestDigests:
         assert line.split()[6] == xxhash.xxh3_128(packed).hexdigest()
 
 
-class TestPanels:
+class TestColumnCache:
     def test_columns_come_from_one_read(self):
         data = np.arange(4 * 100, dtype=np.float32).reshape(4, 100)
         reads = []
@@ -230,12 +230,12 @@ class TestPanels:
             return data[:, part.start : part.stop] if part.axis else data[part.start : part.stop]
 
         tensor = Tensor("t", "F32", (4, 100), "f", 0, 1600)
-        panels = Panels(load)
+        cache = ColumnCache(load)
         for start in (40, 0, 8, 92):
-            assert np.array_equal(panels(columns(tensor, start, start + 8)), data[:, start : start + 8])
+            assert np.array_equal(cache(columns(tensor, start, start + 8)), data[:, start : start + 8])
         assert len(reads) == 1 and (reads[0].start, reads[0].stop) == (0, 100)
-        assert np.array_equal(panels(whole(tensor)), data) and np.array_equal(panels(whole(tensor)), data)
-        assert np.array_equal(panels(Slice(tensor, 1, 3)), data[1:3])
+        assert np.array_equal(cache(whole(tensor)), data) and np.array_equal(cache(whole(tensor)), data)
+        assert np.array_equal(cache(Slice(tensor, 1, 3)), data[1:3])
         assert len(reads) == 3
 
 

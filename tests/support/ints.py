@@ -23,6 +23,7 @@ from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import Journal
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
+from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.exactness import check_exact
 from xpuquant.conversion.write.execute import execute
 from xpuquant.errors import UnsupportedError
@@ -269,7 +270,7 @@ def convert(source: Source, out: Path, **options: Any) -> Converted:
     with Journal(out) as journal:
         execute(plan, source, journal, 2, {}, lambda nbytes: None)
     repo = Repo(journal.folder, tuple(shard.name for shard in plan.shards), plan.quantization_config("tests"))
-    verdicts, _ = check_exact(plan, source, repo, 2, lambda nbytes: None)
+    verdicts, _ = check_exact(Origin(plan, source), Check(repo, jobs=2))
     for checked in verdicts:
         assert checked.error is None, f"{checked.name}: {checked.error}"
     return Converted(plan, repo)

@@ -1,0 +1,83 @@
+"""Scales that were rounded because `--scale-dtype` asked for it: what that changed, and whether it lost any.
+
+Rounding a scale changes every weight of its group by the same small part, which is what was asked for and is counted.
+A scale that becomes infinite or 0 is another matter: its group no longer means anything, so that fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from xpuquant.conversion.verify.verdict import Rounding
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.weights.decoded import Decoded
+
+LARGEST_CHANGE = {"F16": 2.0**-11, "BF16": 2.0**-8}
+"""dtype → the largest relative change of a number in its normal range: half of its last place. Below that range
+(6.1e-5 of float16) a number keeps fewer bits and changes more."""
+
+
+def round_scales(rows: Decoded, dtype: str) -> Decoded:
+    """The same rows with their scales rounded once, to nearest even. `dtype` is a safetensors label."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return replace(rows, scale=rows.scale.astype(numpy_dtype(dtype)))
+
+
+class RoundedScales:
+    """Rounds the decoded source's scales of one matrix, and counts what that changes.
+
+    rounding  the scales so far
+    lost      scales so far that are NaN, infinite or 0 only by being rounded
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.rounding = Rounding(dtype)
+        self.lost = 0
+        self._first_lost = ""
+
+    def round(self, rows: Decoded, continued: bool) -> Decoded:
+        """As `round_scales`.
+
+        Args:
+            rows: decoded rows of the source; the next ones with every call.
+            continued: the first row of scales covers rows of the call before too, and has been counted there.
+        """
+        rounded = round_scales(rows, self.rounding.dtype)
+        is_new = np.diff(rows.row, prepend=rows.row[0] if continued else -1) != 0
+        chosen = rows.row[is_new]
+        before, after = (side.scale[chosen].astype(np.float64) for side in (rows, rounded))
+        changed = (before != after) & ~np.isnan(before)
+        lost = np.isfinite(before) & ~np.isfinite(after) | (before != 0) & (after == 0)
+        if lost.any() and not self.lost:
+            self._first_lost = f"{before[lost][0]:g} becomes {after[lost][0]:g}"
+        self.lost += int(np.count_nonzero(lost))
+        kept = changed & ~lost
+        change = np.abs(after[kept] - before[kept]) / np.abs(before[kept])
+        self.rounding += Rounding(
+            self.rounding.dtype, before.size, int(np.count_nonzero(changed)), float(change.max(initial=0.0))
+        )
+        return rounded
+
+    def error(self) -> str | None:
+        """What was lost, and what to do about it; None where nothing was."""
+        if not self.lost:
+            return None
+        name = numpy_dtype(self.rounding.dtype).name
+        return (
+            f"{self.lost} of {self.rounding.scales} scales do not fit {name} ({self._first_lost}); "
+            f"convert without --scale-dtype {name}"
+        )
+
+
+def odd(rounding: Rounding) -> str | None:
+    """What is worth a look where no scale was lost: scales so small that they lost more than rounding takes."""
+    usual = LARGEST_CHANGE.get(rounding.dtype, 0.0)
+    if rounding.largest <= usual:
+        return None
+    name = numpy_dtype(rounding.dtype).name
+    return (
+        f"scales too small for all bits of {name}: rounding changed one by {rounding.largest:.1e} of its value, "
+        f"where {usual:.1e} is usual"
+    )
