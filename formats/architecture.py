@@ -1,46 +1,113 @@
-"""What the architecture knows about a module where its tensors are silent. Names and config keys only.
+"""What a module's name tells, and what the architecture knows where its tensors are silent. Names and config keys only.
 
-Used for three questions: how many of the packed columns are real (AutoRound's model-free export pads K inside
-qweight), whether a zero bias is a dummy (AutoGPTQ wrote one for every module), and whether a module is looked up
-rather than multiplied.
+`LAYERS` is the one table of what layers are called. The rest answers three questions of readers: how many of the packed
+columns are real (AutoRound's model-free export pads K inside qweight), whether a zero bias is a dummy (AutoGPTQ wrote
+one for every module), and whether a module is looked up rather than multiplied.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from xpuquant.formats.checkpoint import Checkpoint
+if TYPE_CHECKING:
+    from xpuquant.formats.checkpoint import Checkpoint
 
-_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings"})
 
-_FROM_HIDDEN = frozenset(
-    {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "qkv_proj",
-        "q_a_proj",
-        "kv_a_proj_with_mqa",
-        "gate_proj",
-        "up_proj",
-        "gate_up_proj",
-        "w1",
-        "w3",
-        "in_proj_qkv",
-        "in_proj_z",
-        "in_proj_qkvz",
-        "in_proj_a",
-        "in_proj_b",
-        "in_proj_ba",
-        "lm_head",
-    }
-)
-_PRODUCERS = {"down_proj": ("up_proj", "gate_proj"), "w2": ("w3", "w1")}
+@dataclass(frozen=True)
+class Layer:
+    """What is known of a layer by the last part of its name.
 
-_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
-_MLP = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+    role       the matrix of an expert that it is: `gate`, `up`, `down` or `gate_up`; empty for others
+    fused      the tensor into which serving engines load it together with others (`packed_modules_mapping` of vLLM's
+               models); empty where it stays alone
+    K          the config key that holds its in_features; empty where none does
+    fed_by     the layers beside it whose out_features are its in_features; the first that exists decides
+    block      `attention` or `mlp`: whose config key says whether it has a bias
+    along_k    engines split it over several GPUs along K; all others along N
+    embedding  a table of rows to look up, not a matrix to multiply with
+    """
+
+    role: str = ""
+    fused: str = ""
+    K: str = ""
+    fed_by: tuple[str, ...] = ()
+    block: str = ""
+    along_k: bool = False
+    embedding: bool = False
+
+
+_HIDDEN = "hidden_size"
+
+LAYERS: Mapping[str, Layer] = {
+    "q_proj": Layer(fused="qkv_proj", K=_HIDDEN, block="attention"),
+    "k_proj": Layer(fused="qkv_proj", K=_HIDDEN, block="attention"),
+    "v_proj": Layer(fused="qkv_proj", K=_HIDDEN, block="attention"),
+    "qkv_proj": Layer(K=_HIDDEN),
+    "o_proj": Layer(block="attention", along_k=True),
+    "q_a_proj": Layer(fused="fused_qkv_a_proj", K=_HIDDEN),
+    "kv_a_proj_with_mqa": Layer(fused="fused_qkv_a_proj", K=_HIDDEN),
+    "q_b_proj": Layer(K="q_lora_rank"),
+    "kv_b_proj": Layer(K="kv_lora_rank"),
+    "in_proj_qkv": Layer(K=_HIDDEN),
+    "in_proj_z": Layer(K=_HIDDEN),
+    "in_proj_qkvz": Layer(K=_HIDDEN),
+    "in_proj_a": Layer(K=_HIDDEN),
+    "in_proj_b": Layer(K=_HIDDEN),
+    "in_proj_ba": Layer(K=_HIDDEN),
+    "out_proj": Layer(along_k=True),
+    "dense": Layer(along_k=True),
+    "gate_proj": Layer("gate", fused="gate_up_proj", K=_HIDDEN, block="mlp"),
+    "up_proj": Layer("up", fused="gate_up_proj", K=_HIDDEN, block="mlp"),
+    "gate_up_proj": Layer("gate_up", K=_HIDDEN),
+    "down_proj": Layer("down", fed_by=("up_proj", "gate_proj"), block="mlp", along_k=True),
+    "w1": Layer("gate", fused="w13", K=_HIDDEN, block="mlp"),
+    "w3": Layer("up", fused="w13", K=_HIDDEN, block="mlp"),
+    "w2": Layer("down", fed_by=("w3", "w1"), block="mlp", along_k=True),
+    "fc2": Layer(along_k=True),
+    "lm_head": Layer(K=_HIDDEN),
+    "embed_tokens": Layer(K=_HIDDEN, embedding=True),
+    "embed_in": Layer(K=_HIDDEN, embedding=True),
+    "wte": Layer(K=_HIDDEN, embedding=True),
+    "word_embeddings": Layer(K=_HIDDEN, embedding=True),
+    "tok_embeddings": Layer(K=_HIDDEN, embedding=True),
+}
+"""The last part of a module's name → what is known of it. Layers in one tensor are in its order."""
+
+ALIASES = ((".block_sparse_moe.", ".mlp."),)
+"""Two names of one thing: published Mixtral checkpoints and vLLM have the first, Transformers the second."""
+
+_UNKNOWN = Layer()
+_ALONG_K = tuple(leaf for leaf, layer in LAYERS.items() if layer.along_k)
+
+
+def layer_of(name: str) -> Layer:
+    """What is known of a module by its name; nothing, for names that are not in the table."""
+    return LAYERS.get(name.rpartition(".")[2], _UNKNOWN)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a module is a table of rows to look up."""
+    return layer_of(name).embedding
+
+
+def splits_along_k(name: str) -> bool:
+    """Whether engines split a module over several GPUs along K. `attn_out_proj` does as `out_proj` does."""
+    return name.endswith(_ALONG_K)
+
+
+def fused_with(name: str) -> str:
+    """The module into which engines load this one together with others; its own name where it stays alone."""
+    parent, dot, leaf = name.rpartition(".")
+    return f"{parent}{dot}{layer_of(name).fused or leaf}"
+
+
+def members_of(fused: str) -> list[str]:
+    """The layers that engines load into one tensor of this name, in its order; none for other names."""
+    return [leaf for leaf, layer in LAYERS.items() if fused and layer.fused == fused]
+
 
 # model_type → (attention, mlp): whether the linears have biases, or the config key that says so
 # (transformers/models/<model_type>/modeling_*.py, default False).
@@ -51,7 +118,6 @@ _BIASES: Mapping[str, tuple[str | bool, str | bool]] = {
     "qwen3": ("attention_bias", False),
     "qwen3_moe": ("attention_bias", False),
 }
-
 
 # down(act(gate(x)) * up(x)), act element by element (transformers/models/<model_type>/modeling_*.py, class *MLP).
 _GATED_MLPS = frozenset(
@@ -79,27 +145,16 @@ def has_plain_gated_mlp(checkpoint: Checkpoint) -> bool:
     return checkpoint.text_config.get("model_type") in _GATED_MLPS
 
 
-def is_embedding(name: str) -> bool:
-    """Whether a module is a table of rows to look up."""
-    return name.rpartition(".")[2] in _EMBEDDINGS
-
-
 def in_features(checkpoint: Checkpoint, name: str) -> int | None:
     """K of a linear as the rest of the model demands it, or None where that is not known."""
     parent, _, leaf = name.rpartition(".")
-    config = checkpoint.text_config
-    if leaf in _FROM_HIDDEN or is_embedding(name):
-        return _int(config, "hidden_size")
-    if leaf in _PRODUCERS:
-        for sibling in _PRODUCERS[leaf]:
-            width = _out_features(checkpoint, f"{parent}.{sibling}")
-            if width is not None:
-                return width
-        return None
-    if leaf == "q_b_proj":
-        return _int(config, "q_lora_rank")
-    if leaf == "kv_b_proj":
-        return _int(config, "kv_lora_rank")
+    config, layer = checkpoint.text_config, layer_of(name)
+    if layer.K:
+        return _int(config, layer.K)
+    for sibling in layer.fed_by:
+        width = _out_features(checkpoint, f"{parent}.{sibling}")
+        if width is not None:
+            return width
     if leaf == "o_proj":
         heads, width = (
             _int(config, "num_attention_heads"),
@@ -115,12 +170,13 @@ def in_features(checkpoint: Checkpoint, name: str) -> int | None:
 
 def has_bias(checkpoint: Checkpoint, name: str) -> bool | None:
     """Whether the architecture gives a linear a bias; None where that is not known."""
-    model_type, leaf = checkpoint.text_config.get("model_type"), name.rpartition(".")[2]
-    if model_type in ("qwen2", "qwen2_moe") and leaf in _ATTENTION | _MLP:
-        return leaf in ("q_proj", "k_proj", "v_proj") and bool(checkpoint.text_config.get("qkv_bias", True))
+    config, block = checkpoint.text_config, layer_of(name).block
+    model_type = config.get("model_type")
+    if model_type in ("qwen2", "qwen2_moe") and block:
+        return layer_of(name).fused == "qkv_proj" and bool(config.get("qkv_bias", True))
     attention, mlp = _BIASES.get(str(model_type), (None, None))
-    says = attention if leaf in _ATTENTION else mlp if leaf in _MLP else None
-    return bool(checkpoint.text_config.get(says, False)) if isinstance(says, str) else says
+    says = attention if block == "attention" else mlp if block == "mlp" else None
+    return bool(config.get(says, False)) if isinstance(says, str) else says
 
 
 def _out_features(checkpoint: Checkpoint, name: str) -> int | None:
@@ -136,21 +192,13 @@ def _int(config: Mapping[str, Any], key: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-ROLES = {
-    "gate_proj": "gate",
-    "w1": "gate",
-    "up_proj": "up",
-    "w3": "up",
-    "down_proj": "down",
-    "w2": "down",
-    "gate_up_proj": "gate_up",
-}
+_ROLES = {leaf: layer.role for leaf, layer in LAYERS.items() if layer.role}
 
 # A number as it is written for an expert: `07` is another module than `7`, and would replace it.
-_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<part>" + "|".join(ROLES) + ")")
+_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>0|[1-9][0-9]{0,8})\.(?P<part>" + "|".join(_ROLES) + ")")
 
 
 def expert_of(name: str) -> tuple[str, int, str] | None:
     """(stack, expert, role) of a module name, or None for one that is no expert's."""
     match = _EXPERT.fullmatch(name)
-    return (match["stack"], int(match["expert"]), ROLES[match["part"]]) if match else None
+    return (match["stack"], int(match["expert"]), _ROLES[match["part"]]) if match else None

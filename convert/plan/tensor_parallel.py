@@ -6,14 +6,13 @@ words); along N, whole words of zero points. A permutation of K (act-order) cros
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from xpuquant.conversion.plan.survey import PlannedModule
+from xpuquant.formats.architecture import splits_along_k
 from xpuquant.formats.layouts.modules import ExpertStack
 from xpuquant.formats.scheme import Scheme
 
-_ALONG_K = re.compile(r".*(?:o_proj|down_proj|out_proj|w2|dense|fc2)")
 _WORD = 8
 
 
@@ -27,7 +26,7 @@ def split_problem(planned: PlannedModule, ranks: int) -> str | None:
         rows = upper.N // (2 if "gate_up" in planned.source.weights else 1)
         return _along_n(scheme, rows, ranks) or _along_k(scheme, down.K, ranks)
     weight = planned.source.weight
-    along = _along_k if _ALONG_K.fullmatch(planned.conversion.name) else _along_n
+    along = _along_k if splits_along_k(planned.conversion.name) else _along_n
     size = weight.K if along is _along_k else weight.N
     return along(scheme, size, ranks)
 

@@ -13,17 +13,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 
+from xpuquant.formats.architecture import ALIASES, members_of
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 from xpuquant.vllm import versions
-
-# How vLLM fuses layers, where a model does not say it itself.
-_FUSED = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
-}
-# Two names for one thing: Transformers calls Mixtral's block `mlp`, its published checkpoints and vLLM do not.
-ALIASES = ((".block_sparse_moe.", ".mlp."),)
 
 
 class XpuquantConfig(QuantizationConfig):  # type: ignore[misc]
@@ -86,7 +78,7 @@ class XpuquantConfig(QuantizationConfig):  # type: ignore[misc]
     def members(self, prefix: str) -> list[str]:
         """The layers of the repo that vLLM fuses into `prefix`; itself where it fuses nothing."""
         parent, _, last = prefix.rpartition(".")
-        fused = self.packed_modules_mapping.get(last) or _FUSED.get(last)
+        fused = self.packed_modules_mapping.get(last) or members_of(last)
         if self.scheme_of(prefix) is not None or not fused:
             return [prefix]
         return [f"{parent}.{member}" if parent else member for member in fused]

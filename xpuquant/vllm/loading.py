@@ -23,9 +23,10 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from xpuquant.errors import DamagedError, one_line
+from xpuquant.formats.architecture import ALIASES
 from xpuquant.formats.scheme import Scheme
 from xpuquant.layers import expert_tensors, linear_tensors
-from xpuquant.vllm.config import ALIASES, XpuquantConfig
+from xpuquant.vllm.config import XpuquantConfig
 from xpuquant.vllm.copying import HostCopies
 from xpuquant.vllm.experts import XpuquantExpertsMethod
 from xpuquant.vllm.members import MEMBERS, XpuquantMembersMethod

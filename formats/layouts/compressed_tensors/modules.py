@@ -11,29 +11,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from xpuquant.errors import UnsupportedError
-from xpuquant.formats.architecture import expert_of, is_embedding
-from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
+from xpuquant.formats.architecture import expert_of, fused_with, is_embedding
+from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Checkpoint, Slice, whole
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import OutTensor, Piece
 from xpuquant.formats.layouts.compressed_tensors.config import activation_words
 from xpuquant.formats.layouts.fillers import FillBias
 from xpuquant.formats.layouts.modules import Linear, Module, halved, is_interleaved
-from xpuquant.formats.readers.compressed_tensors.config import METHODS, weight_args
+from xpuquant.formats.readers.compressed_tensors.config import weight_args
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import FloatWeight
 from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, Regrouping, regroup
 from xpuquant.formats.weights.parts import BiasRows, RowStride, join_rows, source_matrices, split_gate_up
-
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-    "w1": "w13",
-    "w3": "w13",
-}
-"""What vLLM loads into one tensor (`packed_modules_mapping` of its models)."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +147,7 @@ def bias_tensors(module: CtLinear) -> list[OutTensor]:
 def _mates(name: str) -> str:
     """What engines put into one tensor with a module, by a name for all of it. They want one scheme there."""
     expert = expert_of(name)
-    if expert is not None:
-        return expert[0]
-    parent, _, leaf = name.rpartition(".")
-    return f"{parent}.{_FUSED.get(leaf, leaf)}"
+    return fused_with(name) if expert is None else expert[0]
 
 
 def _activations(checkpoint: Checkpoint, weight: Weight) -> str:
@@ -173,7 +159,7 @@ def _activations(checkpoint: Checkpoint, weight: Weight) -> str:
         return "float8 tensor static"
     words = ""
     config = checkpoint.quantization
-    if checkpoint.method in METHODS:
+    if checkpoint.method in COMPRESSED_TENSORS:
         words = _of_group(checkpoint, weight.name)
         if not words:
             return ""
