@@ -17,7 +17,7 @@ import numpy as np
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of, numpy_dtype
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.activations import fp8_terms, mx_terms
+from xpuquant.kernels.activations import mx_terms
 from xpuquant.kernels.base import Array, Layer
 from xpuquant.kernels.onednn import api
 from xpuquant.kernels.onednn.api import BIAS, SCALES, SRC, WEIGHTS, ZERO_POINTS, Matmul, Quantization, Shape
@@ -56,13 +56,11 @@ def _zero_points(scheme: Scheme, N: int, K: int) -> tuple[Quantization, Shape] |
 
 
 def _activation_scales(scheme: Scheme) -> tuple[str, Quantization] | None:
-    """The type and scales of activations of the operators that have no 16-bit form: fp8_gemm, fp4_gemm."""
+    """The type and scales of activations of the operators that have no 16-bit form: fp8_gemm (MXFP8), fp4_gemm."""
     if scheme.layout == "mxfp4_linear":
         return "F4", Quantization("F8_E8M0", 3, (1, 32))
     if scheme.layout == "mxfp8_linear":
         return "F8_E4M3", Quantization("F8_E8M0", 3, (1, 32))
-    if scheme.layout == "fp8_linear" and scheme.granularity == "block":
-        return "F8_E4M3", Quantization("F32", 3, (1, scheme.group_size))
     return None
 
 
@@ -174,8 +172,7 @@ class OneDNN:
             arguments = {SRC: (matmul.src, source), WEIGHTS: (matmul.weights, weight)}
             arguments |= _parameters(layer, scheme)
             if source_scales is not None:
-                dtype = "F32" if source_scales.dtype == np.float32 else "F8_E8M0"
-                arguments[SCALES | SRC] = (Shape.rows(dtype, *source_scales.shape), source_scales)
+                arguments[SCALES | SRC] = (Shape.rows("F8_E8M0", *source_scales.shape), source_scales)
             if matmul.bias is not None and bias is not None:
                 arguments[BIAS] = (matmul.bias, bias.astype(x.dtype))  # as a loader would cast it
                 bias = None  # once, with the first term
@@ -188,8 +185,6 @@ def _sources(scheme: Scheme, x: Array) -> Iterator[tuple[Array, Array | None]]:
     quantized = _activation_scales(scheme)
     if quantized is None:
         yield x, None
-    elif quantized[1].dtype == "F32":
-        yield from fp8_terms(x, scheme.group_size)
     else:
         yield from mx_terms(x, quantized[0])
 

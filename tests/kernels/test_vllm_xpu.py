@@ -1,8 +1,8 @@
 """The calls into vllm-xpu-kernels against the schemas of the released wheel.
 
 The kernels need an Intel GPU. What can be held to account without one: the operators' names, arguments and
-types, read out of the released binary; and what each call passes, by running it against stand-ins that are
-registered under those very schemas, check what the C++ checks, and read the memory as it does.
+types, read out of the released binary; and what each call of `xpuquant.xpu_ops` passes, by running it against stand-ins
+that are registered under those very schemas, check what the C++ checks, and read the memory as it does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,24 @@ import pytest
 import support.layers as hand
 
 from xpuquant.kernels.base import Layer, tolerance
-from xpuquant.kernels.vllm_xpu import OPS, VllmXpu
+from xpuquant.kernels.vllm_xpu import VllmXpu
 
 if TYPE_CHECKING:
     import torch
 else:
     torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.network
+
+# Operator → its arguments, in the order in which `xpuquant.xpu_ops` passes them.
+ARGUMENTS = {
+    "int4_gemm_w4a16": "A B bias B_scale B_zp group_size g_idx",
+    "fp8_gemm_w8a16": "A B B_scale_ bias_",
+    "fp8_gemm": "A B out_dtype A_scale_ B_scale_ bias_",
+    "fp4_gemm": "A B A_scale B_scale out_dtype bias_",
+    "cutlass_grouped_gemm_interface": (
+        "ptr_A ptr_A_scale ptr_B ptr_B_scale ptr_bias ptr_D rows_per_expert N K num_experts"
+    ),
+}
 
 
 @pytest.fixture(scope="session")
@@ -45,15 +56,15 @@ def schemas(tmp_path_factory) -> dict[str, str]:
         (binary,) = (name for name in wheel.namelist() if Path(name).name.startswith("_xpu_C."))
         strings = wheel.read(binary).split(b"\0")
     found = {}
-    for name in OPS:
+    for name in ARGUMENTS:
         (found[name],) = {s.decode() for s in strings if s.startswith(name.encode() + b"(") and b" -> " in s}
     return found
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments_are_those_of_the_released_operator(name, schemas):
     schema = torch._C.parse_schema(schemas[name])
-    assert tuple(argument.name for argument in schema.arguments) == OPS[name]
+    assert " ".join(argument.name for argument in schema.arguments) == ARGUMENTS[name]
 
 
 def as_stored(tensor: torch.Tensor) -> hand.Array:
@@ -100,19 +111,20 @@ def int4_gemm_w4a16(A, B, bias, B_scale, B_zp, group_size, g_idx):
 def fp8_gemm_w8a16(A, B, B_scale_, bias_):
     assert A.dtype in (torch.float16, torch.bfloat16) and B_scale_.is_contiguous()
     assert B_scale_.dtype == torch.float32 and B.stride(-2) == 1
-    assert B_scale_.dim() == 1 and B_scale_.numel() in (1, B.shape[1])  # two dimensions would be blocks
-    return finish(wide(A) @ (wide(B) * wide(B_scale_)), bias_, A.dtype)
+    (K, N), scales = B.shape, wide(B_scale_)
+    if scales.ndim == 2 and (len(scales) > 1 or 1 < scales.size < N):  # blocks; one row of N is a scale per channel
+        scales = np.kron(scales, np.ones((K // scales.shape[0], N // scales.shape[1])))
+    else:
+        assert scales.size in (1, N)
+    return finish(wide(A) @ (wide(B) * scales.reshape(-1, N if scales.size > 1 else 1)), bias_, A.dtype)
 
 
 def fp8_gemm(A, B, out_dtype, A_scale_, B_scale_, bias_):
     assert A.dtype == B.dtype == torch.float8_e4m3fn and A_scale_.shape[1] == B_scale_.shape[0] > 1
-    assert A_scale_.is_contiguous() and B_scale_.is_contiguous() and A_scale_.dtype == B_scale_.dtype
-    (M, K), N = A.shape, B.shape[1]
-    multipliers = wide if A_scale_.dtype == torch.float32 else e8m0
-    x = wide(A) * np.kron(multipliers(A_scale_), np.ones((1, K // A_scale_.shape[1])))
-    blocks = np.ones((K // B_scale_.shape[0], N // B_scale_.shape[1]))
-    assert len(A_scale_) == M
-    return finish(x @ (wide(B) * np.kron(multipliers(B_scale_), blocks)), bias_, out_dtype)
+    assert A_scale_.dtype == B_scale_.dtype == torch.float8_e8m0fnu
+    assert A_scale_.is_contiguous() and B_scale_.is_contiguous() and len(A_scale_) == len(A)
+    x = wide(A) * np.repeat(e8m0(A_scale_), 32, axis=1)
+    return finish(x @ (wide(B) * np.repeat(e8m0(B_scale_), 32, axis=0)), bias_, out_dtype)
 
 
 def fp4_gemm(A, B, A_scale, B_scale, out_dtype, bias_):

@@ -7,8 +7,10 @@ by their own reading of it; the result is compared with the dequantized weight.
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -84,12 +86,49 @@ def fp4_gemm(a: Any, b: torch.Tensor, a_scale: Any, scale: torch.Tensor, dtype: 
     return torch.nn.functional.linear(a, weight.to(dtype), bias)
 
 
+# Namespaces that vllm-xpu-kernels registers with torch, and what of it this project calls.
+NAMESPACES = {"_C", "_moe_C", "_xpu_C", "vllm_xpu_kernels", "fused_moe_interface"}
+OPERATORS = {
+    *("int4_gemm_w4a16", "int4_gemm_w4a8", "fp8_gemm_w8a16", "fp8_gemm", "fp4_gemm", "XpuFusedMoe"),
+    *("cutlass_grouped_gemm", "cutlass_grouped_gemm_interface", "xpu_fused_moe"),
+}
+
+
+def names(tree: ast.Module) -> Iterator[str]:
+    """Every identifier of a module, and the strings by which `getattr` and `import_module` would reach one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (part for alias in node.names for part in alias.name.split("."))
+            yield from (getattr(node, "module", None) or "").split(".")
+        elif isinstance(node, ast.Call):
+            strings = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            yield from (part for text in strings for part in text.split("."))
+
+
+def test_operators_are_named_in_one_module() -> None:
+    """What verifies and what serves make the same calls, because there is one place to make them."""
+    root = Path(__file__).parents[2]
+    sources = [path for room in ("convert", "formats", "kernels", "xpuquant") for path in (root / room).rglob("*.py")]
+    callers = {
+        str(path.relative_to(root)): found
+        for path in sources
+        if (found := set(names(ast.parse(path.read_text()))) & (NAMESPACES | OPERATORS))
+    }
+    assert len(sources) > 50
+    assert callers.pop("xpuquant/xpu_ops.py") >= {"_xpu_C", "int4_gemm_w4a16", "fp8_gemm", "XpuFusedMoe"}
+    assert not callers
+
+
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    names = SimpleNamespace(
+    stand_ins = SimpleNamespace(
         int4_gemm_w4a16=int4_gemm_w4a16, fp8_gemm_w8a16=fp8_gemm_w8a16, fp8_gemm=fp8_gemm, fp4_gemm=fp4_gemm
     )
-    monkeypatch.setattr(torch.ops, "_xpu_C", names, raising=False)
+    monkeypatch.setattr(torch.ops, "_xpu_C", stand_ins, raising=False)
     # Activations stay as they are: the stand-ins take them so.
     prefix = "vllm.model_executor.layers.quantization.utils."
     for module, name in (("mxfp4_utils", "xpu_mxfp4_quantize"), ("mxfp8_utils", "xpu_mxfp8_quantize")):
