@@ -348,7 +348,7 @@ def _check_input_scale(planned: PlannedModule, source: Source, stored: Stored) -
             return f"{weight.name}.input_scale: the source has none"
         expected = read_slice(source, whole(tensor)).reshape(-1)
         if not np.array_equal(expected.astype(np.float32), held, equal_nan=True):
-            return f"{weight.name}.input_scale is {held[0]!r}, source has {expected[0]!r}"
+            return f"{weight.name}.input_scale is {held[0]}, source has {expected[0]}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Health: numbers that are exactly the source's and still worth a look before they are served.
+"""The check `sanity`: numbers that are the source's and still worth a look before they are served.
 
 Counted on the decoded output, block by block, in the pass that checks exactness. All of it warns; only a NaN or an
 infinity that cannot be shown to come from the source fails.

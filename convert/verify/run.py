@@ -1,9 +1,9 @@
 """`verify`: may this be deployed? Integrity, exactness, kernels and sanity, put together.
 
 What flows: the files are hashed; the repo is opened; every module is decoded once, which compares it with the source
-(or with the digests recorded at conversion), counts what sanity warns of, and leaves the matrices proven for the
-kernels to be compared on. A failure does not stop the rest: a report that names everything is worth more than the first
-error. The repo itself is only read.
+(or with the digests recorded at conversion) and counts what sanity warns of; then kernels compute the matrices. A
+failure does not stop the rest: a report that names everything is worth more than the first error. The repo itself is
+only read.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def _against_record(verdict: Verdict, record: Mapping[str, Any], check: Check) -
     """A verdict on integrity, and the rest by comparing with what xpuquant.json says."""
     exact, health, missing = check_recorded(record, check)
     if missing:
-        what = f"{missing} modules and tensors have no recorded digest (--no-verify); pass --source to check them"
+        what = (
+            f"{missing} modules and tensors have no recorded digest (--no-verify or dequantized); --source checks them"
+        )
         verdict = _with_findings(verdict, Finding("exactness", verdict.repo, what, fails=False))
     verdict = replace(
         verdict,

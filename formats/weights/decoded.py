@@ -173,7 +173,7 @@ def _scale_difference(expected: Decoded, actual: Decoded) -> str | None:
         return None
     i, j = np.argwhere(~same)[0]
     return (
-        f"scale [{rows[1][i]}, {cols[1][j]}] is {have64[i, j]!r}, source has {want64[i, j]!r} "
+        f"scale [{rows[1][i]}, {cols[1][j]}] is {have64[i, j]}, source has {want64[i, j]} "
         f"({same.size - int(np.count_nonzero(same))} of {same.size} differ)"
     )
 
