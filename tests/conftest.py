@@ -26,15 +26,37 @@ with suppress(ImportError):  # the slow lanes' environments have no hypothesis
     settings.register_profile("compiled", deadline=None)
     settings.load_profile("compiled")
 
-FOLDER_MARKERS = {"reliability": "reliability", "serving/vllm_plugin": "vllm"}
-"""Folder below tests/ → the marker that every test in it gets."""
+MARKERS = {
+    "reliability/": "reliability",
+    "serving/vllm_plugin/": "vllm",
+    # Slow are those that run the whole program many times, take real sizes, or load other libraries' models.
+    "reliability/test_faults.py": "slow",
+    "reliability/test_fuzz.py": "slow",
+    "reliability/test_injected_faults.py": "slow",
+    "convert/test_scale.py": "slow",
+    "convert/test_convert.py::TestInterruption": "slow",
+    "convert/test_hub.py::test_a_stream_that_stops_anywhere_goes_on": "slow",
+    "convert/test_hub.py::test_faults_while_reading": "slow",
+    "convert/test_integrity.py::test_a_bit_in_each_file": "slow",
+    "convert/test_integrity.py::test_bits_at_random": "slow",
+    "formats/test_patterns.py::test_exploding_patterns_end": "slow",
+    "formats/test_portable_layouts.py::test_the_library_decodes_what_the_producer_meant": "slow",
+    "formats/test_portable_layouts.py::test_converts_to_xpu_like_its_source": "slow",
+    "formats/test_safetensors.py::test_a_million_tensors_take_seconds_and_no_more_memory_than_they_need": "slow",
+    "kernels/test_onednn.py::test_lives_with_torch_in_one_process": "slow",
+    "serving/test_transformers.py": "slow",
+}
+"""The beginning of a test's name, from below tests/ → the marker that it gets."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for folder, marker in FOLDER_MARKERS.items():
-            if item.path.is_relative_to(TESTS / folder):
+        name = item.path.relative_to(TESTS).as_posix() + "::" + item.nodeid.partition("::")[2]
+        for start, marker in MARKERS.items():
+            if name.startswith(start):
                 item.add_marker(marker)
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "vllm_xpu":
+            item.add_marker("gpu")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
