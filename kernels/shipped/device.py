@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.metadata
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,12 @@ def driver() -> Path | None:
     return None
 
 
+def cache() -> Path:
+    """Where built kernels are kept: $XPUQUANT_SHIPPED_CACHE, or a folder below the user's cache."""
+    chosen = os.environ.get("XPUQUANT_SHIPPED_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "xpuquant" / "shipped"
+
+
 @functools.cache
 def cpu() -> Device:
     """The CPU device of intel-opencl-rt, opened once."""
@@ -73,22 +81,40 @@ class Device:
             raise OSError(f"{path} offers no CPU device")
         self.context = pyopencl.Context(found[:1])
         self.queue = pyopencl.CommandQueue(self.context)
-        self.name = found[0].name.strip()
+        self._identity = f"{found[0].name} {found[0].driver_version}"
 
-    def kernel(self, module: spirv.Module, name: str, *linked: str) -> Any:
+    def kernel(self, module: spirv.Module, name: str, source: str = "") -> Any:
         """A kernel, ready to be launched.
 
         Args:
             module: cut down to this kernel.
             name: its mangled name.
-            linked: OpenCL C sources that define what the module imports.
+            source: OpenCL C that defines what the module imports.
         """
-        program = self._cl.Program(self.context, module.write())
-        program.build()
+        data = module.write()
+        key = hashlib.sha256(b"\0".join([data, source.encode(), self._identity.encode()])).hexdigest()
+        cached = cache() / f"{key}.bin"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's notes on vectorization
+            if cached.exists():
+                program = self._cl.Program(self.context, self.context.devices, [cached.read_bytes()]).build()
+            else:
+                program = self._built(data, source)
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+                    file.write(program.binaries[0])
+                Path(file.name).replace(cached)
         return self._cl.Kernel(program, name)
 
+    def _built(self, data: bytes, source: str) -> Any:
+        program = self._cl.Program(self.context, data)
+        if not source:
+            return program.build()
+        parts = [program.compile(), self._cl.Program(self.context, source).compile("-cl-std=CL3.0")]
+        return self._cl.link_program(self.context, parts)
+
     def launch(self, kernel: Any, arguments: list[Any], group: int, groups: int) -> None:
-        """Run a one-dimensional kernel and wait.
+        """Run a kernel and wait.
 
         Args:
             arguments: numpy arrays for pointers (read and written in place), None for a null pointer, numpy scalars for
@@ -97,9 +123,7 @@ class Device:
             groups: work groups.
         """
         for index, argument in enumerate(arguments):
-            if isinstance(argument, np.ndarray):
-                argument = self._cl.SVM(argument)
-            kernel.set_arg(index, argument)
+            kernel.set_arg(index, self._cl.SVM(argument) if isinstance(argument, np.ndarray) else argument)
         self._cl.enqueue_nd_range_kernel(self.queue, kernel, (group * groups,), (group,))
         self.queue.finish()
 

@@ -141,6 +141,28 @@ class Module:
                 kept += body
         return Module(self.header, kept)
 
+    def specialized(self, name: str, values: dict[int, int]) -> Module:
+        """The module with some 32-bit parameters of a kernel (by position) replaced by constants.
+
+        The parameters stay, so that calls need not change; their values no longer matter, and code for other values is
+        removed when the module is built.
+        """
+        function = self.entries()[name]
+        parameters = [i for i in self.functions()[function] if i.opcode == FUNCTION_PARAMETER]
+        fresh = iter(range(self.header[3], self.header[3] + len(values)))
+        known = {parameters[at].words[1]: (next(fresh), parameters[at].words[0], value) for at, value in values.items()}
+        constants = [Instruction(CONSTANT, (kind, number, value)) for number, kind, value in known.values()]
+        head = self.head()
+        body = [
+            i
+            if i.opcode == FUNCTION_PARAMETER
+            else Instruction(i.opcode, tuple(known[word][0] if word in known else word for word in i.words))
+            for i in self.functions()[function]
+        ]
+        rest = [i for f, other in self.functions().items() if f != function for i in other]
+        header = (*self.header[:3], self.header[3] + len(values), self.header[4])
+        return Module(header, [*head, *constants, *rest, *body])
+
 
 def _speaks_of(instruction: Instruction, gone: set[int]) -> bool:
     """Whether a name or decoration is about an id that is no longer there."""
