@@ -89,6 +89,8 @@ class RequestLog:
 
 
 def read_log(path: Path) -> list[Request]:
+    """The requests so far; a line that is just being written is left for the next time."""
     if not path.exists():
         return []
-    return [Request(**json.loads(line)) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines(keepends=True)
+    return [Request(**json.loads(line)) for line in lines if line.endswith("\n")]
