@@ -11,7 +11,7 @@ from xpuquant.errors import UsageError
 from xpuquant.formats.dtypes import FLOATS
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-LAYOUTS = ("xpu", "compressed-tensors")
+LAYOUT_FAMILIES = ("xpu", "compressed-tensors")
 ON_UNSUPPORTED = ("refuse", "dequantize")
 
 _DTYPES = {
@@ -45,8 +45,8 @@ class Options:
     fold_act_order: bool = False
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise UsageError(f"--layout {self.layout}: want one of {', '.join(LAYOUTS)}")
+        if self.layout not in LAYOUT_FAMILIES:
+            raise UsageError(f"--layout {self.layout}: want one of {', '.join(LAYOUT_FAMILIES)}")
         if self.on_unsupported not in ON_UNSUPPORTED:
             raise UsageError(f"--on-unsupported {self.on_unsupported}: want one of {', '.join(ON_UNSUPPORTED)}")
         if self.scale_dtype is not None and self.scale_dtype not in FLOATS:

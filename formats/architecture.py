@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerKind:
     """What is known of a layer by the last part of its name.
 
     role       the matrix of an expert that it is: `gate`, `up`, `down` or `gate_up`; empty for others
@@ -41,49 +41,49 @@ class Layer:
 
 _HIDDEN = "hidden_size"
 
-LAYERS: Mapping[str, Layer] = {
-    "q_proj": Layer(fused="qkv_proj", K=_HIDDEN, block="attention"),
-    "k_proj": Layer(fused="qkv_proj", K=_HIDDEN, block="attention"),
-    "v_proj": Layer(fused="qkv_proj", K=_HIDDEN, block="attention"),
-    "qkv_proj": Layer(K=_HIDDEN),
-    "o_proj": Layer(block="attention", along_k=True),
-    "q_a_proj": Layer(fused="fused_qkv_a_proj", K=_HIDDEN),
-    "kv_a_proj_with_mqa": Layer(fused="fused_qkv_a_proj", K=_HIDDEN),
-    "q_b_proj": Layer(K="q_lora_rank"),
-    "kv_b_proj": Layer(K="kv_lora_rank"),
-    "in_proj_qkv": Layer(K=_HIDDEN),
-    "in_proj_z": Layer(K=_HIDDEN),
-    "in_proj_qkvz": Layer(K=_HIDDEN),
-    "in_proj_a": Layer(K=_HIDDEN),
-    "in_proj_b": Layer(K=_HIDDEN),
-    "in_proj_ba": Layer(K=_HIDDEN),
-    "out_proj": Layer(along_k=True),
-    "dense": Layer(along_k=True),
-    "gate_proj": Layer("gate", fused="gate_up_proj", K=_HIDDEN, block="mlp"),
-    "up_proj": Layer("up", fused="gate_up_proj", K=_HIDDEN, block="mlp"),
-    "gate_up_proj": Layer("gate_up", K=_HIDDEN),
-    "down_proj": Layer("down", fed_by=("up_proj", "gate_proj"), block="mlp", along_k=True),
-    "w1": Layer("gate", fused="w13", K=_HIDDEN, block="mlp"),
-    "w3": Layer("up", fused="w13", K=_HIDDEN, block="mlp"),
-    "w2": Layer("down", fed_by=("w3", "w1"), block="mlp", along_k=True),
-    "fc2": Layer(along_k=True),
-    "lm_head": Layer(K=_HIDDEN),
-    "embed_tokens": Layer(K=_HIDDEN, embedding=True),
-    "embed_in": Layer(K=_HIDDEN, embedding=True),
-    "wte": Layer(K=_HIDDEN, embedding=True),
-    "word_embeddings": Layer(K=_HIDDEN, embedding=True),
-    "tok_embeddings": Layer(K=_HIDDEN, embedding=True),
+LAYERS: Mapping[str, LayerKind] = {
+    "q_proj": LayerKind(fused="qkv_proj", K=_HIDDEN, block="attention"),
+    "k_proj": LayerKind(fused="qkv_proj", K=_HIDDEN, block="attention"),
+    "v_proj": LayerKind(fused="qkv_proj", K=_HIDDEN, block="attention"),
+    "qkv_proj": LayerKind(K=_HIDDEN),
+    "o_proj": LayerKind(block="attention", along_k=True),
+    "q_a_proj": LayerKind(fused="fused_qkv_a_proj", K=_HIDDEN),
+    "kv_a_proj_with_mqa": LayerKind(fused="fused_qkv_a_proj", K=_HIDDEN),
+    "q_b_proj": LayerKind(K="q_lora_rank"),
+    "kv_b_proj": LayerKind(K="kv_lora_rank"),
+    "in_proj_qkv": LayerKind(K=_HIDDEN),
+    "in_proj_z": LayerKind(K=_HIDDEN),
+    "in_proj_qkvz": LayerKind(K=_HIDDEN),
+    "in_proj_a": LayerKind(K=_HIDDEN),
+    "in_proj_b": LayerKind(K=_HIDDEN),
+    "in_proj_ba": LayerKind(K=_HIDDEN),
+    "out_proj": LayerKind(along_k=True),
+    "dense": LayerKind(along_k=True),
+    "gate_proj": LayerKind("gate", fused="gate_up_proj", K=_HIDDEN, block="mlp"),
+    "up_proj": LayerKind("up", fused="gate_up_proj", K=_HIDDEN, block="mlp"),
+    "gate_up_proj": LayerKind("gate_up", K=_HIDDEN),
+    "down_proj": LayerKind("down", fed_by=("up_proj", "gate_proj"), block="mlp", along_k=True),
+    "w1": LayerKind("gate", fused="w13", K=_HIDDEN, block="mlp"),
+    "w3": LayerKind("up", fused="w13", K=_HIDDEN, block="mlp"),
+    "w2": LayerKind("down", fed_by=("w3", "w1"), block="mlp", along_k=True),
+    "fc2": LayerKind(along_k=True),
+    "lm_head": LayerKind(K=_HIDDEN),
+    "embed_tokens": LayerKind(K=_HIDDEN, embedding=True),
+    "embed_in": LayerKind(K=_HIDDEN, embedding=True),
+    "wte": LayerKind(K=_HIDDEN, embedding=True),
+    "word_embeddings": LayerKind(K=_HIDDEN, embedding=True),
+    "tok_embeddings": LayerKind(K=_HIDDEN, embedding=True),
 }
 """The last part of a module's name → what is known of it. Layers in one tensor are in its order."""
 
 ALIASES = ((".block_sparse_moe.", ".mlp."),)
 """Two names of one thing: published Mixtral checkpoints and vLLM have the first, Transformers the second."""
 
-_UNKNOWN = Layer()
+_UNKNOWN = LayerKind()
 _ALONG_K = tuple(leaf for leaf, layer in LAYERS.items() if layer.along_k)
 
 
-def layer_of(name: str) -> Layer:
+def layer_of(name: str) -> LayerKind:
     """What is known of a module by its name; nothing, for names that are not in the table."""
     return LAYERS.get(name.rpartition(".")[2], _UNKNOWN)
 

@@ -76,7 +76,7 @@ class Plan:
             ours = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, ct_config.CtScheme)}
             plain: list[ct_config.Shaped] = [*self.passed]
             plain += [tensor for module in self.dequantized for tensor in module.conversion.tensors]
-            return ct_config.to_config(ours, plain, self.quantization)
+            return ct_config.to_ct_config(ours, plain, self.quantization)
         return to_config({name: scheme for name, scheme in schemes.items() if scheme is not None}, producer)
 
     def index(self) -> dict[str, Any]:

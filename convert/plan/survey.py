@@ -12,7 +12,7 @@ from xpuquant.formats.layouts import layouts
 from xpuquant.formats.layouts.base import Conversion, Refusal
 from xpuquant.formats.layouts.compressed_tensors.config import FAMILY
 from xpuquant.formats.layouts.compressed_tensors.modules import gather_linears
-from xpuquant.formats.layouts.dequantized import dequantize
+from xpuquant.formats.layouts.dequantized import convert_to_bf16
 from xpuquant.formats.layouts.modules import ExpertStack, Module, gather_modules
 from xpuquant.formats.readers.fold_act_order import fold_act_order
 from xpuquant.formats.readers.reading import Reading, read
@@ -53,7 +53,7 @@ def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule
         if isinstance(offer, Conversion):
             planned.append(PlannedModule(module, offer))
         elif options.on_unsupported == "dequantize":
-            planned.append(PlannedModule(module, dequantize(module, offer.reason)))
+            planned.append(PlannedModule(module, convert_to_bf16(module, offer.reason)))
         else:
             refused[module.name] = offer.reason
     return planned, refused, reading

@@ -26,7 +26,7 @@ def _is_fused(module: Module) -> bool:
     return is_part or (expert is not None and expert[2] == "gate_up")
 
 
-def dequantize(module: Module, reason: str) -> Conversion:
+def convert_to_bf16(module: Module, reason: str) -> Conversion:
     """Every matrix of a module as its own bf16 tensor.
 
     Raises:

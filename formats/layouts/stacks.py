@@ -24,6 +24,9 @@ from xpuquant.formats.weights.parts import source_matrices
 
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
 
+GEMM_N_MULTIPLE = 8
+"""Rows of an expert's matrix: C++ check of the grouped GEMM (vllm-xpu-kernels csrc/xpu/grouped_gemm)."""
+
 # What is written.
 
 

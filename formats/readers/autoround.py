@@ -25,7 +25,7 @@ from xpuquant.formats.readers.base import Parts
 from xpuquant.formats.readers.patterns import check_count, searches
 from xpuquant.formats.weights.base import Weight
 
-METHODS = frozenset({"auto-round", "auto_round", "autoround", "intel/auto-round", "intel/auto_round"})
+AUTOROUND_METHODS = frozenset({"auto-round", "auto_round", "autoround", "intel/auto-round", "intel/auto_round"})
 
 _MODEL_FREE_MENDED = (0, 16)
 _UNQUANTIZED_BITS = 16
@@ -137,7 +137,7 @@ class AutoRound:
     write: MLX's, to refuse it by name."""
 
     name = "auto-round"
-    methods = METHODS
+    methods = AUTOROUND_METHODS
     suffixes = frozenset({"scales", "biases"})
 
     def claims(self, parts: Parts) -> bool:

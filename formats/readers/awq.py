@@ -52,7 +52,7 @@ class AwqWeight(SourceInts):
 
     def zeros(self, start: int, stop: int) -> ArrayRecipe:
         assert self.qzeros is not None, "an asymmetric weight has qzeros"
-        return Recipe((whole(self.qzeros),), lambda arrays: unpack(arrays[0]).T[:, start:stop])
+        return Recipe((whole(self.qzeros),), lambda arrays: unpack_awq(arrays[0]).T[:, start:stop])
 
     def decoded(self, start: int, stop: int) -> DecodedRecipe:
         inputs = [_word_columns(self.qweight, start, stop), columns(self.scale, start, stop)]
@@ -65,14 +65,14 @@ class AwqWeight(SourceInts):
             first = start % NIBBLES_PER_WORD
             inside = slice(first, first + stop - start)
             col = column_groups(self)
-            zeros = None if self.symmetric else unpack(packed_zeros[0])[inside]
-            values = subtract_zeros(unpack(words)[inside], zeros, self.bits, col)
+            zeros = None if self.symmetric else unpack_awq(packed_zeros[0])[inside]
+            values = subtract_zeros(unpack_awq(words)[inside], zeros, self.bits, col)
             return Decoded("int", values, scale.T, np.arange(stop - start), col)
 
         return Recipe(tuple(inputs), build)
 
 
-def unpack(words: Array) -> Array:
+def unpack_awq(words: Array) -> Array:
     """uint8 `[8w, r]` from int32 words `[r, w]` in AWQ's order, nibble by nibble."""
     from xpuquant.formats.packing.verify_loops import unpack_fields
 

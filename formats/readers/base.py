@@ -14,6 +14,9 @@ from xpuquant.formats.weights.base import Weight
 Parts = Mapping[str, Tensor]
 """Tensor suffix → tensor, of one module."""
 
+STACKS = ("gate_up_proj", "down_proj")
+"""Tensors in which sources stack the experts of a layer."""
+
 
 class Reader(Protocol):
     """One file of `readers/` per source format, listed in `readers.READERS`."""

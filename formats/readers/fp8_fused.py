@@ -14,22 +14,21 @@ from __future__ import annotations
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.readers.base import Parts, float_scale, need
+from xpuquant.formats.readers.base import STACKS, Parts, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.readers.fp8 import SCALE_DTYPES, block_size
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import ELEMENTS, FloatWeight, view
 
-STACKS = ("gate_up_proj", "down_proj")
-SCALES = ("_scale_inv", "_scale", "_weight_scale")
-STATIC = ("_activation_scale", "_input_scale")
+SCALE_ENDS = ("_scale_inv", "_scale", "_weight_scale")
+STATIC_ENDS = ("_activation_scale", "_input_scale")
 
 
 class Fp8Fused:
     name = "fp8"
     methods = frozenset({"fp8"})
-    suffixes = frozenset(part + end for part in STACKS for end in ("", *SCALES, *STATIC))
+    suffixes = frozenset(part + end for part in STACKS for end in ("", *SCALE_ENDS, *STATIC_ENDS))
 
     def claims(self, parts: Parts) -> bool:
         return any(parts[part].dtype.startswith("F8") for part in STACKS if part in parts)
@@ -54,7 +53,7 @@ class Fp8Fused:
         granularity, block = _granularity(scale, E, N, K, block_size(checkpoint, name) or (128, 128), transposed)
         grid = (-(-N // block[0]), -(-K // block[1]))
         facts = [f"fused experts, {'[E, K, N]' if transposed else '[E, N, K]'}, from the shapes"]
-        static = [parts[part + end] for end in STATIC if part + end in parts]
+        static = [parts[part + end] for end in STATIC_ENDS if part + end in parts]
         if static:
             facts.append("static activation scales of experts dropped: their kernel takes 16-bit activations")
         shared = scale.shape in ((), (1,), (1, 1, 1))
@@ -97,7 +96,7 @@ def fused_scale(parts: Parts, name: str, part: str) -> Tensor:
     Raises:
         DamagedError: there are none.
     """
-    found = [parts[part + end] for end in SCALES if part + end in parts]
+    found = [parts[part + end] for end in SCALE_ENDS if part + end in parts]
     if not found:
         raise DamagedError(f"{name}.{part}_scale_inv is missing; is a shard incomplete? Download it again")
     return found[0]

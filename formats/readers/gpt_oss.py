@@ -14,11 +14,9 @@ from __future__ import annotations
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Checkpoint, rows
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.readers.base import Parts, need
+from xpuquant.formats.readers.base import STACKS, Parts, need
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import E8M0, MX_GROUP, FloatWeight, view
-
-STACKS = ("gate_up_proj", "down_proj")
 
 
 class GptOss:

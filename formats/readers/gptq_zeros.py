@@ -52,7 +52,7 @@ def measure_zeros(
     if words is None:
         symmetric = config.sym is True
         return ZeroPoints(symmetric, config.zeros_minus_one, f"zero points {_said(config)}, as the config says")
-    fields = unpack_fields(words, bits, N, config.planar)
+    fields = stored_fields(words, bits, N, config.planar)
     measured = _measure(config, bits, fields)
     if fields.shape[1] < N:
         lost = f"the zero points of the last {N - fields.shape[1]} columns are not stored"
@@ -133,14 +133,14 @@ def true_zeros(words: Array, bits: int, N: int, plus_one: bool, planar: bool = F
             convert_gptq_v1_to_v2_format_module). 3-bit fields straddle words and are written one by one.
     """
     if not plus_one:
-        return unpack_fields(words, bits, N, planar)
+        return stored_fields(words, bits, N, planar)
     if 32 % bits:
-        return (unpack_fields(words, bits, N, planar) + np.uint8(1)) & np.uint8((1 << bits) - 1)
+        return (stored_fields(words, bits, N, planar) + np.uint8(1)) & np.uint8((1 << bits) - 1)
     ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-    return unpack_fields(words.view(np.uint32) + ones, bits, N, planar)
+    return stored_fields(words.view(np.uint32) + ones, bits, N, planar)
 
 
-def unpack_fields(words: Array, bits: int, N: int, planar: bool) -> Array:
+def stored_fields(words: Array, bits: int, N: int, planar: bool) -> Array:
     """uint8 `[G, N]` as stored; fewer columns where an old packer dropped a last, partial word."""
     unpack = unpack_planar if planar else unpack_rows
     return unpack(np.ascontiguousarray(words).view(np.uint32), bits, min(N, words.shape[1] * 32 // bits))

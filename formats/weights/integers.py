@@ -120,16 +120,16 @@ class SourceInts(IntWeight):
 
     def words(self, start: int, stop: int) -> FillRecipe:
         codes, shift = self.codes(start, stop), self._shift(start, stop)
+        if shift is None and self.groups_of is None:
+            return codes
         recipes = (codes,) if shift is None else (codes, shift)
 
         def fill(arrays: Arrays, out: Array) -> None:
+            from xpuquant.formats.packing.convert_loops import add_by_column, permute_nibbles
+
             for_codes, *for_shift = deal(recipes, arrays)
             codes.build(for_codes, out)
             order = self.order
-            if order is None and shift is None:
-                return
-            from xpuquant.formats.packing.convert_loops import add_by_column, permute_nibbles
-
             if order is not None:
                 permute_nibbles(out, order)
             if shift is not None:

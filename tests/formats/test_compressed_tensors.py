@@ -25,7 +25,7 @@ from support.ints import (
 
 from xpuquant.errors import DamagedError, UsageError
 from xpuquant.formats.readers.compressed_tensors.config import weight_args
-from xpuquant.formats.readers.compressed_tensors.packed import packed_words, unpack
+from xpuquant.formats.readers.compressed_tensors.packed import packed_words, unpack_offset_binary
 
 
 def converted(folder: Path, weight: Ints, tensors, config=None, name: str = DOWN) -> Converted:
@@ -60,8 +60,10 @@ def test_golden_bytes_of_int4_stored_as_int8(tmp_path):
 def test_padded_3_bit_by_eye():
     # Ten codes to a word, in octal; the two bits on top stay empty. Dense, the eleventh code begins there.
     codes = [*range(8), 1, 2, 3]
-    assert unpack(np.array([[0o2176543210, 0o3]], np.uint32), 3, 11, padded=True).tolist() == [codes]
-    assert unpack(np.array([[0o2176543210 | 3 << 30, 0]], np.uint32), 3, 11, padded=False).tolist() == [codes]
+    assert unpack_offset_binary(np.array([[0o2176543210, 0o3]], np.uint32), 3, 11, padded=True).tolist() == [codes]
+    assert unpack_offset_binary(np.array([[0o2176543210 | 3 << 30, 0]], np.uint32), 3, 11, padded=False).tolist() == [
+        codes
+    ]
     assert (packed_words(260, 3, padded=False), packed_words(260, 3, padded=True)) == (25, 26)
 
 

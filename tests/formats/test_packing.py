@@ -23,7 +23,7 @@ from xpuquant.formats.packing.plain import (
     unpack_planar,
     unpack_rows,
 )
-from xpuquant.formats.readers.awq import unpack
+from xpuquant.formats.readers.awq import unpack_awq
 
 ZERO_TO_SEVEN = np.arange(8, dtype=np.uint8)[None]
 
@@ -91,7 +91,7 @@ def test_planar_blocks_are_planes_of_words(bits):
 
 def test_awq_order_by_eye():
     # Columns 0..7 lie in one word in the order 0, 2, 4, 6, 1, 3, 5, 7, low nibble first.
-    assert unpack(np.array([[0x75316420]], np.int32)).T.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert unpack_awq(np.array([[0x75316420]], np.int32)).T.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
 
 
 def test_awq_words_turn_into_rows_by_eye():
@@ -111,7 +111,7 @@ def test_transposing_nibbles_is_the_definition_for_any_tiling(height, width, see
     source = np.random.default_rng(seed).integers(0, 1 << 32, (8 * height, width), np.uint32)
     out = np.empty((8 * width, height), np.uint32)
     transpose_nibbles(source, out, AWQ_ORDER)
-    assert np.array_equal(unpack_nibbles(out.view(np.uint8)), unpack(source))
+    assert np.array_equal(unpack_nibbles(out.view(np.uint8)), unpack_awq(source))
 
 
 @given(st.integers(1, 40), st.integers(1, 1100))

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from support.checkpoints import FIXTURES, oracles
 
 from xpuquant.conversion.cli.app import run
-from xpuquant.formats.layouts.compressed_tensors.config import CtScheme, scheme_of, to_config
+from xpuquant.formats.layouts.compressed_tensors.config import CtScheme, scheme_of, to_ct_config
 from xpuquant.formats.safetensors import Tensor
 
 REFUSED = {
@@ -254,7 +254,7 @@ def test_config_of_experts_is_a_regex_that_matches_nothing_else() -> None:
     schemes |= {f"model.layers.{layer}.self_attn.q_proj": fp8 for layer in (1, 11)}
     # The same names under another root, of another scheme: a pattern must not reach them.
     schemes["mtp.layers.11.mlp.experts.0.up_proj"] = fp8
-    config = to_config(schemes, [Tensor("model.layers.1.mlp.gate.weight", "BF16", (3, 8), "", 0, 48)], {})
+    config = to_ct_config(schemes, [Tensor("model.layers.1.mlp.gate.weight", "BF16", (3, 8), "", 0, 48)], {})
     assert config["ignore"] == ["model.layers.1.mlp.gate", "lm_head"]
     scale = {"weight_scale": Tensor("", "BF16", (1, 1), "", 0, 2)}
     for name, scheme in schemes.items():

@@ -78,7 +78,7 @@ def activation_words(args: Any) -> str:
     return words if _ACTIVATIONS.fullmatch(words) else ""
 
 
-def to_config(modules: Mapping[str, CtScheme], plain: Iterable[Shaped], source: Mapping[str, Any]) -> dict[str, Any]:
+def to_ct_config(modules: Mapping[str, CtScheme], plain: Iterable[Shaped], source: Mapping[str, Any]) -> dict[str, Any]:
     """The config for `modules` (name → scheme).
 
     Args:
@@ -119,7 +119,7 @@ def to_config(modules: Mapping[str, CtScheme], plain: Iterable[Shaped], source: 
 
 
 def scheme_of(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> CtScheme:
-    """A module's scheme, from a config that `to_config` wrote and the module's own tensors.
+    """A module's scheme, from a config that `to_ct_config` wrote and the module's own tensors.
 
     Raises:
         DamagedError: no group describes it, or one in words that are not ours.

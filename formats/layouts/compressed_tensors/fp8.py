@@ -16,7 +16,7 @@ from xpuquant.formats.checkpoint import Array, rows, whole
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Piece, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
-from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, refusal
+from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, ct_refusal
 from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout, weight_of
 from xpuquant.formats.layouts.fillers import FillScales, code_pieces
 from xpuquant.formats.layouts.modules import Module
@@ -36,7 +36,7 @@ class CtFp8(CtLayout):
         name, weight = module.name, module.weight
         if weight.dtype not in ELEMENTS or weight.is_mx:
             return None
-        if (reason := refusal(module)) is not None:
+        if (reason := ct_refusal(module)) is not None:
             return Refusal(reason)
         if weight.dtype != _CODES:
             return Refusal(f"{weight.dtype} has no compressed-tensors format: its 8-bit floats are E4M3")

@@ -16,7 +16,7 @@ import numpy as np
 from xpuquant.formats.checkpoint import Array, rows
 from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Piece, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
-from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, groups_in_order, refusal
+from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, ct_refusal, groups_in_order
 from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout, weight_of
 from xpuquant.formats.layouts.fillers import FillGroupScales, FillShape, FillZeroPoints, word_pieces
 from xpuquant.formats.layouts.modules import Module
@@ -33,7 +33,7 @@ class CtInt4(CtLayout):
         if not isinstance(module, CtLinear) or not isinstance(module.weight, IntWeight):
             return None
         name, weight = module.name, module.weight
-        if (reason := refusal(module)) is not None:
+        if (reason := ct_refusal(module)) is not None:
             return Refusal(reason)
         if weight.bits > 4:
             return Refusal(f"{weight.bits}-bit integers are not converted")

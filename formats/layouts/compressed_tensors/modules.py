@@ -128,7 +128,7 @@ def _biases(checkpoint: Checkpoint, weight: Weight) -> tuple[Slice, ...]:
     return tuple(whole(tensor) for tensor in tensors if tensor is not None)
 
 
-def refusal(module: CtLinear) -> str | None:
+def ct_refusal(module: CtLinear) -> str | None:
     """What every layout of the family refuses."""
     if module.reason is not None:
         return module.reason

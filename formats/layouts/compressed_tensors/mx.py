@@ -16,7 +16,7 @@ import numpy as np
 from xpuquant.formats.checkpoint import Array, rows
 from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
-from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, refusal
+from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, ct_refusal
 from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout
 from xpuquant.formats.layouts.fillers import FillBlockScales, code_pieces
 from xpuquant.formats.layouts.modules import Module
@@ -50,7 +50,7 @@ class CtMx(CtLayout):
         name, weight = module.name, module.weight
         if not weight.is_mx or (weight.element == "e2m1") != (self.packed == 2):
             return None
-        if (reason := refusal(module)) is not None:
+        if (reason := ct_refusal(module)) is not None:
             return Refusal(reason)
         if weight.element != self.element:
             return Refusal(f"MX of {weight.element} has no compressed-tensors format: its 8-bit floats are E4M3")

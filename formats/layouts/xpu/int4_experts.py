@@ -25,6 +25,7 @@ from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.layouts.stacks import (
     EXPERT_STACKS,
+    GEMM_N_MULTIPLE,
     alternates,
     bias_tensor,
     part_rows,
@@ -39,8 +40,7 @@ from xpuquant.formats.weights.decoded import Decoded, even_groups
 from xpuquant.formats.weights.integers import IntWeight, common_group_size, divide_groups
 
 GROUP_SIZES = (32, 64, 128, 256)
-N_MULTIPLE = 8
-"""C++ checks of the grouped GEMM (vllm-xpu-kernels csrc/xpu/grouped_gemm): N % 8 == 0, g in the list above."""
+"""C++ check of the grouped GEMM (vllm-xpu-kernels csrc/xpu/grouped_gemm)."""
 
 Experts = dict[str, list[IntWeight]]
 """Role → weight of each expert, in order."""
@@ -134,7 +134,7 @@ def _refusal(experts: Experts) -> str | None:
                 return "asymmetric experts have no XPU kernel (the grouped GEMM has no zero points)"
             if weight.act_order:
                 return "act-order experts have no XPU kernel (the grouped GEMM has no g_idx)"
-            if weight.N % N_MULTIPLE or weight.K % GROUP_SIZES[0]:
+            if weight.N % GEMM_N_MULTIPLE or weight.K % GROUP_SIZES[0]:
                 return f"{role} is [{weight.N}, {weight.K}]; the grouped GEMM needs N % 8 == 0, K % 32 == 0"
     return None
 

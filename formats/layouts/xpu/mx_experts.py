@@ -31,6 +31,7 @@ from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.layouts.stacks import (
     EXPERT_STACKS,
+    GEMM_N_MULTIPLE,
     alternates,
     bias_tensor,
     expert_bias,
@@ -53,9 +54,6 @@ from xpuquant.formats.weights.decoded import Decoded, even_groups
 from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight
 
 NIBBLES = {"U8": "e2m1"}
-
-N_MULTIPLE = 8
-"""C++ check of the grouped GEMM (vllm-xpu-kernels csrc/xpu/grouped_gemm)."""
 
 
 class MxExperts(Layout):
@@ -98,7 +96,7 @@ class MxExperts(Layout):
     def refusal(self, stack: ExpertStack, sources: list[FloatWeight]) -> str | None:
         """Why the kernel cannot take a stack of these source matrices, or None."""
         for source in sources:
-            if source.N % N_MULTIPLE or source.K % MX_GROUP:
+            if source.N % GEMM_N_MULTIPLE or source.K % MX_GROUP:
                 return f"an expert has [{source.N}, {source.K}]; the grouped GEMM needs N % 8 == 0, K % 32 == 0"
         return several_dtypes(sources)
 

@@ -19,7 +19,7 @@ from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Array, Checkpoint, S
 from xpuquant.formats.packing.plain import pack_nibbles
 from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported, weight_args
-from xpuquant.formats.readers.compressed_tensors.packed import ScaledInts, groups_fit, measure_zeros
+from xpuquant.formats.readers.compressed_tensors.packed import ScaledInts, groups_fit, measure_zero_points
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import CACHED_CODES, Arrays, FillRecipe, Recipe, Weight, row_blocks
 
@@ -76,7 +76,7 @@ class IntQuantized:
         args = fits[0]
         zero_point = parts.get("weight_zero_point")
         group_size = args.group_size or K
-        symmetric, fact = measure_zeros(checkpoint, args, N, -(-K // group_size), False, zero_point)
+        symmetric, fact = measure_zero_points(checkpoint, args, N, -(-K // group_size), False, zero_point)
         facts = [f"{args.bits}-bit codes stored as bytes, from the config", fact]
         if _ACTIVATION_SUFFIXES & parts.keys():
             facts.append("static activation scales dropped: XPU kernels quantize activations per token")

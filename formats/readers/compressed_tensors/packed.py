@@ -48,7 +48,7 @@ def packed_words(count: int, bits: int, padded: bool) -> int:
     return -(-count // (32 // bits)) if padded else -(-count * bits // 32)
 
 
-def unpack(words: Array, bits: int, count: int, padded: bool) -> Array:
+def unpack_offset_binary(words: Array, bits: int, count: int, padded: bool) -> Array:
     """uint8 `[n, count]` from uint32 `[n, P(count)]`, offset-binary as stored."""
     if not padded:
         return unpack_rows(words, bits, count)
@@ -85,8 +85,8 @@ class ScaledInts(SourceInts):
             stored = arrays[0]
             words = words_of_rows(self.bits, start, stop)
             if stored.dtype != np.int32 or self.padded or words is None:
-                return true_zeros(stored, self.bits, self.N, self.padded, name)[:, start:stop]
-            return true_zeros(stored[words], self.bits, stop - start, self.padded, name)
+                return offset_binary_zeros(stored, self.bits, self.N, self.padded, name)[:, start:stop]
+            return offset_binary_zeros(stored[words], self.bits, stop - start, self.padded, name)
 
         return Recipe((whole(self.zero_point),), build)
 
@@ -123,7 +123,7 @@ class PackedWeight(ScaledInts):
     def unpacked(self, stored: Array) -> Array:
         if self.bits == 4:
             return unpack_nibbles(stored.view(np.uint8))[:, : self.K]
-        return unpack(stored.view(np.uint32), self.bits, self.K, self.padded)
+        return unpack_offset_binary(stored.view(np.uint32), self.bits, self.K, self.padded)
 
     def _fill_codes(self, arrays: Arrays, out: Array) -> None:
         packed = arrays[0].view(np.uint32)
@@ -136,10 +136,10 @@ class PackedWeight(ScaledInts):
             if self.bits in (2, 3) and not self.padded:
                 spread_words(packed[first:last].T, self.bits, out[first:last].T)
             else:
-                out[first:last] = pack_nibbles(unpack(packed[first:last], self.bits, self.K, self.padded))
+                out[first:last] = pack_nibbles(unpack_offset_binary(packed[first:last], self.bits, self.K, self.padded))
 
 
-def true_zeros(stored: Array, bits: int, N: int, padded: bool, name: str) -> Array:
+def offset_binary_zeros(stored: Array, bits: int, N: int, padded: bool, name: str) -> Array:
     """uint8 `[G, N]` offset-binary zero points, from either generation of storage.
 
     Raises:
@@ -147,7 +147,7 @@ def true_zeros(stored: Array, bits: int, N: int, padded: bool, name: str) -> Arr
     """
     middle = 1 << (bits - 1)
     if stored.dtype != np.int8 and stored.shape != (1,):
-        return unpack(np.ascontiguousarray(stored.T).view(np.uint32), bits, N, padded)
+        return unpack_offset_binary(np.ascontiguousarray(stored.T).view(np.uint32), bits, N, padded)
     if stored.size and not (-middle <= int(stored.min()) and int(stored.max()) < middle):
         raise DamagedError(f"{name} holds {stored.min()} .. {stored.max()}, which are no {bits}-bit zero points")
     signed = np.broadcast_to(stored.reshape(-1, stored.shape[-1]), (N, stored.shape[-1]))
@@ -189,7 +189,7 @@ class PackQuantized:
         group_size = args.group_size or K
         groups_of = _act_order(checkpoint, g_idx, K, group_size)
         padded = packed.shape[1] != packed_words(K, args.bits, padded=False)
-        symmetric, fact = measure_zeros(checkpoint, args, N, -(-K // group_size), padded, zero_point)
+        symmetric, fact = measure_zero_points(checkpoint, args, N, -(-K // group_size), padded, zero_point)
         return [
             PackedWeight(
                 name=name,
@@ -264,7 +264,7 @@ def _act_order(checkpoint: Checkpoint, g_idx: Tensor | None, K: int, group_size:
     return groups.astype(np.min_scalar_type(-(-K // group_size)))
 
 
-def measure_zeros(
+def measure_zero_points(
     checkpoint: Checkpoint, args: WeightArgs, N: int, G: int, padded: bool, zero_point: Tensor | None
 ) -> tuple[bool, str]:
     """(symmetric, how that was decided).
@@ -281,7 +281,7 @@ def measure_zeros(
     stored = checkpoint.peek(zero_point)
     if stored is None:
         return args.symmetric, "zero points as the config says"
-    zeros = true_zeros(stored, args.bits, N, padded, zero_point.name)
+    zeros = offset_binary_zeros(stored, args.bits, N, padded, zero_point.name)
     if (zeros == 1 << (args.bits - 1)).all():
         return True, "symmetric, from the zero points"
     lie = ", although the config says symmetric" if args.symmetric else ""
