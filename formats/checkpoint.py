@@ -18,6 +18,9 @@ from xpuquant.formats.safetensors import Tensor
 
 Array = np.ndarray[Any, Any]
 
+COMPRESSED_TENSORS = frozenset({"compressed-tensors", "compressed_tensors"})
+"""Values of `quant_method` that the compressed-tensors library, and those who write for it, have used."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:

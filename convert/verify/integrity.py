@@ -21,7 +21,7 @@ from xpuquant.conversion.sources.repo_files import list_files, parse_json
 from xpuquant.conversion.verify.exactness import run_all
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
-from xpuquant.formats.readers.base import guarded
+from xpuquant.formats.guard import guarded
 from xpuquant.formats.scheme import FORMAT_VERSION, expand
 
 UNPROTECTED = ("README.md", ".gitattributes", ".gitignore")

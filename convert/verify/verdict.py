@@ -10,19 +10,12 @@ from functools import cached_property
 from typing import Any
 
 from xpuquant.errors import DamagedError, one_line
+from xpuquant.formats.guard import UNFORESEEN, show
 
 REFERENCE = "reference"
 """The float64 backend: it checks that the layout means what it should, not that a real kernel reads it so."""
 
-CONTRADICTIONS = (
-    DamagedError,
-    ArithmeticError,
-    AssertionError,
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-)
+CONTRADICTIONS = (DamagedError, *UNFORESEEN)
 """What decoding and computing raise where config and tensors contradict each other: a finding, not a crash."""
 
 
@@ -30,6 +23,7 @@ def contradiction(error: Exception) -> str:
     """What is wrong, on one line."""
     if isinstance(error, DamagedError):
         return str(error)
+    show(error)
     return one_line(f"its tensors are not what config.json says ({type(error).__name__}: {error})")
 
 

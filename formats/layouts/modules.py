@@ -22,9 +22,8 @@ from dataclasses import dataclass, field, replace
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import expert_of
-from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
+from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Checkpoint, Slice, whole
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.readers.compressed_tensors.config import METHODS
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.parts import join_rows
 
@@ -94,7 +93,7 @@ def halved(checkpoint: Checkpoint) -> bool | None:
     0.18) halve it. AutoRound undoes it (auto_round/modeling/fused_moe/gpt_oss.py).
     """
     config = checkpoint.quantization
-    if checkpoint.method not in METHODS:
+    if checkpoint.method not in COMPRESSED_TENSORS:
         return False
     if str(config.get("provider") or "").startswith("auto-round"):
         return False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from xpuquant.errors import DamagedError
@@ -46,20 +45,6 @@ class Reader(Protocol):
             DamagedError: tensors missing, or of shapes that contradict each other.
         """
         ...
-
-
-_STUMBLES = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
-@contextmanager
-def guarded(name: str) -> Iterator[None]:
-    """Turns what unforeseen input does to code (a division by 0, a text for a number) into a refusal that names the
-    module. The fuzz lane counts its uses, because each deserves a check that says more."""
-    try:
-        yield
-    except _STUMBLES as error:
-        said = f"{type(error).__name__}: {error}"
-        raise DamagedError(f"{name}: its tensors or what is said of it cannot be ({said})") from error
 
 
 def float_scale(scale: Tensor, dtypes: Sequence[str] = FLOATS) -> Tensor:

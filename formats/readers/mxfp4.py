@@ -15,10 +15,10 @@ from __future__ import annotations
 import re
 
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from xpuquant.formats.readers.autoround import module_overrides
 from xpuquant.formats.readers.base import Parts
-from xpuquant.formats.readers.compressed_tensors.config import METHODS, check_supported
+from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.readers.fp8 import SCALES, scale_of
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
@@ -102,7 +102,7 @@ def exponent_shift(checkpoint: Checkpoint) -> tuple[int, tuple[str, ...]]:
     """(what to add to stored exponents, the fact). The bytes themselves cannot reveal it: only the version can."""
     config = checkpoint.quantization
     version = str(config.get("version") or "")
-    if checkpoint.method not in METHODS or not version.startswith(_SHIFTED):
+    if checkpoint.method not in COMPRESSED_TENSORS or not version.startswith(_SHIFTED):
         return 0, ()
     if str(config.get("provider") or "").startswith("auto-round"):
         return 0, ()  # AutoRound packs by its own code, which never had the error.

@@ -1,7 +1,7 @@
 """How a checkpoint's tensors find their readers.
 
-Tensors are grouped by module (`P.qweight`, `P.scales`, ... belong to P); each group goes to the first reader that
-claims it from names, dtypes and shapes alone. The config is consulted by the reader for what tensors cannot say.
+Tensors are grouped by module (`P.qweight`, `P.scales`, ... belong to P). Each group goes to the one reader that claims
+it from names, dtypes and shapes alone. The config is asked, by that reader, for what tensors cannot say.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from xpuquant.errors import DamagedError, UnsupportedError, UsageError
 from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.guard import guarded
 from xpuquant.formats.readers import READERS
-from xpuquant.formats.readers.base import Parts, Reader, guarded
+from xpuquant.formats.readers.base import Parts
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 
@@ -38,21 +39,12 @@ def read(checkpoint: Checkpoint) -> Reading:
         UsageError: not a quantized checkpoint, or an unknown `quant_method`.
         DamagedError: a tensor is missing or misshapen.
     """
-    known = READERS
-    _check_method(checkpoint, known)
-    suffixes = frozenset[str]().union(*(reader.suffixes for reader in known), {"weight"})
-    modules: dict[str, dict[str, Tensor]] = {}
-    for tensor in checkpoint.tensors.values():
-        prefix, _, suffix = tensor.name.rpartition(".")
-        if suffix in suffixes:
-            modules.setdefault(prefix, {})[suffix] = tensor
+    _check_method(checkpoint)
     weights: list[Weight] = []
     refused: dict[str, str] = {}
-    for name, parts in modules.items():
-        if len(parts) == 1 and "weight" in parts and parts["weight"].dtype in _PLAIN:
-            continue
+    for name, parts in modules(checkpoint).items():
         with guarded(name):
-            reader = next((reader for reader in known if reader.claims(parts)), None)
+            reader = next((reader for reader in READERS if reader.claims(parts)), None)
         if reader is None:
             if _looks_quantized(parts):
                 shown = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(parts.items()))
@@ -74,6 +66,24 @@ def read(checkpoint: Checkpoint) -> Reading:
             f"nothing is quantized: config.json says '{checkpoint.method}'{also}, but no tensor is packed or scaled"
         )
     return Reading(tuple(weights), refused, rest)
+
+
+def modules(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """Module → suffix → tensor, in file order: what readers are asked about.
+
+    Suffixes that no format has are left out, and modules that are but a float `weight`.
+    """
+    suffixes = frozenset[str]().union(*(reader.suffixes for reader in READERS), {"weight"})
+    found: dict[str, dict[str, Tensor]] = {}
+    for tensor in checkpoint.tensors.values():
+        prefix, _, suffix = tensor.name.rpartition(".")
+        if suffix in suffixes:
+            found.setdefault(prefix, {})[suffix] = tensor
+    return {name: parts for name, parts in found.items() if not _is_plain(parts)}
+
+
+def _is_plain(parts: Parts) -> bool:
+    return len(parts) == 1 and "weight" in parts and parts["weight"].dtype in _PLAIN
 
 
 def _check_sound(name: str, parts: Parts) -> None:
@@ -100,13 +110,13 @@ def _looks_quantized(parts: Parts) -> bool:
     return any(tensor.dtype not in _PLAIN or suffix not in _PLAIN_NAMES for suffix, tensor in parts.items())
 
 
-def _check_method(checkpoint: Checkpoint, known: tuple[Reader, ...]) -> None:
+def _check_method(checkpoint: Checkpoint) -> None:
     if not checkpoint.quantization:
         raise UsageError(
             "no quantization config: config.json has no 'quantization_config' and there is no "
             "quantize_config.json; xpuquant converts quantized checkpoints, it does not quantize"
         )
-    methods = frozenset[str]().union(*(reader.methods for reader in known))
+    methods = frozenset[str]().union(*(reader.methods for reader in READERS))
     if checkpoint.method == "xpuquant":
         raise UsageError("this repo is already converted; use it as it is, or `xpuquant verify` it")
     if checkpoint.method and checkpoint.method not in methods:

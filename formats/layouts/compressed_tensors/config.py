@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import expert_of
-from xpuquant.formats.readers.compressed_tensors.config import METHODS
+from xpuquant.formats.checkpoint import COMPRESSED_TENSORS
 from xpuquant.formats.readers.patterns import matches
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import Scheme
@@ -90,7 +90,7 @@ def to_config(modules: Mapping[str, CtScheme], plain: Iterable[Shaped], source: 
     for name, scheme in modules.items():
         # What no config says: it is read off the tensors.
         groups.setdefault(replace(scheme, scale_dtype="", input_scale=False), []).append(name)
-    ours = str(source.get("quant_method") or "").lower() in METHODS
+    ours = str(source.get("quant_method") or "").lower() in COMPRESSED_TENSORS
     ignore = _ignored(modules, plain)
     if ours and isinstance(source.get("ignore"), list):
         ignore = list(dict.fromkeys([*ignore, *(str(name) for name in source["ignore"])]))

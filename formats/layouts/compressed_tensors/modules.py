@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.architecture import expert_of, fused_with, is_embedding
-from xpuquant.formats.checkpoint import Checkpoint, Slice, whole
+from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Checkpoint, Slice, whole
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import OutTensor, Piece
 from xpuquant.formats.layouts.compressed_tensors.config import activation_words
 from xpuquant.formats.layouts.fillers import FillBias
 from xpuquant.formats.layouts.modules import Linear, Module, halved, is_interleaved
-from xpuquant.formats.readers.compressed_tensors.config import METHODS, weight_args
+from xpuquant.formats.readers.compressed_tensors.config import weight_args
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import FloatWeight
 from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, Regrouping, regroup
@@ -159,7 +159,7 @@ def _activations(checkpoint: Checkpoint, weight: Weight) -> str:
         return "float8 tensor static"
     words = ""
     config = checkpoint.quantization
-    if checkpoint.method in METHODS:
+    if checkpoint.method in COMPRESSED_TENSORS:
         words = _of_group(checkpoint, weight.name)
         if not words:
             return ""

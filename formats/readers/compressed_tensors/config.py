@@ -16,8 +16,6 @@ from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.config_keys import overridden
 from xpuquant.formats.readers.patterns import check_count, matches
 
-METHODS = frozenset({"compressed-tensors", "compressed_tensors"})
-
 _SPARSE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, rows
+from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Array, Checkpoint, Slice, rows
 from xpuquant.formats.packing.plain import pack_nibbles
 from xpuquant.formats.readers.base import Parts, float_scale, need
-from xpuquant.formats.readers.compressed_tensors.config import METHODS, check_supported, weight_args
+from xpuquant.formats.readers.compressed_tensors.config import check_supported, weight_args
 from xpuquant.formats.readers.compressed_tensors.packed import ScaledInts, groups_fit, measure_zeros
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import CACHED_CODES, Arrays, FillRecipe, Recipe, Weight, row_blocks
@@ -53,7 +53,7 @@ class UnpackedWeight(ScaledInts):
 
 class IntQuantized:
     name = "compressed-tensors int"
-    methods = METHODS
+    methods = COMPRESSED_TENSORS
     suffixes = frozenset({"weight_scale", "weight_zero_point"}) | _ACTIVATION_SUFFIXES
 
     def claims(self, parts: Parts) -> bool:

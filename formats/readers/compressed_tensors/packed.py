@@ -20,11 +20,10 @@ from sys import intern
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, rows, whole
+from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Array, Checkpoint, Slice, rows, whole
 from xpuquant.formats.packing.plain import pack_nibbles, unpack_nibbles, unpack_rows
 from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import (
-    METHODS,
     WeightArgs,
     check_supported,
     weight_args,
@@ -157,7 +156,7 @@ def true_zeros(stored: Array, bits: int, N: int, padded: bool, name: str) -> Arr
 
 class PackQuantized:
     name = "compressed-tensors"
-    methods = METHODS
+    methods = COMPRESSED_TENSORS
     suffixes = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"})
 
     def claims(self, parts: Parts) -> bool:

@@ -7,16 +7,16 @@ sparse-bitmask    P.compressed, P.bitmask, P.shape, ...  2:4 or unstructured spa
 from __future__ import annotations
 
 from xpuquant.errors import UnsupportedError
-from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.readers.base import Parts
-from xpuquant.formats.readers.compressed_tensors.config import METHODS, check_supported
+from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.weights.base import Weight
 
 
 class Refused:
     name = "compressed-tensors"
-    methods = METHODS
+    methods = COMPRESSED_TENSORS
     suffixes = frozenset({"weight_scale", "compressed", "bitmask"})
 
     def claims(self, parts: Parts) -> bool:
