@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -51,7 +52,7 @@ def with_scales(source: Path, folder: Path, name: str, values: dict[int, float])
     return folder
 
 
-def converted(source: Path, out: Path, **options: str) -> Result:
+def converted(source: Path, out: Path, **options: Any) -> Result:
     return convert(open_source(str(source)), out, Options(**options), jobs=1)
 
 
