@@ -72,13 +72,9 @@ def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
             continue
         if kind == "kernels" and failing[kind]:
             what[kind] = what[kind].replace(", each noticed", "")
-        rows.append(
-            (
-                kind,
-                result + (f", {warned} warning{'s' * (warned > 1)}" if warned else ""),
-                what[kind] if done[kind] else "",
-            )
-        )
+        if warned:
+            result += f", {warned} warning{'s' * (warned > 1)}"
+        rows.append((kind, result, what[kind] if done[kind] else ""))
     return rows
 
 

@@ -30,9 +30,11 @@ def exactness(verdict: Verdict) -> str:
     decode, others = [], []
     if count := _matrices(sound, Claim.EXACT):
         decode.append(f"{count} matrices decode exactly to the source")
-    for dtype, members in by_rounding(sound, Claim.ROUNDED).items():
+    rounded = {_rounded(dtype, members): members for dtype, members in by_rounding(sound, Claim.ROUNDED).items()}
+    unknown = [checked for checked in sound if checked.claim is Claim.ROUNDED and checked.rounding is None]
+    for what, members in (rounded | ({"another dtype": unknown} if unknown else {})).items():
         verb = "" if decode else " matrices decode to the source"
-        decode.append(f"{_counted(members)}{verb} with scales rounded to {_rounded(dtype, members)}")
+        decode.append(f"{_counted(members)}{verb} with scales rounded to {what}")
     if count := _matrices(sound, Claim.RECORDED):
         decode.append(f"{count} matrices decode to what was recorded at conversion")
     for dtype, members in by_rounding(sound, Claim.RECORDED).items():

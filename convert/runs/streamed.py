@@ -39,6 +39,7 @@ from xpuquant.conversion.runs.local import (
 from xpuquant.conversion.sources.repo_files import parse_json
 from xpuquant.conversion.sources.streamed import StreamedSource
 from xpuquant.conversion.verify.context import Check, Origin
+from xpuquant.conversion.verify.exactness import claim_of
 from xpuquant.conversion.verify.run import sizes, verify_staged
 from xpuquant.conversion.verify.verdict import Checked, Verdict
 from xpuquant.conversion.write.execute import execute
@@ -246,7 +247,7 @@ class _Work:
             return Verdict(
                 name,
                 PRODUCER,
-                exact=[Checked(m.conversion.name, len(m.weights), None) for m in group.modules],
+                exact=[Checked(m.conversion.name, len(m.weights), None, claim=claim_of(m)) for m in group.modules],
             )
         plan = replace(self._plan, modules=group.modules, passed=group.passed, shards=group.shards)
         repo = Repo(

@@ -145,6 +145,13 @@ def _same_tensors(plan: Plan, repo: Repo) -> None:
             )
 
 
+def claim_of(planned: PlannedModule) -> Claim:
+    """What a check against the source shows of a module, where it finds nothing wrong."""
+    if planned.conversion.scheme is None:
+        return Claim.DEQUANTIZED
+    return Claim.EXACT if planned.conversion.rounded is None else Claim.ROUNDED
+
+
 class _ModuleCheck:
     """One module against the source: what its matrices have in common while they are compared."""
 
@@ -180,9 +187,8 @@ class _ModuleCheck:
         return self._checked(wrong, module_digest(stored, self._digests)), self._health.health
 
     def _checked(self, error: str | None, digest: str | None = None) -> Checked:
-        claim = Claim.EXACT if self._rounding is None else Claim.ROUNDED
         name, matrices = self._planned.conversion.name, len(self._planned.weights)
-        return Checked(name, matrices, error, digest, claim, self._rounding)
+        return Checked(name, matrices, error, digest, claim_of(self._planned), self._rounding)
 
     def _compare(self, weight: Weight, stored: Stored, matrix: Matrix) -> str | None:
         """The first difference of a matrix."""
@@ -298,7 +304,7 @@ def _check_dequantized(planned: PlannedModule, source: Source, repo: Repo, progr
     wrong = (_dequantized_error(weight, source, repo) for _, _, weight in planned.weights)
     error = next((one for one in wrong if one is not None), None)
     progress(planned.nbytes)
-    return Checked(planned.conversion.name, len(planned.weights), error, None, Claim.DEQUANTIZED)
+    return Checked(planned.conversion.name, len(planned.weights), error, None, claim_of(planned))
 
 
 def _dequantized_error(weight: Weight, source: Source, repo: Repo) -> str | None:

@@ -209,9 +209,8 @@ def _source_subjects(origin: Origin, repo: Repo) -> Iterator[Subject]:
                 layout = repo.layout(stored)
                 taken = layout.for_kernels(stored)
                 if taken is not None and (matrix.N, matrix.K) == (weight.N, weight.K):
-                    yield Subject(
-                        taken, layout, matrix, _source_rows(weight, origin.source, planned.conversion.rounded)
-                    )
+                    rows = _source_rows(weight, origin.source, planned.conversion.rounded)
+                    yield Subject(taken, layout, matrix, rows)
         except CONTRADICTIONS:
             continue  # exactness has reported it
 

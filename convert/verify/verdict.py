@@ -90,7 +90,8 @@ class Checked:
     error     None where everything is as it should be; otherwise the first difference
     digest    of the decoded form (see `convert/verify/digests.py`); None where nothing could be decoded
     claim     what the check shows where there is no error
-    rounding  of a module whose scales were rounded: now (`ROUNDED`), or when it was converted (`RECORDED`)
+    rounding  of a module whose scales were rounded: now (`ROUNDED`), or when it was converted (`RECORDED`); None where
+              that was not kept
     """
 
     name: str

@@ -188,6 +188,7 @@ def test_only_what_is_exact_is_called_so():
         ([rounded], "12 matrices decode to the source with scales rounded to float16 (238 of"),
         ([replace(rounded, rounding=Rounding("F16", 256))], "rounded to float16 (none of 256 scales changed)"),
         ([replace(rounded, claim=Claim.RECORDED)], "12 matrices decode to what was recorded at conversion, 12 of them"),
+        ([replace(rounded, rounding=None)], "12 matrices decode to the source with scales rounded to another dtype"),
         ([replace(rounded, error="differs")], "1 modules or tensors differ"),
         ([], "no matrices"),
     ):
