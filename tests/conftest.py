@@ -55,7 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for start, marker in MARKERS.items():
             if name.startswith(start):
                 item.add_marker(marker)
-        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "vllm_xpu":
+        callspec = getattr(item, "callspec", None)
+        if callspec and callspec.params.get("backend") == "vllm_xpu":
             item.add_marker("gpu")
 
 
