@@ -10,7 +10,7 @@ import pytest
 from support.checkpoints import FIXTURES
 from support.ints import DOWN, Ints, Pico, ct_config, ints, pack_quantized
 
-from xpuquant.conversion.sources.base import read_slice
+from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.formats import packing
 from xpuquant.formats.checkpoint import rows
@@ -24,7 +24,7 @@ from xpuquant.formats.weights.parts import IntRows, JoinedIntRows, RowStride, jo
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
 
 
-def matrices(source: LocalSource) -> list[Weight]:
+def matrices(source: Source) -> list[Weight]:
     """One matrix of each kind and role, as they stand in the modules."""
     found: dict[tuple[str, str, type], Weight] = {}
     reading = read(source.checkpoint)
@@ -36,7 +36,7 @@ def matrices(source: LocalSource) -> list[Weight]:
     return list(found.values())
 
 
-def made(source: LocalSource, recipe: Recipe):
+def made(source: Source, recipe: Recipe):
     return recipe.build([read_slice(source, part) for part in recipe.inputs])
 
 
@@ -79,7 +79,7 @@ def test_the_fast_path_does_need_its_loops(without_loops):
         words(source, weight, 0, weight.N)
 
 
-def two_matrices(folder, first: Ints, second: Ints) -> tuple[LocalSource, IntWeight, IntWeight]:
+def two_matrices(folder, first: Ints, second: Ints) -> tuple[Source, IntWeight, IntWeight]:
     """Asymmetric matrices as a compressed-tensors source has them."""
     up = DOWN.replace("down", "up")
     tensors = {name: pack_quantized(weight) for name, weight in ((DOWN, first), (up, second))}
@@ -89,7 +89,7 @@ def two_matrices(folder, first: Ints, second: Ints) -> tuple[LocalSource, IntWei
     return source, a, b
 
 
-def words(source: LocalSource, weight: IntWeight, start: int, stop: int):
+def words(source: Source, weight: IntWeight, start: int, stop: int):
     recipe, out = weight.words(start, stop), np.empty((stop - start, weight.K // 8), np.uint32)
     recipe.build([read_slice(source, part) for part in recipe.inputs], out)
     return out
