@@ -1,7 +1,7 @@
 """What a reader may see of a source checkpoint: its config, its headers, and a peek at small tensors.
 
-A reader never opens a file. Whoever made the `Checkpoint` (convert/sources/base.py, a Hub source, a test) decides
-where `peek` gets its bytes from, or that it cannot (None).
+A reader never opens a file. Whoever makes the `Checkpoint` (a source in `convert/sources/`, a test) decides where
+`peek` gets its bytes from, or that it has none (None).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Slice:
         return [(first + row * pitch, length) for row in range(rows)]
 
     def inside(self, outer: Slice, array: Array) -> Array:
-        """The view that is this slice, of the array of a slice that contains it along the same axis."""
+        """This slice as a view of `array`, which holds the wider slice `outer` of the same tensor and axis."""
         window = slice(self.start - outer.start, self.stop - outer.start)
         return array[(slice(None),) * self.axis + (window,)]
 

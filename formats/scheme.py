@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 class Scheme:
     """How one module is stored. Notation: weight `[N, K]` = [out, in].
 
-    layout       file of `formats/` that holds the contract: `int4_linear`, `int4_experts`, `fp8_linear`,
+    layout       the on-disk contract, defined in `formats/layouts/`: `int4_linear`, `int4_experts`, `fp8_linear`,
                  `fp8_experts`, `mxfp4_linear`, `mxfp4_experts`, `mxfp8_linear`, `mxfp8_experts`
     granularity  what one scale covers: `group` (along K), `tensor`, `channel` (one per n), `block`
     group_size   elements of K per scale (`group`, and the K side of `block`); 0 otherwise

@@ -13,7 +13,8 @@ import numpy as np
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.base import Array, Layer
 
-# OCP MX 1.0, table 5: E2M1 by its code, sign in the high bit.
+# OCP MX 1.0, table 5: E2M1 by its code, sign in the high bit. This table and `_nibbles` are not shared with
+# formats/weights/decoded.py and xpuquant/layers.py, so that a mistake in one is found by the others.
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
 

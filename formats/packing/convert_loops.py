@@ -1,7 +1,7 @@
 """The conversion's inner loops: nibbles and bytes from the order of a source into that of a layout.
 
 Each works tile by tile, so that what is read and written stays in the first-level cache. Nothing here is shared with
-the verification, whose loops are in `_unpacking.py`.
+`verify_loops.py`: the two check each other.
 """
 
 from __future__ import annotations

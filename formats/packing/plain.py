@@ -1,6 +1,7 @@
-"""Bit packing by its plain definition, as arithmetic on numpy arrays: a little-endian bit stream, for any width.
+"""Codes in words by the plain definition: a little-endian bit stream, for any width, as arithmetic on numpy arrays.
 
-The verification and the readers of rare packings use these; the conversion's fast paths are in `_packing.py`.
+Verification decodes with these, and readers of rare packings convert with them. The conversion's fast paths are in
+`convert_loops.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NIBBLE_ONES = np.uint32(0x11111111)
 """Times a number below 16: that number in each of the eight nibbles."""
 
 _COMPILED_WORDS = 1 << 14
-"""From so many words on, what numpy would take an odd width apart in is worth the import of the compiled loop."""
+"""From so many words on, the compiled loop saves more time on 2 and 3 bits than its import takes."""
 
 
 def unpack_rows(words: Array, bits: int, count: int) -> Array:
@@ -61,8 +62,11 @@ _PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 
 
 def unpack_planar(words: Array, bits: int, count: int) -> Array:
-    """uint8 `[n, count]` of the planar packing: every 32 values take `bits` words, one run of words per bit
-    plane; in a plane of width w, value i*(32/w)+j is field j of word i. Other widths are plain streams."""
+    """uint8 `[n, count]` from uint32 words of GPTQModel's planar packing.
+
+    Every 32 values take `bits` words: one run of words for each plane of their bits. In a plane of width w, field j of
+    word i belongs to value `i * 32 / w + j`. Widths that divide 32 are plain streams.
+    """
     if bits not in _PLANES:
         return unpack_rows(words, bits, count)
     blocks = words.reshape(len(words), -1, bits)
@@ -73,17 +77,6 @@ def unpack_planar(words: Array, bits: int, count: int) -> Array:
         values |= (unpack_rows(plane, width, 32) << low).reshape(values.shape)
         first, low = first + width, low + width
     return values.reshape(len(words), -1)[:, :count]
-
-
-def pack_rows(values: Array, bits: int) -> Array:
-    """uint32 `[n, ceil(count * bits / 32)]`: the inverse of `unpack_rows`; unused high bits are 0."""
-    n, count = values.shape
-    stream = np.unpackbits(values.astype(np.uint8)[:, :, None], axis=2, count=bits, bitorder="little")
-    total = -(-count * bits // 32) * 32
-    padded = np.zeros((n, total), np.uint8)
-    padded[:, : count * bits] = stream.reshape(n, count * bits)
-    packed = np.packbits(padded, axis=1, bitorder="little")
-    return np.ascontiguousarray(packed).view("<u4").astype(np.uint32)
 
 
 def pack_nibbles(values: Array) -> Array:

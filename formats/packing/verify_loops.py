@@ -1,6 +1,6 @@
 """The verification's inner loops: codes out of words, one to a byte, by the definition of each packing.
 
-Nothing here is shared with the conversion, whose loops are in `_packing.py`: the two check each other.
+Nothing here is shared with the conversion, whose loops are in `convert_loops.py`: the two check each other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Array = np.ndarray[Any, Any]
 
 @compiled
 def copy_columns(array: Array, out: Array, step: int) -> None:
-    """`out[i, j] = array[i, j]`, for an array that lies by columns: `step` of them are followed downwards at a time."""
+    """`out[i, j] = array[i, j]`, `step` columns at a time: for a source whose columns are contiguous."""
     height, width = array.shape
     for left in range(0, width, step):
         for i in range(height):

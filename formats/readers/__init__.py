@@ -6,9 +6,9 @@ A new format is a file with a class that meets `base.Reader`, and a line below.
 from xpuquant.formats.readers.autoround import AutoRound
 from xpuquant.formats.readers.awq import Awq
 from xpuquant.formats.readers.base import Reader
-from xpuquant.formats.readers.compressed_tensors.integers import IntQuantized
 from xpuquant.formats.readers.compressed_tensors.packed import PackQuantized
 from xpuquant.formats.readers.compressed_tensors.refused import Refused
+from xpuquant.formats.readers.compressed_tensors.unpacked import IntQuantized
 from xpuquant.formats.readers.fp8 import Fp8
 from xpuquant.formats.readers.fp8_fused import Fp8Fused
 from xpuquant.formats.readers.gpt_oss import GptOss

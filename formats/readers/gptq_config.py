@@ -16,8 +16,14 @@ _V1, _V2, _PLANAR = "gptq", "gptq_v2", "gptq_p"
 
 @dataclass(frozen=True)
 class GptqConfig:
-    """bits, group_size (-1: one group of K), sym (None: not said), desc_act; zeros_minus_one: the label says v1;
-    planar: bit planes; writer: `auto-round`, `gptqmodel`, or empty where the config does not say."""
+    """What the config says of one module.
+
+    group_size       columns of K per scale; -1 for one group of all
+    sym              None where the config does not say
+    zeros_minus_one  the label is v1: zero points are stored minus one
+    planar           the label is GPTQModel's planar packing
+    writer           `auto-round`, `gptqmodel`, or empty where the config does not say
+    """
 
     bits: int
     group_size: int

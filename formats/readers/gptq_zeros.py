@@ -1,4 +1,4 @@
-"""Zero points of GPTQ files: which of two conventions, and are they zero points at all.
+"""Zero points of GPTQ files: by which of two conventions they are stored, and whether all are the middle.
 
 v1 (`checkpoint_format: gptq`) stores z - 1, v2 (`gptq_v2`, `gptq_p`) stores z. The label is often wrong (Qwen's own
 GPTQ repos store v2 and claim v1: vLLM pull 26092), but a symmetric checkpoint shows it: every field is 2^(b-1) - 1

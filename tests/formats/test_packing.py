@@ -18,7 +18,6 @@ from xpuquant.formats.packing.convert_loops import (
 )
 from xpuquant.formats.packing.plain import (
     pack_nibbles,
-    pack_rows,
     unpack_nibbles,
     unpack_planar,
     unpack_rows,
@@ -30,6 +29,17 @@ ZERO_TO_SEVEN = np.arange(8, dtype=np.uint8)[None]
 
 def random_codes(bits: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 1 << bits, shape, np.uint8)
+
+
+def pack_rows(values: np.ndarray, bits: int) -> np.ndarray:
+    """uint32 `[n, ceil(count * bits / 32)]`: the inverse of `unpack_rows`; unused high bits are 0."""
+    n, count = values.shape
+    stream = np.unpackbits(values.astype(np.uint8)[:, :, None], axis=2, count=bits, bitorder="little")
+    total = -(-count * bits // 32) * 32
+    padded = np.zeros((n, total), np.uint8)
+    padded[:, : count * bits] = stream.reshape(n, count * bits)
+    packed = np.packbits(padded, axis=1, bitorder="little")
+    return np.ascontiguousarray(packed).view("<u4").astype(np.uint32)
 
 
 def test_nibbles_go_in_low_first():
