@@ -8,10 +8,11 @@ from xpuquant.kernels.base import Backend
 from xpuquant.kernels.ipex import Ipex
 from xpuquant.kernels.onednn.backend import OneDNN
 from xpuquant.kernels.reference import Reference
+from xpuquant.kernels.shipped.backend import Shipped
 from xpuquant.kernels.torch_native import TorchNative
 from xpuquant.kernels.vllm_xpu import VllmXpu
 
-BACKENDS: tuple[Backend, ...] = (Reference(), OneDNN(), VllmXpu(), Ipex(), Ark(), TorchNative())
+BACKENDS: tuple[Backend, ...] = (Reference(), OneDNN(), VllmXpu(), Ipex(), Ark(), Shipped(), TorchNative())
 """Every backend, whether or not it can run here. None of them imports a heavy library before it is asked to."""
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.shipped.device import aligned, cpu, placed
+from xpuquant.kernels.shipped.portable import portable
 from xpuquant.kernels.shipped.wheel import Wheel
 
 Array = np.ndarray[Any, Any]
@@ -27,6 +29,13 @@ _SYCL = {
 }
 _FP8 = {"F8_E4M3": "13Float8_e4m3fn", "F8_E5M2": "11Float8_e5m2"}
 _FP8_DTYPES = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+# The B_DTYPE of gemm_xe2.hpp by layout and granularity.
+_KINDS = {("int4_experts", ""): 1, ("mxfp4_experts", ""): 2, ("mxfp8_experts", ""): 4}
+_FP8_KINDS = {"tensor": 3, "block": 5}
+_CUTLASS = {"float16": "6half_t", "bfloat16": "10bfloat16_t"}
+_CUTLASS_FP8 = {"float8_e4m3fn": "12float_e4m3_t", "float8_e5m2": "12float_e5m2_t"}
+_POSITION_OF_GROUP = 7
+_GEMM = "libgrouped_gemm_xe_2"
 _EPSILON = np.float32(1e-10)
 
 GATED = ("silu", "gelu", "gelu_tanh")
@@ -34,16 +43,22 @@ GATED = ("silu", "gelu", "gelu_tanh")
 
 
 @functools.cache
-def _kernel(wheel: Wheel, library: str, name: str) -> Any:
-    return cpu().kernel(wheel.module(library, name), name)
+def _kernel(wheel: Wheel, library: str, name: str, group: int) -> Any:
+    """A kernel, built once; the grouped GEMM's for one group size, which cuts the time to build it to a quarter."""
+    module, source = wheel.module(library, name), ""
+    if group:
+        module = module.specialized(name, {_POSITION_OF_GROUP: group})
+    if library == _GEMM:
+        module, source = portable(module)
+    return cpu().kernel(module, name, source)
 
 
-def _run(wheel: Wheel, library: str, name: str, arguments: list[Any], group: int, groups: int) -> None:
+def _run(wheel: Wheel, library: str, name: str, arguments: list[Any], items: int, groups: int, group: int = 0) -> None:
     """Launch, after checking the number of arguments against the kernel's own signature."""
     expected = wheel.module(library, name).parameters(name)
     if len(expected) != len(arguments):
         raise TypeError(f"{name} of {wheel} takes {len(expected)} arguments, not {len(arguments)}: {expected}")
-    cpu().launch(_kernel(wheel, library, name), arguments, group, groups)
+    cpu().launch(_kernel(wheel, library, name, group), arguments, items, groups)
 
 
 def mxfp4_quantize(wheel: Wheel, x: Array, *, vectorized: bool = True) -> tuple[Array, Array]:
@@ -120,7 +135,7 @@ def gated(wheel: Wheel, name: str, gate_up: Array) -> Array:
 
     Args:
         wheel: whose kernel.
-        name: "silu", "gelu", "gelu_tanh", "swigluoai" (1.702 and 7.0, as the fused MoE passes them), "swiglustep" (7.0).
+        name: "silu", "gelu", "gelu_tanh"; "swigluoai" (with 1.702 and 7.0), "swiglustep" (with 7.0).
         gate_up: in the dtype of the model.
     """
     M, I = gate_up.shape[0], gate_up.shape[1] // 2
@@ -231,3 +246,50 @@ def reorder_mx_scales(wheel: Wheel, scales: Array, rows_per_expert: Array) -> Ar
     arguments = [placed(scales), out, counts, first, to, np.int32(columns), np.int32(E)]
     _run(wheel, "_moe_C", copy, arguments, 256, -(-padded // 64))
     return out
+
+
+def grouped_gemm(
+    wheel: Wheel, scheme: Scheme, x: Array, weight: Array, scale: Array, rows: Array, bias: Array | None = None
+) -> Array:
+    """`cutlass_grouped_gemm_interface` (xpu/grouped_gemm/xe_2/grouped_gemm_xe2_interface.hpp) on the bytes of a stack.
+
+    Args:
+        wheel: whose kernel.
+        scheme: of the experts.
+        x: float16 or bfloat16 `[M, K]`, the rows of expert 0 first.
+        weight: as stored: uint8 `[E, N, K/2]`, or fp8 `[E, K, N]`.
+        scale: as stored; for int4 in the dtype of x.
+        rows: int32 `[E]`, how many rows each expert has.
+        bias: `[E, N]` in the dtype of x.
+
+    Returns:
+        `[M, N]` in the dtype of x. KeyError where the wheel has no instance.
+    """
+    E, (M, K) = len(weight), x.shape
+    packed = weight.dtype == np.uint8
+    N = weight.shape[1] if packed else weight.shape[2]
+    policy, items = _policy(packed, M // E)
+    kind = _FP8_KINDS[scheme.granularity] if scheme.layout == "fp8_experts" else _KINDS[scheme.layout, ""]
+    element = "tEh" if packed else _CUTLASS_FP8[weight.dtype.name]
+    parts = (_CUTLASS[x.dtype.name], element, f"ENS_{len(policy)}{policy}E", f"B_DTYPEE{kind}E")
+    name = wheel.named(_GEMM, *parts)
+    group = scheme.group_size if kind != _FP8_KINDS["tensor"] else 0
+    out, counter = aligned((M, N), x.dtype), aligned((1,), np.int32)
+    pointers = [placed(x), placed(weight), placed(scale), None if bias is None else placed(bias), out]
+    sizes = [np.int32(E), *([np.int32(group)] if group else []), np.int32(N), np.int32(K)]
+    arguments = [*pointers, placed(rows.astype(np.int32)), *sizes, counter, cpu().local(4)]
+    # One work group walks all tiles: with more, the first resets the counter that the others may have used by then.
+    _run(wheel, _GEMM, name, arguments, items, 1, group)
+    return out
+
+
+def _policy(packed: bool, average: int) -> tuple[str, int]:
+    """The tile that the host chooses by the average number of rows, and its work items."""
+    if packed:
+        limits, last = (
+            [(4, "w4a16_policy_m_8"), (8, "w4a16_policy_m_16"), (128, "w4a16_policy_m_32")],
+            ("w4a16_policy", 512),
+        )
+    else:
+        limits, last = [(8, "w8a16_policy_m_16"), (32, "w8a16_policy_m_32")], ("w8a16_policy", 128)
+    return next(((name, 64) for limit, name in limits if average <= limit), last)

@@ -27,8 +27,10 @@ CONSTANT_FUNCTION_POINTER = 5600  # SPV_INTEL_function_pointers
 
 # Instructions of a function body without a result.
 _NO_RESULT = frozenset(
-    [0, 8, 56, 62, 63, 64, 224, 225, 228, 246, 247, 249, 250, 251, 252, 253, 254, 255, 256, 257, 260, 317, 319]
-    + [5576, 5578, 5630, 6142, 6143]  # subgroup block writes, assume, split barriers
+    [
+        *(0, 8, 56, 62, 63, 64, 224, 225, 228, 246, 247, 249, 250, 251, 252, 253, 254, 255, 256, 257, 260, 317, 319),
+        *(5576, 5578, 5630, 6142, 6143),  # subgroup block writes, assume, split barriers
+    ]
 )
 # Results that have no type before them: labels, types, imports, strings, alias scopes.
 _UNTYPED_RESULT = frozenset([7, 11, 73, LABEL, *range(19, 40), 5911, 5912, 5913, 5609])
@@ -222,8 +224,8 @@ def entry_names(data: bytes) -> list[str]:
 def find(data: bytes) -> Iterator[tuple[int, int]]:
     """(start, stop) of every module inside a file.
 
-    A module begins with the magic word, version 1.x, schema 0 and a capability, and ends after the OpFunctionEnd that no
-    OpFunction follows.
+    A module begins with the magic word, version 1.x, schema 0 and a capability. It ends after the OpFunctionEnd that
+    no OpFunction follows.
     """
     magic, start = _MAGIC.to_bytes(4, "little"), 0
     while (start := data.find(magic, start)) >= 0:

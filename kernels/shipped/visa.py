@@ -1,16 +1,15 @@
 """Inline vISA of the shipped kernels as OpenCL C that a CPU compiles.
 
-The grouped GEMM has its loads, stores, matrix products and number conversions in blocks of vISA, the assembly of Intel's
-GPUs. Each becomes a function of the same meaning, translated instruction by instruction: nothing here knows what
-a nibble or a scale is.
+The grouped GEMM has its loads, stores, matrix products and number conversions in blocks of vISA, the assembly of
+Intel's GPUs. Each becomes a function of the same meaning, translated instruction by instruction: nothing here knows
+what a nibble or a scale is.
 
 Registers: a variable with n elements of S bytes per lane lies element by element, 16 lanes side by side: element i of
-lane l is byte (16·i + l)·S. A function collects its operands from all lanes into that order, runs the block on them, and
-keeps the bytes of its own lane. A register is 64 bytes (Xe2); an operand `V(r,c)<v;w,h>` is element c of register r and on:
-element e of an instruction is at c + (e / w)·v + (e % w)·h.
+lane l is byte (16·i + l)·S. A function collects its operands from all lanes into that order, runs the block on them,
+and keeps the bytes of its own lane. A register is 64 bytes (Xe2). An operand `V(r,c)<v;w,h>` begins at element c of
+register r; element e of an instruction is (e / w)·v + (e % w)·h further on.
 
-Source: the vISA specification in intel-graphics-compiler, documentation/visa (instructions and "Operands"), and for blocks
-of memory its `LSC_LOAD_BLOCK2D` (instructions/LSC_UNTYPED.md, "Block2D").
+Source: the vISA documentation of intel-graphics-compiler (documentation/visa).
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ typedef float __attribute__((may_alias)) f32;
 typedef struct { ulong base; uint width, height, pitch; int x, y; } payload;
 
 /* Address records of 2-D blocks: sizes are given less one; the record lies where the caller says. */
-uchar *shipped_payload(uchar *p, ulong base, uint width, uint height, uint pitch, uint x, uint y, uint w, uint h, uint n)
+uchar *shipped_payload(
+    uchar *p, ulong base, uint width, uint height, uint pitch, uint x, uint y, uint w, uint h, uint n)
 {
     payload *q = (payload *)p;
     q->base = base; q->width = width + 1; q->height = height + 1; q->pitch = pitch + 1; q->x = (int)x; q->y = (int)y;
@@ -79,11 +79,19 @@ ushort shipped_to_bf(float value) { return to_bf(value); }
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """An operand of a block: `elements` of `size` bytes per lane; `uniform` ones are the same in all lanes."""
+    """An operand of a block.
+
+    Attributes:
+        elements: per lane.
+        size: bytes of one.
+        uniform: the same in all lanes.
+        read: False for a result without a first value.
+    """
 
     elements: int
     size: int
     uniform: bool = False
+    read: bool = True
 
     @property
     def bytes(self) -> int:
@@ -127,8 +135,9 @@ def function(name: str, text: str, operands: list[Operand | int | None]) -> str 
 def _block2d(text: str, operands: list[Operand | int | None]) -> str:
     """A load or store of one or more blocks; what lies outside of the surface reads as zero and is not written.
 
-    In registers a block's rows follow each other, their length rounded up to a power of two; transposed, its columns do.
-    Transformed, each group of rows that fills 4 bytes is interleaved column by column. A block begins at a register.
+    In registers a block's rows follow each other, their length rounded up to a power of two; transposed, its columns
+    do. Transformed, each group of rows that fills 4 bytes is interleaved column by column. A block begins at a
+    register.
     """
     shape = re.search(r":d(\d+)\.(?:(\d+)x)?(\d+)x(\d+)([nt])([nt])", text)
     address = re.search(r"flat\[\$(\d)\+\(0,0\)\]", text)
@@ -170,10 +179,10 @@ def _power(n: int) -> int:
 
 
 def _dpas(text: str, operands: list[Operand | int | None]) -> str:
-    """D += A·B, D float [rows, 16]; A [rows, 16] in registers of two to a dword; B [16, 16] with pairs of rows in a dword.
+    """D += A·B: D float `[rows, 16]`, A `[rows, 16]` row by row, B `[16, 16]` with pairs of rows in a dword.
 
-    Products of 16-bit floats are exact in float32; they are added one after the other. How the hardware orders and rounds
-    the sums within one instruction is not published.
+    Products of 16-bit floats are exact in float32; they are added one after the other. In which order the hardware
+    adds them within one instruction, and how it rounds between, is not known here.
     """
     match = re.search(r"dpas\.(\w+)\.(\w+)\.8\.(\d+)", text)
     if match is None or match[1] != match[2] or match[1] not in ("hf", "bf"):
@@ -182,7 +191,8 @@ def _dpas(text: str, operands: list[Operand | int | None]) -> str:
     first, second = operands[1], operands[2]
     assert isinstance(first, Operand) and isinstance(second, Operand)
     return f"""    private f32 *d = (private f32 *)v0;
-    uchar f1[{first.bytes * LANES}] __attribute__((aligned(64))), f2[{second.bytes * LANES}] __attribute__((aligned(64)));
+    uchar f1[{first.bytes * LANES}] __attribute__((aligned(64)));
+    uchar f2[{second.bytes * LANES}] __attribute__((aligned(64)));
     collect(f1, v1, {first.elements}, {first.size});
     collect(f2, v2, {second.elements}, {second.size});
     private u16 *a = (private u16 *)f1, *b = (private u16 *)f2;
@@ -197,42 +207,39 @@ def _dpas(text: str, operands: list[Operand | int | None]) -> str:
 
 def _arithmetic(text: str, operands: list[Operand | int | None]) -> str:
     """A block of elementwise instructions."""
-    lines, written = [], []
+    lines = []
     for index, operand in enumerate(operands):
-        if isinstance(operand, Operand):
-            size = operand.bytes * (1 if operand.uniform else LANES)
-            lines.append(f"uchar f{index}[{size}] __attribute__((aligned(64)));")
-            if operand.uniform:
-                lines.append(f"for (int b = 0; b < {size}; ++b) f{index}[b] = v{index}[b];")
-            else:
-                lines.append(f"collect(f{index}, v{index}, {operand.elements}, {operand.size});")
-    variables: dict[str, tuple[str, str]] = {}
-    for line in (raw.strip() for raw in text.splitlines()):
-        if not line or line in "{}":
+        if not isinstance(operand, Operand):
             continue
+        size = operand.bytes * (1 if operand.uniform else LANES)
+        lines.append(f"uchar f{index}[{size}] __attribute__((aligned(64)));")
+        if operand.uniform:
+            lines.append(f"for (int b = 0; b < {size}; ++b) f{index}[b] = v{index}[b];")
+        elif operand.read:
+            lines.append(f"collect(f{index}, v{index}, {operand.elements}, {operand.size});")
+    kinds: dict[str, str] = {}
+    for line in (raw.strip() for raw in text.splitlines()):
         if line.startswith(".decl"):
-            lines += _declare(line, variables)
-        else:
-            lines.append(_instruction(line, variables))
-    for index, operand in enumerate(operands):
-        if isinstance(operand, Operand) and not operand.uniform:
-            lines.append(f"keep(v{index}, f{index}, {operand.elements}, {operand.size});")
-            written.append(index)
-            break  # $0 is the result
+            lines += _declare(line, kinds)
+        elif line not in ("", "{", "}"):
+            lines.append(_instruction(line, kinds))
+    result = operands[0]
+    assert isinstance(result, Operand)
+    lines.append(f"keep(v0, f0, {result.elements}, {result.size});")
     return "\n".join("    " + line for line in lines)
 
 
-def _declare(line: str, variables: dict[str, tuple[str, str]]) -> list[str]:
+def _declare(line: str, kinds: dict[str, str]) -> list[str]:
     match = re.match(r"\.decl\s+(\w+)\s+v_type=(\w)(?:\s+type=(\w+))?\s+num_elts=(\d+)(?:.*alias=<\$(\d),0>)?", line)
     if match is None:
         raise NotImplementedError(line)
     name, group, kind, count, alias = match.groups()
     if group == "P":
-        variables[name] = ("P", name)
+        kinds[name] = "P"
         return [f"uchar {name}[{count}];"]
     kind = kind.upper()
     c = _C_TYPES[kind]
-    variables[name] = (kind, name)
+    kinds[name] = kind
     if alias is not None:
         return [f"private {c} *{name} = (private {c} *)f{alias};"]
     return [f"{c} {name}[{count}];"]
@@ -242,27 +249,25 @@ _INSTRUCTION = re.compile(r"(?:\((\w+)\)\s*)?([\w.]+)\s+\(M1(?:_NM)?,\s*(\d+)\)\
 _OPERAND = re.compile(r"(?:\(abs\))?(\w+)\((\d+),(\d+)\)<(?:(\d+);(\d+),)?(\d+)>")
 
 
-def _instruction(line: str, variables: dict[str, tuple[str, str]]) -> str:
+def _instruction(line: str, kinds: dict[str, str]) -> str:
     match = _INSTRUCTION.match(line)
     if match is None:
         raise NotImplementedError(line)
     predicate, opcode, width, rest = match.groups()
     target, *sources = rest.split()
-    values = [_value(source, variables) for source in sources]
+    values = [_value(source, kinds) for source in sources]
     if opcode.startswith("cmp."):
         comparison = {"ge": ">=", "gt": ">", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}[opcode[4:]]
         statement = f"{target}[e] = {values[0]} {comparison} {values[1]};"
     else:
-        kind, place = _place(target, variables)
-        statement = f"{place} = {_stored(kind, _result(opcode, kind, values, sources, variables, line))};"
+        kind, place = _place(target, kinds)
+        statement = f"{place} = {_stored(kind, _result(opcode, values, line))};"
     if predicate:
         statement = f"if ({predicate}[e]) {statement}"
     return f"for (int e = 0; e < {width}; ++e) {statement}"
 
 
-def _result(
-    opcode: str, kind: str, values: list[str], sources: list[str], variables: dict[str, tuple[str, str]], line: str
-) -> str:
+def _result(opcode: str, values: list[str], line: str) -> str:
     if opcode.startswith("bfn.x"):
         return _boolean(int(opcode[5:], 16), values)
     if opcode == "fcvt":  # from UB: E5M2, the upper byte of a half
@@ -287,25 +292,25 @@ def _boolean(table: int, values: list[str]) -> str:
     return " | ".join(terms)
 
 
-def _place(text: str, variables: dict[str, tuple[str, str]]) -> tuple[str, str]:
+def _place(text: str, kinds: dict[str, str]) -> tuple[str, str]:
     """The type of an operand, and its element e as C."""
     match = _OPERAND.match(text)
     if match is None:
         raise NotImplementedError(text)
     name, row, column, vertical, width, horizontal = match.groups()
-    kind = variables[name][0]
+    kind = kinds[name]
     first = int(row) * _REGISTER // _SIZES[kind] + int(column)
     index = f"e * {horizontal}" if vertical is None else f"e / {width} * {vertical} + e % {width} * {horizontal}"
     return kind, f"{name}[{first} + {index}]"
 
 
-def _value(text: str, variables: dict[str, tuple[str, str]]) -> str:
+def _value(text: str, kinds: dict[str, str]) -> str:
     """A source as a C value: float for HF, BF and F, an integer for the others."""
     immediate = re.fullmatch(r"(0x[0-9A-Fa-f]+|\d+):(\w+)", text)
     if immediate is not None:
         number, kind = immediate[1], immediate[2].upper()
         return {"HF": f"from_hf({number})", "F": f"as_float({number}u)"}.get(kind, f"{number}u")
-    kind, place = _place(text, variables)
+    kind, place = _place(text, kinds)
     value = {"HF": f"from_hf({place})", "BF": f"from_bf({place})"}.get(kind, place)
     return f"fabs({value})" if text.startswith("(abs)") else value
 

@@ -59,7 +59,8 @@ def folder() -> Path:
     return Path(os.environ.get("XPUQUANT_SHIPPED_WHEELS") or Path(sys.prefix) / "wheels")
 
 
-def found() -> list[Wheel]:
+@functools.cache
+def found() -> tuple[Wheel, ...]:
     """The wheels in `folder`, oldest version first."""
     wheels = [Wheel(path) for path in folder().glob("vllm_xpu_kernels-*.whl")]
-    return sorted(wheels, key=lambda wheel: [int(part) for part in wheel.version.split(".")])
+    return tuple(sorted(wheels, key=lambda wheel: [int(part) for part in wheel.version.split(".")]))

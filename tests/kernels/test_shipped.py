@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import support.layers as hand
 
-from xpuquant.kernels.shipped import device, operators, wheel
+from xpuquant.kernels.base import tolerance
+from xpuquant.kernels.shipped import operators, wheel
+from xpuquant.kernels.shipped.backend import Shipped
 
 torch = pytest.importorskip("torch")
 WHEELS = wheel.found()
@@ -18,15 +20,20 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 # One rounding of the result; `silu` and its like round the activation and then the product.
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-22}
 
-pytestmark = pytest.mark.skipif(
-    not WHEELS or device.unavailable() is not None,
-    reason=device.unavailable() or f"no vllm-xpu-kernels wheel in {wheel.folder()}: run scripts/lanes/shipped",
-)
+MISSING = Shipped().unavailable()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=MISSING or "")]
 
 
 @pytest.fixture(params=WHEELS, ids=lambda w: w.version, scope="module")
 def released(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _recorded(request, record_property, released):
+    """For the lane's table."""
+    record_property("wheel", released.version)
+    record_property("operator", request.node.get_closest_marker("operator").args[0])
 
 
 @pytest.fixture(params=DTYPES)
@@ -51,6 +58,7 @@ def spread(scales, group):
     return np.repeat(scales.astype(np.float64), group, axis=1)
 
 
+@pytest.mark.operator("per_token_group_quant_mxfp4")
 @pytest.mark.parametrize("H", [32, 96, 576, 8224])
 @pytest.mark.parametrize("vectorized", [True, False])
 def test_mxfp4_activations_have_the_layout_of_our_weights(released, dtype, H, vectorized):
@@ -71,6 +79,7 @@ def test_mxfp4_activations_have_the_layout_of_our_weights(released, dtype, H, ve
     assert hand.error(e2m1(codes, low_first=False) * spread(scales, 32), wide) > 1
 
 
+@pytest.mark.operator("per_token_group_quant_mxfp4")
 def test_mxfp4_ties_go_toward_zero(released):
     x = np.zeros((1, 32), np.float32)
     x[0, :8] = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]
@@ -79,6 +88,7 @@ def test_mxfp4_ties_go_toward_zero(released):
     assert e2m1(codes)[0, :8].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
+@pytest.mark.operator("per_token_group_fp8_quant")
 @pytest.mark.parametrize("element", ["F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("vectorized", [True, False])
 def test_mxfp8_activations(released, dtype, element, vectorized):
@@ -94,6 +104,7 @@ def test_mxfp8_activations(released, dtype, element, vectorized):
     assert not hand.error(codes.view(other).astype(np.float64) * spread(scales, 32), wide) < 0.5
 
 
+@pytest.mark.operator("per_token_group_fp8_quant")
 def test_fp8_activations_per_block_of_128(released):
     x = hand.activations(3, 512, "F32")
     codes, scales = operators.fp8_quantize(released, x, 128, powers=False)
@@ -101,6 +112,7 @@ def test_fp8_activations_per_block_of_128(released):
     assert hand.error(codes.astype(np.float64) * spread(scales, 128), x.astype(np.float64)) < 0.04
 
 
+@pytest.mark.operator("per_token_group_quant_mxfp4 and _fp8_quant")
 @pytest.mark.parametrize("quantize", [operators.mxfp4_quantize, operators.fp8_quantize])
 def test_zeros_infinities_and_nan_stay_in_their_group(released, quantize):
     x = hand.activations(4, 128, "F32")
@@ -118,6 +130,7 @@ def test_zeros_infinities_and_nan_stay_in_their_group(released, quantize):
     assert decoded[2, 5] == (6 if quantize is operators.mxfp4_quantize else 448)
 
 
+@pytest.mark.operator("silu, gelu, gelu_tanh, swigluoai _and_mul")
 @pytest.mark.parametrize("I", [8, 96, 200, 1056])
 @pytest.mark.parametrize("name", [*operators.GATED, "swigluoai"])
 def test_gated_activations_are_ours(released, dtype, name, I):
@@ -143,6 +156,7 @@ def test_gated_activations_are_ours(released, dtype, name, I):
     assert distance(ours(interleaved, np.ascontiguousarray(pairs if interleaved else halves))) > 0.1
 
 
+@pytest.mark.operator("silu, gelu, gelu_tanh, swigluoai _and_mul")
 @pytest.mark.parametrize("name", [*operators.GATED, "swigluoai"])
 def test_gated_activations_of_infinities_and_nan_are_ours(released, dtype, name):
     from xpuquant.layers import gated
@@ -157,6 +171,7 @@ def test_gated_activations_of_infinities_and_nan_are_ours(released, dtype, name)
     assert np.allclose(found, ours, rtol=4 * ROUNDING[np.dtype(dtype).name], equal_nan=True)
 
 
+@pytest.mark.operator("swiglustep_and_mul")
 def test_swiglustep_reads_halves_and_clamps_after_silu(released, dtype):
     gate_up = (np.random.default_rng(0).normal(size=(4, 192)) * 8).astype(dtype)
     gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
@@ -164,12 +179,14 @@ def test_swiglustep_reads_halves_and_clamps_after_silu(released, dtype):
     assert np.allclose(operators.gated(released, "swiglustep", gate_up), truth, rtol=0, atol=50 * 2.0**-8)
 
 
+@pytest.mark.operator("relu2_no_mul")
 def test_relu2_has_no_second_matrix(released, dtype):
     x = np.random.default_rng(0).normal(size=(4, 96)).astype(dtype)
     truth = np.maximum(x.astype(np.float64), 0) ** 2
     assert np.allclose(operators.relu2(released, x), truth, rtol=2 * ROUNDING[np.dtype(dtype).name], atol=0)
 
 
+@pytest.mark.operator("remap_hidden_states, moe_gather")
 @pytest.mark.parametrize("k", [1, 2, 4, 6, 7, 8, 10, 16])
 @pytest.mark.parametrize("ids_dtype", [np.int32, np.int64])
 def test_rows_go_to_their_experts_and_come_back(released, dtype, k, ids_dtype):
@@ -192,6 +209,7 @@ def test_rows_go_to_their_experts_and_come_back(released, dtype, k, ids_dtype):
         assert hand.error(operators.gather(released, outputs, weights[:, ::-1], where), truth) > 0.1
 
 
+@pytest.mark.operator("remap_hidden_states, moe_gather")
 def test_experts_of_other_ranks_are_left_out(released):
     M, H, E, k = 16, 64, 8, 2
     rng = np.random.default_rng(0)
@@ -204,6 +222,7 @@ def test_experts_of_other_ranks_are_left_out(released):
     assert np.allclose(operators.gather(released, rows, weights, where), x * (ids >= 4).sum(axis=1, keepdims=True))
 
 
+@pytest.mark.operator("remap_hidden_states, moe_gather")
 def test_tokens_per_expert_that_moe_gather_was_built_for(released):
     old = [1, 2, 4, 6, 7, 8, 10, 16]
     assert operators.gather_instances(released) == (
@@ -215,6 +234,7 @@ def test_tokens_per_expert_that_moe_gather_was_built_for(released):
         )
 
 
+@pytest.mark.operator("reorder_mxfp_scales")
 def test_activation_exponents_are_reordered_by_expert(released):
     counts = np.array([3, 0, 5, 64, 4, 1], np.int32)
     scales = np.random.default_rng(0).integers(1, 255, (counts.sum(), 9)).astype(np.uint8)
@@ -225,3 +245,153 @@ def test_activation_exponents_are_reordered_by_expert(released):
         assert np.array_equal(block[:, :count], scales[row : row + count].T)
         assert not block[:, count:].any()
         row, byte = row + count, byte + 9 * padded
+
+
+# The grouped GEMM. 72 rows are more than one tile and not two; an expert has no row, another more than a tile takes.
+
+ROWS = np.array([3, 0, 5])
+EXPERTS = {
+    "int4": lambda dtype, seed: hand.int4_expert(72, 128, 32, scale=dtype, seed=seed),
+    "mxfp4": lambda dtype, seed: hand.mx(72, 128, "mxfp4", experts=True, seed=seed),
+    "mxfp8": lambda dtype, seed: hand.mx(72, 128, "mxfp8", experts=True, seed=seed),
+    "fp8 tensor": lambda dtype, seed: hand.fp8(72, 128, "tensor", experts=True, seed=seed),
+    "fp8 block": lambda dtype, seed: hand.fp8(384, 256, "block", experts=True, seed=seed),
+}
+
+
+class Stack:
+    """Experts as they lie in a file, and the float64 weights `[E, N, K]` they stand for."""
+
+    def __init__(self, make, dtype="F16", E=3):
+        layers = [make(dtype, seed) for seed in range(E)]
+        self.scheme = layers[0][0].scheme
+        self.weight = np.stack([layer.tensors["weight"] for layer, _ in layers])
+        self.scale = np.stack([layer.tensors["weight_scale"] for layer, _ in layers])
+        if self.scheme.granularity == "tensor":
+            self.scale = self.scale.reshape(-1)
+        self.truth = np.stack([weight for _, weight in layers])
+        self.packed = self.weight.dtype == np.uint8
+
+    def product(self, x, rows=ROWS):
+        """float64."""
+        experts = np.repeat(np.arange(len(rows)), rows)
+        return np.einsum("mk,mnk->mn", x.astype(np.float64), self.truth[experts])
+
+    def run(self, released, x, rows=ROWS, bias=None):
+        return operators.grouped_gemm(released, self.scheme, x, self.weight, self.scale, rows, bias)
+
+
+def transposed(array):
+    """The bytes that the last two dimensions have the other way round."""
+    return np.ascontiguousarray(array.swapaxes(-1, -2)).reshape(array.shape)
+
+
+def exchange_halves(array, axis):
+    return np.roll(array, array.shape[axis] // 2, axis=axis)
+
+
+@pytest.mark.operator("cutlass_grouped_gemm_interface (Xe2)")
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_the_shipped_gemm_computes_what_float64_does(released, layout, dtype):
+    stack = Stack(EXPERTS[layout], dtype)
+    x = hand.activations(8, stack.truth.shape[2], dtype)
+    found = stack.run(released, x)
+    assert hand.error(found, stack.product(x)) < tolerance(dtype, x.shape[1])
+
+
+@pytest.mark.operator("cutlass_grouped_gemm_interface (Xe2)")
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_the_shipped_gemm_notices_a_wrong_layout(released, layout):
+    stack = Stack(EXPERTS[layout])
+    x = hand.activations(8, stack.truth.shape[2], "F16")
+    truth, rows_axis = stack.product(x), 1 if stack.packed else 2
+    weight, scale, faults = stack.weight, stack.scale, {}
+    faults["experts in another order"] = (weight[::-1], scale[::-1])
+    scale_axis = {1: 0, 3: 2 if stack.scheme.granularity == "block" else 1}[scale.ndim]
+    if scale.ndim == 3:
+        faults["gate and up exchanged"] = (exchange_halves(weight, rows_axis), exchange_halves(scale, scale_axis))
+        faults["scales transposed"] = (weight, transposed(scale))
+    else:
+        faults["gate and up exchanged"] = (exchange_halves(weight, rows_axis), scale)
+    if stack.packed:
+        faults["nibbles exchanged"] = (weight >> 4 | weight << 4, scale)
+    else:
+        faults["K and N exchanged"] = (transposed(weight), scale)
+    if layout == "int4":
+        faults["unsigned for signed"] = (weight ^ 0x88, scale)
+    if layout.startswith("mx"):
+        faults["exponents one too large"] = (weight, scale + 1)
+    for fault, (stack.weight, stack.scale) in faults.items():
+        found = stack.run(released, x).astype(np.float64)
+        assert not hand.error(found, truth) < 0.1, fault
+
+
+@pytest.mark.operator("cutlass_grouped_gemm_interface (Xe2)")
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_the_shipped_gemm_reads_every_code_as_we_do(released, layout):
+    from xpuquant.layers import dequantize
+
+    stack = Stack(EXPERTS[layout])
+    stored = {
+        "weight": tensor_of(stack.weight[0]),
+        "weight_scale": tensor_of(stack.scale[:1].reshape(stack.scale.shape[1:])),
+    }
+    ours = dequantize(stack.scheme, stored, torch.float16).numpy()
+    K = ours.shape[1]
+    found = np.concatenate(
+        [stack.run(released, np.eye(K, dtype=np.float16)[at : at + 8], np.array([8, 0, 0])) for at in range(0, K, 8)]
+    ).T
+    if layout == "fp8 block":  # its scales are rounded to float16 first
+        assert np.allclose(found, ours, rtol=2.0**-10, atol=2.0**-24)
+    else:
+        assert np.array_equal(found, ours)
+
+
+def tensor_of(array):
+    if array.dtype.itemsize == 1 and array.dtype != np.uint8:
+        return torch.from_numpy(array.view(np.uint8).copy()).view(getattr(torch, array.dtype.name))
+    return tensor(array)
+
+
+@pytest.mark.operator("all of XpuFusedMoe")
+@pytest.mark.parametrize("layout", ["int4", "mxfp4"])
+def test_a_whole_layer_of_experts_is_ours(released, layout):
+    """Routing, both products, bias, the activation and the sum, all in shipped kernels, against `xpuquant.layers`."""
+    from xpuquant.layers import experts, gated
+
+    M, H, I, E, k = 8, 64, 96, 4, 2
+    rng = np.random.default_rng(0)
+    if layout == "int4":
+        make = [
+            lambda dtype, seed, N=N, K=K: hand.int4_expert(N, K, 32, seed=seed, scale=dtype)
+            for N, K in ((2 * I, H), (H, I))
+        ]
+        name, interleaved = "silu", False
+    else:
+        make = [
+            lambda dtype, seed, N=N, K=K: hand.mx(N, K, "mxfp4", experts=True, seed=seed)
+            for N, K in ((2 * I, H), (H, I))
+        ]
+        name, interleaved = "swigluoai", True
+    up, down = (Stack(m, E=E) for m in make)
+    bias = [rng.normal(size=(E, N)).astype(np.float16) for N in (2 * I, H)]
+    x = hand.activations(M, H, "F16")
+    ids = np.stack([rng.permutation(E)[:k] for _ in range(M)]).astype(np.int32)
+    weights = rng.uniform(0.2, 1, (M, k)).astype(np.float32)
+
+    rows, counts, where = operators.remap(released, x, ids, E)
+    middle = operators.gated(released, name, up.run(released, rows, counts, bias[0]))
+    found = operators.gather(released, down.run(released, middle, counts, bias[1]), weights, where)
+
+    stored = {"gate_up_proj": up.weight, "gate_up_proj_scale": up.scale, "gate_up_proj_bias": bias[0]}
+    stored |= {"down_proj": down.weight, "down_proj_scale": down.scale, "down_proj_bias": bias[1]}
+    tensors = {key: tensor_of(array) for key, array in stored.items()}
+
+    def ours(interleaved):
+        activate = lambda gate_up: gated(name, gate_up, interleaved)  # noqa: E731
+        arguments = (tensor(x), torch.from_numpy(weights), torch.from_numpy(ids.astype(np.int64)))
+        return experts(up.scheme, tensors, *arguments, activate).float().numpy()
+
+    assert hand.error(found, ours(interleaved).astype(np.float64)) < 2.0**-8
+    assert hand.error(found, ours(not interleaved).astype(np.float64)) > 0.1

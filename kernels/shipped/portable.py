@@ -1,27 +1,20 @@
 """The grouped GEMM of `libgrouped_gemm_xe_2`, made runnable on a CPU.
 
 Its SPIR-V uses what only Intel's GPUs have. Replaced, and nothing else: blocks of inline vISA by functions of the same
-meaning (`visa`), the address records of 2-D blocks, conversions to bfloat16, split barriers by whole ones (without them one
-subgroup overwrites the number of the next tile before the others have read it), and prefetches by nothing.
+meaning (`visa`); the address records of 2-D blocks; conversions to bfloat16; split barriers by whole ones (without any,
+one subgroup overwrites the number of the next tile before the others have read it); prefetches by nothing.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
 import numpy as np
 
-from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.shipped import spirv, visa
-from xpuquant.kernels.shipped.device import aligned, cpu, placed
 from xpuquant.kernels.shipped.spirv import Instruction
-from xpuquant.kernels.shipped.wheel import Wheel
 
-Array = np.ndarray[Any, Any]
-
-_LIBRARY = "libgrouped_gemm_xe_2"
 # SPV_INTEL_inline_assembly, SPV_INTEL_split_barrier, SPV_INTEL_bfloat16_conversion.
 _ASM, _ASM_CALL, _ASM_TARGET = 5610, 5611, 5609
 _ARRIVE, _WAIT, _BARRIER, _TO_BF16 = 6142, 6143, 224, 6116
@@ -89,7 +82,7 @@ class _Rewriter:
         return number
 
     def _rename_payloads(self) -> int | None:
-        """The imports of address records get names that OpenCL C may define, and their maker a place as its first argument."""
+        """Give the imports of address records names that OpenCL C may define; the id of the one that makes them."""
         create = None
         for at, i in enumerate(self._head):
             if i.opcode == spirv.DECORATE and i.words[1] == _LINKAGE and i.text(2) in _PAYLOADS:
@@ -135,20 +128,19 @@ class _Rewriter:
         changed = Instruction(spirv.FUNCTION, (*function.words[:3], kind))
         return [changed, place, *parameters, end]
 
-    def _variable(self, kind: int) -> tuple[int, list[Instruction]]:
-        """A private variable of a type, and its address as a private byte pointer."""
+    def _variable(self, kind: int) -> tuple[int, int, Instruction]:
+        """A private variable of a type; its id, that of a private byte pointer to it, and the cast that makes it."""
         variable, pointer = next(self._ids), next(self._ids)
-        self._variables.append(
-            Instruction(spirv.VARIABLE, (self._type(spirv.TYPE_POINTER, _FUNCTION_STORAGE, kind), variable, 7))
-        )
-        return variable, [Instruction(_BITCAST, (self._private, pointer, variable))]
+        storage = self._type(spirv.TYPE_POINTER, _FUNCTION_STORAGE, kind)
+        self._variables.append(Instruction(spirv.VARIABLE, (storage, variable, _FUNCTION_STORAGE)))
+        return variable, pointer, Instruction(_BITCAST, (self._private, pointer, variable))
 
     def _payload(self, call: Instruction) -> list[Instruction]:
         array = self._type(spirv.TYPE_ARRAY, self._byte, self._constant(_PAYLOAD_BYTES))
-        _, cast = self._variable(array)
+        _, pointer, cast = self._variable(array)
         place = next(self._ids)
-        generic = Instruction(_TO_GENERIC, (self._generic, place, cast[0].words[1]))
-        return [*cast, generic, Instruction(_CALL, (*call.words[:3], place, *call.words[3:]))]
+        generic = Instruction(_TO_GENERIC, (self._generic, place, pointer))
+        return [cast, generic, Instruction(_CALL, (*call.words[:3], place, *call.words[3:]))]
 
     def _to_bf16(self, conversion: Instruction) -> list[Instruction]:
         kind, result, value = conversion.words
@@ -163,54 +155,46 @@ class _Rewriter:
         """A block of vISA as a call: operands through private memory, the result out of it."""
         kind, result, block, *values = call.words
         text, constraints = _block(self._blocks[block])
-        operands: list[visa.Operand | int | None] = []
-        kinds: list[int | None] = []
-        if constraints[0].startswith("="):
-            operands.append(self._operand(kind))
-            kinds.append(kind)
-        tied = None
-        for constraint, value in zip(constraints[len(operands) :], values, strict=True):
-            if constraint == "P":
-                operands.append(self._constants[value].words[2])
-            elif constraint.isdecimal():
-                tied = value
-            elif self._kinds[value] == self._generic:
-                operands.append(None)
-            else:
-                operands.append(self._operand(self._kinds[value], uniform=constraint.endswith(".u")))
+        returns = constraints[0].startswith("=")
+        given = list(zip(constraints[returns:], values, strict=True))
+        tied = next((value for constraint, value in given if constraint == "0"), None)  # the result's first value
+        sources = [(constraint, value) for constraint, value in given if constraint != "0"]
+        operands = [self._source(constraint, value) for constraint, value in sources]
+        if returns:
+            operands.insert(0, self._operand(kind, read=tied is not None))
         stand_in = self._stand_in(text, operands)
         if stand_in is None:
             return []
-        before: list[Instruction] = []
-        arguments, sources = [], iter(values)
-        out = None
-        for position, operand in enumerate(operands):
-            value = None if constraints[0].startswith("=") and position == 0 else next(sources)
-            if isinstance(operand, int):
-                continue
+        code, arguments = [], []
+        if returns:
+            variable, pointer, cast = self._variable(kind)
+            code = [cast] if tied is None else [Instruction(_STORE, (variable, tied)), cast]
+            arguments.append(pointer)
+        for operand, (_, value) in zip(operands[returns:], sources, strict=True):
             if operand is None:
-                assert value is not None
                 arguments.append(value)
-                continue
-            variable, cast = self._variable(kind if value is None else self._kinds[value])
-            if value is None:
-                out = variable
-                value = tied
-            if value is not None:
-                before.append(Instruction(_STORE, (variable, value)))
-            before += cast
-            arguments.append(cast[0].words[1])
-        before.append(Instruction(_CALL, (self._void, next(self._ids), stand_in, *arguments)))
-        if out is not None:
-            before.append(Instruction(_LOAD, (kind, result, out)))
-        return before
+            elif isinstance(operand, visa.Operand):
+                place, pointer, cast = self._variable(self._kinds[value])
+                code += [Instruction(_STORE, (place, value)), cast]
+                arguments.append(pointer)
+        code.append(Instruction(_CALL, (self._void, next(self._ids), stand_in, *arguments)))
+        if returns:
+            code.append(Instruction(_LOAD, (kind, result, variable)))
+        return code
 
-    def _operand(self, kind: int, *, uniform: bool = False) -> visa.Operand:
+    def _source(self, constraint: str, value: int) -> visa.Operand | int | None:
+        if constraint == "P":
+            return self._constants[value].words[2]
+        if self._kinds[value] == self._generic:
+            return None
+        return self._operand(self._kinds[value], uniform=constraint.endswith(".u"))
+
+    def _operand(self, kind: int, *, uniform: bool = False, read: bool = True) -> visa.Operand:
         scalar = self._types[kind]
         elements = 1
         if scalar.opcode == spirv.TYPE_VECTOR:
             elements, scalar = scalar.words[2], self._types[scalar.words[1]]
-        return visa.Operand(elements, scalar.words[1] // 8, uniform)
+        return visa.Operand(elements, scalar.words[1] // 8, uniform, read)
 
     def _stand_in(self, text: str, operands: list[visa.Operand | int | None]) -> int | None:
         key = (text, *operands)
@@ -248,67 +232,3 @@ def portable(module: spirv.Module) -> tuple[spirv.Module, str]:
     """The module without what a CPU has not, and the OpenCL C source of the functions it calls instead."""
     rewriter = _Rewriter(module)
     return rewriter.module, rewriter.source
-
-
-# The B_DTYPE of gemm_xe2.hpp by layout and granularity.
-_KINDS = {("int4_experts", ""): 1, ("mxfp4_experts", ""): 2, ("mxfp8_experts", ""): 4}
-_FP8_KINDS = {"tensor": 3, "block": 5}
-_ACTIVATIONS = {"float16": "6half_t", "bfloat16": "10bfloat16_t"}
-_FP8 = {"float8_e4m3fn": "12float_e4m3_t", "float8_e5m2": "12float_e5m2_t"}
-_POSITION_OF_GROUP = 7
-
-
-def grouped_gemm(
-    wheel: Wheel, scheme: Scheme, x: Array, weight: Array, scale: Array, rows: Array, bias: Array | None = None
-) -> Array:
-    """`cutlass_grouped_gemm_interface` (xpu/grouped_gemm/xe_2/grouped_gemm_xe2_interface.hpp) on the bytes of a stack.
-
-    Args:
-        wheel: whose kernel.
-        scheme: of the experts.
-        x: float16 or bfloat16 `[M, K]`, the rows of expert 0 first.
-        weight: as stored: uint8 `[E, N, K/2]`, or fp8 `[E, K, N]`.
-        scale: as stored; for int4 in the dtype of x.
-        rows: int32 `[E]`, how many rows each expert has.
-        bias: `[E, N]` in the dtype of x.
-
-    Returns:
-        `[M, N]` in the dtype of x. KeyError where the wheel has no instance.
-    """
-    E, (M, K) = len(weight), x.shape
-    packed = weight.dtype == np.uint8
-    N = weight.shape[1] if packed else weight.shape[2]
-    policy, items = _policy(packed, M // E)
-    kind = _FP8_KINDS[scheme.granularity] if scheme.layout == "fp8_experts" else _KINDS[scheme.layout, ""]
-    element = "tEh" if packed else _FP8[weight.dtype.name]
-    parts = (_ACTIVATIONS[x.dtype.name], element, f"ENS_{len(policy)}{policy}E", f"B_DTYPEE{kind}E")
-    name = wheel.named(_LIBRARY, *parts)
-    group = scheme.group_size if kind != _FP8_KINDS["tensor"] else 0
-    out, counter = aligned((M, N), x.dtype), aligned((1,), np.int32)
-    pointers = [placed(x), placed(weight), placed(scale), None if bias is None else placed(bias), out]
-    sizes = [np.int32(E), *([np.int32(group)] if group else []), np.int32(N), np.int32(K)]
-    arguments = [*pointers, placed(rows.astype(np.int32)), *sizes, counter, cpu().local(4)]
-    # One work group walks all tiles: with more, the first resets the counter that the others may have used by then.
-    cpu().launch(_kernel(wheel, name, group), arguments, items, 1)
-    return out
-
-
-@functools.cache
-def _kernel(wheel: Wheel, name: str, group: int) -> Any:
-    module = wheel.module(_LIBRARY, name)
-    if group:
-        module = module.specialized(name, {_POSITION_OF_GROUP: group})
-    module, source = portable(module)
-    return cpu().kernel(module, name, source)
-
-
-def _policy(packed: bool, average: int) -> tuple[str, int]:
-    """The tile that the host chooses by the average number of rows, and its work items."""
-    if packed:
-        limits, last = (
-            [(4, "w4a16_policy_m_8"), (8, "w4a16_policy_m_16"), (128, "w4a16_policy_m_32")],
-            ("w4a16_policy", 512),
-        )
-    else:
-        limits, last = [(8, "w8a16_policy_m_16"), (32, "w8a16_policy_m_32")], ("w8a16_policy", 128)
-    return next(((name, 64) for limit, name in limits if average <= limit), last)
