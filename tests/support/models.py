@@ -253,7 +253,8 @@ def write(
     pair = Pair(folder / "converted", folder / "plain")
     model = tiny(family, **changes)
     model.save_pretrained(pair.plain)
-    plain = {name: tensor.float() for name, tensor in load_file(pair.plain / "model.safetensors").items()}
+    saved = load_file(pair.plain / "model.safetensors")
+    plain = {name: tensor.float() for name, tensor in saved.items()}
     converted: dict[str, torch.Tensor] = {}
     modules: dict[str, Scheme] = {}
     stacks: dict[str, dict[str, torch.Tensor]] = {}
@@ -265,14 +266,14 @@ def write(
             module = name.removesuffix(".weight")
             own = (others or {}).get(module.rpartition(".")[2], scheme)
             if own is None:
-                plain[name] = converted[name] = tensor.bfloat16()
+                converted[name] = saved[name]
                 continue
             modules[module] = own if own.group_size >= 0 else _whole(own, tensor)
             tensors, values = PACK[own.layout](tensor, modules[module])
             converted |= {f"{module}.{suffix}": t for suffix, t in tensors.items()}
             plain[name] = values
         else:
-            converted[name] = tensor.bfloat16()
+            converted[name] = saved[name]  # some routers are float32 in a bfloat16 model
     for stack, parts in stacks.items():
         assert experts is not None
         modules[stack] = _pack_stack(stack, parts, experts, plain, converted)

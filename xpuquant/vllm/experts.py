@@ -63,16 +63,17 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """
         param: torch.Tensor = getattr(layer, name).data
         moe = self.moe.moe_parallel_config
-        experts = range(tensor.shape[0])
-        if layer.expert_map is not None:
-            experts = layer.expert_map_manager.get_local_expert_ids()
-        for pieces in self._cuts(name, tensor, param, moe.tp_rank, moe.tp_size):
-            target, source = pieces
-            if len(experts) == tensor.shape[0] == target.shape[0]:
+        # The model's expert → its place in this rank's stack, negative: another rank's. One transfer from the device.
+        places = range(len(param)) if layer.expert_map is None else layer.expert_map.tolist()
+        if len(places) != len(tensor):
+            raise self._unfit(name, tensor)
+        for target, source in self._cuts(name, tensor, param, moe.tp_rank, moe.tp_size):
+            if len(target) == len(source):
                 target.copy_(source)
                 continue
-            for expert in experts:
-                target[layer.expert_map_manager.map_global_to_local(expert)].copy_(source[expert])
+            for expert, place in enumerate(places):
+                if place >= 0:
+                    target[place].copy_(source[expert])
         if name == "down_proj_bias" and moe.tp_rank > 0:
             param.zero_()  # the ranks' outputs are summed
 
@@ -93,8 +94,11 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 (param.narrow(dim, i * size, size), tensor.narrow(dim, i * half + rank * size, size)) for i in range(2)
             ]
         if any(target.shape[1:] != source.shape[1:] for target, source in pairs):
-            raise DamagedError(f"{self.prefix}.{name} has shape {list(tensor.shape)}, which does not fit config.json")
+            raise self._unfit(name, tensor)
         return pairs
+
+    def _unfit(self, name: str, tensor: torch.Tensor) -> DamagedError:
+        return DamagedError(f"{self.prefix}.{name} has shape {list(tensor.shape)}, which does not fit config.json")
 
     def _cut_dim(self, name: str) -> int | None:
         """The dimension of a stored tensor along which tensor parallelism cuts I; None: nowhere."""

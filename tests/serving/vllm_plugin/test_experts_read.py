@@ -69,7 +69,7 @@ def test_experts_of_other_ranks_are_not_read(rank: int, tmp_path: Path) -> None:
     )
     experts = ExpertMapManager(64, 2, E, 0, None, parallel, "linear", False)
     param = torch.nn.Parameter(torch.zeros(E // 2, 2 * I, H // 2, dtype=torch.uint8), requires_grad=False)
-    layer = SimpleNamespace(expert_map=experts.expert_map, expert_map_manager=experts, **{NAME: param})
+    layer = SimpleNamespace(expert_map=experts.expert_map, **{NAME: param})
     method = XpuquantExpertsMethod.__new__(XpuquantExpertsMethod)
     method.scheme, method.prefix = EXPERTS["int4"], "experts"
     method.moe = SimpleNamespace(moe_parallel_config=parallel)
