@@ -88,7 +88,7 @@ def test_parts_of_different_conversions_do_not_mix(tmp_path: Path, capsys: pytes
 def test_a_whole_conversion_does_not_run_beside_a_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from xpuquant.conversion.runs.parts import PartStaging
 
-    with PartStaging(tmp_path / "out", Part(1, 2), "digest"):
+    with PartStaging(tmp_path / "out", Part(1, 2)):
         assert convert(tmp_path / "out") == 2
         assert "another conversion is writing there" in capsys.readouterr().err
         assert convert(tmp_path / "out", "--shard", "1/2") == 2
@@ -142,28 +142,28 @@ class TestRay:
         from ray.cluster_utils import Cluster
         from support.real_shapes import Model, write_checkpoint
 
-        from xpuquant.conversion.runs import local as conversion
+        from xpuquant.conversion.runs.local import convert_checkpoint
         from xpuquant.conversion.runs.ray import execute_on_ray
 
         source = tmp_path / "source"
         write_checkpoint(source, "gptq", Model(dense=3, moe=1, experts=16, hidden=1024, intermediate=2816))
         options = Options(max_shard_bytes=2_000_000)
-        local = conversion.convert(open_source(str(source)), tmp_path / "local", options, jobs=2, verify=False)
+        local = convert_checkpoint(open_source(str(source)), tmp_path / "local", options, jobs=2, verify=False)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.1"})
         doomed = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
         killed = threading.Event()
 
-        def executor(plan, opened, journal, jobs, done, progress, read_again):  # type: ignore[no-untyped-def]
+        def executor(plan, opened, staging, *, jobs, done, progress, read_again):  # type: ignore[no-untyped-def]
             def count(nbytes: int) -> None:
                 if not killed.is_set():
                     killed.set()
                     cluster.remove_node(doomed, allow_graceful=False)
                 progress(nbytes)
 
-            return execute_on_ray(plan, opened, journal, 1, done, count, address=cluster.address)
+            return execute_on_ray(plan, opened, staging, jobs=1, done=done, progress=count, address=cluster.address)
 
         try:
-            result = conversion.convert(
+            result = convert_checkpoint(
                 open_source(str(source)), tmp_path / "ray", options, jobs=1, verify=False, executor=executor
             )
         finally:
