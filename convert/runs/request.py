@@ -99,25 +99,42 @@ def plan_only(request: ConvertRequest) -> Planned:
 
 
 def run(request: ConvertRequest, reporter: Reporter) -> Converted | PartConverted:
-    """Convert as asked: streamed, in part, on a cluster or here; only publish what an earlier run has converted.
+    """Convert as asked: a part, or all of it.
+
+    Raises: as `convert`.
+    """
+    return convert(request, reporter) if request.part is None else convert_one_part(request, reporter)
+
+
+def convert_one_part(request: ConvertRequest, reporter: Reporter) -> PartConverted:
+    """Make the part that was asked for.
+
+    Raises: as `convert_part`.
+    """
+    assert request.part is not None
+    opened, out = _open(request), request.target
+    check_output(out, force=True)
+    source = downloaded(opened, request.options, reporter)
+    return convert_part(source, out, request.options, request.part, jobs=request.workers, reporter=reporter)
+
+
+def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
+    """Convert as asked: streamed, on a cluster or here; only publish what an earlier run has converted.
 
     Raises: as `convert_checkpoint`, and with a destination as `publish.push`.
     """
-    source, out, options = _open(request), request.target, request.options
+    opened, out, options = _open(request), request.target, request.options
     if request.destination is not None and not request.force:
-        shards = converted_shards(out, source, options)
+        shards = converted_shards(out, opened, options)
         if shards is not None:  # an earlier run came as far as publishing
-            plan = planned(make_plan(source.checkpoint, options), source)
+            plan = planned(make_plan(opened.checkpoint, options), opened)
             pushed = push_folder(out, request.destination, reporter)
             return Converted(plan, out, shards, None, pushed, is_new=False)
     if request.stream:
-        return _run_streamed(request, source, reporter)
-    check_output(out, request.force or request.part is not None)
-    source = downloaded(source, options, reporter)
-    if request.part is not None:
-        return convert_part(source, out, options, request.part, jobs=request.workers, reporter=reporter)
+        return _run_streamed(request, opened, reporter)
+    check_output(out, request.force)
     converted = convert_checkpoint(
-        source,
+        downloaded(opened, options, reporter),
         out,
         options,
         jobs=request.workers,
