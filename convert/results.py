@@ -172,7 +172,7 @@ def _module(planned: PlannedModule) -> ModuleOutcome:
     )
 
 
-def planned(plan: Plan, source: Source) -> Planned:
+def summary(plan: Plan, source: Source) -> Planned:
     """A plan as data."""
     return Planned(
         source_info(source),

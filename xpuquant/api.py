@@ -251,7 +251,7 @@ def finish(
     """
     request = runs.FinishRequest(os.fspath(source), Path(out), revision, jobs or 0, verify)
     with _reporter(progress) as reporter:
-        return runs.finish(request, reporter)
+        return runs.put_together(request, reporter)
 
 
 @_our_errors

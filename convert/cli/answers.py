@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xpuquant.conversion.cli.output import Answer, Table
+from xpuquant.conversion.cli.output import Answer, TextTable
 from xpuquant.conversion.report.markdown import checks
 from xpuquant.conversion.report.reports import as_data
 from xpuquant.conversion.report.sentences import by_kernel, decibels, in_one_line
@@ -52,7 +52,7 @@ def _converted(result: Converted) -> Answer:
     out = str(result.out) if result.out is not None or result.pushed is None else result.pushed.repo_id
     checked = "not verified (--no-verify)" if verdict is None else in_one_line(verdict)
     device = "xpu" if plan.options.layout == "xpu" else "auto"
-    facts = Table(
+    facts = TextTable(
         "",
         ("", ""),
         (
@@ -81,13 +81,13 @@ def _part(result: PartConverted) -> Answer:
 
 def planned(plan: Planned, jobs: int) -> Answer:
     """`convert --dry-run`."""
-    shards = Table(
+    shards = TextTable(
         "output shards",
         ("file", "tensors", "size"),
         [(shard.name, str(len(shard.tensors)), size(shard.nbytes)) for shard in plan.shards],
     )
     memory = jobs * (PIECE_BYTES + _ON_THE_WAY_BYTES)
-    facts = Table(
+    facts = TextTable(
         "",
         ("", ""),
         (
@@ -110,7 +110,7 @@ def pushed(result: Pushed) -> Answer:
     ]
     if result.removed:
         rows.append(("removed", f"stale: {', '.join(result.removed)}"))
-    return Answer([*_notes(result.notes), Table("", ("", ""), rows)], asdict(result))
+    return Answer([*_notes(result.notes), TextTable("", ("", ""), rows)], asdict(result))
 
 
 def inspected(found: Inspection) -> Answer:
@@ -119,7 +119,7 @@ def inspected(found: Inspection) -> Answer:
     if any(module.scheme is None for module in found.modules):
         verdict = "yes, with some modules dequantized to bf16"
     says = f"config.json says '{found.quant_method}'"
-    facts = Table(
+    facts = TextTable(
         "",
         ("", ""),
         (
@@ -130,7 +130,7 @@ def inspected(found: Inspection) -> Answer:
             ("converts", verdict),
         ),
     )
-    parts: list[str | Table] = [facts, *_notes(found.notes)]
+    parts: list[str | TextTable] = [facts, *_notes(found.notes)]
     if found.modules:
         parts.append(modules_table(found.modules))
     if found.refused:
@@ -138,12 +138,12 @@ def inspected(found: Inspection) -> Answer:
         for name, reason in found.refused.items():
             by_reason.setdefault(reason, []).append(name)
         rows = [(reason, str(len(names)), ", ".join(compact(names)[:6])) for reason, names in by_reason.items()]
-        parts.append(Table("refused", ("reason", "modules", "which"), rows))
+        parts.append(TextTable("refused", ("reason", "modules", "which"), rows))
     if found.decisions:
         common = [(fact, str(count)) for fact, count in Counter(found.decisions).most_common(_MAX_DECISIONS)]
-        parts.append(Table("decided from the tensors", ("what", "matrices"), common))
+        parts.append(TextTable("decided from the tensors", ("what", "matrices"), common))
     splits = [(str(n), _split(problems)) for n, problems in found.tensor_parallel.items()]
-    parts.append(Table("tensor parallel", ("GPUs", "splits"), splits))
+    parts.append(TextTable("tensor parallel", ("GPUs", "splits"), splits))
     data = {
         "source": _source_data(found),
         "model_type": found.model_type,
@@ -169,11 +169,11 @@ def _split(problems: Mapping[str, str]) -> str:
 
 def verified(verdict: Verdict, report: Path | None) -> Answer:
     """The end of `verify`: tables for a person, verify.json for a program."""
-    parts: list[str | Table] = []
+    parts: list[str | TextTable] = []
     for title, found in (("failures", verdict.failing), ("warnings", verdict.warnings)):
         if found:
             rows = [(finding.check, finding.where, finding.what) for finding in found[:_MAX_FINDINGS]]
-            parts.append(Table(title, ("check", "where", "what"), rows))
+            parts.append(TextTable(title, ("check", "where", "what"), rows))
         if len(found) > _MAX_FINDINGS:
             parts.append(f"and {len(found) - _MAX_FINDINGS} more {title}; --json lists them all")
     figures: list[tuple[str, str, str, str]] = []
@@ -184,10 +184,10 @@ def verified(verdict: Verdict, report: Path | None) -> Answer:
     refusals = dict.fromkeys((run.backend, run.reason or "") for run in verdict.kernels if not run.ran)
     not_run = [*verdict.unavailable.items(), *refusals]
     if figures:
-        parts.append(Table("", ("kernels", "modules", "least exact", "rel. error"), figures))
+        parts.append(TextTable("", ("kernels", "modules", "least exact", "rel. error"), figures))
     if not_run:
-        parts.append(Table("", ("not run", "because"), not_run))
-    parts.append(Table("", ("check", "result", "what was looked at"), checks(verdict)))
+        parts.append(TextTable("", ("not run", "because"), not_run))
+    parts.append(TextTable("", ("check", "result", "what was looked at"), checks(verdict)))
     if verdict.unchecked:
         parts.append(f"{len(verdict.unchecked)} of {len(verdict.schemes)} modules were computed by no real kernel here")
     if report is not None:
@@ -205,9 +205,9 @@ def compared(difference: Difference) -> Answer:
         gap = "" if v.max_abs is None else f", by {v.max_abs:.3g} at the most"
         rows.append((v.name, f"{v.differ} of {v.elements} values differ, the first at {v.first}{gap}"))
     what = "equal, bytes and all" if d.compared_values else "equal in name, dtype and shape (bytes not compared)"
-    parts: list[str | Table] = []
+    parts: list[str | TextTable] = []
     if rows:
-        parts.append(Table("", ("tensor", "difference"), rows[:_MAX_DIFFERENCES]))
+        parts.append(TextTable("", ("tensor", "difference"), rows[:_MAX_DIFFERENCES]))
     if len(rows) > _MAX_DIFFERENCES:
         parts.append(f"and {len(rows) - _MAX_DIFFERENCES} more; --json lists them all")
     parts.append(f"{d.same} tensors ({size(d.same_bytes)}) are {what}; {len(rows)} are not")
@@ -228,9 +228,9 @@ def diagnosed(diagnosis: Diagnosis) -> Answer:
     ]
     packages = [(name, version or "not installed") for name, version in diagnosis.versions.items()]
     devices = ", ".join(diagnosis.devices) or "none"
-    parts: list[str | Table] = [
-        Table("kernel backends", ("backend", "runs here", "why not, and the fix"), rows),
-        Table("versions", ("package", "version"), packages),
+    parts: list[str | TextTable] = [
+        TextTable("kernel backends", ("backend", "runs here", "why not, and the fix"), rows),
+        TextTable("versions", ("package", "version"), packages),
         f"Intel GPUs: {devices}",
         *_notes(diagnosis.remarks),
         f"{diagnosis.system}, {sys.executable}",
@@ -238,13 +238,13 @@ def diagnosed(diagnosis: Diagnosis) -> Answer:
     return Answer(parts, asdict(diagnosis))
 
 
-def modules_table(modules: Iterable[ModuleOutcome]) -> Table:
+def modules_table(modules: Iterable[ModuleOutcome]) -> TextTable:
     """Modules per scheme: what they were, what they become, which kernel will run them."""
     rows: dict[tuple[str, str, str], list[ModuleOutcome]] = {}
     for module in modules:
         key = (module.source, module.scheme or "bf16 (dequantized)", module.kernel or "bf16 matmul")
         rows.setdefault(key, []).append(module)
-    return Table(
+    return TextTable(
         "modules",
         ("source", "stored as", "XPU kernel", "modules", "size"),
         [(*key, str(len(members)), size(sum(member.nbytes for member in members))) for key, members in rows.items()],

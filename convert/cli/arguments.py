@@ -7,25 +7,27 @@ from typing import Annotated
 
 import typer
 
-Source = Annotated[
+SourceArgument = Annotated[
     str, typer.Argument(metavar="SRC", help="Folder with a quantized checkpoint, or OWNER/NAME on the Hub.")
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub (default: main).")]
-OutToWrite = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Folder to write (default: SRC-xpu).")]
-OutOfParts = Annotated[Path, typer.Argument(metavar="OUT", help="Folder the parts were written to.")]
-OutConverted = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `convert` wrote.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub (default: main).")]
+OutToWriteArgument = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Folder to write (default: SRC-xpu).")]
+OutOfPartsArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder the parts were written to.")]
+OutConvertedArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `convert` wrote.")]
 
 # What changes the bytes of the output.
-Layout = Annotated[
+LayoutOption = Annotated[
     str,
     typer.Option("--layout", help="Layout to write: xpu, or compressed-tensors, which stock loaders read."),
 ]
-ScaleDtype = Annotated[str, typer.Option(help="keep the source's, or round scales to float16, bfloat16, float32.")]
-OnUnsupported = Annotated[
+ScaleDtypeOption = Annotated[
+    str, typer.Option(help="keep the source's, or round scales to float16, bfloat16, float32.")
+]
+OnUnsupportedOption = Annotated[
     str, typer.Option(help="Modules no XPU kernel takes: refuse, or dequantize them to bf16 (lossy).")
 ]
-MaxShardSize = Annotated[str, typer.Option(help="Largest output file, e.g. 5GB or 512MiB.")]
-FoldActOrder = Annotated[
+MaxShardSizeOption = Annotated[str, typer.Option(help="Largest output file, e.g. 5GB or 512MiB.")]
+FoldActOrderOption = Annotated[
     bool,
     typer.Option(
         "--fold-act-order",
@@ -35,44 +37,48 @@ FoldActOrder = Annotated[
 ]
 
 # `finish` was once told them again. It knows them from the parts' journals; what is given must agree.
-SameText = Annotated[str | None, typer.Option(hidden=True)]
-SameFlag = Annotated[bool | None, typer.Option("--fold-act-order", hidden=True)]
+SameTextOption = Annotated[str | None, typer.Option(hidden=True)]
+SameFlagOption = Annotated[bool | None, typer.Option("--fold-act-order", hidden=True)]
 
 # How it runs.
-Jobs = Annotated[
+JobsOption = Annotated[
     int, typer.Option(min=0, max=256, show_default=False, help="Workers (default: one per core, at most 8).")
 ]
-Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check every value of the output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in OUT.")]
-Ray = Annotated[str, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")]
-Part = Annotated[str, typer.Option("--shard", help="Make only part i/n; `finish` puts parts together.")]
-Stream = Annotated[
+VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Check every value of the output.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in OUT.")]
+RayOption = Annotated[str, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")]
+PartOption = Annotated[str, typer.Option("--shard", help="Make only part i/n; `finish` puts parts together.")]
+StreamOption = Annotated[
     bool,
     typer.Option("--stream", help="Keep only the shards of SRC in use; with --push-to, of the output too."),
 ]
-TensorParallel = Annotated[list[int] | None, typer.Option(min=1, help="Tensor-parallel sizes to check (repeatable).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+TensorParallelOption = Annotated[
+    list[int] | None, typer.Option(min=1, help="Tensor-parallel sizes to check (repeatable).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 # Where it is published.
-Repo = Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; created if it is not there.")]
-PushTo = Annotated[str | None, typer.Option(metavar="REPO", help="Publish the result on the Hub as OWNER/NAME.")]
-Private = Annotated[bool, typer.Option("--private/--public", help="Of a repository that is created.")]
-Branch = Annotated[str | None, typer.Option(help="Push to this branch; created from main.")]
-PullRequest = Annotated[bool, typer.Option("--pr", help="Push to a pull request; a later push adds to it.")]
+RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; created if it is not there.")]
+PushToOption = Annotated[str | None, typer.Option(metavar="REPO", help="Publish the result on the Hub as OWNER/NAME.")]
+PrivateOption = Annotated[bool, typer.Option("--private/--public", help="Of a repository that is created.")]
+BranchOption = Annotated[str | None, typer.Option(help="Push to this branch; created from main.")]
+PullRequestOption = Annotated[bool, typer.Option("--pr", help="Push to a pull request; a later push adds to it.")]
 
 # How it is checked.
-CheckedSource = Annotated[
+CheckedSourceOption = Annotated[
     str | None,
     typer.Option(help="What it was converted from. Without it: the digests recorded at conversion."),
 ]
-CheckedRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a --source on the Hub.")]
-Backends = Annotated[
+CheckedRevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a --source on the Hub.")]
+BackendsOption = Annotated[
     list[str] | None,
     typer.Option(help="Kernel library to run; repeat it for more (default: all that run here)."),
 ]
-Every = Annotated[bool, typer.Option("--all", help="Run kernels on every matrix, all rows and all M.")]
-Report = Annotated[Path | None, typer.Option(help="Folder to write verify.json, .md, .html and .svg into.")]
-A = Annotated[str, typer.Argument(metavar="A", help="Folder with safetensors, or a .safetensors file.")]
-B = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
-Values = Annotated[bool, typer.Option("--values/--no-values", help="Compare bytes, or only names, dtypes and shapes.")]
+EveryOption = Annotated[bool, typer.Option("--all", help="Run kernels on every matrix, all rows and all M.")]
+ReportOption = Annotated[Path | None, typer.Option(help="Folder to write verify.json, .md, .html and .svg into.")]
+FirstArgument = Annotated[str, typer.Argument(metavar="A", help="Folder with safetensors, or a .safetensors file.")]
+SecondArgument = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
+ValuesOption = Annotated[
+    bool, typer.Option("--values/--no-values", help="Compare bytes, or only names, dtypes and shapes.")
+]

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    source: args.Source,
-    on_unsupported: args.OnUnsupported = "refuse",
-    tp: args.TensorParallel = None,
-    revision: args.Revision = None,
-    as_json: args.Json = False,
+    source: args.SourceArgument,
+    on_unsupported: args.OnUnsupportedOption = "refuse",
+    tp: args.TensorParallelOption = None,
+    revision: args.RevisionOption = None,
+    as_json: args.JsonOption = False,
 ) -> None:
     """What is it, will it convert, how big, which kernel per module: from headers only."""
     from xpuquant.conversion.cli import answers
@@ -32,14 +32,14 @@ def inspect(
 
 
 def verify(
-    out: args.OutConverted,
-    source: args.CheckedSource = None,
-    revision: args.CheckedRevision = None,
-    backend: args.Backends = None,
-    every: args.Every = False,
-    report: args.Report = None,
-    jobs: args.Jobs = 0,
-    as_json: args.Json = False,
+    out: args.OutConvertedArgument,
+    source: args.CheckedSourceOption = None,
+    revision: args.CheckedRevisionOption = None,
+    backend: args.BackendsOption = None,
+    every: args.EveryOption = False,
+    report: args.ReportOption = None,
+    jobs: args.JobsOption = 0,
+    as_json: args.JsonOption = False,
 ) -> None:
     """Check a converted folder before it is deployed. Exit code 0: it may be; 1: it may not. OUT is only read."""
     from xpuquant.conversion.cli import answers
@@ -62,7 +62,9 @@ def verify(
     _raise_failures(verdict, out)
 
 
-def diff(a: args.A, b: args.B, values: args.Values = True, as_json: args.Json = False) -> None:
+def diff(
+    a: args.FirstArgument, b: args.SecondArgument, values: args.ValuesOption = True, as_json: args.JsonOption = False
+) -> None:
     """Compare the tensors of two repos: names, dtypes, shapes, values. Exit code 0: equal; 1: different."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
@@ -76,7 +78,7 @@ def diff(a: args.A, b: args.B, values: args.Values = True, as_json: args.Json = 
         raise VerificationError(f"{a} and {b} differ")
 
 
-def doctor(as_json: args.Json = False) -> None:
+def doctor(as_json: args.JsonOption = False) -> None:
     """Which kernel backends run here, why others do not, and what would change that."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output

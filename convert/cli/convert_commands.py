@@ -9,26 +9,26 @@ from xpuquant.conversion.cli import arguments as args
 
 
 def convert(
-    source: args.Source,
-    out: args.OutToWrite = None,
-    layout: args.Layout = "xpu",
-    scale_dtype: args.ScaleDtype = "keep",
-    on_unsupported: args.OnUnsupported = "refuse",
-    max_shard_size: args.MaxShardSize = "5GB",
-    fold_act_order: args.FoldActOrder = False,
-    jobs: args.Jobs = 0,
-    verify: args.Verify = True,
-    dry_run: args.DryRun = False,
-    force: args.Force = False,
-    ray: args.Ray = "",
-    part: args.Part = "",
-    revision: args.Revision = None,
-    push_to: args.PushTo = None,
-    private: args.Private = True,
-    branch: args.Branch = None,
-    pr: args.PullRequest = False,
-    stream: args.Stream = False,
-    as_json: args.Json = False,
+    source: args.SourceArgument,
+    out: args.OutToWriteArgument = None,
+    layout: args.LayoutOption = "xpu",
+    scale_dtype: args.ScaleDtypeOption = "keep",
+    on_unsupported: args.OnUnsupportedOption = "refuse",
+    max_shard_size: args.MaxShardSizeOption = "5GB",
+    fold_act_order: args.FoldActOrderOption = False,
+    jobs: args.JobsOption = 0,
+    verify: args.VerifyOption = True,
+    dry_run: args.DryRunOption = False,
+    force: args.ForceOption = False,
+    ray: args.RayOption = "",
+    part: args.PartOption = "",
+    revision: args.RevisionOption = None,
+    push_to: args.PushToOption = None,
+    private: args.PrivateOption = True,
+    branch: args.BranchOption = None,
+    pr: args.PullRequestOption = False,
+    stream: args.StreamOption = False,
+    as_json: args.JsonOption = False,
 ) -> None:
     """Convert, verify and write a ready-to-load repo. Run it again to resume after an interruption."""
     from xpuquant.conversion.cli import answers
@@ -62,23 +62,22 @@ def convert(
 
 
 def finish(
-    source: args.Source,
-    out: args.OutOfParts,
-    jobs: args.Jobs = 0,
-    verify: args.Verify = True,
-    revision: args.Revision = None,
-    as_json: args.Json = False,
-    layout: args.SameText = None,
-    scale_dtype: args.SameText = None,
-    on_unsupported: args.SameText = None,
-    max_shard_size: args.SameText = None,
-    fold_act_order: args.SameFlag = None,
+    source: args.SourceArgument,
+    out: args.OutOfPartsArgument,
+    jobs: args.JobsOption = 0,
+    verify: args.VerifyOption = True,
+    revision: args.RevisionOption = None,
+    as_json: args.JsonOption = False,
+    layout: args.SameTextOption = None,
+    scale_dtype: args.SameTextOption = None,
+    on_unsupported: args.SameTextOption = None,
+    max_shard_size: args.SameTextOption = None,
+    fold_act_order: args.SameFlagOption = None,
 ) -> None:
     """Put the parts of `convert --shard i/n` together: check that all are there, verify, publish."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
-    from xpuquant.conversion.runs.request import FinishRequest
-    from xpuquant.conversion.runs.request import finish as put_together
+    from xpuquant.conversion.runs.request import FinishRequest, put_together
 
     told = {
         "layout": layout,
@@ -96,12 +95,12 @@ def finish(
 
 
 def push(
-    out: args.OutConverted,
-    repo: args.Repo,
-    private: args.Private = True,
-    branch: args.Branch = None,
-    pr: args.PullRequest = False,
-    as_json: args.Json = False,
+    out: args.OutConvertedArgument,
+    repo: args.RepoArgument,
+    private: args.PrivateOption = True,
+    branch: args.BranchOption = None,
+    pr: args.PullRequestOption = False,
+    as_json: args.JsonOption = False,
 ) -> None:
     """Publish a converted folder on the Hub. Run it again to finish or repeat it: what is there is not sent again."""
     from xpuquant.conversion.cli import answers

@@ -34,7 +34,7 @@ _PLAIN_INTERVAL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A table: a title, column names, rows of cells."""
 
     title: str
@@ -47,7 +47,7 @@ class Answer:
     """What a command has to say: the same thing for a reader (`parts`: text or tables, in order) and for a
     program (`data`)."""
 
-    parts: Sequence[str | Table]
+    parts: Sequence[str | TextTable]
     data: Mapping[str, Any]
 
 
@@ -158,7 +158,7 @@ class Lines:
             self._console.print(one_line(text), markup=False)
 
 
-def plain(table: Table) -> str:
+def plain(table: TextTable) -> str:
     """A table as aligned text."""
     lines = [list(table.columns), *[[one_line(cell) for cell in row] for row in table.rows]]
     widths = [max(len(row[i]) for row in lines) for i in range(len(table.columns))]
@@ -166,7 +166,7 @@ def plain(table: Table) -> str:
     return "\n".join([table.title, *("  " + line for line in body)] if table.title else body)
 
 
-def _rich(table: Table) -> RichTable:
+def _rich(table: TextTable) -> RichTable:
     from rich.text import Text
 
     made = RichTable(title=table.title or None, title_justify="left")

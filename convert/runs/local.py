@@ -20,7 +20,7 @@ from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.report.reports import write_reports
-from xpuquant.conversion.results import Converted, planned
+from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.assemble import PRODUCER, keep_card, write_repo
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.context import Check, Origin
@@ -100,7 +100,7 @@ def convert_checkpoint(
         if verify:
             verdict = check_staged(plan, source, staging.folder, out.resolve().name, jobs, reporter)
         write_repo(plan, source, staging, shards, verdict, command)
-    return Converted(planned(plan, source), out, shards, verdict)
+    return Converted(summary(plan, source), out, shards, verdict)
 
 
 def downloaded(source: Source, options: Options, reporter: Reporter) -> Source:

@@ -128,7 +128,7 @@ class PartStaging:
         self._journal.append(shard, finished)
 
 
-def convert_part(
+def make_part(
     source: Source, out: Path, options: Options, part: Part, *, jobs: int, reporter: Reporter
 ) -> PartConverted:
     """Make one part's shards in the staging folder of `out`.

@@ -13,9 +13,9 @@ from xpuquant.conversion.options import Options, default_jobs
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.staging import check_output
-from xpuquant.conversion.results import Converted, PartConverted, Planned, planned
+from xpuquant.conversion.results import Converted, PartConverted, Planned, summary
 from xpuquant.conversion.runs.local import Executor, convert_checkpoint, downloaded
-from xpuquant.conversion.runs.parts import Part, check_parts, convert_part, parts_options
+from xpuquant.conversion.runs.parts import Part, check_parts, make_part, parts_options
 from xpuquant.conversion.runs.publishing import Destination, converted_shards, push_folder
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
@@ -95,7 +95,7 @@ def plan_only(request: ConvertRequest) -> Planned:
     Raises: as `make_plan`; EnvironmentFault: the Hub cannot be reached.
     """
     source = _open(request)
-    return planned(make_plan(source.checkpoint, request.options), source)
+    return summary(make_plan(source.checkpoint, request.options), source)
 
 
 def run(request: ConvertRequest, reporter: Reporter) -> Converted | PartConverted:
@@ -109,13 +109,13 @@ def run(request: ConvertRequest, reporter: Reporter) -> Converted | PartConverte
 def convert_one_part(request: ConvertRequest, reporter: Reporter) -> PartConverted:
     """Make the part that was asked for.
 
-    Raises: as `convert_part`.
+    Raises: as `make_part`.
     """
     assert request.part is not None
     opened, out = _open(request), request.target
     check_output(out, force=True)
     source = downloaded(opened, request.options, reporter)
-    return convert_part(source, out, request.options, request.part, jobs=request.workers, reporter=reporter)
+    return make_part(source, out, request.options, request.part, jobs=request.workers, reporter=reporter)
 
 
 def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
@@ -127,7 +127,7 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
     if request.destination is not None and not request.force:
         shards = converted_shards(out, opened, options)
         if shards is not None:  # an earlier run came as far as publishing
-            plan = planned(make_plan(opened.checkpoint, options), opened)
+            plan = summary(make_plan(opened.checkpoint, options), opened)
             pushed = push_folder(out, request.destination, reporter)
             return Converted(plan, out, shards, None, pushed, is_new=False)
     if request.stream:
@@ -149,7 +149,7 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
     return replace(converted, pushed=push_folder(out, request.destination, reporter))
 
 
-def finish(request: FinishRequest, reporter: Reporter) -> Converted:
+def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
     """Put the parts of a conversion together, with the options that stand in their journals.
 
     Raises: as `convert_checkpoint`; UsageError: no part was converted there, or parts of something else;

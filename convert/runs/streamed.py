@@ -30,7 +30,7 @@ from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.staging import Staging, check_output
-from xpuquant.conversion.results import Converted, planned
+from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.assemble import PRODUCER, keep_card, stage_repo
 from xpuquant.conversion.runs.local import check_disk, raise_failures
 from xpuquant.conversion.runs.publishing import Destination, is_conversion, recorded_shards
@@ -152,7 +152,7 @@ def convert_streaming(
         reporter.phase("stream", 3 * plan.write_bytes)
         shards, verdict = work.run(reporter, out.resolve().name if target is None else target.repo_id)
         files, config = stage_repo(plan, source, staging, shards, verdict, command)
-        result = Converted(planned(plan, source), out, shards, verdict)
+        result = Converted(summary(plan, source), out, shards, verdict)
         if target is None:
             staging.publish([*(shard.name for shard in plan.shards), *files], config)
             return result
@@ -182,7 +182,7 @@ def _published(plan: Plan, source: StreamedSource, target: Target) -> Converted 
     if not is_same:
         return None
     pushed = Pushed(target.repo_id, target.url, target.revision, head, (), tuple(there), (), 0)
-    return Converted(planned(plan, source), None, shards, None, pushed, is_new=False)
+    return Converted(summary(plan, source), None, shards, None, pushed, is_new=False)
 
 
 class _Work:
