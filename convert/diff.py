@@ -7,15 +7,12 @@ equals itself, and -0 is not 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from xpuquant.conversion.cli.output import Answer, Grid
 from xpuquant.conversion.progress import Reporter
-from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.repo_files import index_file, list_files, parse_index, read_json, shard_files
 from xpuquant.conversion.sources.shard_reader import ShardReader
 from xpuquant.errors import DamagedError, UsageError
@@ -25,7 +22,6 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import row_blocks
 
 _BLOCK_BYTES = 4 << 20
-_SHOWN = 30
 
 
 @dataclass(frozen=True)
@@ -148,24 +144,3 @@ def _values(ours: Tensors, theirs: Tensors, name: str) -> Values | None:
                 largest = max(largest, float(gap[np.isfinite(gap)].max(initial=0.0)))
         elements += x.size
     return Values(name, differ, elements, first, largest if is_number else None) if differ else None
-
-
-def answer(difference: Difference) -> Answer:
-    """For a reader and for a program."""
-    d = difference
-    rows: list[tuple[str, str]] = [(name, f"only in {d.a}") for name in d.only_a]
-    rows += [(name, f"only in {d.b}") for name in d.only_b]
-    rows += [(name, f"{ours} against {theirs}") for name, (ours, theirs) in d.types.items()]
-    for v in d.values:
-        gap = "" if v.max_abs is None else f", by {v.max_abs:.3g} at the most"
-        rows.append((v.name, f"{v.differ} of {v.elements} values differ, the first at {v.first}{gap}"))
-    what = "equal, bytes and all" if d.compared_values else "equal in name, dtype and shape (bytes not compared)"
-    parts: list[str | Grid] = []
-    if rows:
-        parts.append(Grid("", ("tensor", "difference"), rows[:_SHOWN]))
-    if len(rows) > _SHOWN:
-        parts.append(f"and {len(rows) - _SHOWN} more; --json lists them all")
-    parts.append(f"{d.same} tensors ({size(d.same_bytes)}) are {what}; {len(rows)} are not")
-    data: dict[str, Any] = {"equal": d.equal, **asdict(d)}
-    data["types"] = {name: list(types) for name, types in d.types.items()}
-    return Answer(parts, data)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from xpuquant.conversion.cli.output import Answer, Grid
 from xpuquant.errors import one_line
 from xpuquant.kernels import backends
 
@@ -125,25 +123,3 @@ def _render_nodes(drm: Path) -> tuple[list[str], list[str]]:
         if device.exists() and not os.access(device, os.R_OK | os.W_OK):
             remarks.append(f"{device} may not be opened: sudo usermod -aG render $USER, then log in again")
     return devices, remarks
-
-
-def answer(diagnosis: Diagnosis) -> Answer:
-    """For a reader and for a program."""
-    rows = [
-        (
-            one.name,
-            "yes" + f", on {one.device}" * bool(one.device) if one.problem is None else "no",
-            one.problem or "",
-        )
-        for one in diagnosis.backends
-    ]
-    packages = [(name, version or "not installed") for name, version in diagnosis.versions.items()]
-    devices = ", ".join(diagnosis.devices) or "none"
-    parts: list[str | Grid] = [
-        Grid("kernel backends", ("backend", "runs here", "why not, and the fix"), rows),
-        Grid("versions", ("package", "version"), packages),
-        f"Intel GPUs: {devices}",
-        *(f"note: {remark}" for remark in diagnosis.remarks),
-        f"{diagnosis.system}, {sys.executable}",
-    ]
-    return Answer(parts, asdict(diagnosis))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from xpuquant.conversion.sizes import parse_size
@@ -16,12 +16,21 @@ ON_UNSUPPORTED = ("refuse", "dequantize")
 
 _DTYPES = {
     "float16": "F16",
-    "fp16": "F16",
     "bfloat16": "BF16",
-    "bf16": "BF16",
     "float32": "F32",
+    "fp16": "F16",
+    "bf16": "BF16",
     "fp32": "F32",
 }
+
+FLAGS = {
+    "layout": "--layout",
+    "scale_dtype": "--scale-dtype",
+    "on_unsupported": "--on-unsupported",
+    "max_shard_bytes": "--max-shard-size",
+    "fold_act_order": "--fold-act-order",
+}
+"""Field of `Options` → its option on the command line."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,16 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """The options as JSON has them."""
         return asdict(self)
+
+    def as_arguments(self) -> list[str]:
+        """The options on a command line, without those that have their default."""
+        words: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                dtypes = [name for name, label in _DTYPES.items() if label == value]
+                words += [FLAGS[field.name], *([] if value is True else [*dtypes, str(value)][:1])]
+        return words
 
 
 def parse_dtype(text: str | None) -> str | None:

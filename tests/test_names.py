@@ -12,7 +12,10 @@ FOLDERS = ("convert", "formats", "kernels", "xpuquant")
 
 ALLOWED = {
     "Array": "any numpy array, in rooms that import nothing of each other",
-    "convert": "a command, and what it runs",
+    "convert": "a command, its function in the API, and what both run",
+    "finish": "a command, and its function in the API",
+    "diff": "a command, and its function in the API",
+    "doctor": "a command, and its function in the API",
     "inspect": "a command, and what it runs",
     "push": "a command, and what it runs",
     "verify": "a command, and what it runs",

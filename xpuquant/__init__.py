@@ -1,10 +1,94 @@
-"""Convert quantized LLM checkpoints, once and exactly, into the layouts Intel GPU kernels read."""
+"""Convert quantized LLM checkpoints, once and exactly, into the layouts Intel GPU kernels read.
+
+    import xpuquant
+
+    result = xpuquant.convert("org/model-GPTQ", "model-xpu")
+
+The functions are documented in `xpuquant.api`. Importing the package loads none of them: that is done when one is first
+named.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from xpuquant.errors import (
+    DamagedError,
+    EnvironmentFault,
+    Interrupted,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+    XpuquantError,
+)
+
+if TYPE_CHECKING:
+    from xpuquant.api import (
+        Converted,
+        Diagnosis,
+        Difference,
+        Inspection,
+        ModuleOutcome,
+        Options,
+        PartConverted,
+        Planned,
+        Pushed,
+        Verdict,
+        convert,
+        convert_part,
+        diff,
+        doctor,
+        finish,
+        inspect,
+        plan,
+        push,
+        verify,
+    )
 
 try:
     __version__ = version("xpuquant")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__"]
+__all__ = [
+    "Converted",
+    "DamagedError",
+    "Diagnosis",
+    "Difference",
+    "EnvironmentFault",
+    "Inspection",
+    "Interrupted",
+    "ModuleOutcome",
+    "Options",
+    "PartConverted",
+    "Planned",
+    "Pushed",
+    "UnsupportedError",
+    "UsageError",
+    "Verdict",
+    "VerificationError",
+    "XpuquantError",
+    "__version__",
+    "convert",
+    "convert_part",
+    "diff",
+    "doctor",
+    "finish",
+    "inspect",
+    "plan",
+    "push",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'xpuquant' has no attribute '{name}'")
+    from xpuquant import api
+
+    found: object = getattr(api, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xpuquant.conversion.cli import check_commands, convert_commands, push_command
+from xpuquant.conversion.cli import check_commands, convert_commands
 from xpuquant.conversion.write.memory import keep_freed_memory
 from xpuquant.errors import EnvironmentFault, Interrupted, XpuquantError
 
@@ -47,9 +47,9 @@ def _root(
 for _command in (
     convert_commands.convert,
     convert_commands.finish,
-    convert_commands.inspect,
+    check_commands.inspect,
     check_commands.verify,
-    push_command.push,
+    convert_commands.push,
     check_commands.diff,
     check_commands.doctor,
 ):

@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from xpuquant.conversion.sizes import size
 from xpuquant.errors import MESSAGE_LENGTH, one_line
@@ -34,7 +34,7 @@ _PLAIN_INTERVAL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Grid:
+class TextTable:
     """A table: a title, column names, rows of cells."""
 
     title: str
@@ -47,7 +47,7 @@ class Answer:
     """What a command has to say: the same thing for a reader (`parts`: text or tables, in order) and for a
     program (`data`)."""
 
-    parts: Sequence[str | Grid]
+    parts: Sequence[str | TextTable]
     data: Mapping[str, Any]
 
 
@@ -158,20 +158,20 @@ class Lines:
             self._console.print(one_line(text), markup=False)
 
 
-def plain(grid: Grid) -> str:
+def plain(table: TextTable) -> str:
     """A table as aligned text."""
-    lines = [list(grid.columns), *[[one_line(cell) for cell in row] for row in grid.rows]]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(grid.columns))]
+    lines = [list(table.columns), *[[one_line(cell) for cell in row] for row in table.rows]]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(table.columns))]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
-    return "\n".join([grid.title, *("  " + line for line in body)] if grid.title else body)
+    return "\n".join([table.title, *("  " + line for line in body)] if table.title else body)
 
 
-def _rich(grid: Grid) -> Table:
+def _rich(table: TextTable) -> RichTable:
     from rich.text import Text
 
-    table = Table(title=grid.title or None, title_justify="left")
-    for column in grid.columns:
-        table.add_column(column, overflow="fold")
-    for row in grid.rows:
-        table.add_row(*(Text(one_line(cell)) for cell in row))
-    return table
+    made = RichTable(title=table.title or None, title_justify="left")
+    for column in table.columns:
+        made.add_column(column, overflow="fold")
+    for row in table.rows:
+        made.add_row(*(Text(one_line(cell)) for cell in row))
+    return made

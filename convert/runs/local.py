@@ -7,33 +7,21 @@ folder as a model; a run that is stopped anywhere is resumed by the same command
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from xpuquant import __version__
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress, Reporter, Silent
-from xpuquant.conversion.repo.card import CardFacts, gather, render
-from xpuquant.conversion.repo.card_merge import CARD, merge
-from xpuquant.conversion.repo.checksums import seal
 from xpuquant.conversion.repo.converted import Repo
-from xpuquant.conversion.repo.journal import (
-    PROVENANCE,
-    STAGING,
-    Finished,
-    Journal,
-    check_output,
-    file_sha256,
-)
-from xpuquant.conversion.repo.provenance import provenance
+from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.replace import clear_output
+from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.report.reports import write_reports
+from xpuquant.conversion.results import Converted, summary
+from xpuquant.conversion.runs.assemble import PRODUCER, keep_card, write_repo
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.run import verify_staged
@@ -41,28 +29,28 @@ from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.conversion.write.execute import execute
 from xpuquant.errors import EnvironmentFault, UsageError, VerificationError
 
-PRODUCER = f"xpuquant {__version__}"
-INDEX = "model.safetensors.index.json"
-_EARLIER_CARD = "README.earlier.md"
 _HEADROOM_BYTES = 64 << 20
 
 
-Executor = Callable[[Plan, Source, Journal, int, dict[str, Finished], Progress, bool], dict[str, Finished]]
-"""Carries out a plan: `execute` here, `execute_on_ray` on a cluster."""
+class Executor(Protocol):
+    """Carries out a plan: `execute` on this machine, `execute_on_ray` on a cluster."""
+
+    def __call__(
+        self,
+        plan: Plan,
+        source: Source,
+        staging: Staging,
+        *,
+        jobs: int,
+        done: dict[str, Finished],
+        progress: Progress,
+        read_again: bool,
+    ) -> dict[str, Finished]:
+        """Make every shard of the plan that is not done. See `execute`."""
+        ...
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished conversion. `verification` is None where it was not asked for."""
-
-    out: Path
-    plan: Plan
-    source: Source
-    shards: Mapping[str, Finished]
-    verification: Verdict | None
-
-
-def convert(
+def convert_checkpoint(
     source: Source,
     out: Path,
     options: Options,
@@ -73,10 +61,11 @@ def convert(
     reporter: Reporter | None = None,
     command: str = "xpuquant convert",
     executor: Executor = execute,
-) -> Result:
+) -> Converted:
     """Convert a checkpoint into a ready-to-load repo.
 
     Args:
+        source: its weights are on this machine, see `downloaded`.
         out: folder to write; absent, empty, an unfinished run of the same conversion, or (with `force`) an older one.
         jobs: workers.
         command: as the user gave it, for the card.
@@ -92,20 +81,26 @@ def convert(
     check_apart(source, out)
     check_output(out, force)
     plan = make_plan(source.checkpoint, options)
-    with Journal(out) as journal:
-        done = journal.begin(plan.digest(source.fingerprint()), force)
-        keep_card(out, journal.folder)
+    with Staging(out) as staging:
+        done = staging.begin(plan.digest(source.fingerprint()), options, force)
+        keep_card(out, staging.folder)
         clear_output(out)
         check_disk(out, plan.write_bytes - sum(finished.nbytes for finished in done.values()))
         reporter.phase("convert", plan.write_bytes)
         shards = executor(
-            plan, source, journal, jobs, done, reporter.advance, verify and _fits_memory(plan.write_bytes)
+            plan,
+            source,
+            staging,
+            jobs=jobs,
+            done=done,
+            progress=reporter.advance,
+            read_again=verify and _fits_memory(plan.write_bytes),
         )
-        verification = None
+        verdict = None
         if verify:
-            verification = check_staged(plan, source, journal.folder, out.resolve().name, jobs, reporter)
-        write_repo(plan, source, journal, shards, verification, command)
-    return Result(out, plan, source, shards, verification)
+            verdict = check_staged(plan, source, staging.folder, out.resolve().name, jobs, reporter)
+        write_repo(plan, source, staging, shards, verdict, command)
+    return Converted(summary(plan, source), out, shards, verdict)
 
 
 def downloaded(source: Source, options: Options, reporter: Reporter) -> Source:
@@ -172,100 +167,3 @@ def raise_failures(verdict: Verdict, folder: Path) -> None:
         first, *more = (f"{finding.where}: {finding.what}" for finding in verdict.failing)
         also = f" (and {len(more)} more in {folder / 'verify.json'})" if more else ""
         raise VerificationError(f"verification failed: {first}{also}; the output was not published")
-
-
-def output_config(plan: Plan, source: Source) -> dict[str, Any]:
-    """config.json of the output: the source's, with our quantization_config and nobody else's."""
-    config = {key: value for key, value in source.checkpoint.config.items() if key != "compression_config"}
-    text = config.get("text_config")
-    if isinstance(text, dict) and "quantization_config" in text:
-        config["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
-    config["quantization_config"] = plan.quantization_config(PRODUCER)
-    return config
-
-
-def write_repo(
-    plan: Plan,
-    source: Source,
-    journal: Journal,
-    shards: Mapping[str, Finished],
-    verification: Verdict | None,
-    command: str,
-) -> None:
-    """Put the repo together from the staging folder; config.json is written last."""
-    files, config = stage_repo(plan, source, journal, shards, verification, command)
-    try:
-        journal.publish([*(shard.name for shard in plan.shards), *files], config)
-    except OSError as error:
-        place = error.filename or journal.out
-        raise EnvironmentFault(f"{place}: cannot be written ({error.strerror})") from error
-
-
-def stage_repo(
-    plan: Plan,
-    source: Source,
-    journal: Journal,
-    shards: Mapping[str, Finished],
-    verification: Verdict | None,
-    command: str,
-) -> tuple[list[str], bytes]:
-    """Write everything but shards and config.json into the staging folder; returns the names, and config.json."""
-    staging, out = journal.folder, journal.out
-    try:
-        for name in source.extra_files:
-            source.copy_file(name, staging / name)
-        files = list(source.extra_files)
-        if len(plan.shards) > 1:
-            write_json(staging / INDEX, plan.index())
-            files.append(INDEX)
-        config = json_bytes(output_config(plan, source))
-        hashes = {name: file_sha256(staging / name) or "" for name in files}
-        record = provenance(plan, source, shards, hashes, config, PRODUCER, verification)
-        write_bytes(staging / PROVENANCE, seal(json_bytes(record)))
-        if verification is not None:
-            files += write_reports(staging, verification)
-        write_card(staging, gather(plan, source, verification, command, out.resolve().name))
-        files += [CARD, PROVENANCE]
-    except OSError as error:
-        raise EnvironmentFault(f"{error.filename or out}: cannot be written ({error.strerror})") from error
-    return files, config
-
-
-def keep_card(out: Path, folder: Path) -> None:
-    """Set an earlier conversion's card aside: what people wrote into it goes into the new one."""
-    if (out / CARD).exists() and (out / PROVENANCE).exists():
-        shutil.copyfile(out / CARD, folder.parent / _EARLIER_CARD)
-
-
-def write_card(folder: Path, facts: CardFacts) -> None:
-    """README.md of the output."""
-    earlier = folder.parent / _EARLIER_CARD
-    theirs = earlier.read_text(encoding="utf-8", errors="replace") if earlier.exists() else None
-    text, _ = merge(render(facts), theirs)
-    write_bytes(folder / CARD, text.encode())
-
-
-def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """JSON as the ecosystem writes it: two spaces, a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write and flush; the staging folder makes it atomic."""
-    write_bytes(path, json_bytes(value))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write and flush."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def default_output(name: str, layout: str) -> Path:
-    """`Qwen3-8B-GPTQ` → `Qwen3-8B-GPTQ-xpu` in the current folder."""
-    return Path(f"{Path(name).resolve().name if Path(name).exists() else name.rpartition('/')[2]}-{layout}")
-
-
-__all__ = ["PRODUCER", "STAGING", "Result", "convert", "default_output"]

@@ -5,36 +5,32 @@
     xpuquant convert SRC OUT --shard 16/16
     xpuquant finish SRC OUT                      checks that all are there, verifies, publishes
 
-What flows: every process plans alone; equal sources and options give equal plans, and the plan's digest, the first
-line of every part's journal, proves it. Shares are runs of shards of about equal bytes. A part that dies is run again
-with the same command and skips the shards it had finished. Who excludes whom: parts hold OUT's lock together, each its
-own part's lock alone; `finish` and a plain `convert` want OUT's lock alone, so neither runs beside a part.
+Every process plans alone. Equal sources and options give equal plans; the plan's digest, in the first line of every
+part's journal, proves it. Shares are runs of shards of about equal bytes. A part that dies is run again with the same
+command and skips the shards it had finished. `finish` takes the options from the journals, and is then an ordinary
+conversion that resumes: all of its shards are made.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from xpuquant.conversion.cli.output import Answer
-from xpuquant.conversion.options import Options
+from xpuquant.conversion.options import FLAGS, Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Reporter
-from xpuquant.conversion.repo.journal import STAGING, Finished, check_output, file_sha256, sync
-from xpuquant.conversion.sizes import size
+from xpuquant.conversion.repo.checksums import hash_file
+from xpuquant.conversion.repo.journal import STAGING, Finished, JournalFile, Record, sync
+from xpuquant.conversion.repo.staging import LOCK, Staging, check_output, make_folder, staged_files, take_lock
+from xpuquant.conversion.results import PartConverted
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.write.execute import execute
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
-
-_JOURNAL = "journal.jsonl"
-_LOCK = "lock"
-_FILES = "files"
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,7 @@ class Part:
 
     @property
     def journal(self) -> str:
+        """File name of its journal."""
         return f"part-{self.index:05}-of-{self.count:05}.jsonl"
 
 
@@ -78,29 +75,32 @@ def share(plan: Plan, part: Part) -> tuple[Shard, ...]:
 
 
 class PartStaging:
-    """The staging folder as one part sees it. Use as a context manager: it holds the locks."""
+    """The staging folder as one part sees it. Use as a context manager: it holds the locks.
 
-    def __init__(self, out: Path, part: Part, digest: str) -> None:
+    folder  where the shards are made, beside those of the other parts
+    """
+
+    def __init__(self, out: Path, part: Part) -> None:
         self.out = out
-        self.folder = out / STAGING / _FILES
-        self._journal = out / STAGING / part.journal
+        self.folder = staged_files(out)
         self._part = part
-        self._digest = digest
+        self._journal = JournalFile(out / STAGING / part.journal)
         self._locks: list[int] = []
 
     def __enter__(self) -> PartStaging:
         check_output(self.out, force=False)
+        staging = self.out / STAGING
+        others = f"{self.out}: a conversion or `finish` is at work there; wait for it to end"
+        twin = f"{self.out}: part {self._part} is being converted already; wait for it to end"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock(
-                self.out / STAGING / _LOCK,
-                fcntl.LOCK_SH,
-                f"{self.out}: a conversion or `finish` is at work there",
-            )
-            own = self._journal.with_suffix(".lock")
-            self._lock(own, fcntl.LOCK_EX, f"{self.out}: part {self._part} is being converted already")
-        except OSError as error:
-            raise EnvironmentFault(f"{self.out}: cannot be written ({error.strerror})") from error
+            self._locks.append(take_lock(staging / LOCK, others, shared=True))
+            self._locks.append(take_lock(self._journal.path.with_suffix(".lock"), twin))
+            make_folder(self.folder)
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, OSError):
+                raise EnvironmentFault(f"{self.out}: cannot be written ({error.strerror})") from error
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -108,105 +108,93 @@ class PartStaging:
             os.close(fd)
         self._locks.clear()
 
-    def done(self) -> dict[str, Finished]:
-        """Shards this part finished in an earlier run, hashed again.
+    def begin(self, digest: str, options: Options) -> dict[str, Finished]:
+        """Start or resume; returns the shards that an earlier run of this part finished, hashed again.
 
         Raises:
             UsageError: the part belongs to a conversion of another source or with other options.
         """
-        found = read_journal(self._journal, self._digest)
-        if not found:
-            self._append({"plan": self._digest})
-        return {name: f for name, f in found.items() if file_sha256(self.folder / name) == f.sha256}
+        record = self._journal.read()
+        if record is None:
+            self._journal.begin(digest, options)
+            return {}
+        if record.plan != digest:
+            raise _other_conversion(self.out, self._part.journal)
+        return {name: f for name, f in record.finished.items() if hash_file(self.folder / name) == f.sha256}
 
     def finish(self, shard: str, finished: Finished) -> None:
         """Note a complete shard."""
         sync(self.folder / shard)  # another machine will read it
-        self._append({"shard": shard, "sha256": finished.sha256, "nbytes": finished.nbytes})
-
-    def _lock(self, path: Path, kind: int, busy: str) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._locks.append(fd)
-        try:
-            fcntl.flock(fd, kind | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{busy}; wait for it to end") from None
-
-    def _append(self, line: dict[str, object]) -> None:
-        with self._journal.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._journal.append(shard, finished)
 
 
-def read_journal(path: Path, digest: str) -> dict[str, Finished]:
-    """Finished shards of one part's journal; a line cut short by a crash ends it.
-
-    Raises:
-        UsageError: it is the journal of another plan.
-    """
-    finished: dict[str, Finished] = {}
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return {}
-    for number, text in enumerate(lines):
-        try:
-            line = json.loads(text)
-            if number == 0 and line["plan"] != digest:
-                raise UsageError(
-                    f"{path.parent.parent}: {path.name} is of another source or of other options; "
-                    "start over in another folder"
-                )
-            if number:
-                finished[line["shard"]] = Finished(line["sha256"], line["nbytes"])
-        except (ValueError, KeyError):
-            break
-    return finished
-
-
-def convert_part(source: Source, out: Path, options: Options, part: Part, jobs: int, reporter: Reporter) -> Answer:
+def make_part(
+    source: Source, out: Path, options: Options, part: Part, *, jobs: int, reporter: Reporter
+) -> PartConverted:
     """Make one part's shards in the staging folder of `out`.
 
-    Raises:
-        as `conversion.convert`, but for the verification, which `finish` does.
+    Raises: as `convert_checkpoint`, but for the verification, which `finish` does.
     """
     plan = make_plan(source.checkpoint, options)
     mine = plan.part(share(plan, part))
     reporter.phase("convert", mine.write_bytes)
-    with PartStaging(out, part, plan.digest(source.fingerprint())) as staging:
-        finished = execute(mine, source, staging, jobs, staging.done(), reporter.advance)
-    text = f"part {part}: {len(finished)} of {len(plan.shards)} shards, {size(mine.write_bytes)}, staged in {out}"
-    hint = f"when every part is done: xpuquant finish {source.name} {out}, with the same options"
-    return Answer([text, hint], {"part": str(part), "shards": {n: f.sha256 for n, f in finished.items()}})
+    with PartStaging(out, part) as staging:
+        done = staging.begin(plan.digest(source.fingerprint()), options)
+        finished = execute(mine, source, staging, jobs, done, reporter.advance)
+    return PartConverted(str(part), source.name, out, finished, len(plan.shards), mine.write_bytes)
 
 
-def adopt_parts(source: Source, options: Options, out: Path) -> None:
-    """Gather the journals of all parts into the one that a conversion resumes from.
+def parts_options(out: Path, told: Mapping[str, Any]) -> Options:
+    """The options that the parts in `out` were converted with.
+
+    Args:
+        told: argument of `Options.parse` → value that was given again; it must be the parts'.
 
     Raises:
-        UsageError: no part was ever run here.
-        DamagedError: some shards have not been made.
+        UsageError: no part was converted there, parts differ, or `told` does.
     """
-    staging = out / STAGING
-    if (staging / _JOURNAL).exists():
-        return
+    records = _records(out)
+    if not records:
+        raise UsageError(f"{out}: no part was converted there; run `xpuquant convert SRC OUT --shard i/n` first")
+    options = next(iter(records.values())).options
+    for name, record in records.items():
+        if record.options != options:
+            raise _other_conversion(out, name)
+    again = Options.parse(**told)
+    for name in told:
+        field = "max_shard_bytes" if name == "max_shard_size" else name
+        if getattr(again, field) != getattr(options, field):
+            raise UsageError(f"{out}: its parts were converted with another {FLAGS[field]}; leave it out here")
+    return options
+
+
+def check_parts(source: Source, options: Options, out: Path) -> None:
+    """Check that the parts in `out` are of this source and have made every shard.
+
+    Raises:
+        UsageError: a part is of another source. DamagedError: some shards have not been made.
+    """
     plan = make_plan(source.checkpoint, options)
     digest = plan.digest(source.fingerprint())
-    finished: dict[str, Finished] = {}
-    journals: Sequence[Path] = sorted(staging.glob("part-*.jsonl"))
-    if not journals:
-        raise UsageError(f"{out}: no part was converted there; run `xpuquant convert SRC OUT --shard i/n` first")
-    for journal in journals:
-        finished |= read_journal(journal, digest)
-    missing = [shard.name for shard in plan.shards if shard.name not in finished]
+    records = _records(out)
+    for name, record in records.items():
+        if record.plan != digest:
+            raise _other_conversion(out, name)
+    made = {shard for record in records.values() for shard in record.finished}
+    missing = [shard.name for shard in plan.shards if shard.name not in made]
     if missing:
         raise DamagedError(
             f"{out}: {len(missing)} of {len(plan.shards)} shards have not been made, {missing[0]} first; "
             "run their parts again"
         )
-    lines = [{"plan": digest}]
-    lines += [{"shard": n, "sha256": f.sha256, "nbytes": f.nbytes} for n, f in finished.items()]  # type: ignore[dict-item]
-    merged = staging / "journal.new"
-    merged.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    merged.replace(staging / _JOURNAL)
+
+
+def _records(out: Path) -> dict[str, Record]:
+    if not (out / STAGING).is_dir():
+        return {}
+    with Staging(out) as staging:
+        return staging.records()
+
+
+def _other_conversion(out: Path, journal: str) -> UsageError:
+    return UsageError(f"{out}: {journal} is of another source or of other options; start over in another folder")

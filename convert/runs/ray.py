@@ -25,7 +25,8 @@ from typing import Any
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.journal import Finished, Journal, sync
+from xpuquant.conversion.repo.journal import Finished, sync
+from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.open import open_source
@@ -76,12 +77,12 @@ class _Attempt:
 def execute_on_ray(
     plan: Plan,
     source: Source,
-    journal: Journal,
+    staging: Staging,
+    *,
     jobs: int,
     done: dict[str, Finished],
     progress: Progress,
     read_again: bool = True,
-    *,
     address: str,
 ) -> dict[str, Finished]:
     """Like `execute.execute`, on the Ray cluster at `address` (`auto`, `ray://host:port`, `host:port`), or one
@@ -101,7 +102,7 @@ def execute_on_ray(
         source.folder.resolve() if isinstance(source, LocalSource) else None,
         plan.options,
         plan.digest(source.fingerprint()),
-        journal.folder.resolve(),
+        staging.folder.resolve(),
         jobs,
     )
     finished = dict(done)
@@ -115,7 +116,7 @@ def execute_on_ray(
             ready, _ = ray.wait(list(running), num_returns=1)
             shard = running.pop(ready[0])
             result = _result(ray, ready[0], shard.name)
-            journal.finish(shard.name, result)
+            staging.finish(shard.name, result)
             finished[shard.name] = result
             progress(shard.nbytes)
     finally:

@@ -1,13 +1,13 @@
 """Converting a model on a disk that does not hold it (`--stream`).
 
-What flows: output shards are taken in groups that share no module with another group (nearly always one shard). For
-each group its source shards are downloaded (the next group's first one meanwhile), the shards are written, every value
-is checked, they go to a staging branch of the target repository and are dropped here; then source shards that no later
-group reads are dropped too. At the end one commit makes the staged shards, index, config.json and card the repository's
-content. Without a target the output shards stay, and only the source is dropped.
+What flows: output shards are taken in segments that share no module with another segment (nearly always one shard).
+The source shards of a segment are downloaded, and the first one of the next segment meanwhile. The segment's shards are
+written, every value is checked, they go to a staging branch of the target repository and are dropped here. Then source
+shards that no later segment reads are dropped too. At the end one commit makes the staged shards, index, config.json
+and card the repository's content. Without a target the output shards stay, and only the source is dropped.
 
 What survives a crash: the shards on the staging branch, whose name is the plan's digest, and the local journal. The
-same command skips what either holds. The verdict on each group is kept beside the journal until the end.
+same command skips what either holds. The verdict on each segment is kept beside the journal until the end.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from xpuquant.conversion.hub.client import connect
 from xpuquant.conversion.hub.publish import Pushed, hash_files, publish
-from xpuquant.conversion.hub.target import CONFIG, Target
+from xpuquant.conversion.hub.target import CONFIG, MAIN, Target
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.converted import Repo
-from xpuquant.conversion.repo.journal import PROVENANCE, Finished, Journal, check_output
+from xpuquant.conversion.repo.journal import PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output
-from xpuquant.conversion.runs.local import (
-    PRODUCER,
-    Result,
-    check_disk,
-    keep_card,
-    raise_failures,
-    stage_repo,
-)
+from xpuquant.conversion.repo.staging import Staging, check_output
+from xpuquant.conversion.results import Converted, summary
+from xpuquant.conversion.runs.assemble import PRODUCER, keep_card, stage_repo
+from xpuquant.conversion.runs.local import check_disk, raise_failures
+from xpuquant.conversion.runs.publishing import Destination, is_conversion, recorded_shards
+from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.repo_files import parse_json
 from xpuquant.conversion.sources.streamed import StreamedSource
 from xpuquant.conversion.verify.context import Check, Origin
@@ -50,8 +49,8 @@ _VERDICTS = "verdicts"
 
 
 @dataclass(frozen=True)
-class Group:
-    """Output shards that share no module with others.
+class Segment:
+    """A run of output shards that shares no module with the others.
 
     modules, passed  what they hold
     sources          source shards they are made from or checked against
@@ -67,7 +66,7 @@ class Group:
         return sum(shard.nbytes for shard in self.shards)
 
 
-def groups(plan: Plan) -> list[Group]:
+def segments(plan: Plan) -> list[Segment]:
     """The plan's shards, in order, cut wherever no module is on both sides."""
     place = {tensor.name: i for i, shard in enumerate(plan.shards) for tensor in shard.tensors}
     spans = [{place[tensor.name] for tensor in planned.conversion.tensors} for planned in plan.modules]
@@ -77,56 +76,36 @@ def groups(plan: Plan) -> list[Group]:
         found[-1].append(i)
         if i not in joined and i + 1 < len(plan.shards):
             found.append([])
-    return [_group(plan, members, place, spans) for members in found]
+    return [_segment(plan, members, place, spans) for members in found]
 
 
-def _group(plan: Plan, members: Sequence[int], place: Mapping[str, int], spans: Sequence[set[int]]) -> Group:
+def _segment(plan: Plan, members: Sequence[int], place: Mapping[str, int], spans: Sequence[set[int]]) -> Segment:
     shards = tuple(plan.shards[i] for i in members)
     modules = tuple(m for m, span in zip(plan.modules, spans, strict=True) if span <= set(members))
     passed = tuple(tensor for tensor in plan.passed if place[tensor.name] in members)
     sources = {part.tensor.file for s in shards for t in s.tensors for piece in t.pieces for part in piece.inputs}
     sources |= {tensor.file for m in modules for _, _, weight in m.weights for tensor in weight.tensors}
-    return Group(shards, modules, passed, tuple(sorted(sources)))
+    return Segment(shards, modules, passed, tuple(sorted(sources)))
 
 
 def peak_disk(plan: Plan, source: StreamedSource, dropping: bool) -> int:
     """Bytes of disk that a streamed conversion needs at most, beyond what the client's cache holds already."""
-    cut = groups(plan)
-    last = {name: i for i, group in enumerate(cut) for name in group.sources}
+    cut = segments(plan)
+    last = {name: i for i, segment in enumerate(cut) for name in segment.sources}
     here: set[str] = set()
     kept = peak = 0
-    for i, group in enumerate(cut):
-        here |= set(group.sources) | set(_ahead(cut, i))
+    for i, segment in enumerate(cut):
+        here |= set(segment.sources) | set(_next_source(cut, i))
         held = sum(source.remote.sizes[name] for name in here if not source.is_cached(name))
-        peak = max(peak, held + kept + group.nbytes)
-        kept += 0 if dropping else group.nbytes
+        peak = max(peak, held + kept + segment.nbytes)
+        kept += 0 if dropping else segment.nbytes
         here = {name for name in here if last[name] > i}
     return peak
 
 
-def _ahead(cut: Sequence[Group], i: int) -> tuple[str, ...]:
-    """What is downloaded while group `i` is made: the next source shard that it does not have itself."""
+def _next_source(cut: Sequence[Segment], i: int) -> tuple[str, ...]:
+    """What is downloaded while segment `i` is made: the next source shard that it does not have itself."""
     return tuple(n for n in cut[i + 1].sources if n not in cut[i].sources)[:1] if i + 1 < len(cut) else ()
-
-
-def published(plan: Plan, source: StreamedSource, target: Target) -> Pushed | None:
-    """What an earlier run has published, where it is this very conversion; None where there is work to do."""
-    head = target.head()
-    there = target.files(head)
-    if PROVENANCE not in there or CONFIG not in there:
-        return None
-    record = parse_json(target.text(PROVENANCE, head).encode(), PROVENANCE)
-    said, shards = record.get("source", {}), record.get("shards", {})
-    is_same = (
-        record.get("producer") == PRODUCER
-        and (said.get("name"), said.get("revision")) == (source.name, source.revision)
-        and record.get("options") == plan.options.as_dict()
-        and all(shard.name in there and shard.name in shards for shard in plan.shards)
-        and all(there[name].sha256 == shard.get("sha256") for name, shard in shards.items() if name in there)
-    )
-    if not is_same:
-        return None
-    return Pushed(target.repo_id, target.url, target.revision, head, (), tuple(there), (), 0)
 
 
 def convert_streaming(
@@ -139,120 +118,156 @@ def convert_streaming(
     force: bool,
     reporter: Reporter,
     command: str,
-    target: Target | None,
-) -> tuple[Result, Pushed | None]:
-    """Convert without ever holding all of the source, nor, with a target, of the output.
+    destination: Destination | None,
+) -> Converted:
+    """Convert without ever holding all of the source, nor, with a destination, of the output.
 
     Args:
-        out: folder for the output, or with a target for what is under way; it is removed at the end.
-        target: created and opened.
+        out: folder for the output, or with a destination for what is under way; it is removed at the end.
+        destination: where to publish; what an earlier run has published there is found, and not made again.
 
-    Raises: as `conversion.convert` and `publish.push`.
+    Raises: as `convert_checkpoint` and `publish.push`.
     """
-    check_output(out, force)
     plan = make_plan(source.checkpoint, options)
+    reporter.note(
+        f"needs at most {size(peak_disk(plan, source, destination is not None))} of disk; "
+        f"the model is {size(source.nbytes)}, the output {size(plan.write_bytes)}"
+    )
+    target = None
+    if destination is not None:
+        target = Target(connect(), destination.repo_id)
+        target.create(destination.private)
+        target.open(destination.branch or MAIN, destination.pr)
+        earlier = None if force else _published(plan, source, target)
+        if earlier is not None:
+            return earlier
+    check_output(out, force)
     digest = plan.digest(source.fingerprint())
-    with Journal(out) as journal:
-        done = journal.begin(digest, force)
-        keep_card(out, journal.folder)
+    with Staging(out) as staging:
+        done = staging.begin(digest, options, force)
+        keep_card(out, staging.folder)
         clear_output(out)
-        work = _Work(plan, source, journal, done, target, digest, jobs, verify)
+        work = _Work(plan, source, staging, target, jobs, verify, done)
+        work.open_staging_branch(digest)
         check_disk(out, peak_disk(plan, source, target is not None) - work.held())
         reporter.phase("stream", 3 * plan.write_bytes)
         shards, verdict = work.run(reporter, out.resolve().name if target is None else target.repo_id)
-        files, config = stage_repo(plan, source, journal, shards, verdict, command)
-        result = Result(out, plan, source, shards, verdict)
+        files, config = stage_repo(plan, source, staging, shards, verdict, command)
+        result = Converted(summary(plan, source), out, shards, verdict)
         if target is None:
-            journal.publish([*(shard.name for shard in plan.shards), *files], config)
-            return result, None
-        (journal.folder / "config.json").write_bytes(config)
-        small = hash_files(journal.folder, [*files, "config.json"])
-        pushed = publish(target, journal.folder, small, shards, lambda nbytes: None)
-        shutil.rmtree(journal.folder.parent)
+            staging.publish([*(shard.name for shard in plan.shards), *files], config)
+            return result
+        (staging.folder / CONFIG).write_bytes(config)
+        small = hash_files(staging.folder, [*files, CONFIG])
+        pushed = publish(target, staging.folder, small, shards, lambda nbytes: None)
+        shutil.rmtree(staging.folder.parent)
     if not any(out.iterdir()):
         out.rmdir()
-    return result, pushed
+    return replace(result, out=None, pushed=pushed)
+
+
+def _published(plan: Plan, source: StreamedSource, target: Target) -> Converted | None:
+    """What an earlier run has published, where it is this very conversion; None where there is work to do."""
+    head = target.head()
+    there = target.files(head)
+    if PROVENANCE not in there or CONFIG not in there:
+        return None
+    record = parse_json(target.text(PROVENANCE, head).encode(), PROVENANCE)
+    shards = recorded_shards(record)
+    is_same = (
+        record.get("producer") == PRODUCER
+        and is_conversion(record, source, plan.options)
+        and all(shard.name in there and shard.name in shards for shard in plan.shards)
+        and all(there[name].sha256 == shard.sha256 for name, shard in shards.items() if name in there)
+    )
+    if not is_same:
+        return None
+    pushed = Pushed(target.repo_id, target.url, target.revision, head, (), tuple(there), (), 0)
+    return Converted(summary(plan, source), None, shards, None, pushed, is_new=False)
 
 
 class _Work:
-    """The groups of one streamed conversion, one after the other."""
+    """The segments of one streamed conversion, one after the other."""
 
     def __init__(
         self,
         plan: Plan,
         source: StreamedSource,
-        journal: Journal,
-        done: dict[str, Finished],
+        staging: Staging,
         target: Target | None,
-        digest: str,
         jobs: int,
         verify: bool,
+        done: dict[str, Finished],
     ) -> None:
         self._plan = plan
         self._source = source
-        self._journal = journal
+        self._staging = staging
         self._target = target
         self._jobs = jobs
         self._verify = verify
-        self._verdicts = journal.folder.parent / _VERDICTS
+        self._verdicts = staging.folder.parent / _VERDICTS
         self._verdicts.mkdir(exist_ok=True)
-        folder = journal.folder.parent / _SOURCE
+        folder = staging.folder.parent / _SOURCE
         folder.mkdir(exist_ok=True)
         source.keep_in(folder)
         self._done = done
         self._staged: dict[str, Finished] = {}
-        if target is not None:
-            planned = {shard.name: shard.nbytes for shard in plan.shards}
-            self._staged = target.open_staging(f"xpuquant-{digest[:16]}", planned)
+
+    def open_staging_branch(self, digest: str) -> None:
+        """With a target: find or make the branch of this very plan, and what an earlier run committed there."""
+        if self._target is not None:
+            wanted = {shard.name: shard.nbytes for shard in self._plan.shards}
+            self._staged = self._target.open_staging(f"xpuquant-{digest[:16]}", wanted)
 
     def held(self) -> int:
         """Bytes that an earlier run left here."""
-        kept = [path for path in self._journal.folder.parent.rglob("*.safetensors*") if path.is_file()]
+        kept = [path for path in self._staging.folder.parent.rglob("*.safetensors*") if path.is_file()]
         return sum(path.stat().st_size for path in kept)
 
     def run(self, reporter: Reporter, name: str) -> tuple[dict[str, Finished], Verdict | None]:
-        cut = groups(self._plan)
-        last = {file: i for i, group in enumerate(cut) for file in group.sources}
+        """Make, check and stage every segment; returns all shards, and the verdict on them."""
+        cut = segments(self._plan)
+        last = {file: i for i, segment in enumerate(cut) for file in segment.sources}
         finished: dict[str, Finished] = {}
         verdicts: list[Verdict] = []
-        for i, group in enumerate(cut):
-            todo = [shard for shard in group.shards if shard.name not in self._staged]
+        for i, segment in enumerate(cut):
+            todo = [shard for shard in segment.shards if shard.name not in self._staged]
             if todo:
-                for file in (*group.sources, *_ahead(cut, i)):
+                for file in (*segment.sources, *_next_source(cut, i)):
                     self._source.prefetch(file)
-                self._make(group, todo, reporter)
+                self._make(todo, reporter)
             else:
-                reporter.advance(group.nbytes * 3)
+                reporter.advance(segment.nbytes * 3)
             if self._verify:
-                verdicts.append(self._check(group, name, reporter))
-            for shard in group.shards:
+                verdicts.append(self._check(segment, name, reporter))
+            for shard in segment.shards:
                 finished[shard.name] = self._stage(shard, reporter)
-            for file in group.sources:
+            for file in segment.sources:
                 if last[file] <= i:
                     self._source.release(file)
         verdict = _merged(verdicts, self._source) if self._verify else None
         return finished, verdict
 
-    def _make(self, group: Group, todo: Iterable[Shard], reporter: Reporter) -> None:
+    def _make(self, todo: Iterable[Shard], reporter: Reporter) -> None:
         plan = replace(self._plan, shards=tuple(todo))
         known = {shard.name: self._done[shard.name] for shard in plan.shards if shard.name in self._done}
-        self._done |= execute(plan, self._source, self._journal, self._jobs, known, reporter.advance)
+        self._done |= execute(plan, self._source, self._staging, self._jobs, known, reporter.advance)
 
-    def _check(self, group: Group, name: str, reporter: Reporter) -> Verdict:
-        """The verdict on a group; from the earlier run that staged it, where parts of it are no longer here."""
-        noted = self._verdicts / f"{group.shards[0].name}.json"
-        if any(shard.name in self._staged for shard in group.shards):
+    def _check(self, segment: Segment, name: str, reporter: Reporter) -> Verdict:
+        """The verdict on a segment; from the earlier run that staged it, where parts of it are no longer here."""
+        noted = self._verdicts / f"{segment.shards[0].name}.json"
+        if any(shard.name in self._staged for shard in segment.shards):
             if noted.exists():
                 return Verdict.from_json(json.loads(noted.read_text()))
             return Verdict(
                 name,
                 PRODUCER,
-                exact=[Checked(m.conversion.name, len(m.weights), None, claim=claim_of(m)) for m in group.modules],
+                exact=[Checked(m.conversion.name, len(m.weights), None, claim=claim_of(m)) for m in segment.modules],
             )
-        plan = replace(self._plan, modules=group.modules, passed=group.passed, shards=group.shards)
+        plan = replace(self._plan, modules=segment.modules, passed=segment.passed, shards=segment.shards)
         repo = Repo(
-            self._journal.folder,
-            tuple(shard.name for shard in group.shards),
+            self._staging.folder,
+            tuple(shard.name for shard in segment.shards),
             plan.quantization_config(PRODUCER),
         )
         try:
@@ -260,7 +275,7 @@ class _Work:
             verdict = verify_staged(Origin(plan, self._source), check, name, PRODUCER)
         finally:
             repo.reader.close()
-        raise_failures(verdict, self._journal.folder)
+        raise_failures(verdict, self._staging.folder)
         noted.write_text(json.dumps(verdict.to_json()))
         return verdict
 
@@ -268,7 +283,7 @@ class _Work:
         if self._target is None:
             return self._done[shard.name]
         if shard.name not in self._staged:
-            path = self._journal.folder / shard.name
+            path = self._staging.folder / shard.name
             self._target.stage(path, self._done[shard.name])
             self._staged[shard.name] = self._done[shard.name]
             path.unlink()
@@ -277,7 +292,7 @@ class _Work:
 
 
 def _merged(verdicts: Sequence[Verdict], source: StreamedSource) -> Verdict:
-    """One verdict of those on the groups."""
+    """One verdict of those on the segments."""
     after: dict[str, int] = {}
     for verdict in verdicts:
         for dtype, nbytes in verdict.after.items():

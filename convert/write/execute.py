@@ -23,8 +23,8 @@ from xpuquant.conversion.write.read_ahead import Stopped, Workers
 from xpuquant.conversion.write.shard_writer import ShardWriter
 
 
-class Staging(Protocol):
-    """Where shards are made: a `Journal`, or a part of one."""
+class ShardStore(Protocol):
+    """Where shards are made and noted: the staging folder of a conversion, as a whole or as one part sees it."""
 
     @property
     def folder(self) -> Path:
@@ -39,7 +39,7 @@ class Staging(Protocol):
 def execute(
     plan: Plan,
     source: Source,
-    staging: Staging,
+    staging: ShardStore,
     jobs: int,
     done: dict[str, Finished],
     progress: Progress,

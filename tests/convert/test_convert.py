@@ -290,15 +290,15 @@ class TestInterruption:
     def test_unfinished_output_of_something_else(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "out"
         (out / ".xpuquant").mkdir(parents=True)
-        (out / ".xpuquant" / "journal.jsonl").write_text('{"plan": "of another conversion"}\n')
+        (out / ".xpuquant" / "journal.jsonl").write_text('{"plan": "of another", "options": {}}\n')
         assert convert(GPTQ, out) == 2
         assert "unfinished conversion of another source" in failure(capsys)
         assert convert(GPTQ, out, "--force") == 0
 
     def test_two_runs_into_one_output(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        from xpuquant.conversion.repo.journal import Journal
+        from xpuquant.conversion.repo.staging import Staging
 
-        with Journal(tmp_path / "out"):
+        with Staging(tmp_path / "out"):
             assert convert(GPTQ, tmp_path / "out") == 2
         assert "another conversion is writing there" in failure(capsys)
 

@@ -15,13 +15,14 @@ import pytest
 from support.checkpoints import FIXTURES
 from support.hub.process import Hub, contents
 
-from xpuquant.conversion.hub.client import connect
 from xpuquant.conversion.hub.publish import Pushed
-from xpuquant.conversion.hub.target import Target
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
-from xpuquant.conversion.runs import local as conversion
-from xpuquant.conversion.runs.streamed import convert_streaming, groups, peak_disk
+from xpuquant.conversion.progress import Silent
+from xpuquant.conversion.results import Converted
+from xpuquant.conversion.runs.local import convert_checkpoint
+from xpuquant.conversion.runs.publishing import Destination
+from xpuquant.conversion.runs.streamed import convert_streaming, peak_disk, segments
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.hub import HubSource, open_hub
 from xpuquant.conversion.sources.open import open_source
@@ -61,7 +62,7 @@ def weights(folder: Path | dict[str, bytes]) -> dict[str, bytes]:
 @pytest.fixture
 def expected(model: Path, tmp_path: Path) -> dict[str, bytes]:
     """The weights that a conversion of the local copy gives."""
-    conversion.convert(LocalSource(model), tmp_path / "expected", OPTIONS, jobs=1, verify=False)
+    convert_checkpoint(LocalSource(model), tmp_path / "expected", OPTIONS, jobs=1, verify=False)
     return weights(tmp_path / "expected")
 
 
@@ -153,7 +154,7 @@ def test_converts_to_what_the_folder_converts_to(
     source = open_hub(SOURCE)
     assert isinstance(source, HubSource)
     out = tmp_path / "out"
-    conversion.convert(source.fetch(lambda nbytes: None), out, OPTIONS, jobs=2)
+    convert_checkpoint(source.fetch(lambda nbytes: None), out, OPTIONS, jobs=2)
     assert weights(out) == expected
     record = json.loads((out / "xpuquant.json").read_text())
     assert (record["source"]["name"], record["source"]["revision"]) == (SOURCE, source.revision)
@@ -233,24 +234,21 @@ def test_names_that_are_no_repository(name: str, options: dict[str, object], sai
 # Streaming
 
 
-def stream(out: Path, target: bool = True, verify: bool = True) -> tuple[conversion.Result, Pushed | None]:
+def stream(out: Path, target: bool = True, verify: bool = True) -> tuple[Converted, Pushed | None]:
     source = open_hub(SOURCE, stream=True)
     assert isinstance(source, StreamedSource)
-    to = None
-    if target:
-        to = Target(connect(), REPO)
-        to.create(private=True)
-    return convert_streaming(
+    result = convert_streaming(
         source,
         out,
         OPTIONS,
         jobs=2,
         verify=verify,
         force=False,
-        reporter=conversion.Silent(),
+        reporter=Silent(),
         command="xpuquant convert",
-        target=to,
+        destination=Destination(REPO) if target else None,
     )
+    return result, result.pushed
 
 
 def test_streamed_bytes_are_those_of_a_plain_conversion(
@@ -288,7 +286,7 @@ def test_disk_stays_below_what_was_said(hub: Hub, client: str, model: Path, tmp_
     plan = make_plan(source.checkpoint, OPTIONS)
     said = peak_disk(plan, source, dropping=True)
     assert said < source.nbytes < source.nbytes + plan.write_bytes
-    assert len(groups(plan)) > 3
+    assert len(segments(plan)) > 3
     peak, done = 0, threading.Event()
 
     def watch() -> None:

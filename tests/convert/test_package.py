@@ -33,6 +33,17 @@ def test_start_is_light() -> None:
     assert not loaded & {"torch", "transformers", "vllm", "safetensors", "huggingface_hub", "numpy"}
 
 
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    """Serving engines import it in every process; its functions are loaded when they are named."""
+    show = "print(*sys.modules, sep='\\n')"
+    loaded = set(python(f"import sys; import xpuquant; xpuquant.UsageError; {show}").stdout.splitlines())
+    assert "xpuquant.errors" in loaded and "xpuquant.api" not in loaded
+    assert not loaded & {"numpy", "torch", "typer", "rich", "huggingface_hub"}
+    loaded = set(python(f"import sys; import xpuquant; xpuquant.convert; {show}").stdout.splitlines())
+    assert "xpuquant.api" in loaded
+    assert not loaded & {"torch", "typer", "rich", "huggingface_hub", "xpuquant.conversion.cli"}
+
+
 def test_conversion_needs_no_torch() -> None:
     """Importing torch takes longer than converting a gigabyte."""
     code = "import sys; import xpuquant.conversion.runs.local; print(*sys.modules, sep='\\n')"

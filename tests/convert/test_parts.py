@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -62,17 +64,17 @@ def test_parts_make_the_same_repo(tmp_path: Path, wanted: dict[str, str], capsys
     out = tmp_path / "parts" / "out"
     for part in ("2/3", "1/3"):
         assert convert(out, "--shard", part) == 0
-    assert run(["finish", str(MOE), str(out), *SMALL]) == 3
+    assert run(["finish", str(MOE), str(out)]) == 3
     assert "shards have not been made" in capsys.readouterr().err
     assert not (out / "config.json").exists()
     assert convert(out, "--shard", "3/3") == 0
     assert convert(out, "--shard", "3/3") == 0, "a part can be run again"
-    assert run(["finish", str(MOE), str(out), *SMALL]) == 0
+    assert run(["finish", str(MOE), str(out)]) == 0
     assert digests(out) == wanted
 
 
 def test_finish_before_any_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["finish", str(MOE), str(tmp_path / "out"), *SMALL]) == 2
+    assert run(["finish", str(MOE), str(tmp_path / "out")]) == 2
     assert "no part was converted there" in capsys.readouterr().err
 
 
@@ -82,13 +84,104 @@ def test_parts_of_different_conversions_do_not_mix(tmp_path: Path, capsys: pytes
     assert convert(out, "--shard", "1/2", "--scale-dtype", "bfloat16") == 2
     assert "of another source or of other options" in capsys.readouterr().err
     assert convert(out, "--shard", "2/2", "--scale-dtype", "bfloat16") == 0
-    assert run(["finish", str(MOE), str(out), *SMALL]) == 2
+    assert run(["finish", str(MOE), str(out)]) == 2
+
+
+def test_finish_knows_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They may be given again, as they once had to be, where they are the same."""
+    out = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        assert convert(out, "--shard", part, "--scale-dtype", "bfloat16") == 0
+    finish = ["finish", str(MOE), str(out), "--jobs", "1"]
+    for option, value in (("--scale-dtype", "keep"), ("--max-shard-size", "5GB"), ("--layout", "compressed-tensors")):
+        assert run([*finish, option, value]) == 2
+        error = capsys.readouterr().err
+        assert f"converted with another {option}" in error and error.count("\n") == 1
+    assert run([*finish, *SMALL, "--scale-dtype", "bfloat16"]) == 0
+    record = json.loads((out / "xpuquant.json").read_text())
+    assert (record["options"]["scale_dtype"], record["options"]["max_shard_bytes"]) == ("BF16", 20_000)
+    assert run(["finish", "--help"]) == 0
+    assert "--scale-dtype" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [1, 40, 150])
+def test_a_torn_journal_of_a_part_heals(cut: int, tmp_path: Path, wanted: dict[str, str]) -> None:
+    out = tmp_path / "parts" / "out"
+    for part in ("1/2", "2/2"):
+        assert convert(out, "--shard", part) == 0
+    journal = out / ".xpuquant" / Part(2, 2).journal
+    os.truncate(journal, journal.stat().st_size - cut)
+    assert run(["finish", str(MOE), str(out)]) == 3, "a shard is not known to be complete"
+    assert convert(out, "--shard", "2/2") == 0
+    assert run(["finish", str(MOE), str(out)]) == 0
+    assert digests(out) == wanted
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[]",
+        b"{}",
+        b"7",
+        b'{"shard": 1, "sha256": "", "nbytes": 0}',
+        b'{"shard": "a", "sha256": "x", "nbytes": 0}',
+        *(
+            json.dumps({"shard": name, "sha256": "0" * 64, "nbytes": 1}).encode()
+            for name in ("../../victim", "..", "", "a\0b", "x" * 5000, "\ud800", "\xe9" * 200)
+        ),
+        b'{"shard": "a", "sha256": "%s", "nbytes": true}' % (b"0" * 64),
+        b"[" * 3000,
+        b"\xff",
+    ],
+    ids=range(15),
+)
+def test_lines_of_strangers_end_a_journal(line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever reads it: the part, `finish`, or a whole conversion."""
+    out = tmp_path / "out"
+    assert convert(out, "--shard", "1/2") == 0
+    journal = out / ".xpuquant" / Part(1, 2).journal
+    sound = journal.read_bytes()
+    head, _, rest = sound.partition(b"\n")
+    journal.write_bytes(head + b"\n" + line + b"\n" + rest)
+    capsys.readouterr()
+    assert run(["finish", str(MOE), str(out)]) == 3
+    assert "shards have not been made" in capsys.readouterr().err
+    assert journal.read_bytes() == head + b"\n"
+    assert convert(out, "--shard", "1/2") == 0
+    assert journal.read_bytes() == sound
+    for first in (line, head[:-1], b'{"plan": "x"}', b'{"plan": "x", "options": {"layout": []}}'):
+        journal.write_bytes(first + b"\n" + rest)
+        assert run(["finish", str(MOE), str(out)]) == 2
+        assert "no part was converted there" in capsys.readouterr().err
+        assert convert(out, "--shard", "1/2") == 0
+
+
+def test_a_whole_conversion_goes_on_from_parts(tmp_path: Path, wanted: dict[str, str]) -> None:
+    out = tmp_path / "parts" / "out"
+    assert convert(out, "--shard", "2/2") == 0
+    made = {path.name: path.stat().st_ino for path in (out / ".xpuquant" / "files").iterdir()}
+    assert convert(out) == 0
+    assert digests(out) == wanted and made
+    assert all((out / name).stat().st_ino == inode for name, inode in made.items())
+
+
+def test_journals_and_locks_are_no_links(tmp_path: Path) -> None:
+    """What is appended to one would land elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("journal.jsonl", Part(1, 2).journal, "lock", "files"):
+        out = tmp_path / f"out-{name}"
+        (out / ".xpuquant").mkdir(parents=True)
+        (out / ".xpuquant" / name).symlink_to(victim)
+        assert convert(out, "--shard", "1/2") in (0, 2, 4)
+        assert convert(out) in (0, 2, 4)
+    assert victim.read_text() == "precious"
 
 
 def test_a_whole_conversion_does_not_run_beside_a_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from xpuquant.conversion.runs.parts import PartStaging
 
-    with PartStaging(tmp_path / "out", Part(1, 2), "digest"):
+    with PartStaging(tmp_path / "out", Part(1, 2)):
         assert convert(tmp_path / "out") == 2
         assert "another conversion is writing there" in capsys.readouterr().err
         assert convert(tmp_path / "out", "--shard", "1/2") == 2
@@ -142,28 +235,28 @@ class TestRay:
         from ray.cluster_utils import Cluster
         from support.real_shapes import Model, write_checkpoint
 
-        from xpuquant.conversion.runs import local as conversion
+        from xpuquant.conversion.runs.local import convert_checkpoint
         from xpuquant.conversion.runs.ray import execute_on_ray
 
         source = tmp_path / "source"
         write_checkpoint(source, "gptq", Model(dense=3, moe=1, experts=16, hidden=1024, intermediate=2816))
         options = Options(max_shard_bytes=2_000_000)
-        local = conversion.convert(open_source(str(source)), tmp_path / "local", options, jobs=2, verify=False)
+        local = convert_checkpoint(open_source(str(source)), tmp_path / "local", options, jobs=2, verify=False)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.1"})
         doomed = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
         killed = threading.Event()
 
-        def executor(plan, opened, journal, jobs, done, progress, read_again):  # type: ignore[no-untyped-def]
+        def executor(plan, opened, staging, *, jobs, done, progress, read_again):  # type: ignore[no-untyped-def]
             def count(nbytes: int) -> None:
                 if not killed.is_set():
                     killed.set()
                     cluster.remove_node(doomed, allow_graceful=False)
                 progress(nbytes)
 
-            return execute_on_ray(plan, opened, journal, 1, done, count, address=cluster.address)
+            return execute_on_ray(plan, opened, staging, jobs=1, done=done, progress=count, address=cluster.address)
 
         try:
-            result = conversion.convert(
+            result = convert_checkpoint(
                 open_source(str(source)), tmp_path / "ray", options, jobs=1, verify=False, executor=executor
             )
         finally:

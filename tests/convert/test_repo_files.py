@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from xpuquant.conversion.options import Options
 from xpuquant.conversion.repo.checksums import hash_file, is_sealed, seal
-from xpuquant.conversion.repo.journal import STAGING, Finished, Journal
+from xpuquant.conversion.repo.journal import STAGING, Finished
 from xpuquant.conversion.repo.replace import clear_output
+from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.repo_files import (
     extra_files,
     find_files,
@@ -121,42 +123,42 @@ def test_hidden_folders_of_tools_are_not_the_model(tmp_path: Path) -> None:
 class TestJournal:
     def test_a_line_that_was_cut_short_is_dropped(self, tmp_path: Path) -> None:
         """And what is noted after it is not glued to its stump."""
-        with Journal(tmp_path) as journal:
-            journal.begin("plan", force=False)
+        with Staging(tmp_path) as staging:
+            staging.begin("plan", Options(), force=False)
             for name in ("a", "b", "c"):
-                (journal.folder / name).write_bytes(b"")
-                journal.finish(name, Finished(EMPTY, 0))
+                (staging.folder / name).write_bytes(b"")
+                staging.finish(name, Finished(EMPTY, 0))
             path = tmp_path / STAGING / "journal.jsonl"
             path.write_bytes(path.read_bytes()[:-20])
-        with Journal(tmp_path) as journal:
-            assert set(journal.begin("plan", force=False)) == {"a", "b"}
-            journal.finish("c", Finished(EMPTY, 0))
-        with Journal(tmp_path) as journal:
-            assert set(journal.begin("plan", force=False)) == {"a", "b", "c"}
+        with Staging(tmp_path) as staging:
+            assert set(staging.begin("plan", Options(), force=False)) == {"a", "b"}
+            staging.finish("c", Finished(EMPTY, 0))
+        with Staging(tmp_path) as staging:
+            assert set(staging.begin("plan", Options(), force=False)) == {"a", "b", "c"}
 
     def test_a_shard_that_is_not_what_was_noted_is_made_again(self, tmp_path: Path) -> None:
-        with Journal(tmp_path) as journal:
-            journal.begin("plan", force=False)
-            (journal.folder / "a").write_bytes(b"torn")
-            journal.finish("a", Finished(EMPTY, 0))
-        with Journal(tmp_path) as journal:
-            assert journal.begin("plan", force=False) == {}
+        with Staging(tmp_path) as staging:
+            staging.begin("plan", Options(), force=False)
+            (staging.folder / "a").write_bytes(b"torn")
+            staging.finish("a", Finished(EMPTY, 0))
+        with Staging(tmp_path) as staging:
+            assert staging.begin("plan", Options(), force=False) == {}
 
     def test_nothing_is_left_of_a_run_that_was_refused(self, tmp_path: Path) -> None:
-        with Journal(tmp_path / "out"):
+        with Staging(tmp_path / "out"):
             pass
         assert list((tmp_path / "out").iterdir()) == []
 
     def test_a_run_that_waited_does_not_drop_what_another_finished(self, tmp_path: Path) -> None:
         (tmp_path / "xpuquant.json").write_text("{}")
-        with Journal(tmp_path) as journal, pytest.raises(UsageError, match="already holds a converted model"):
-            journal.begin("plan", force=False)
+        with Staging(tmp_path) as staging, pytest.raises(UsageError, match="already holds a converted model"):
+            staging.begin("plan", Options(), force=False)
 
     def test_the_lock_is_of_the_file_that_is_there(self, tmp_path: Path) -> None:
         """One that another run has just removed locks nobody out."""
-        with Journal(tmp_path) as first:
-            first.begin("plan", force=False)
-            with pytest.raises(UsageError, match="another conversion"), Journal(tmp_path):
+        with Staging(tmp_path) as first:
+            first.begin("plan", Options(), force=False)
+            with pytest.raises(UsageError, match="another conversion"), Staging(tmp_path):
                 pass
 
 

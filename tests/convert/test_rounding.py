@@ -19,7 +19,8 @@ from support.checkpoints import FIXTURES
 from xpuquant.conversion.cli.app import run
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.report.sentences import exactness
-from xpuquant.conversion.runs.local import Result, convert
+from xpuquant.conversion.results import Converted
+from xpuquant.conversion.runs.local import convert_checkpoint
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.rounding import LARGEST_CHANGE, RoundedScales, odd
 from xpuquant.conversion.verify.run import select, verify
@@ -52,8 +53,8 @@ def with_scales(source: Path, folder: Path, name: str, values: dict[int, float])
     return folder
 
 
-def converted(source: Path, out: Path, **options: Any) -> Result:
-    return convert(open_source(str(source)), out, Options(**options), jobs=1)
+def converted(source: Path, out: Path, **options: Any) -> Converted:
+    return convert_checkpoint(open_source(str(source)), out, Options(**options), jobs=1)
 
 
 def counted(before: np.ndarray, dtype: str) -> tuple[int, int, float]:
@@ -95,7 +96,7 @@ class TestScalesThatDoNotFit:
 
     def test_what_the_source_has_too_only_warns(self, tmp_path):
         source = with_scales(BF16_SCALES, tmp_path / "source", SCALE, {0: np.nan, 1: np.inf, 2: 0.0})
-        verdict = converted(source, tmp_path / "out", scale_dtype="F16").verification
+        verdict = converted(source, tmp_path / "out", scale_dtype="F16").verdict
         assert verdict is not None and verdict.passed
         said = [finding.what for finding in verdict.warnings]
         assert "2 scales and 0 codes are NaN or infinite; so has the source" in said
@@ -103,7 +104,7 @@ class TestScalesThatDoNotFit:
 
     def test_scales_that_lose_most_of_their_bits_are_a_warning(self, tmp_path):
         source = with_scales(BF16_SCALES, tmp_path / "source", SCALE, {5: 1e-7})
-        verdict = converted(source, tmp_path / "out", scale_dtype="F16").verification
+        verdict = converted(source, tmp_path / "out", scale_dtype="F16").verdict
         assert verdict is not None and verdict.passed
         assert any("too small for all bits of float16" in finding.what for finding in verdict.warnings)
 
@@ -124,7 +125,7 @@ class TestWhatIsSaid:
         ("source", "layout", "to"), [(F16_SCALES, "xpu", "BF16"), (FP8_BLOCKS, "compressed-tensors", "F16")]
     )
     def test_the_counts_are_those_of_the_source(self, source, layout, to, tmp_path):
-        verdict = converted(source, tmp_path / "out", layout=layout, scale_dtype=to).verification
+        verdict = converted(source, tmp_path / "out", layout=layout, scale_dtype=to).verdict
         assert verdict is not None and verdict.passed
         every = scales_of(source)
         assert every
@@ -155,19 +156,22 @@ class TestWhatIsSaid:
         assert said_of(every, "BF16") in later
 
     def test_a_wider_dtype_changes_nothing_and_is_exact(self, tmp_path):
-        verdict = converted(F16_SCALES, tmp_path / "out", scale_dtype="F32").verification
+        verdict = converted(F16_SCALES, tmp_path / "out", scale_dtype="F32").verdict
         assert verdict is not None and exactness(verdict) == "7 matrices decode exactly to the source"
 
     def test_scales_that_fit_are_said_to_be_unchanged(self, tmp_path):
-        verdict = converted(BF16_SCALES, tmp_path / "out", scale_dtype="F16").verification
+        verdict = converted(BF16_SCALES, tmp_path / "out", scale_dtype="F16").verdict
         every = np.concatenate(list(scales_of(BF16_SCALES).values()))
         assert (
             verdict is not None and "none of" in said_of(every, "F16") and said_of(every, "F16") in exactness(verdict)
         )
 
     def test_dequantized_matrices_are_counted_apart(self, tmp_path):
-        verdict = converted(FIXTURES / "llmcompressor-llama-w8a8", tmp_path / "out", on_unsupported="dequantize")
-        said = exactness(verdict.verification)
+        verdict = converted(
+            FIXTURES / "llmcompressor-llama-w8a8", tmp_path / "out", on_unsupported="dequantize"
+        ).verdict
+        assert verdict is not None
+        said = exactness(verdict)
         assert re.fullmatch(r"\d+ matrices dequantized to bf16: each value is the exact one rounded once", said)
 
     @pytest.mark.parametrize("seed", range(4))
@@ -185,7 +189,7 @@ class TestWhatIsSaid:
             with pytest.raises(VerificationError, match=f"{lost} of 768 scales do not fit float16"):
                 converted(source, tmp_path / "out", scale_dtype="F16")
             return
-        verdict = converted(source, tmp_path / "out", scale_dtype="F16").verification
+        verdict = converted(source, tmp_path / "out", scale_dtype="F16").verdict
         every = np.concatenate(list(scales_of(source).values()))
         assert f"rounded to float16 ({said_of(every, 'F16')})" in exactness(verdict)
 

@@ -17,7 +17,8 @@ from support.checkpoints import FIXTURES, REFUSED, SPOILT, all_checkpoints
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
-from xpuquant.conversion.repo.journal import Finished, Journal
+from xpuquant.conversion.repo.journal import Finished
+from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.write import output_files, shard_writer
 from xpuquant.conversion.write.execute import execute
@@ -32,10 +33,10 @@ def shards(source: Path, out: Path, jobs: int = 1, read_again: bool = True, **op
     """What a conversion of the folder writes, without the paperwork."""
     opened = LocalSource(source)
     plan = make_plan(opened.checkpoint, Options(**options))
-    with Journal(out) as journal:
-        made = execute(plan, opened, journal, jobs, {}, lambda nbytes: None, read_again)
+    with Staging(out) as staging:
+        made = execute(plan, opened, staging, jobs, {}, lambda nbytes: None, read_again)
         for name, finished in made.items():
-            assert (journal.folder / name).stat().st_size == finished.nbytes
+            assert (staging.folder / name).stat().st_size == finished.nbytes
     return made
 
 

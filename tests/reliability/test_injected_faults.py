@@ -13,7 +13,7 @@ import support.injected_faults as inject
 from support.checkpoints import FIXTURES
 
 from xpuquant.conversion.options import Options
-from xpuquant.conversion.runs.local import convert
+from xpuquant.conversion.runs.local import convert_checkpoint
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.run import select, verify
 from xpuquant.conversion.verify.verdict import Verdict
@@ -43,7 +43,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("converted")
     for name, fixture in CASES.items():
         options = Options(max_shard_bytes=40_000, on_unsupported="dequantize")
-        convert(open_source(str(FIXTURES / fixture)), folder / name, options, jobs=1)
+        convert_checkpoint(open_source(str(FIXTURES / fixture)), folder / name, options, jobs=1)
     return {name: folder / name for name in CASES}
 
 

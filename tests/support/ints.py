@@ -20,7 +20,7 @@ from support.packers import pack_words
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.repo.converted import Repo
-from xpuquant.conversion.repo.journal import Journal
+from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.context import Check, Origin
@@ -267,9 +267,9 @@ class Converted:
 def convert(source: Source, out: Path, **options: Any) -> Converted:
     """Plan, execute and compare with the source, without the command line's paperwork."""
     plan = make_plan(source.checkpoint, Options(**options))
-    with Journal(out) as journal:
-        execute(plan, source, journal, 2, {}, lambda nbytes: None)
-    repo = Repo(journal.folder, tuple(shard.name for shard in plan.shards), plan.quantization_config("tests"))
+    with Staging(out) as staging:
+        execute(plan, source, staging, 2, {}, lambda nbytes: None)
+    repo = Repo(staging.folder, tuple(shard.name for shard in plan.shards), plan.quantization_config("tests"))
     verdicts, _ = check_exact(Origin(plan, source), Check(repo, jobs=2))
     for checked in verdicts:
         assert checked.error is None, f"{checked.name}: {checked.error}"

@@ -1,0 +1,84 @@
+"""Every argument and option of the command line, once: its type, its limits, its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SRC", help="Folder with a quantized checkpoint, or OWNER/NAME on the Hub.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub (default: main).")]
+OutToWriteArgument = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Folder to write (default: SRC-xpu).")]
+OutOfPartsArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder the parts were written to.")]
+OutConvertedArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `convert` wrote.")]
+
+# What changes the bytes of the output.
+LayoutOption = Annotated[
+    str,
+    typer.Option("--layout", help="Layout to write: xpu, or compressed-tensors, which stock loaders read."),
+]
+ScaleDtypeOption = Annotated[
+    str, typer.Option(help="keep the source's, or round scales to float16, bfloat16, float32.")
+]
+OnUnsupportedOption = Annotated[
+    str, typer.Option(help="Modules no XPU kernel takes: refuse, or dequantize them to bf16 (lossy).")
+]
+MaxShardSizeOption = Annotated[str, typer.Option(help="Largest output file, e.g. 5GB or 512MiB.")]
+FoldActOrderOption = Annotated[
+    bool,
+    typer.Option(
+        "--fold-act-order",
+        help="Store an MLP's rows in the order its act-order down_proj wants: exact, and no permutation at run time. "
+        "Adapters trained on the source no longer fit.",
+    ),
+]
+
+# `finish` was once told them again. It knows them from the parts' journals; what is given must agree.
+SameTextOption = Annotated[str | None, typer.Option(hidden=True)]
+SameFlagOption = Annotated[bool | None, typer.Option("--fold-act-order", hidden=True)]
+
+# How it runs.
+JobsOption = Annotated[
+    int, typer.Option(min=0, max=256, show_default=False, help="Workers (default: one per core, at most 8).")
+]
+VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Check every value of the output.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in OUT.")]
+RayOption = Annotated[str, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")]
+PartOption = Annotated[str, typer.Option("--shard", help="Make only part i/n; `finish` puts parts together.")]
+StreamOption = Annotated[
+    bool,
+    typer.Option("--stream", help="Keep only the shards of SRC in use; with --push-to, of the output too."),
+]
+TensorParallelOption = Annotated[
+    list[int] | None, typer.Option(min=1, help="Tensor-parallel sizes to check (repeatable).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+# Where it is published.
+RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; created if it is not there.")]
+PushToOption = Annotated[str | None, typer.Option(metavar="REPO", help="Publish the result on the Hub as OWNER/NAME.")]
+PrivateOption = Annotated[bool, typer.Option("--private/--public", help="Of a repository that is created.")]
+BranchOption = Annotated[str | None, typer.Option(help="Push to this branch; created from main.")]
+PullRequestOption = Annotated[bool, typer.Option("--pr", help="Push to a pull request; a later push adds to it.")]
+
+# How it is checked.
+CheckedSourceOption = Annotated[
+    str | None,
+    typer.Option(help="What it was converted from. Without it: the digests recorded at conversion."),
+]
+CheckedRevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a --source on the Hub.")]
+BackendsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Kernel library to run; repeat it for more (default: all that run here)."),
+]
+EveryOption = Annotated[bool, typer.Option("--all", help="Run kernels on every matrix, all rows and all M.")]
+ReportOption = Annotated[Path | None, typer.Option(help="Folder to write verify.json, .md, .html and .svg into.")]
+FirstArgument = Annotated[str, typer.Argument(metavar="A", help="Folder with safetensors, or a .safetensors file.")]
+SecondArgument = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
+ValuesOption = Annotated[
+    bool, typer.Option("--values/--no-values", help="Compare bytes, or only names, dtypes and shapes.")
+]

@@ -1,0 +1,193 @@
+"""What the functions of `xpuquant` return: frozen data, without the machinery that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xpuquant.conversion.options import Options
+from xpuquant.conversion.plan.plan import Plan
+from xpuquant.conversion.plan.survey import PlannedModule, kind_of
+from xpuquant.conversion.repo.journal import Finished
+
+if TYPE_CHECKING:
+    from xpuquant.conversion.hub.publish import Pushed
+    from xpuquant.conversion.sources.base import Source
+    from xpuquant.conversion.verify.verdict import Verdict
+
+_KERNELS = {
+    "int4_linear": "int4_gemm_w4a16",
+    "int4_experts": "grouped GEMM s4",
+    "fp8_linear": "fp8_gemm_w8a16 / fp8_gemm",
+    "fp8_experts": "grouped GEMM fp8",
+    "mxfp4_linear": "fp4_gemm",
+    "mxfp4_experts": "grouped GEMM mxfp4",
+    "mxfp8_linear": "fp8_gemm (mx)",
+    "mxfp8_experts": "grouped GEMM mxfp8",
+    "ct_int4": "int4_gemm_w4a16",
+    "ct_fp8": "fp8_gemm_w8a16 / fp8_gemm",
+    "ct_mxfp4": "fp4_gemm",
+    "ct_mxfp8": "fp8_gemm (mx)",
+}
+"""Layout → the XPU kernel that reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """A checkpoint.
+
+    name      a folder, or a repo id on the Hub
+    revision  the commit a repo id was resolved to; None for a folder
+    nbytes    bytes of its shards
+    """
+
+    name: str
+    revision: str | None
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor.
+
+    dtype  safetensors label (`I32`, `BF16`, `F8_E4M3`, ...)
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleOutcome:
+    """What becomes of one quantized module.
+
+    source     what it was, e.g. `GPTQ int4 g128`
+    scheme     what it is stored as, e.g. `int4_linear g128`; None where it is dequantized to bf16
+    kernel     the XPU kernel that reads it; None where it is dequantized
+    nbytes     bytes it is stored in
+    decisions  what was decided from its tensors
+    """
+
+    name: str
+    source: str
+    scheme: str | None
+    kernel: str | None
+    nbytes: int
+    decisions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """A file of the output: its name, its size with the header, its tensors in order."""
+
+    name: str
+    nbytes: int
+    tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a conversion writes, and from what.
+
+    modules      every quantized module
+    passed       tensors that keep their bytes
+    shards       the files of the output
+    notes        what was odd about the source
+    read_bytes   bytes of the source that are read
+    write_bytes  bytes of all shards
+    """
+
+    source: SourceInfo
+    options: Options
+    modules: tuple[ModuleOutcome, ...]
+    passed: tuple[TensorInfo, ...]
+    shards: tuple[ShardInfo, ...]
+    notes: tuple[str, ...]
+    read_bytes: int
+    write_bytes: int
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion.
+
+    plan     what was written: see `modules` there for the outcome of each
+    out      the folder; None where it is only on the Hub
+    shards   file name → sha256 and size
+    verdict  of the verification; None where it was not asked for, or is an earlier run's
+    pushed   what was published on the Hub; None where that was not asked for
+    is_new   False where an earlier run had converted it already, and this one only published
+    """
+
+    plan: Planned
+    out: Path | None
+    shards: Mapping[str, Finished]
+    verdict: Verdict | None
+    pushed: Pushed | None = None
+    is_new: bool = True
+
+
+@dataclass(frozen=True)
+class PartConverted:
+    """One part of a conversion, staged in `out`.
+
+    part    `i/n`
+    source  the checkpoint's name
+    shards  those of this part: file name → sha256 and size
+    of      number of shards in the whole output
+    nbytes  bytes of this part's shards
+    """
+
+    part: str
+    source: str
+    out: Path
+    shards: Mapping[str, Finished]
+    of: int
+    nbytes: int
+
+
+def source_info(source: Source) -> SourceInfo:
+    """A source as data."""
+    return SourceInfo(source.name, source.revision, source.nbytes)
+
+
+def module_outcomes(modules: Iterable[PlannedModule]) -> tuple[ModuleOutcome, ...]:
+    """Planned modules as data."""
+    return tuple(_module(module) for module in modules)
+
+
+def _module(planned: PlannedModule) -> ModuleOutcome:
+    conversion, scheme = planned.conversion, planned.conversion.scheme
+    return ModuleOutcome(
+        conversion.name,
+        kind_of(planned.source),
+        None if scheme is None else scheme.label(),
+        None if scheme is None else _KERNELS.get(scheme.layout, scheme.layout),
+        planned.nbytes,
+        tuple(conversion.facts),
+    )
+
+
+def summary(plan: Plan, source: Source) -> Planned:
+    """A plan as data."""
+    return Planned(
+        source_info(source),
+        plan.options,
+        module_outcomes(plan.modules),
+        tuple(TensorInfo(t.name, t.dtype, t.shape, t.nbytes) for t in plan.passed),
+        tuple(
+            ShardInfo(
+                shard.name,
+                shard.nbytes,
+                tuple(TensorInfo(t.name, t.dtype, tuple(t.shape), t.nbytes) for t in shard.tensors),
+            )
+            for shard in plan.shards
+        ),
+        tuple(plan.notes),
+        plan.read_bytes,
+        plan.write_bytes,
+    )

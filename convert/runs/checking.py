@@ -1,0 +1,64 @@
+"""Checking a converted folder before it is deployed: opens what it was converted from, verifies, writes the reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from xpuquant.conversion.options import default_jobs
+from xpuquant.conversion.progress import Reporter
+from xpuquant.conversion.report.reports import write_reports
+from xpuquant.conversion.runs.local import downloaded
+from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.sources.open import open_source
+from xpuquant.conversion.verify.integrity import weigh
+from xpuquant.conversion.verify.run import converted_from, select, verify
+from xpuquant.conversion.verify.verdict import Verdict
+from xpuquant.errors import EnvironmentFault, UsageError
+
+
+def verify_folder(
+    out: Path,
+    *,
+    source: str | None = None,
+    revision: str | None = None,
+    backends: Sequence[str] = (),
+    every: bool = False,
+    report: Path | None = None,
+    jobs: int = 0,
+    reporter: Reporter,
+) -> Verdict:
+    """Check a converted folder, which is only read.
+
+    Args:
+        source: folder or repo id it was converted from; None: check against the digests recorded at conversion.
+        revision: of a `source` on the Hub; None: the commit it was converted from.
+        backends: kernel libraries to run; none: all that run here.
+        every: run kernels on every matrix, all rows and all numbers of rows.
+        report: folder to write verify.json, .md, .html and .svg into.
+        jobs: workers; 0: one per core, at most 8.
+
+    Raises:
+        UsageError: not a converted folder, not of this source, an unknown backend. DamagedError: an unsound source.
+        EnvironmentFault: unreadable files, a report that cannot be written, network.
+    """
+    if report is not None and report.resolve() == out.resolve():
+        raise UsageError("--report: OUT itself is what is checked; name another folder")
+    chosen = select(backends)
+    opened = None if source is None else _open(source, revision, out, reporter)
+    reporter.phase("verify", 2 * weigh(out) if out.is_dir() else 0)
+    verdict = verify(out, opened, chosen, every=every, jobs=jobs or default_jobs(), progress=reporter.advance)
+    if report is not None:
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+            write_reports(report, verdict)
+        except OSError as error:
+            raise EnvironmentFault(f"{report}: cannot be written ({error.strerror})") from error
+    return verdict
+
+
+def _open(name: str, revision: str | None, out: Path, reporter: Reporter) -> Source:
+    """The source, with its weights here; a repository on the Hub at the commit it was converted from."""
+    options, repo, commit = converted_from(out)
+    opened = open_source(name, revision or (commit if name == repo else None))
+    return downloaded(opened, options, reporter)

@@ -1,0 +1,388 @@
+"""The Python API: what the command line does, as functions. `import xpuquant` gives all of it.
+
+    import xpuquant
+
+    result = xpuquant.convert("org/model-GPTQ", "model-xpu")
+    for module in result.plan.modules:
+        print(module.name, module.source, "→", module.scheme)
+    assert xpuquant.verify("model-xpu").passed
+    xpuquant.push("model-xpu", "me/model-xpu")
+
+Results are frozen dataclasses. Errors are those of `xpuquant.errors`: a message is one line that names the fix.
+
+A function that takes `progress` calls it with the name of a phase (`download`, `convert`, `verify`, `push`, `compare`,
+`stream`), the bytes done and the bytes in all. One thread at a time calls it. Within a phase the bytes never fall, and
+a phase that ends well ends with all of them. An exception that it raises stops the work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from xpuquant.conversion.diff import Difference, compare
+from xpuquant.conversion.doctor import Diagnosis, examine
+from xpuquant.conversion.hub.publish import Pushed
+from xpuquant.conversion.inspection import RANKS, Inspection, inspect_source
+from xpuquant.conversion.options import Options
+from xpuquant.conversion.progress import Calls, ProgressCallback, Reporter, Silent
+from xpuquant.conversion.results import Converted, ModuleOutcome, PartConverted, Planned
+from xpuquant.conversion.runs import request as runs
+from xpuquant.conversion.runs.checking import verify_folder
+from xpuquant.conversion.runs.parts import parse_part
+from xpuquant.conversion.runs.publishing import Destination, push_folder
+from xpuquant.conversion.sources.open import open_source
+from xpuquant.conversion.verify.verdict import Verdict
+from xpuquant.errors import EnvironmentFault, UsageError
+
+__all__ = [
+    "Converted",
+    "Diagnosis",
+    "Difference",
+    "Inspection",
+    "ModuleOutcome",
+    "Options",
+    "PartConverted",
+    "Planned",
+    "Pushed",
+    "Verdict",
+    "convert",
+    "convert_part",
+    "diff",
+    "doctor",
+    "finish",
+    "inspect",
+    "plan",
+    "push",
+    "verify",
+]
+
+StrPath = str | os.PathLike[str]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _our_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Turn what the system raises on the way into errors of ours."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except OSError as error:
+            raise EnvironmentFault(f"{error.filename or 'I/O'}: {error.strerror or error}") from error
+        except MemoryError as error:
+            raise EnvironmentFault("out of memory; try jobs=1") from error
+
+    return call
+
+
+@_our_errors
+def inspect(
+    source: StrPath,
+    *,
+    on_unsupported: str = "refuse",
+    tensor_parallel: Sequence[int] = RANKS,
+    revision: str | None = None,
+) -> Inspection:
+    """What a checkpoint is and what would become of it, from headers alone. Nothing is written.
+
+    Args:
+        source: folder with a quantized checkpoint, or `owner/name` on the Hub.
+        on_unsupported: what to do with modules that no kernel takes: `refuse`, or `dequantize` them to bf16.
+        tensor_parallel: numbers of GPUs to check the splits for.
+        revision: branch, tag or commit of a source on the Hub.
+
+    Raises:
+        UsageError: not a quantized checkpoint. DamagedError: not a sound one. EnvironmentFault: disk, network.
+    """
+    opened = open_source(os.fspath(source), revision)
+    return inspect_source(opened, Options(on_unsupported=on_unsupported), tuple(tensor_parallel))
+
+
+@_our_errors
+def plan(
+    source: StrPath,
+    *,
+    options: Options | None = None,
+    layout: str | None = None,
+    scale_dtype: str | None = None,
+    on_unsupported: str | None = None,
+    max_shard_size: str | int | None = None,
+    fold_act_order: bool | None = None,
+    revision: str | None = None,
+) -> Planned:
+    """What a conversion would write, tensor by tensor, from headers alone. Nothing is written.
+
+    Args: as `convert`.
+
+    Raises: as `convert`, before it writes.
+    """
+    chosen = _options(options, layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order)
+    return runs.plan_only(runs.ConvertRequest(os.fspath(source), options=chosen, revision=revision))
+
+
+@_our_errors
+def convert(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    options: Options | None = None,
+    layout: str | None = None,
+    scale_dtype: str | None = None,
+    on_unsupported: str | None = None,
+    max_shard_size: str | int | None = None,
+    fold_act_order: bool | None = None,
+    revision: str | None = None,
+    jobs: int | None = None,
+    verify: bool = True,
+    force: bool = False,
+    ray: str | None = None,
+    stream: bool = False,
+    push_to: str | None = None,
+    private: bool = True,
+    branch: str | None = None,
+    pr: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Converted:
+    """Convert, verify and write a ready-to-load repo. Called again after an interruption, it resumes.
+
+    Args:
+        source: folder with a quantized checkpoint, or `owner/name` on the Hub.
+        out: folder to write; None: the source's name with the layout's, in the current folder.
+        options: everything that changes the bytes, instead of the five arguments that follow.
+        layout: `xpu` (default), or `compressed-tensors`, which stock loaders read.
+        scale_dtype: round scales to `float16`, `bfloat16` or `float32`; default: as in the source.
+        on_unsupported: modules that no kernel takes: `refuse` (default), or `dequantize` them to bf16.
+        max_shard_size: largest output file, in bytes or as text: `5GB` (default), `512MiB`.
+        fold_act_order: store an MLP's rows in the order that its act-order down_proj wants.
+        revision: branch, tag or commit of a source on the Hub; default: main.
+        jobs: workers; default: one per core, at most 8.
+        verify: check every value of the output before it is published.
+        force: replace an earlier conversion in `out`.
+        ray: run on the Ray cluster at this address (`auto`, `host:port`), or on one started here (`local`).
+        stream: keep only the shards of the source in use; with `push_to`, of the output too.
+        push_to: publish the result on the Hub as `owner/name`.
+        private: whether a repository that is created is.
+        branch: push to this branch, created from main.
+        pr: push to a pull request.
+        progress: told how far the work is.
+
+    Raises:
+        UsageError: wrong arguments, or a folder that is not to be written. Nothing was written.
+        UnsupportedError: modules without an exact layout, each with its reason. Nothing was written.
+        DamagedError: the source contradicts itself.
+        VerificationError: the output is wrong, or the Hub holds other bytes than were sent. Nothing loadable is left.
+        EnvironmentFault: disk, network, permissions, or an extra that is not installed.
+    """
+    request = runs.ConvertRequest(
+        os.fspath(source),
+        None if out is None else Path(out),
+        _options(options, layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order),
+        revision=revision,
+        jobs=jobs or 0,
+        verify=verify,
+        force=force,
+        ray=ray or "",
+        stream=stream,
+        destination=None if push_to is None else Destination(push_to, private, branch, pr),
+    )
+    with _reporter(progress) as reporter:
+        return runs.convert(request, reporter)
+
+
+@_our_errors
+def convert_part(
+    source: StrPath,
+    out: StrPath,
+    part: str,
+    *,
+    options: Options | None = None,
+    layout: str | None = None,
+    scale_dtype: str | None = None,
+    on_unsupported: str | None = None,
+    max_shard_size: str | int | None = None,
+    fold_act_order: bool | None = None,
+    revision: str | None = None,
+    jobs: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> PartConverted:
+    """Make one part of a conversion, for clusters that share a disk; `finish` puts the parts together.
+
+    Args:
+        part: `i/n`, from `1/n` to `n/n`. Other arguments as `convert`; the same for every part.
+
+    Raises: as `convert`.
+    """
+    request = runs.ConvertRequest(
+        os.fspath(source),
+        Path(out),
+        _options(options, layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order),
+        revision=revision,
+        jobs=jobs or 0,
+        part=parse_part(part),
+    )
+    with _reporter(progress) as reporter:
+        return runs.convert_one_part(request, reporter)
+
+
+@_our_errors
+def finish(
+    source: StrPath,
+    out: StrPath,
+    *,
+    revision: str | None = None,
+    jobs: int | None = None,
+    verify: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Converted:
+    """Put the parts of a conversion together: check that all are there, verify, publish into `out`.
+
+    The options are those of the parts.
+
+    Args: as `convert`.
+
+    Raises: as `convert`; DamagedError: some shards have not been made.
+    """
+    request = runs.FinishRequest(os.fspath(source), Path(out), revision, jobs or 0, verify)
+    with _reporter(progress) as reporter:
+        return runs.put_together(request, reporter)
+
+
+@_our_errors
+def verify(
+    out: StrPath,
+    *,
+    source: StrPath | None = None,
+    revision: str | None = None,
+    backends: Sequence[str] = (),
+    every: bool = False,
+    report: StrPath | None = None,
+    jobs: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Verdict:
+    """Check a converted folder before it is deployed. It is only read. A failure is returned, not raised.
+
+    Args:
+        out: folder that `convert` wrote.
+        source: what it was converted from; None: check against the digests recorded at conversion.
+        revision: of a source on the Hub; None: the commit it was converted from.
+        backends: kernel libraries to run, by name; none: all that run here.
+        every: run kernels on every matrix, all rows and all numbers of rows.
+        report: folder to write verify.json, .md, .html and .svg into.
+        jobs: workers; default: one per core, at most 8.
+        progress: told how far the work is.
+
+    Returns:
+        The verdict: `passed`, `failures`, `warnings`, and everything behind them.
+
+    Raises:
+        UsageError: not a converted folder, an unknown backend. DamagedError: the source is not sound.
+        EnvironmentFault: disk, network.
+    """
+    with _reporter(progress) as reporter:
+        return verify_folder(
+            Path(out),
+            source=None if source is None else os.fspath(source),
+            revision=revision,
+            backends=backends,
+            every=every,
+            report=None if report is None else Path(report),
+            jobs=jobs or 0,
+            reporter=reporter,
+        )
+
+
+@_our_errors
+def diff(a: StrPath, b: StrPath, *, values: bool = True, progress: ProgressCallback | None = None) -> Difference:
+    """Compare the tensors of two folders or .safetensors files, however they are sharded.
+
+    Args:
+        values: compare bytes too, not only names, dtypes and shapes.
+        progress: told how far the comparison is.
+
+    Returns:
+        What they do not share; `equal` where that is nothing.
+
+    Raises:
+        UsageError: no such folder or file. DamagedError: not sound safetensors files.
+    """
+    with _reporter(progress) as reporter:
+        return compare(Path(a), Path(b), values=values, reporter=reporter)
+
+
+@_our_errors
+def push(
+    out: StrPath,
+    repo_id: str,
+    *,
+    private: bool = True,
+    branch: str | None = None,
+    pr: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> Pushed:
+    """Publish a converted folder on the Hub in one commit. Called again, it sends only what is missing.
+
+    Args:
+        repo_id: `owner/name`, created where it is not there.
+        private: whether a repository that is created is.
+        branch: push to this branch, created from main.
+        pr: push to a pull request.
+        token: of the Hub; default: the client's own login.
+        endpoint: address of another Hub.
+        progress: told how far the upload is.
+
+    Raises:
+        UsageError: not a finished conversion, a bad repo id, `branch` with `pr`.
+        DamagedError: a shard is not what the conversion wrote.
+        VerificationError: the Hub holds other bytes than were sent.
+        EnvironmentFault: network, permissions.
+    """
+    with _reporter(progress) as reporter:
+        return push_folder(Path(out), Destination(repo_id, private, branch, pr), reporter, token, endpoint)
+
+
+@_our_errors
+def doctor() -> Diagnosis:
+    """Which kernel backends run here, why others do not, and what would change that. Runs no kernel."""
+    return examine()
+
+
+def _options(
+    options: Options | None,
+    layout: str | None,
+    scale_dtype: str | None,
+    on_unsupported: str | None,
+    max_shard_size: str | int | None,
+    fold_act_order: bool | None,
+) -> Options:
+    """`options`, or those that the arguments give."""
+    given = {
+        "layout": layout,
+        "scale_dtype": scale_dtype,
+        "on_unsupported": on_unsupported,
+        "max_shard_size": max_shard_size,
+        "fold_act_order": fold_act_order,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if options is None:
+        return Options.parse(**chosen)  # type: ignore[arg-type]
+    if chosen:
+        raise UsageError(f"{', '.join(chosen)}: give them in `options`, or as arguments, not both")
+    return options
+
+
+@contextmanager
+def _reporter(progress: ProgressCallback | None) -> Iterator[Reporter]:
+    if progress is None:
+        yield Silent()
+        return
+    with Calls(progress) as reporter:
+        yield reporter
