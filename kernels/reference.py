@@ -13,7 +13,8 @@ import numpy as np
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.base import Array, Layer
 
-# OCP MX 1.0, table 5: E2M1 by its code, sign in the high bit.
+# OCP MX 1.0, table 5: E2M1 by its code, sign in the high bit. `formats` and `layers` have tables of their own: a wrong
+# entry in one of them must not be right here.
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from xpuquant.formats.scheme import Scheme
 
-# E2M1 by code, OCP Microscaling Formats (MX) v1.0, section 5.3.3.
+# E2M1 by code, OCP Microscaling Formats (MX) v1.0, section 5.3.3. `kernels/reference.py` repeats it on purpose.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
