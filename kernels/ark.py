@@ -14,7 +14,7 @@ import numpy as np
 
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.base import Array, Layer
+from xpuquant.kernels.base import Array, Layer, fault_of, unsigned_int4
 
 
 @cache
@@ -40,11 +40,7 @@ class Ark:
     name = "ark"
 
     def unavailable(self) -> str | None:
-        try:
-            _qlinear()
-        except EnvironmentFault as error:
-            return str(error)
-        return None
+        return fault_of(_qlinear)
 
     def refuses(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str | None:
         missing = self.unavailable()
@@ -66,7 +62,7 @@ class Ark:
         """
         import torch
 
-        from xpuquant.kernels.torch_arrays import tensor, widened
+        from xpuquant.kernels.torch_tensors import from_torch, to_torch
 
         reason = self.refuses(layer.scheme, layer.N, layer.K)
         if reason is not None:
@@ -75,27 +71,23 @@ class Ark:
             x = x[:, layer.tensors["g_idx"]]
         module = _int4(layer)
         if "bias" in layer.tensors:
-            module.bias = tensor(layer.tensors["bias"].astype(np.float32))
+            module.bias = to_torch(layer.tensors["bias"].astype(np.float32))
         module.post_init()
         with torch.inference_mode():
-            return widened(module(tensor(x.astype(np.float32))))
+            return from_torch(module(to_torch(x.astype(np.float32))))
 
 
 def _int4(layer: Layer) -> Any:
     import torch
 
-    from xpuquant.kernels.torch_arrays import tensor
+    from xpuquant.kernels.torch_tensors import to_torch
 
     tensors, scheme = layer.tensors, layer.scheme
-    if scheme.experts:
-        words = (tensors["weight"] ^ np.uint8(0x88)).view(np.int32)  # signed → unsigned
-        scales = tensors["weight_scale"].T
-    else:
-        words, scales = tensors["qweight"], tensors["scales"]
+    words, scales = unsigned_int4(layer)
     size = (4, scheme.group_size, scheme.symmetric, layer.K, layer.N, False)
     module = _qlinear().QuantLinear(*size, weight_dtype=torch.float32)
-    module.qweight = tensor(words.T)
-    module.scales = tensor(scales.astype(np.float32))
+    module.qweight = to_torch(words.T)
+    module.scales = to_torch(scales.astype(np.float32))
     if not scheme.symmetric:
-        module.qzeros = tensor(tensors["qzeros"])
+        module.qzeros = to_torch(tensors["qzeros"])
     return module

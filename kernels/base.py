@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from xpuquant.errors import EnvironmentFault
 from xpuquant.formats.scheme import Scheme
 
 Array = np.ndarray[Any, Any]
@@ -31,6 +32,26 @@ class Layer:
     N: int
     K: int
     tensors: Mapping[str, Array]
+
+
+def unsigned_int4(layer: Layer) -> tuple[Array, Array]:
+    """The words and scales of an int4 layer as an int4 linear has them, also those of an expert.
+
+    Returns:
+        int32 words `[N, K/8]` of unsigned nibbles, and scales `[K/g, N]`.
+    """
+    if layer.scheme.experts:  # signed nibbles become unsigned with their high bit flipped
+        return (layer.tensors["weight"] ^ np.uint8(0x88)).view(np.int32), layer.tensors["weight_scale"].T
+    return layer.tensors["qweight"], layer.tensors["scales"]
+
+
+def fault_of(load: Callable[[], object]) -> str | None:
+    """The message of the EnvironmentFault that `load` raises; None where it succeeds."""
+    try:
+        load()
+    except EnvironmentFault as error:
+        return str(error)
+    return None
 
 
 @runtime_checkable

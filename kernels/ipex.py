@@ -17,7 +17,7 @@ import numpy as np
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.base import Array, Layer
+from xpuquant.kernels.base import Array, Layer, fault_of, unsigned_int4
 
 
 @cache
@@ -56,11 +56,7 @@ class Ipex:
     name = "ipex"
 
     def unavailable(self) -> str | None:
-        try:
-            _quantization()
-        except EnvironmentFault as error:
-            return str(error)
-        return None
+        return fault_of(_quantization)
 
     def refuses(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str | None:
         missing = self.unavailable()
@@ -85,7 +81,7 @@ class Ipex:
         """
         import torch
 
-        from xpuquant.kernels.torch_arrays import tensor, widened
+        from xpuquant.kernels.torch_tensors import from_torch, to_torch
 
         scheme, tensors = layer.scheme, layer.tensors
         reason = self.refuses(scheme, layer.N, layer.K, label_of(x.dtype))
@@ -93,20 +89,16 @@ class Ipex:
             raise UnsupportedError(reason)
         if scheme.act_order:
             x = x[:, tensors["g_idx"]]
-        if scheme.experts:
-            words = (tensors["weight"] ^ np.uint8(0x88)).view(np.int32)  # signed → unsigned
-            scales = tensors["weight_scale"].T
-        else:
-            words, scales = tensors["qweight"], tensors["scales"]
+        words, scales = unsigned_int4(layer)
         zeros, g = _minus_one(layer), scheme.group_size
         if g == layer.K:  # it drops a dimension of one: halve the group, exactly
             scales, zeros, g = scales.repeat(2, axis=0), zeros.repeat(2, axis=0), g // 2
         device, quantization = _device(), _quantization()
-        bias = tensor(tensors["bias"].astype(x.dtype), device) if "bias" in tensors else None
+        bias = to_torch(tensors["bias"].astype(x.dtype), device) if "bias" in tensors else None
         module = quantization.IPEXWeightOnlyQuantizedLinear.from_weight(
-            tensor(words.T, device),
-            tensor(scales, device),
-            tensor(zeros, device),
+            to_torch(words.T, device),
+            to_torch(scales, device),
+            to_torch(zeros, device),
             layer.K,
             layer.N,
             None,
@@ -117,7 +109,7 @@ class Ipex:
             quantization.QuantDtype.INT4,
         )
         with torch.inference_mode():
-            return widened(module(tensor(x, device)))
+            return from_torch(module(to_torch(x, device)))
 
 
 def _minus_one(layer: Layer) -> Array:

@@ -16,8 +16,8 @@ import numpy as np
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.activations import fp8_terms
-from xpuquant.kernels.base import Array, Layer
+from xpuquant.kernels.activation_terms import fp8_terms
+from xpuquant.kernels.base import Array, Layer, unsigned_int4
 
 if TYPE_CHECKING:
     import torch
@@ -92,60 +92,52 @@ def _refuses_fp8(scheme: Scheme, N: int, K: int) -> str | None:
     return None
 
 
-def _codes(layer: Layer) -> torch.Tensor:
-    """uint8 `[N, K]`: unsigned nibbles in stored column order."""
+def _nibbles(words: Array) -> torch.Tensor:
+    """uint8 `[..., 8·n]` on the CPU: the nibbles of int32 words `[..., n]`, lowest first."""
     import torch
 
-    from xpuquant.kernels.torch_arrays import tensor
+    from xpuquant.kernels.torch_tensors import to_torch
 
-    if layer.scheme.layout == "int4_linear":
-        octets = tensor(layer.tensors["qweight"]).view(torch.uint8)
-    else:
-        octets = tensor(layer.tensors["weight"]) ^ 0x88  # signed → unsigned
-    return torch.stack([octets & 15, octets >> 4], dim=-1).reshape(layer.N, layer.K)
+    octets = to_torch(words).view(torch.uint8)
+    return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
 
 
 def _int4(layer: Layer, x: Array) -> Array:
     import torch
 
-    from xpuquant.kernels.torch_arrays import tensor, widened
+    from xpuquant.kernels.torch_tensors import from_torch, to_torch
 
     device, g = _device(), layer.scheme.group_size
-    linear = layer.scheme.layout == "int4_linear"
-    scales = tensor(layer.tensors["scales"] if linear else layer.tensors["weight_scale"].T)  # [K/g, N]
-    zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
+    words, group_scales = unsigned_int4(layer)
+    codes, scales = _nibbles(words), to_torch(group_scales, device).to(torch.float64)
+    zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device=device)
     if "qzeros" in layer.tensors:
-        octets = tensor(layer.tensors["qzeros"]).view(torch.uint8)
-        zeros = torch.stack([octets & 15, octets >> 4], dim=-1).reshape(scales.shape)
-    activations = tensor(x, device)
-    scales = scales.to(device, torch.float64)
-    zeros = zeros.to(device)
-    codes = _codes(layer)
+        zeros = _nibbles(layer.tensors["qzeros"]).to(device)
+    activations = to_torch(x, device)
     aten = torch.ops.aten
     if device == "xpu":
-        words = codes[:, ::2] | codes[:, 1::2] << 4
         scales, zeros = scales.to(activations.dtype), zeros.to(torch.int8)
-        packed = words.view(torch.int32).to(device)
+        packed = to_torch(words, device)
         multiply = aten._weight_int4pack_mm_with_scales_and_zeros
-        return widened(multiply(activations, packed, g, scales, zeros))
+        return from_torch(multiply(activations, packed, g, scales, zeros))
     # (q − 8)·scale + zero: this kernel's zero is a value, not a code.
     shifts = (8 - zeros.to(torch.float64)) * scales
     both = torch.stack([scales, shifts], dim=-1).to(activations.dtype).contiguous()
     if device == "cuda":
         packed = aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(device), 8)
-        return widened(aten._weight_int4pack_mm(activations, packed, g, both))
+        return from_torch(aten._weight_int4pack_mm(activations, packed, g, both))
     packed = aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    return widened(aten._weight_int4pack_mm_for_cpu(activations, packed, g, both))
+    return from_torch(aten._weight_int4pack_mm_for_cpu(activations, packed, g, both))
 
 
 def _fp8(layer: Layer, x: Array) -> Array:
     """Block and MX scales one K-block at a time: within it they are per channel, which the kernel takes."""
     import torch
 
-    from xpuquant.kernels.torch_arrays import tensor, widened
+    from xpuquant.kernels.torch_tensors import from_torch, to_torch
 
     device = _device()
-    weight = tensor(layer.tensors["weight"], device)
+    weight = to_torch(layer.tensors["weight"], device)
     weight = weight if layer.scheme.experts else weight.t()  # [K, N] over the stored bytes
     scales = _fp8_scales(layer).to(device)
     size = layer.K // len(scales)
@@ -157,8 +149,8 @@ def _fp8(layer: Layer, x: Array) -> Array:
         if device == "cuda":  # its kernel wants K contiguous
             part = part.t().contiguous().t()
         for codes, token_scales in fp8_terms(x[:, columns]):
-            a, a_scale = tensor(codes, device), tensor(token_scales, device)
-            result += widened(torch._scaled_mm(a, part, a_scale, scale[None], out_dtype=out))
+            a, a_scale = to_torch(codes, device), to_torch(token_scales, device)
+            result += from_torch(torch._scaled_mm(a, part, a_scale, scale[None], out_dtype=out))
     return result
 
 
@@ -166,9 +158,9 @@ def _fp8_scales(layer: Layer) -> torch.Tensor:
     """float32 `[blocks of K, N]`."""
     import torch
 
-    from xpuquant.kernels.torch_arrays import tensor
+    from xpuquant.kernels.torch_tensors import to_torch
 
-    scheme, scale = layer.scheme, tensor(layer.tensors["weight_scale"])
+    scheme, scale = layer.scheme, to_torch(layer.tensors["weight_scale"])
     if scheme.granularity == "block":
         return scale.repeat_interleave(scheme.block_n, dim=1)[:, : layer.N].contiguous()
     if scheme.granularity == "group":

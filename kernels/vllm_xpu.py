@@ -2,7 +2,7 @@
 
 Linears are oneDNN matmuls; experts go through the CUTLASS grouped GEMM that `XpuFusedMoe` calls for each of its two
 projections, here with one expert. The calls are those of `xpuquant.xpu_ops`, which serves with them; only the
-activations of MX layouts differ, where this backend adds up several terms (`kernels/activations.py`).
+activations of MX layouts differ, where this backend adds up several terms (`kernels/activation_terms.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xpuquant import xpu_ops
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.activations import mx_terms
+from xpuquant.kernels.activation_terms import mx_terms
 from xpuquant.kernels.base import Array, Layer
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class VllmXpu:
         Raises:
             UnsupportedError: see `refuses`; or the operator's own message.
         """
-        from xpuquant.kernels.torch_arrays import widened
+        from xpuquant.kernels.torch_tensors import from_torch
 
         reason = self.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
         if reason is not None:
@@ -73,7 +73,7 @@ class VllmXpu:
         result = np.zeros((len(x), layer.N), np.float32)
         try:
             for term in _products(layer, x, self._device):
-                result += widened(term)
+                result += from_torch(term)
         except RuntimeError as error:  # of the operators' own checks
             raise UnsupportedError(f"vllm-xpu-kernels: {str(error).splitlines()[0]}") from None
         return result
@@ -103,10 +103,10 @@ def _products(layer: Layer, x: Array, device: str) -> Iterator[torch.Tensor]:
     """What adds up to the layer's product: the result of one call, or of one per term of the activations."""
     import torch
 
-    from xpuquant.kernels.torch_arrays import tensor
+    from xpuquant.kernels.torch_tensors import to_torch
 
-    scheme, a = layer.scheme, tensor(x, device)
-    stored = {role: tensor(array, device) for role, array in layer.tensors.items()}
+    scheme, a = layer.scheme, to_torch(x, device)
+    stored = {role: to_torch(array, device) for role, array in layer.tensors.items()}
     for role in ("bias", "scales", *(["weight_scale"] if scheme.layout == "int4_experts" else [])):
         if role in stored:
             stored[role] = stored[role].to(a.dtype)  # as the loaders of the serving modules cast them
@@ -116,7 +116,7 @@ def _products(layer: Layer, x: Array, device: str) -> Iterator[torch.Tensor]:
     elif scheme.layout in ("mxfp4_linear", "mxfp8_linear"):
         four_bit = scheme.layout == "mxfp4_linear"
         for codes, exponents in mx_terms(x, "F4" if four_bit else scheme.weight_dtype):
-            term, term_scale = tensor(codes, device), tensor(exponents, device).view(torch.float8_e8m0fnu)
+            term, term_scale = to_torch(codes, device), to_torch(exponents, device).view(torch.float8_e8m0fnu)
             term = term.view(torch.float4_e2m1fn_x2) if four_bit else term
             yield xpu_ops.mx_linear(scheme, stored, term, term_scale, a.dtype, bias)
             bias = None  # once, with the first term

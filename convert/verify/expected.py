@@ -144,7 +144,7 @@ def _size(x: Array, products: Array, weights: Array, dtype: str) -> Array:
     so partial sums, and what rounding adds to them, walk as far as the root of the sum of the squares. The sum of the
     magnitudes, which would be safe for any signs, is √K times larger and hides as much; the output alone will not do,
     because its terms may cancel. An activation counts at least as its row's RMS, 1: kernels that quantize activations
-    leave a part of that (`kernels/activations.py`).
+    leave a part of that (`kernels/activation_terms.py`).
     """
     terms = np.sqrt((np.square(x) + 1) @ np.square(weights).T)
     found: Array = np.abs(products) + terms + _FLUSHED[dtype]

@@ -14,11 +14,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from xpuquant.errors import EnvironmentFault, UnsupportedError
+from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of, numpy_dtype
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.activations import mx_terms
-from xpuquant.kernels.base import Array, Layer
+from xpuquant.kernels.activation_terms import mx_terms
+from xpuquant.kernels.base import Array, Layer, fault_of
 from xpuquant.kernels.onednn import api
 from xpuquant.kernels.onednn.api import BIAS, SCALES, SRC, WEIGHTS, ZERO_POINTS, Matmul, Quantization, Shape
 
@@ -105,11 +105,7 @@ class OneDNN:
     name = "onednn"
 
     def unavailable(self) -> str | None:
-        try:
-            api.engine()
-        except EnvironmentFault as error:
-            return str(error)
-        return None
+        return fault_of(api.engine)
 
     def device(self) -> str:
         """ "gpu" or "cpu". Raises EnvironmentFault where `unavailable`."""

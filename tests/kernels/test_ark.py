@@ -45,14 +45,14 @@ def test_fp8_is_refused_because_ark_leaves_the_output_unwritten():
     import torch
     from auto_round_kernel.qlinear import QuantLinearFP8
 
-    from xpuquant.kernels.torch_arrays import tensor, widened
+    from xpuquant.kernels.torch_tensors import from_torch, to_torch
 
     layer, weight = hand.fp8(96, 256, "channel")
     module = QuantLinearFP8(8, 256, 256, 96, False, data_type="fp8_e4m3", weight_dtype=torch.float32)
-    module.weight = tensor(layer.tensors["weight"])
-    module.weight_scale = tensor(layer.tensors["weight_scale"]).reshape(96, 1)
+    module.weight = to_torch(layer.tensors["weight"])
+    module.weight_scale = to_torch(layer.tensors["weight_scale"]).reshape(96, 1)
     module.post_init()
     x = hand.activations(8, 256, "F32")
-    y = np.nan_to_num(widened(module(tensor(x))))
+    y = np.nan_to_num(from_torch(module(to_torch(x))))
     assert hand.error(y, hand.expected(weight, x, layer)) > 0.5, "ARK computes FP8 now: offer it"
     assert "int4 only" in (BACKEND.refuses(layer.scheme, 96, 256) or "")

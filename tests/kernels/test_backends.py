@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from xpuquant.errors import UnsupportedError
 from xpuquant.kernels import backends
-from xpuquant.kernels.activations import fp8_terms, mx_terms
+from xpuquant.kernels.activation_terms import fp8_terms, mx_terms
 from xpuquant.kernels.base import Backend, tolerance
 from xpuquant.kernels.reference import dequantize, matmul
 

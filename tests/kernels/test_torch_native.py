@@ -10,8 +10,8 @@ import pytest
 import support.layers as hand
 
 from xpuquant.kernels.base import tolerance
-from xpuquant.kernels.torch_arrays import tensor
 from xpuquant.kernels.torch_native import TorchNative, _device
+from xpuquant.kernels.torch_tensors import to_torch
 
 BACKEND = TorchNative()
 torch = pytest.importorskip("torch")
@@ -76,6 +76,6 @@ def test_a_broken_fp8_layer_is_noticed(break_it):
 def test_tensors_keep_every_value_of_numpy_s(name):
     values = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, name))
     values.flags.writeable = False
-    carried = tensor(values)
+    carried = to_torch(values)
     assert str(carried.dtype) == f"torch.{name}"
     np.testing.assert_array_equal(carried.to(torch.float32).numpy(), values.astype(np.float32))

@@ -1,4 +1,4 @@
-"""numpy ↔ torch for the types numpy does not know. Imports torch, so import it inside functions only."""
+"""numpy arrays as torch tensors and back, bfloat16 and FP8 included. Imports torch: import it inside functions only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CARRIED = {
 }
 
 
-def tensor(array: Array, device: str = "cpu") -> torch.Tensor:
+def to_torch(array: Array, device: str = "cpu") -> torch.Tensor:
     """The same values, shape and dtype on `device`. Shares memory where the array allows it."""
     carrier, dtype = _CARRIED.get(array.dtype.name, (None, None))
     contiguous = np.ascontiguousarray(array)
@@ -28,7 +28,7 @@ def tensor(array: Array, device: str = "cpu") -> torch.Tensor:
     return (shared if dtype is None else shared.view(dtype)).to(device)
 
 
-def widened(result: torch.Tensor) -> Array:
+def from_torch(result: torch.Tensor) -> Array:
     """float32 numpy array with the values of `result`."""
     array: Array = result.to("cpu", torch.float32).numpy()
     return array
