@@ -15,13 +15,13 @@ from typing import Protocol
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress, Reporter, Silent
+from xpuquant.conversion.repo.assemble import PRODUCER, keep_card, write_repo
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.results import Converted, summary
-from xpuquant.conversion.runs.assemble import PRODUCER, keep_card, write_repo
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.run import verify_staged

@@ -26,12 +26,12 @@ from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Reporter
+from xpuquant.conversion.repo.assemble import PRODUCER, keep_card, stage_repo
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.results import Converted, summary
-from xpuquant.conversion.runs.assemble import PRODUCER, keep_card, stage_repo
 from xpuquant.conversion.runs.local import check_disk, raise_failures
 from xpuquant.conversion.runs.publishing import Destination, is_conversion, recorded_shards
 from xpuquant.conversion.sizes import size
