@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import os
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class Device:
             raise OSError(f"{path} offers no CPU device")
         self.context = pyopencl.Context(found[:1])
         self.queue = pyopencl.CommandQueue(self.context)
+        self._lock = threading.Lock()
         self._identity = f"{found[0].name} {found[0].driver_version}"
 
     def kernel(self, module: spirv.Module, name: str, source: str = "") -> Any:
@@ -122,10 +124,11 @@ class Device:
             items: work items to a work group.
             groups: work groups.
         """
-        for index, argument in enumerate(arguments):
-            kernel.set_arg(index, self._cl.SVM(argument) if isinstance(argument, np.ndarray) else argument)
-        self._cl.enqueue_nd_range_kernel(self.queue, kernel, (items * groups,), (items,))
-        self.queue.finish()
+        with self._lock:  # arguments belong to the kernel object
+            for index, argument in enumerate(arguments):
+                kernel.set_arg(index, self._cl.SVM(argument) if isinstance(argument, np.ndarray) else argument)
+            self._cl.enqueue_nd_range_kernel(self.queue, kernel, (items * groups,), (items,))
+            self.queue.finish()
 
     def local(self, size: int) -> Any:
         """Local memory of `size` bytes, as an argument."""

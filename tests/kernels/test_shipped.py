@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
 import support.layers as hand
+from support.checkpoints import FIXTURES
+from support.fuzz.case import command
 
 from xpuquant.kernels.base import tolerance
 from xpuquant.kernels.shipped import operators, wheel
@@ -252,9 +257,11 @@ def test_activation_exponents_are_reordered_by_expert(released):
 ROWS = np.array([3, 0, 5])
 EXPERTS = {
     "int4": lambda dtype, seed: hand.int4_expert(72, 128, 32, scale=dtype, seed=seed),
+    "int4 g128": lambda dtype, seed: hand.int4_expert(72, 256, 128, scale=dtype, seed=seed),
     "mxfp4": lambda dtype, seed: hand.mx(72, 128, "mxfp4", experts=True, seed=seed),
     "mxfp8": lambda dtype, seed: hand.mx(72, 128, "mxfp8", experts=True, seed=seed),
     "fp8 tensor": lambda dtype, seed: hand.fp8(72, 128, "tensor", experts=True, seed=seed),
+    "fp8 e5m2": lambda dtype, seed: hand.fp8(72, 128, "tensor", experts=True, seed=seed, dtype=ml_dtypes.float8_e5m2),
     "fp8 block": lambda dtype, seed: hand.fp8(384, 256, "block", experts=True, seed=seed),
 }
 
@@ -291,8 +298,14 @@ def exchange_halves(array, axis):
 
 
 @pytest.mark.operator("cutlass_grouped_gemm_interface (Xe2)")
-@pytest.mark.parametrize("dtype", ["F16", "BF16"])
-@pytest.mark.parametrize("layout", EXPERTS)
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    # Each is a kernel to build; the two that are left out differ from others by a constant and by one conversion.
+    [
+        *itertools.product(EXPERTS, ["F16"]),
+        *((layout, "BF16") for layout in ("int4", "mxfp4", "mxfp8", "fp8 tensor", "fp8 block")),
+    ],
+)
 def test_the_shipped_gemm_computes_what_float64_does(released, layout, dtype):
     stack = Stack(EXPERTS[layout], dtype)
     x = hand.activations(8, stack.truth.shape[2], dtype)
@@ -318,7 +331,7 @@ def test_the_shipped_gemm_notices_a_wrong_layout(released, layout):
         faults["nibbles exchanged"] = (weight >> 4 | weight << 4, scale)
     else:
         faults["K and N exchanged"] = (transposed(weight), scale)
-    if layout == "int4":
+    if layout.startswith("int4"):
         faults["unsigned for signed"] = (weight ^ 0x88, scale)
     if layout.startswith("mx"):
         faults["exponents one too large"] = (weight, scale + 1)
@@ -395,3 +408,25 @@ def test_a_whole_layer_of_experts_is_ours(released, layout):
 
     assert hand.error(found, ours(interleaved).astype(np.float64)) < 2.0**-8
     assert hand.error(found, ours(not interleaved).astype(np.float64)) > 0.1
+
+
+MOE = (
+    "gptqmodel-qwen3moe-w4g32",
+    "llmcompressor-qwen3moe-mxfp4",
+    "llmcompressor-qwen3moe-fp8-block",
+    "llmcompressor-qwen3moe-fp8-tensor",
+    "handpacked-gptoss-mxfp4",
+    "llmcompressor-gptoss-w4a16",
+)
+
+
+@pytest.mark.operator("cutlass_grouped_gemm_interface (Xe2)")
+@pytest.mark.parametrize("name", MOE)
+def test_experts_of_a_converted_repo_are_those_of_the_source(released, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(wheel, "found", lambda: (released,))
+    source, out = str(FIXTURES / name), str(tmp_path / "out")
+    assert command("convert", source, out)[0] == 0
+    code, text, error = command("verify", out, "--source", source, "--backend", "shipped", "--all", "--json")
+    assert code == 0, error
+    runs = [run for run in json.loads(text)["kernels"]["runs"] if run["backend"] == "shipped"]
+    assert {run["activations"] for run in runs if run["matrix"] in ("gate", "up", "down")} >= {"F16", "BF16"}
