@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xpuquant.conversion.options import Options
-from xpuquant.conversion.plan.survey import survey
+from xpuquant.conversion.plan.survey import survey_modules
 from xpuquant.conversion.plan.tensor_parallel import problems
 from xpuquant.conversion.results import ModuleOutcome, SourceInfo, module_outcomes, source_info
 from xpuquant.conversion.sources.base import Source
@@ -57,7 +57,7 @@ def inspect_source(source: Source, options: Options, ranks: Sequence[int] = RANK
         UsageError: not a quantized checkpoint. DamagedError: not a sound one.
     """
     checkpoint = source.checkpoint
-    planned, refused, reading = survey(checkpoint, options)
+    planned, refused, reading = survey_modules(checkpoint, options)
     decisions = Counter(fact for weight in reading.weights for fact in weight.facts)
     return Inspection(
         source_info(source),

@@ -58,3 +58,14 @@ def test_no_public_name_is_defined_in_two_modules():
     several = {name: where for name, where in places.items() if len(where) > 1}
     assert {name: where for name, where in several.items() if name not in ALLOWED} == {}
     assert ALLOWED.keys() - several.keys() == set(), "allowed, but defined once: take it off the list"
+
+
+def test_no_function_is_called_like_its_module():
+    """`from package.name import name` says nothing of which is meant."""
+    twins = [
+        str(path.relative_to(ROOT))
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if (path.parent.name if path.stem == "__init__" else path.stem) in public_names(ast.parse(path.read_text()))
+    ]
+    assert twins == []

@@ -99,7 +99,7 @@ def push(
     target = Target(connect(token, endpoint), repo_id)
     target.create(private)
     target.open(branch or MAIN, pr)
-    return publish(target, folder, blobs, {}, report or (lambda nbytes: None))
+    return publish_repo(target, folder, blobs, {}, report or (lambda nbytes: None))
 
 
 def local_files(folder: Path) -> list[str]:
@@ -147,7 +147,7 @@ def _blob(path: Path) -> Blob:
     return Blob(nbytes, sha256, git)
 
 
-def publish(
+def publish_repo(
     target: Target, folder: Path, wanted: dict[str, Blob], staged: Mapping[str, Finished], report: Progress
 ) -> Pushed:
     """Bring files of a folder, and shards from the staging branch, to the target's revision in one commit.

@@ -15,7 +15,7 @@ from typing import Any
 from xpuquant import __version__
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.shards import Shard, balance, in_source_order
-from xpuquant.conversion.plan.survey import PlannedModule, refusal, survey
+from xpuquant.conversion.plan.survey import PlannedModule, refusal, survey_modules
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.layouts.compressed_tensors import config as ct_config
@@ -113,7 +113,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         UnsupportedError: modules that no kernel takes, each with its reason, unless they are to be dequantized.
         DamagedError: tensors that are missing or contradict each other.
     """
-    planned, refused, reading = survey(checkpoint, options)
+    planned, refused, reading = survey_modules(checkpoint, options)
     if refused:
         raise UnsupportedError(refusal(refused, not reading.refused, options.layout))
     used = {

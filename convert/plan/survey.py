@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from xpuquant.conversion.options import Options
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.layouts import layouts
+from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.layouts.base import Conversion, Refusal
 from xpuquant.formats.layouts.compressed_tensors.config import FAMILY
 from xpuquant.formats.layouts.compressed_tensors.modules import gather_linears
 from xpuquant.formats.layouts.dequantized import convert_to_bf16
 from xpuquant.formats.layouts.modules import ExpertStack, Module, gather_modules
-from xpuquant.formats.readers.fold_act_order import fold_act_order
+from xpuquant.formats.readers.fold_act_order import fold_act_orders
 from xpuquant.formats.readers.reading import Reading, read
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weights.base import Weight
@@ -37,7 +37,7 @@ class PlannedModule:
         return sum(tensor.nbytes for tensor in self.conversion.tensors)
 
 
-def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule], dict[str, str], Reading]:
+def survey_modules(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule], dict[str, str], Reading]:
     """What every module would become: (convertible ones, module → reason for the others, the reading)."""
     reading = read(checkpoint)
     planned: list[PlannedModule] = []
@@ -46,7 +46,7 @@ def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule
     stacks = {expert[0] for name in refused if (expert := expert_of(name)) is not None}
     weights = [w for w in reading.weights if (expert := expert_of(w.name)) is None or expert[0] not in stacks]
     if options.fold_act_order:
-        weights = fold_act_order(checkpoint, weights)
+        weights = fold_act_orders(checkpoint, weights)
     gather = gather_linears if options.layout == FAMILY else gather_modules
     for module in gather(checkpoint, weights):
         offer = _offer(module, options)
@@ -61,7 +61,7 @@ def survey(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule
 
 def _offer(module: Module, options: Options) -> Conversion | Refusal:
     """The answer of the one layout for this kind of module."""
-    for layout in layouts(options.layout).values():
+    for layout in layouts_by_name(options.layout).values():
         if (offer := layout.offer(module, options.scale_dtype)) is not None:
             return offer
     without = "compressed-tensors layout" if options.layout == FAMILY else "XPU kernel"

@@ -18,7 +18,7 @@ from xpuquant.conversion.repo.card import CardFacts, gather, render
 from xpuquant.conversion.repo.card_merge import CARD, merge
 from xpuquant.conversion.repo.checksums import hash_file, seal
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished
-from xpuquant.conversion.repo.provenance import provenance
+from xpuquant.conversion.repo.provenance import provenance_record
 from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
@@ -76,7 +76,7 @@ def stage_repo(
             files.append(INDEX)
         config = json_bytes(output_config(plan, source))
         hashes = {name: hash_file(folder / name) or "" for name in files}
-        record = provenance(plan, source, shards, hashes, config, PRODUCER, verdict)
+        record = provenance_record(plan, source, shards, hashes, config, PRODUCER, verdict)
         write_bytes(folder / PROVENANCE, seal(json_bytes(record)))
         if verdict is not None:
             files += write_reports(folder, verdict)

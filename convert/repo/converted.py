@@ -10,7 +10,7 @@ from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.sources.repo_files import find_files
 from xpuquant.conversion.sources.shard_reader import ShardReader
 from xpuquant.errors import DamagedError, UsageError
-from xpuquant.formats.layouts import layouts
+from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.layouts.base import Layout, Stored
 from xpuquant.formats.layouts.compressed_tensors import config as portable
 from xpuquant.formats.layouts.compressed_tensors.stored import stored_modules
@@ -44,10 +44,10 @@ class Repo:
 
     def layout(self, stored: Stored) -> Layout:
         """The layout of a stored module."""
-        return layouts()[stored.scheme.layout]
+        return layouts_by_name()[stored.scheme.layout]
 
     def _stored(self, name: str, scheme: Scheme) -> Stored:
-        layout = layouts().get(scheme.layout)
+        layout = layouts_by_name().get(scheme.layout)
         if layout is None:
             raise DamagedError(f"config.json: unknown layout '{scheme.layout}' of {name}")
         tensors: dict[str, Tensor] = {}

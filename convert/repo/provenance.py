@@ -19,7 +19,7 @@ from xpuquant.conversion.verify.verdict import Checked, Verdict
 from xpuquant.formats.scheme import FORMAT_VERSION, compact
 
 
-def provenance(
+def provenance_record(
     plan: Plan,
     source: Source,
     shards: Mapping[str, Finished],

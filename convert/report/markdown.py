@@ -12,7 +12,7 @@ _WORST = 10
 _SHOWN = 20
 
 
-def markdown(verdict: Verdict) -> str:
+def render_markdown(verdict: Verdict) -> str:
     """The whole report."""
     sections = [
         f"# {_cell(verdict.repo)}: {'verified' if verdict.passed else '**FAILED**'}",

@@ -65,7 +65,7 @@ class Table:
     rows: Sequence[Row]
 
 
-def page(verdict: Verdict) -> str:
+def render_page(verdict: Verdict) -> str:
     """The whole page."""
     # 80 ms, which a conversion has no use for until its end.
     from jinja2 import Environment, StrictUndefined

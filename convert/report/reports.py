@@ -18,8 +18,8 @@ from typing import Any
 
 from xpuquant.conversion.repo.checksums import UNSEALED, seal
 from xpuquant.conversion.report.heatmap import heat_map
-from xpuquant.conversion.report.markdown import markdown
-from xpuquant.conversion.report.page import page
+from xpuquant.conversion.report.markdown import render_markdown
+from xpuquant.conversion.report.page import render_page
 from xpuquant.conversion.report.sentences import by_rounding, total_rounding
 from xpuquant.conversion.verify.agreement import BINS, ROWS
 from xpuquant.conversion.verify.expected import SEED
@@ -34,7 +34,11 @@ def write_reports(folder: Path, verdict: Verdict) -> list[str]:
     Raises:
         OSError: the folder cannot be written.
     """
-    texts = {"verify.md": markdown(verdict), "verify.html": page(verdict), "verify.svg": heat_map(verdict)}
+    texts = {
+        "verify.md": render_markdown(verdict),
+        "verify.html": render_page(verdict),
+        "verify.svg": heat_map(verdict),
+    }
     contents = {name: text.encode() for name, text in texts.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     data = {"sha256": UNSEALED, **as_data(verdict), "reports": hashes}

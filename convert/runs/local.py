@@ -26,7 +26,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.run import verify_staged
 from xpuquant.conversion.verify.verdict import Verdict
-from xpuquant.conversion.write.execute import execute
+from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import EnvironmentFault, UsageError, VerificationError
 
 _HEADROOM_BYTES = 64 << 20
@@ -60,7 +60,7 @@ def convert_checkpoint(
     force: bool = False,
     reporter: Reporter | None = None,
     command: str = "xpuquant convert",
-    executor: Executor = execute,
+    executor: Executor = execute_plan,
 ) -> Converted:
     """Convert a checkpoint into a ready-to-load repo.
 

@@ -29,7 +29,7 @@ from xpuquant.conversion.repo.journal import STAGING, Finished, JournalFile, Rec
 from xpuquant.conversion.repo.staging import LOCK, Staging, check_output, make_folder, staged_files, take_lock
 from xpuquant.conversion.results import PartConverted
 from xpuquant.conversion.sources.base import Source
-from xpuquant.conversion.write.execute import execute
+from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 
@@ -140,7 +140,7 @@ def make_part(
     reporter.phase("convert", mine.write_bytes)
     with PartStaging(out, part) as staging:
         done = staging.begin(plan.digest(source.fingerprint()), options)
-        finished = execute(mine, source, staging, jobs, done, reporter.advance)
+        finished = execute_plan(mine, source, staging, jobs, done, reporter.advance)
     return PartConverted(str(part), source.name, out, finished, len(plan.shards), mine.write_bytes)
 
 

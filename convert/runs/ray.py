@@ -30,7 +30,7 @@ from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.open import open_source
-from xpuquant.conversion.write.execute import execute
+from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 LOCAL = "local"
@@ -130,7 +130,7 @@ def write_shard(assignment: Assignment, name: str) -> Finished:
     """Make one shard; runs on a worker."""
     source, plan = _planned(assignment)
     part = plan.part([shard for shard in plan.shards if shard.name == name])
-    return execute(part, source, _Attempt(assignment.target), assignment.jobs, {}, _silent)[name]
+    return execute_plan(part, source, _Attempt(assignment.target), assignment.jobs, {}, _silent)[name]
 
 
 @cache

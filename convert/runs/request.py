@@ -19,7 +19,7 @@ from xpuquant.conversion.runs.parts import Part, check_parts, make_part, parts_o
 from xpuquant.conversion.runs.publishing import Destination, converted_shards, push_folder
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
-from xpuquant.conversion.write.execute import execute
+from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import UsageError
 
 
@@ -209,7 +209,7 @@ def _run_streamed(request: ConvertRequest, source: Source, reporter: Reporter) -
 
 def _executor(request: ConvertRequest) -> Executor:
     if not request.ray:
-        return execute
+        return execute_plan
     from xpuquant.conversion.runs.ray import execute_on_ray
 
     return partial(execute_on_ray, address=request.ray)

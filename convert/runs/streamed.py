@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xpuquant.conversion.hub.client import connect
-from xpuquant.conversion.hub.publish import Pushed, hash_files, publish
+from xpuquant.conversion.hub.publish import Pushed, hash_files, publish_repo
 from xpuquant.conversion.hub.target import CONFIG, MAIN, Target
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
@@ -41,7 +41,7 @@ from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.exactness import claim_of
 from xpuquant.conversion.verify.run import sizes, verify_staged
 from xpuquant.conversion.verify.verdict import Checked, Verdict
-from xpuquant.conversion.write.execute import execute
+from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.formats.safetensors import Tensor
 
 _SOURCE = "source"
@@ -159,7 +159,7 @@ def convert_streaming(
             return result
         (staging.folder / CONFIG).write_bytes(config)
         small = hash_files(staging.folder, [*files, CONFIG])
-        pushed = publish(target, staging.folder, small, shards, lambda nbytes: None)
+        pushed = publish_repo(target, staging.folder, small, shards, lambda nbytes: None)
         shutil.rmtree(staging.folder.parent)
     if not any(out.iterdir()):
         out.rmdir()
@@ -251,7 +251,7 @@ class _Work:
     def _make(self, todo: Iterable[Shard], reporter: Reporter) -> None:
         plan = replace(self._plan, shards=tuple(todo))
         known = {shard.name: self._done[shard.name] for shard in plan.shards if shard.name in self._done}
-        self._done |= execute(plan, self._source, self._staging, self._jobs, known, reporter.advance)
+        self._done |= execute_plan(plan, self._source, self._staging, self._jobs, known, reporter.advance)
 
     def _check(self, segment: Segment, name: str, reporter: Reporter) -> Verdict:
         """The verdict on a segment; from the earlier run that staged it, where parts of it are no longer here."""

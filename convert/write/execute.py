@@ -36,7 +36,7 @@ class ShardStore(Protocol):
         ...
 
 
-def execute(
+def execute_plan(
     plan: Plan,
     source: Source,
     staging: ShardStore,

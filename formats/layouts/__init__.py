@@ -35,6 +35,6 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 @cache
-def layouts(family: str | None = None) -> Mapping[str, Layout]:
+def layouts_by_name(family: str | None = None) -> Mapping[str, Layout]:
     """Every layout by name, or those of one `--layout`."""
     return {layout.name: layout for layout in LAYOUTS if family in (None, layout.family)}

@@ -24,7 +24,7 @@ from xpuquant.formats.weights.base import Weight
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
-def fold_act_order(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Weight]:
+def fold_act_orders(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Weight]:
     """The same weights, with every act-order that a gated MLP can absorb folded into its rows."""
     if not has_plain_gated_mlp(checkpoint):
         return list(weights)

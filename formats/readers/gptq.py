@@ -22,7 +22,7 @@ from xpuquant.formats.architecture import has_bias, in_features, is_embedding
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, columns, whole
 from xpuquant.formats.packing.plain import pack_nibbles, unpack_planar, unpack_rows
 from xpuquant.formats.readers.base import Parts, float_scale, need
-from xpuquant.formats.readers.gptq_config import GptqConfig, gptq_config
+from xpuquant.formats.readers.gptq_config import GptqConfig, gptq_config_of
 from xpuquant.formats.readers.gptq_zeros import measure_zeros, true_zeros
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import (
@@ -139,7 +139,7 @@ class Gptq:
         return scales is None or len(scales.shape) != 2 or qweight.shape[1] == scales.shape[1]
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
-        config = gptq_config(checkpoint, name)
+        config = gptq_config_of(checkpoint, name)
         if is_embedding(name):
             # in_features is the vocabulary (gptqmodel/utils/model.py, create_quant_layer).
             raise UnsupportedError("an embedding, which GPTQModel quantizes transposed: no XPU kernel looks it up")

@@ -34,7 +34,7 @@ class GptqConfig:
     writer: str
 
 
-def gptq_config(checkpoint: Checkpoint, module: str) -> GptqConfig:
+def gptq_config_of(checkpoint: Checkpoint, module: str) -> GptqConfig:
     """The config's claims about `module`, `dynamic` overrides applied.
 
     Raises:

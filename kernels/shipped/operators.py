@@ -15,7 +15,7 @@ import numpy as np
 
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.shipped.device import aligned, cpu, placed
-from xpuquant.kernels.shipped.portable import portable
+from xpuquant.kernels.shipped.portable import make_portable
 from xpuquant.kernels.shipped.wheel import Wheel
 
 Array = np.ndarray[Any, Any]
@@ -49,7 +49,7 @@ def _kernel(wheel: Wheel, library: str, name: str, group: int) -> Any:
     if group:
         module = module.specialized(name, {_POSITION_OF_GROUP: group})
     if library == _GEMM:
-        module, source = portable(module)
+        module, source = make_portable(module)
     return cpu().kernel(module, name, source)
 
 

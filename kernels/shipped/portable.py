@@ -228,7 +228,7 @@ def _linkage(target: int, name: str) -> Instruction:
     return Instruction(spirv.DECORATE, (target, _LINKAGE, *np.frombuffer(raw, np.uint32).tolist(), _IMPORT))
 
 
-def portable(module: spirv.Module) -> tuple[spirv.Module, str]:
+def make_portable(module: spirv.Module) -> tuple[spirv.Module, str]:
     """The module without what a CPU has not, and the OpenCL C source of the functions it calls instead."""
     rewriter = _Rewriter(module)
     return rewriter.module, rewriter.source

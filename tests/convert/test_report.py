@@ -16,7 +16,7 @@ import pytest
 
 from xpuquant.conversion.repo.checksums import is_sealed
 from xpuquant.conversion.report.heatmap import heat_map, table_of
-from xpuquant.conversion.report.markdown import markdown
+from xpuquant.conversion.report.markdown import render_markdown
 from xpuquant.conversion.report.reports import as_data, write_reports
 from xpuquant.conversion.report.sentences import exactness, in_one_line
 from xpuquant.conversion.verify.verdict import Agreement, Checked, Claim, Finding, Health, Rounding, Verdict
@@ -152,7 +152,7 @@ def test_names_from_strangers_stay_text(tmp_path):
 
 
 def test_markdown_pastes_as_tables():
-    text = markdown(verdict())
+    text = render_markdown(verdict())
     assert text.startswith("# Model-xpu: **FAILED**") and "## Not run" in text and "vllm_xpu" in text
     assert "## Modules that no real kernel computed here: 1 of 128" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
@@ -175,7 +175,7 @@ def test_only_what_is_exact_is_called_so():
         "12 with scales rounded to float16 (238 of 256 scales changed, largest relative change 3.9e-03); "
         "2 matrices dequantized to bf16: each value is the exact one rounded once"
     )
-    assert exactness(made) in markdown(made)
+    assert exactness(made) in render_markdown(made)
     assert as_data(made)["exact"]["matrices_by_claim"] == {
         "dequantized": 2,
         "exact": 7,

@@ -21,7 +21,7 @@ from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.write import output_files, shard_writer
-from xpuquant.conversion.write.execute import execute
+from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.conversion.write.output_files import CachedFile, DirectFile, OutputFile
 from xpuquant.errors import EnvironmentFault
 
@@ -34,7 +34,7 @@ def shards(source: Path, out: Path, jobs: int = 1, read_again: bool = True, **op
     opened = LocalSource(source)
     plan = make_plan(opened.checkpoint, Options(**options))
     with Staging(out) as staging:
-        made = execute(plan, opened, staging, jobs, {}, lambda nbytes: None, read_again)
+        made = execute_plan(plan, opened, staging, jobs, {}, lambda nbytes: None, read_again)
         for name, finished in made.items():
             assert (staging.folder / name).stat().st_size == finished.nbytes
     return made

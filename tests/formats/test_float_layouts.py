@@ -29,7 +29,7 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.layouts import layouts
+from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.packing.convert_loops import transpose_bytes
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import PIECE_BYTES
@@ -273,7 +273,7 @@ def test_broken_linears_are_named(tmp_path, case, changes, message):
     out = convert(Pico(config, {DOWN: pack(weight)}).write(tmp_path / "in"), tmp_path / "out")
     stored = stored_with(out, DOWN, **changes)
     with pytest.raises(DamagedError) as raised:
-        layouts()[stored.scheme.layout].matrices(stored)
+        layouts_by_name()[stored.scheme.layout].matrices(stored)
     assert message in str(raised.value)
 
 
@@ -305,5 +305,5 @@ def test_broken_experts_are_named(tmp_path, case, changes, message):
     out = convert(Pico(config, modules).write(tmp_path / "in"), tmp_path / "out")
     stored = stored_with(out, EXPERTS, **changes)
     with pytest.raises(DamagedError) as raised:
-        layouts()[stored.scheme.layout].matrices(stored)
+        layouts_by_name()[stored.scheme.layout].matrices(stored)
     assert message in str(raised.value)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ints import DOWN, Converted, Ints, Pico, convert, gptq, gptq_config, ints
 
-from xpuquant.formats.readers.fold_act_order import fold_act_order
+from xpuquant.formats.readers.fold_act_order import fold_act_orders
 from xpuquant.formats.readers.reading import read
 
 GATE, UP = DOWN.replace("down", "gate"), DOWN.replace("down", "up")
@@ -102,4 +102,4 @@ def test_experts_are_left_alone(tmp_path):
     modules = {names[name]: gptq(weight) for name, weight in mlp().items()}
     source = Pico(gptq_config(desc_act=True), modules).write(tmp_path)
     weights = list(read(source.checkpoint).weights)
-    assert fold_act_order(source.checkpoint, weights) == weights
+    assert fold_act_orders(source.checkpoint, weights) == weights

@@ -25,7 +25,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.exactness import check_exact
-from xpuquant.conversion.write.execute import execute
+from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import whole
 
@@ -268,7 +268,7 @@ def convert(source: Source, out: Path, **options: Any) -> Converted:
     """Plan, execute and compare with the source, without the command line's paperwork."""
     plan = make_plan(source.checkpoint, Options(**options))
     with Staging(out) as staging:
-        execute(plan, source, staging, 2, {}, lambda nbytes: None)
+        execute_plan(plan, source, staging, 2, {}, lambda nbytes: None)
     repo = Repo(staging.folder, tuple(shard.name for shard in plan.shards), plan.quantization_config("tests"))
     verdicts, _ = check_exact(Origin(plan, source), Check(repo, jobs=2))
     for checked in verdicts:
