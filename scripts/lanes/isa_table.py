@@ -1,8 +1,8 @@
 """What each kernel backend makes of each scheme under an instruction set, as rows of docs/kernels.md.
 
-python scripts/_isa_table.py avx512_bf16|avx512|avx2|sse41
+python scripts/lanes/isa_table.py avx512_bf16|avx512|avx2|sse41
 
-The caps are set by scripts/test-isa. Fails where a library does not keep to its cap.
+The caps are set by scripts/lanes/isa. Fails where a library does not keep to its cap.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import support.layers as hand
 import torch
