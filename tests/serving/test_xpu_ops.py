@@ -104,7 +104,12 @@ def names(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             yield from (part for alias in node.names for part in alias.name.split("."))
             yield from (getattr(node, "module", None) or "").split(".")
-        elif isinstance(node, ast.Call):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "getattr",
+            "import_module",
+            "importlib.import_module",
+        ):
+            # `kernels/shipped` names the wheel's files, whose device code it runs itself: no operator is called there.
             strings = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             yield from (part for text in strings for part in text.split("."))
 
