@@ -1,4 +1,4 @@
-"""The command line: the app, its exit codes, its errors. Commands are beside it.
+"""The command line: its commands, exit codes and errors. Commands are beside it.
 
 Exit codes: 0 ok, 1 failed verification, 2 usage or unconvertible, 3 damaged input, 4 environment, 130 interrupted.
 """
@@ -22,7 +22,7 @@ from xpuquant.errors import EnvironmentFault, Interrupted, XpuquantError
 INTERNAL_ERROR = 70
 """sysexits.h EX_SOFTWARE: a bug of ours, not of the user's input."""
 
-app = typer.Typer(
+COMMANDS = typer.Typer(
     name="xpuquant",
     help="Convert quantized LLM checkpoints, once and exactly, into the layouts Intel GPU kernels read.",
     no_args_is_help=True,
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 
-@app.callback(invoke_without_command=True)
+@COMMANDS.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
@@ -53,7 +53,7 @@ for _command in (
     check_commands.diff,
     check_commands.doctor,
 ):
-    app.command()(_command)
+    COMMANDS.command()(_command)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         # numpy's remarks on a stranger's scales (overflow, NaN): they are data here, and compared bit by bit.
         warnings.simplefilter("ignore")
     try:
-        code: Any = app(args=list(arguments), standalone_mode=False)
+        code: Any = COMMANDS(args=list(arguments), standalone_mode=False)
     except Exception as error:
         return _failed(error)
     except KeyboardInterrupt:
