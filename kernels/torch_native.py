@@ -40,7 +40,7 @@ class TorchNative:
     name = "torch_native"
 
     def unavailable(self) -> str | None:
-        return None if find_spec("torch") else "torch is not installed: pip install torch"
+        return None if find_spec("torch") else "torch is not installed: pip install 'xpuquant[torch]'"
 
     def refuses(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str | None:
         missing = self.unavailable()
