@@ -140,7 +140,8 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
+    zeros: Array = raw[start : start + size].view(dtype).reshape(shape)
+    return zeros
 
 
 def placed(array: Array) -> Array:
