@@ -367,6 +367,21 @@ def tensor_of(array):
     return tensor(array)
 
 
+@pytest.mark.operator("cutlass_grouped_gemm_interface (Xe2)")
+@pytest.mark.parametrize(
+    ("layout", "M"), [("int4", 8), ("int4", 40), ("int4", 260), ("fp8 tensor", 20), ("fp8 tensor", 40)]
+)
+def test_every_tile_of_the_shipped_gemm(released, layout, M):
+    """The host takes larger tiles for more rows to an expert; they are other kernels, with other loads."""
+    make = {
+        "int4": lambda dtype, seed: hand.int4_expert(264, 128, 32, scale=dtype, seed=seed),
+        "fp8 tensor": lambda dtype, seed: hand.fp8(264, 128, "tensor", experts=True, seed=seed),
+    }[layout]
+    stack = Stack(make, E=1)
+    x = hand.activations(M, 128, "F16")
+    assert hand.error(stack.run(released, x, np.array([M])), stack.product(x, np.array([M]))) < tolerance("F16", 128)
+
+
 @pytest.mark.operator("all of XpuFusedMoe")
 @pytest.mark.parametrize("layout", ["int4", "mxfp4"])
 def test_a_whole_layer_of_experts_is_ours(released, layout):
