@@ -115,19 +115,21 @@ class Device:
         parts = [program.compile(), self._cl.Program(self.context, source).compile("-cl-std=CL3.0")]
         return self._cl.link_program(self.context, parts)
 
-    def launch(self, kernel: Any, arguments: list[Any], items: int, groups: int) -> None:
+    def launch(self, kernel: Any, arguments: list[Any], items: int, *groups: int) -> None:
         """Run a kernel and wait.
 
         Args:
             arguments: numpy arrays for pointers (read and written in place), None for a null pointer, numpy scalars for
                 values, `local(bytes)` for local memory.
-            items: work items to a work group.
-            groups: work groups.
+            items: work items to a work group, in the first dimension.
+            groups: work groups in each dimension; SYCL numbers dimensions the other way round.
         """
         with self._lock:  # arguments belong to the kernel object
             for index, argument in enumerate(arguments):
                 kernel.set_arg(index, self._cl.SVM(argument) if isinstance(argument, np.ndarray) else argument)
-            self._cl.enqueue_nd_range_kernel(self.queue, kernel, (items * groups,), (items,))
+            self._cl.enqueue_nd_range_kernel(
+                self.queue, kernel, (items * groups[0], *groups[1:]), (items, 1, 1)[: len(groups)]
+            )
             self.queue.finish()
 
     def local(self, size: int) -> Any:

@@ -15,14 +15,14 @@ import numpy as np
 
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.shipped.device import aligned, cpu, placed
-from xpuquant.kernels.shipped.portable import make_portable
+from xpuquant.kernels.shipped.portable import imported, make_portable
 from xpuquant.kernels.shipped.wheel import Wheel
 
 Array = np.ndarray[Any, Any]
 
 # Mangled names of the 16-bit types: PyTorch's and SYCL's; kernels are instantiated for the one or the other.
 _TORCH = {"float32": "f", "float16": "N3c104HalfE", "bfloat16": "N3c108BFloat16E"}
-_SYCL = {
+SYCL = {
     "float32": "f",
     "float16": "N4sycl3_V16detail9half_impl4halfE",
     "bfloat16": "N4sycl3_V13ext6oneapi8bfloat16E",
@@ -45,7 +45,8 @@ GATED = ("silu", "gelu", "gelu_tanh")
 @functools.cache
 def _kernel(wheel: Wheel, library: str, name: str, group: int) -> Any:
     """A kernel, built once; the grouped GEMM's for one group size, which cuts the time to build it to a quarter."""
-    module, source = wheel.module(library, name), ""
+    module = wheel.module(library, name)
+    source = imported(module)
     if group:
         module = module.specialized(name, {_POSITION_OF_GROUP: group})
     if library == _GEMM:
@@ -53,12 +54,14 @@ def _kernel(wheel: Wheel, library: str, name: str, group: int) -> Any:
     return cpu().kernel(module, name, source)
 
 
-def _run(wheel: Wheel, library: str, name: str, arguments: list[Any], items: int, groups: int, group: int = 0) -> None:
-    """Launch, after checking the number of arguments against the kernel's own signature."""
+def launch(
+    wheel: Wheel, library: str, name: str, arguments: list[Any], items: int, *groups: int, group: int = 0
+) -> None:
+    """`Device.launch`, after checking the number of arguments against the kernel's own signature."""
     expected = wheel.module(library, name).parameters(name)
     if len(expected) != len(arguments):
         raise TypeError(f"{name} of {wheel} takes {len(expected)} arguments, not {len(arguments)}: {expected}")
-    cpu().launch(_kernel(wheel, library, name, group), arguments, items, groups)
+    cpu().launch(_kernel(wheel, library, name, group), arguments, items, *groups)
 
 
 def mxfp4_quantize(wheel: Wheel, x: Array, *, vectorized: bool = True) -> tuple[Array, Array]:
@@ -79,13 +82,13 @@ def mxfp4_quantize(wheel: Wheel, x: Array, *, vectorized: bool = True) -> tuple[
         name = wheel.named("_C", f"mxfp4_vec_kernelI{kind}EE")
         chunks = H * x.dtype.itemsize // 16
         values = [np.int32(H), np.int32(32), _EPSILON, np.int64(H // 32), np.int64(1)]
-        _run(wheel, "_C", name, [codes, scales, placed(x), *values], _work_items(chunks), M)
+        launch(wheel, "_C", name, [codes, scales, placed(x), *values], _work_items(chunks), M)
     else:
         name = wheel.named("_C", f"34per_token_group_quant_mxfp4_kernelI{kind}EE")
         groups = M * H // 32
         block = next(n for n in (16, 8, 4, 2, 1) if groups % n == 0)
         values = [np.int32(32), np.int32(block), _EPSILON, np.int32(H // 32), np.int32(1), np.int8(0)]
-        _run(wheel, "_C", name, [codes, scales, placed(x), *values], 32 * block, groups // block)
+        launch(wheel, "_C", name, [codes, scales, placed(x), *values], 32 * block, groups // block)
     return codes, scales
 
 
@@ -115,13 +118,13 @@ def fp8_quantize(
         name = wheel.named("_C", f"group_quant_8bit_vec_{kind}", fp8)
         chunks = H * x.dtype.itemsize // 16
         values = [np.int32(group), np.int32(H), columns, _EPSILON, np.int8(powers), columns, np.int32(1), np.int8(0)]
-        _run(wheel, "_C", name, [codes, scales, placed(x), *values], _work_items(chunks), M)
+        launch(wheel, "_C", name, [codes, scales, placed(x), *values], _work_items(chunks), M)
     else:
         name = wheel.named("_C", f"group_quant_8bit_{kind}", fp8)
         groups = M * H // group
         block = next(n for n in (16, 8, 4, 2, 1) if groups % n == 0)
         values = [np.int32(group), np.int32(block), _EPSILON, np.int8(powers), columns, np.int32(1), np.int8(0)]
-        _run(wheel, "_C", name, [codes, scales, placed(x), *values], 32 * block, groups // block)
+        launch(wheel, "_C", name, [codes, scales, placed(x), *values], 32 * block, groups // block)
     return codes, scales
 
 
@@ -141,14 +144,14 @@ def gated(wheel: Wheel, name: str, gate_up: Array) -> Array:
     M, I = gate_up.shape[0], gate_up.shape[1] // 2
     out = aligned((M, I), gate_up.dtype)
     if name in GATED:
-        kind, vector = _SYCL[gate_up.dtype.name], _vector(I, gate_up.dtype.itemsize)
+        kind, vector = SYCL[gate_up.dtype.name], _vector(I, gate_up.dtype.itemsize)
         tag = f"{len(name) + 7}{name}_kernel"
         kernel = wheel.named("_C", f"act_and_mul_vec_kernelI{kind}Xad", tag, f"ELb1ELi{vector}E")
-        _run(wheel, "_C", kernel, [out, placed(gate_up), np.int32(I)], min(I // vector, 1024), M)
+        launch(wheel, "_C", kernel, [out, placed(gate_up), np.int32(I)], min(I // vector, 1024), M)
         return out
     kernel = wheel.named("_C", f"{len(name) + 15}{name}_and_mul_kernelI{_TORCH[gate_up.dtype.name]}Xad")
     limits = [np.float32(1.702), np.float32(7.0)] if name == "swigluoai" else [np.float32(7.0)]
-    _run(wheel, "_C", kernel, [out, placed(gate_up), np.int32(I), *limits], min(I, 1024), M)
+    launch(wheel, "_C", kernel, [out, placed(gate_up), np.int32(I), *limits], min(I, 1024), M)
     return out
 
 
@@ -164,8 +167,8 @@ def relu2(wheel: Wheel, x: Array) -> Array:
     """`relu2_no_mul` (activation.cpp), the activation of experts without a gate: `[M, I]` → `[M, I]`."""
     M, I = x.shape
     out = aligned((M, I), x.dtype)
-    kernel = wheel.named("_C", f"10act_kernelI{_SYCL[x.dtype.name]}Xad", "relu2_no_mul_kernel")
-    _run(wheel, "_C", kernel, [out, placed(x), np.int32(I)], min(I, 1024), M)
+    kernel = wheel.named("_C", f"10act_kernelI{SYCL[x.dtype.name]}Xad", "relu2_no_mul_kernel")
+    launch(wheel, "_C", kernel, [out, placed(x), np.int32(I)], min(I, 1024), M)
     return out
 
 
@@ -189,11 +192,11 @@ def remap(wheel: Wheel, x: Array, ids: Array, E: int, *, expert_map: Array | Non
     mapping = None if expert_map is None else placed(expert_map.astype(np.int32))
     count = wheel.named("_moe_C", "18RowsPerExpertCount")
     sizes = [np.int32(M), np.int32(k), np.int32(E)]
-    _run(wheel, "_moe_C", count, [mapping, counts, ids, narrow, where, *sizes, local], 256, -(-M * k // 256))
-    move = wheel.named("_moe_C", f"17RemapHiddenStatesI{_SYCL[x.dtype.name]}fLi{k}EEE")
+    launch(wheel, "_moe_C", count, [mapping, counts, ids, narrow, where, *sizes, local], 256, -(-M * k // 256))
+    move = wheel.named("_moe_C", f"17RemapHiddenStatesI{SYCL[x.dtype.name]}fLi{k}EEE")
     items = min(256, -(-H * x.dtype.itemsize // 16))
     arguments = [local, placed(x), None, rows, None, mapping, where, counts, ids, narrow]
-    _run(wheel, "_moe_C", move, [*arguments, np.int32(H), np.int32(1), np.int32(E)], items, M)
+    launch(wheel, "_moe_C", move, [*arguments, np.int32(H), np.int32(1), np.int32(E)], items, M)
     return rows, counts, where
 
 
@@ -213,9 +216,9 @@ def gather(wheel: Wheel, rows: Array, weights: Array, where: Array) -> Array:
     out, elements = aligned((M, H), rows.dtype), 16 // rows.dtype.itemsize
     while H % elements:
         elements //= 2
-    name = wheel.named("_moe_C", f"9MoeGatherI{_SYCL[rows.dtype.name]}Li{k}ELi{elements}EEE")
+    name = wheel.named("_moe_C", f"9MoeGatherI{SYCL[rows.dtype.name]}Li{k}ELi{elements}EEE")
     arguments = [out, placed(rows), placed(weights.astype(np.float32)), placed(where), np.int32(H)]
-    _run(wheel, "_moe_C", name, arguments, 256, M)
+    launch(wheel, "_moe_C", name, arguments, 256, M)
     return out
 
 
@@ -241,10 +244,10 @@ def reorder_mx_scales(wheel: Wheel, scales: Array, rows_per_expert: Array) -> Ar
     out, first, to = aligned((padded * columns,), np.uint8), aligned((E,), np.int32), aligned((E,), np.int32)
     counts = placed(rows_per_expert.astype(np.int32))
     prefix = wheel.named("_moe_C", "23ReorderMxfpScalesPrefix")
-    _run(wheel, "_moe_C", prefix, [counts, first, to, np.int32(E)], 1, 1)
+    launch(wheel, "_moe_C", prefix, [counts, first, to, np.int32(E)], 1, 1)
     copy = wheel.named("_moe_C", "21ReorderMxfpScalesCopy")
     arguments = [placed(scales), out, counts, first, to, np.int32(columns), np.int32(E)]
-    _run(wheel, "_moe_C", copy, arguments, 256, -(-padded // 64))
+    launch(wheel, "_moe_C", copy, arguments, 256, -(-padded // 64))
     return out
 
 
@@ -279,7 +282,7 @@ def grouped_gemm(
     sizes = [np.int32(E), *([np.int32(group)] if group else []), np.int32(N), np.int32(K)]
     arguments = [*pointers, placed(rows.astype(np.int32)), *sizes, counter, cpu().local(4)]
     # One work group walks all tiles: with more, the first resets the counter that the others may have used by then.
-    _run(wheel, _GEMM, name, arguments, items, 1, group)
+    launch(wheel, _GEMM, name, arguments, items, 1, group=group)
     return out
 
 

@@ -232,3 +232,17 @@ def make_portable(module: spirv.Module) -> tuple[spirv.Module, str]:
     """The module without what a CPU has not, and the OpenCL C source of the functions it calls instead."""
     rewriter = _Rewriter(module)
     return rewriter.module, rewriter.source
+
+
+# Functions of DPC++'s device library that a GPU's compiler brings.
+_DEVICELIB = {
+    "__devicelib_ConvertBF16ToFINTEL": "float __devicelib_ConvertBF16ToFINTEL(ushort *x) { return from_bf(*x); }",
+    "__devicelib_ConvertFToBF16INTEL": "ushort __devicelib_ConvertFToBF16INTEL(float *x) { return to_bf(*x); }",
+}
+
+
+def imported(module: spirv.Module) -> str:
+    """The OpenCL C source of the library functions that a module imports; empty where it imports none."""
+    names = {i.text(2) for i in module.head() if i.opcode == spirv.DECORATE and i.words[1] == _LINKAGE}
+    bodies = [body for name, body in _DEVICELIB.items() if name in names]
+    return "\n".join([visa.BFLOAT16, *bodies, ""]) if bodies else ""

@@ -22,7 +22,19 @@ _REGISTER = 64
 _C_TYPES = {"UB": "u8", "UW": "u16", "W": "s16", "UD": "u32", "HF": "u16", "BF": "u16", "F": "f32"}
 _SIZES = {"UB": 1, "UW": 2, "W": 2, "UD": 4, "HF": 2, "BF": 2, "F": 4}
 
-PRELUDE = """
+BFLOAT16 = """
+float from_bf(ushort bits) { return as_float((uint)bits << 16); }
+ushort to_bf(float value)
+{
+    uint bits = as_uint(value);
+    if (isnan(value)) return (ushort)(bits >> 16 | 64);
+    return (ushort)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+"""
+
+PRELUDE = (
+    BFLOAT16
+    + """
 #pragma OPENCL EXTENSION cl_intel_subgroups : enable
 /* One register is read as several types. */
 typedef uchar __attribute__((may_alias)) u8;
@@ -66,15 +78,9 @@ __attribute__((noinline)) void keep(private uchar *own, private const uchar *fla
 }
 float from_hf(ushort bits) { return vload_half(0, (private const half *)&bits); }
 ushort to_hf(float value) { ushort bits; vstore_half_rte(value, 0, (private half *)&bits); return bits; }
-float from_bf(ushort bits) { return as_float((uint)bits << 16); }
-ushort to_bf(float value)
-{
-    uint bits = as_uint(value);
-    if (isnan(value)) return (ushort)(bits >> 16 | 64);
-    return (ushort)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 ushort shipped_to_bf(float value) { return to_bf(value); }
 """
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Finding kernels in a released vllm-xpu-kernels wheel."""
+"""Finding kernels in a released wheel."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Wheel:
         self._libraries: dict[str, dict[str, bytes]] = {}
 
     def __repr__(self) -> str:
-        return f"vllm-xpu-kernels {self.version}"
+        return "-".join(self.path.name.split("-")[:2])
 
     def kernels(self, library: str) -> dict[str, bytes]:
-        """Mangled name → module of every kernel of a library (`_C`, `_moe_C`, `_xpu_C`, `libgrouped_gemm_xe_2`)."""
+        """Mangled name → module of every kernel of a library, which is named by its file up to the first dot."""
         if library not in self._libraries:
             self._libraries[library] = self._read(library)
         return self._libraries[library]
 
     def _read(self, library: str) -> dict[str, bytes]:
         with zipfile.ZipFile(self.path) as archive:
-            names = [n for n in archive.namelist() if n.split("/")[-1] in (f"{library}.abi3.so", f"{library}.so")]
+            names = [n for n in archive.namelist() if n.split("/")[-1].split(".")[0] == library and n.endswith(".so")]
             if not names:
                 raise KeyError(f"{self.path.name} has no library {library}")
             data = archive.read(names[0])
@@ -60,7 +60,7 @@ def folder() -> Path:
 
 
 @functools.cache
-def found() -> tuple[Wheel, ...]:
-    """The wheels in `folder`, oldest version first."""
-    wheels = [Wheel(path) for path in folder().glob("vllm_xpu_kernels-*.whl")]
+def found(package: str = "vllm_xpu_kernels") -> tuple[Wheel, ...]:
+    """The wheels of a package in `folder`, oldest version first."""
+    wheels = [Wheel(path) for path in folder().glob(f"{package}-*.whl")]
     return tuple(sorted(wheels, key=lambda wheel: [int(part) for part in wheel.version.split(".")]))

@@ -1,6 +1,6 @@
-"""Operator × wheel version × (executed here | reason), from the results of tests/kernels/test_shipped.py.
+"""Operator × wheel × (executed here | reason), from the results of tests/kernels/test_shipped*.py.
 
-usage: shipped_table.py RESULTS.xml VERSION...
+usage: shipped_table.py RESULTS.xml PACKAGE-VERSION...
 
 Exit status 1 where a test failed or was skipped, or an operator was not executed.
 """
@@ -21,22 +21,21 @@ NOT_EXECUTED = {
 
 
 def main() -> int:
-    results, *versions = sys.argv[1:]
+    results, *wheels = sys.argv[1:]
     cells: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for case in ElementTree.parse(results).iter("testcase"):
         properties = {p.get("name"): p.get("value") for p in case.iter("property")}
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         cells[properties.get("operator") or "?"][properties.get("wheel") or "?"][outcome] += 1
     bad = False
-    print(f"{'operator':46}", *(f"{version:>24}" for version in versions))
-    for operator in sorted(cells):
-        row = []
-        for version in versions:
-            count = cells[operator][version]
+    for operator, row in sorted(cells.items()):
+        packages = {wheel.split("-")[0] for wheel in row}
+        for wheel in (wheel for wheel in wheels if wheel.split("-")[0] in packages):
+            count = row[wheel]
             good = count["passed"] and count.total() == count["passed"]
             bad |= not good
-            row.append(f"executed, {count['passed']} tests" if good else f"WORSE: {dict(count) or 'not executed'}")
-        print(f"{operator:46}", *(f"{cell:>24}" for cell in row))
+            outcome = f"executed, {count['passed']} tests" if good else f"WORSE: {dict(count) or 'not executed'}"
+            print(f"{operator:46} {wheel:28} {outcome}")
     for operator, reason in NOT_EXECUTED.items():
         print(f"\nnot executed: {operator}\n    {reason}")
     return int(bad or not cells)

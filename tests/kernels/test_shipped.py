@@ -37,7 +37,7 @@ def released(request):
 @pytest.fixture(autouse=True)
 def _recorded(request, record_property, released):
     """For the lane's table."""
-    record_property("wheel", released.version)
+    record_property("wheel", str(released))
     record_property("operator", request.node.get_closest_marker("operator").args[0])
 
 
@@ -192,9 +192,15 @@ def test_relu2_has_no_second_matrix(released, dtype):
 
 
 @pytest.mark.operator("remap_hidden_states, moe_gather")
-@pytest.mark.parametrize("k", [1, 2, 4, 6, 7, 8, 10, 16])
-@pytest.mark.parametrize("ids_dtype", [np.int32, np.int64])
+@pytest.mark.parametrize(
+    ("k", "dtype", "ids_dtype"),
+    [
+        *((k, "float16", np.int32) for k in (1, 2, 4, 6, 7, 8, 10, 16)),
+        *((2, dtype, ids) for dtype in DTYPES for ids in (np.int32, np.int64) if (dtype, ids) != ("float16", np.int32)),
+    ],
+)
 def test_rows_go_to_their_experts_and_come_back(released, dtype, k, ids_dtype):
+    dtype = DTYPES[dtype]
     M, H, E = 37, 72, 24
     rng = np.random.default_rng(k)
     x = rng.normal(size=(M, H)).astype(dtype)
