@@ -361,10 +361,7 @@ def test_the_shipped_gemm_reads_every_code_as_we_do(released, layout):
     found = np.concatenate(
         [stack.run(released, np.eye(K, dtype=np.float16)[at : at + 8], np.array([8, 0, 0])) for at in range(0, K, 8)]
     ).T
-    if layout == "fp8 block":  # its scales are rounded to float16 first
-        assert np.allclose(found, ours, rtol=2.0**-10, atol=2.0**-24)
-    else:
-        assert np.array_equal(found, ours)
+    assert np.array_equal(found, ours)
 
 
 def tensor_of(array):
@@ -386,6 +383,26 @@ def test_every_tile_of_the_shipped_gemm(released, layout, M):
     stack = Stack(make, E=1)
     x = hand.activations(M, 128, "F16")
     assert hand.error(stack.run(released, x, np.array([M])), stack.product(x, np.array([M]))) < tolerance("F16", 128)
+
+
+@pytest.mark.operator("cutlass_grouped_gemm_interface (Xe2)")
+@pytest.mark.parametrize(("dtype", "smallest", "largest"), [("F16", 103, 142), ("BF16", 1, 254)])
+def test_exponents_that_mx_experts_reach(released, dtype, smallest, largest):
+    """An exponent is cast to the dtype of the activations before it multiplies; 0 and 255 are never what E8M0 says."""
+    stack = Stack(EXPERTS["mxfp4"], dtype, E=1)
+    stack.weight[:] = 0x22  # 1.0 twice
+
+    def weight(exponent):
+        """Of the first column, over what E8M0 says."""
+        stack.scale[:] = 127
+        stack.scale[..., 0] = exponent
+        x = np.zeros((1, stack.truth.shape[2]), hand.DTYPES[dtype])
+        x[0, 0] = 2.0**15 if exponent < 127 else 2.0**-10
+        return float(stack.run(released, x, np.array([1]))[0, 0]) / float(x[0, 0]) / 2.0 ** (exponent - 127)
+
+    assert weight(smallest) == weight(120) == weight(largest) == 1
+    assert weight(smallest - 1) == 0
+    assert not np.isfinite(weight(largest + 1))
 
 
 @pytest.mark.operator("all of XpuFusedMoe")
