@@ -195,8 +195,8 @@ def test_relu2_has_no_second_matrix(released, dtype):
 @pytest.mark.parametrize(
     ("k", "dtype", "ids_dtype"),
     [
-        *((k, "float16", np.int32) for k in (1, 2, 4, 6, 7, 8, 10, 16)),
-        *((2, dtype, ids) for dtype in DTYPES for ids in (np.int32, np.int64) if (dtype, ids) != ("float16", np.int32)),
+        *((k, "float16", np.int32) for k in (1, 4, 6, 8)),
+        *((2, dtype, ids) for dtype in DTYPES for ids in (np.int32, np.int64)),
     ],
 )
 def test_rows_go_to_their_experts_and_come_back(released, dtype, k, ids_dtype):
