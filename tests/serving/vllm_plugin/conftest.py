@@ -44,3 +44,12 @@ def run_models(models: list[Path], **job: Any) -> Reports:
 @pytest.fixture(scope="session")
 def generate() -> Callable[..., Reports]:
     return run_models
+
+
+@pytest.fixture(scope="session")
+def stock_int4() -> str | None:
+    """Why stock vLLM cannot compute int4 linears here, or None: its CPU build has the operator for some processors."""
+    asked = "import vllm._custom_ops, torch, sys; sys.exit(0 if hasattr(torch.ops._C, 'cpu_gemm_wna16') else 3)"
+    code = subprocess.run([sys.executable, "-c", asked], capture_output=True, check=False).returncode
+    assert code in (0, 3), "vLLM cannot be asked"
+    return "stock vLLM's CPU build has no int4 operator (cpu_gemm_wna16) for this processor" if code else None
