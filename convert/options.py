@@ -41,7 +41,7 @@ class Options:
     scale_dtype      safetensors label (`F16`, `BF16`, `F32`) to round scales to; None keeps the source's
     on_unsupported   `refuse`, or `dequantize` to bf16, modules that no kernel takes
     max_shard_bytes  upper size of a shard (a single larger tensor gets its own)
-    fold_act_order   store MLP rows in the order down_proj wants, instead of a permutation (`weights/fold_act_order.py`)
+    fold_act_order   store MLP rows in the order down_proj wants, instead of a permutation (`readers/fold_act_order.py`)
 
     Raises:
         UsageError: a value that is none of these.
