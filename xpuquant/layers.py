@@ -23,8 +23,6 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-# Activations as wide as these have grouped or dense XPU kernels.
-XPU_ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
 class Stored(NamedTuple):

@@ -116,6 +116,9 @@ class Refusal:
     reason: str
 
 
+NO_EMBEDDINGS = Refusal("an embedding is looked up, not multiplied: no XPU kernel reads quantized rows")
+
+
 @dataclass(frozen=True)
 class Stored:
     """A module of an output repo: its scheme, its tensors by suffix, and how to read them."""

@@ -15,7 +15,7 @@ import numpy as np
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
 from xpuquant.formats.checkpoint import Array, columns, rows, whole
-from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
+from xpuquant.formats.layouts.base import NO_EMBEDDINGS, Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
 from xpuquant.formats.layouts.fillers import FillBlockScales, FillCast, code_pieces
 from xpuquant.formats.layouts.modules import Linear, Module
 from xpuquant.formats.layouts.scales import block_start, kept
@@ -38,7 +38,7 @@ class Fp8Linear(Layout):
         if weight.dtype not in ELEMENTS or weight.is_mx:
             return None
         if is_embedding(name):
-            return Refusal("an embedding is looked up, not multiplied: no XPU kernel reads quantized rows")
+            return NO_EMBEDDINGS
         granularity = _granularity(weight)
         if granularity is None:
             return Refusal(_too_odd(weight))

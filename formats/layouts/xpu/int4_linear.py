@@ -17,7 +17,7 @@ from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
 from xpuquant.formats.checkpoint import Array, columns, rows, whole
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
+from xpuquant.formats.layouts.base import NO_EMBEDDINGS, Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
 from xpuquant.formats.layouts.fillers import FillGroupScales, FillOrder, FillZeroPoints, word_pieces
 from xpuquant.formats.layouts.modules import Linear, Module
 from xpuquant.formats.layouts.scales import rounded
@@ -37,7 +37,7 @@ class Int4Linear(Layout):
         name, weight = module.name, module.weight
         N, K = weight.N, weight.K
         if is_embedding(name):
-            return Refusal("an embedding is looked up, not multiplied: no XPU kernel reads quantized rows")
+            return NO_EMBEDDINGS
         if weight.bits > 4:
             return Refusal(f"{weight.bits}-bit integers have no XPU kernel")
         if K % GROUP_MULTIPLE:

@@ -21,7 +21,7 @@ from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
 from xpuquant.formats.checkpoint import Array, columns, rows
 from xpuquant.formats.dtypes import numpy_dtype
-from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Refusal, Stored
+from xpuquant.formats.layouts.base import NO_EMBEDDINGS, Conversion, Layout, Matrix, OutTensor, Refusal, Stored
 from xpuquant.formats.layouts.fillers import FillBlockScales, code_pieces
 from xpuquant.formats.layouts.modules import Linear, Module
 from xpuquant.formats.layouts.scales import kept
@@ -53,7 +53,7 @@ class MxLinear(Layout):
         if not weight.is_mx or weight.dtype not in self.elements:
             return None
         if is_embedding(name):
-            return Refusal("an embedding is looked up, not multiplied: no XPU kernel reads quantized rows")
+            return NO_EMBEDDINGS
         N, K = weight.N, weight.K
         if K % MX_GROUP:
             return Refusal(f"K={K} is not a multiple of {MX_GROUP}")
