@@ -11,27 +11,12 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.journal import Finished
+from xpuquant.formats.layouts import layouts_by_name
 
 if TYPE_CHECKING:
     from xpuquant.conversion.hub.publish import Pushed
     from xpuquant.conversion.sources.base import Source
     from xpuquant.conversion.verify.verdict import Verdict
-
-_KERNELS = {
-    "int4_linear": "int4_gemm_w4a16",
-    "int4_experts": "grouped GEMM s4",
-    "fp8_linear": "fp8_gemm_w8a16 / fp8_gemm",
-    "fp8_experts": "grouped GEMM fp8",
-    "mxfp4_linear": "fp4_gemm",
-    "mxfp4_experts": "grouped GEMM mxfp4",
-    "mxfp8_linear": "fp8_gemm (mx)",
-    "mxfp8_experts": "grouped GEMM mxfp8",
-    "ct_int4": "int4_gemm_w4a16",
-    "ct_fp8": "fp8_gemm_w8a16 / fp8_gemm",
-    "ct_mxfp4": "fp4_gemm",
-    "ct_mxfp8": "fp8_gemm (mx)",
-}
-"""Layout → the XPU kernel that reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +151,7 @@ def _module(planned: PlannedModule) -> ModuleOutcome:
         conversion.name,
         kind_of(planned.source),
         None if scheme is None else scheme.label(),
-        None if scheme is None else _KERNELS.get(scheme.layout, scheme.layout),
+        None if scheme is None else layouts_by_name()[scheme.layout].kernel,
         planned.nbytes,
         tuple(conversion.facts),
     )

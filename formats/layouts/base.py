@@ -149,10 +149,12 @@ class Layout(ABC):
 
     name    as it stands in config.json
     family  which `--layout` it belongs to
+    kernel  the XPU kernel that reads it, as plans and cards name it
     """
 
     name: str
     family: str
+    kernel: str
 
     @abstractmethod
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:

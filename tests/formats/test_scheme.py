@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from xpuquant.errors import DamagedError
+from xpuquant.formats.layouts import LAYOUTS, Layout
 from xpuquant.formats.scheme import Scheme, from_config, to_config
 
 FP8 = Scheme("fp8_linear", granularity="channel", scale_dtype="F32")
@@ -41,3 +42,8 @@ def test_another_type_is_refused(value: object) -> None:
     config["schemes"][0]["weight_dtype"] = value
     with pytest.raises(DamagedError, match="'weight_dtype' is"):
         from_config(config)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_every_layout_names_the_kernel_that_reads_it(layout: Layout) -> None:
+    assert layout.kernel and layout.kernel != layout.name

@@ -29,6 +29,7 @@ _CODES = "F8_E4M3"
 
 class CtFp8(CtLayout):
     name = "ct_fp8"
+    kernel = "fp8_gemm_w8a16 / fp8_gemm"
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, CtLinear) or not isinstance(module.weight, FloatWeight):

@@ -28,6 +28,7 @@ from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight
 
 class CtInt4(CtLayout):
     name = "ct_int4"
+    kernel = "int4_gemm_w4a16"
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, CtLinear) or not isinstance(module.weight, IntWeight):

@@ -29,20 +29,22 @@ from xpuquant.formats.weights.floats import MX_GROUP, FloatWeight
 class CtMx(CtLayout):
     """A layout of MX linears.
 
-    name      of the layout
-    element   of the source that it takes; see `FloatWeight`
-    codes     suffix of the codes' tensor
-    dtype     their safetensors label
-    packed    columns per stored element
-    kernel    the XPU layout that holds the same codes
+    name        of the layout
+    kernel      that reads it once a loader has turned its exponents on their side
+    element     of the source that it takes; see `FloatWeight`
+    codes       suffix of the codes' tensor
+    dtype       their safetensors label
+    packed      columns per stored element
+    xpu_layout  name of the XPU layout that holds the same codes
     """
 
     name: str
+    kernel: str
     element: str
     codes: str
     dtype: str
     packed: int
-    kernel: str
+    xpu_layout: str
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, CtLinear) or not isinstance(module.weight, FloatWeight):
@@ -75,7 +77,7 @@ class CtMx(CtLayout):
         return (self.codes, "weight_scale")
 
     def kernel_scheme(self, stored: Stored) -> Scheme | None:
-        return Scheme(self.kernel, group_size=MX_GROUP, scale_dtype="U8")
+        return Scheme(self.xpu_layout, group_size=MX_GROUP, scale_dtype="U8")
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         """As vLLM's XPU kernel classes take a loaded checkpoint: exponents transposed."""
@@ -86,5 +88,5 @@ class CtMx(CtLayout):
         }
 
 
-CT_MXFP4 = CtMx("ct_mxfp4", "e2m1", "weight_packed", "U8", 2, "mxfp4_linear")
-CT_MXFP8 = CtMx("ct_mxfp8", "e4m3", "weight", "F8_E4M3", 1, "mxfp8_linear")
+CT_MXFP4 = CtMx("ct_mxfp4", "fp4_gemm", "e2m1", "weight_packed", "U8", 2, "mxfp4_linear")
+CT_MXFP8 = CtMx("ct_mxfp8", "fp8_gemm (mx)", "e4m3", "weight", "F8_E4M3", 1, "mxfp8_linear")

@@ -44,6 +44,7 @@ from xpuquant.formats.weights.floats import ELEMENTS, FP8_BLOCK, FloatWeight
 class Fp8Experts(Layout):
     name = "fp8_experts"
     family = "xpu"
+    kernel = "grouped GEMM fp8"
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if (floats := float_stack(module)) is None:

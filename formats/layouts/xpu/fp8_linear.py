@@ -30,6 +30,7 @@ BLOCK_ROWS = 16
 class Fp8Linear(Layout):
     name = "fp8_linear"
     family = "xpu"
+    kernel = "fp8_gemm_w8a16 / fp8_gemm"
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, Linear) or not isinstance(module.weight, FloatWeight):

@@ -49,6 +49,7 @@ Experts = dict[str, list[IntWeight]]
 class Int4Experts(Layout):
     name = "int4_experts"
     family = "xpu"
+    kernel = "grouped GEMM s4"
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, ExpertStack) or (experts := _integers(module)) is None:

@@ -30,6 +30,7 @@ from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, regroup
 class Int4Linear(Layout):
     name = "int4_linear"
     family = "xpu"
+    kernel = "int4_gemm_w4a16"
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, Linear) or not isinstance(module.weight, IntWeight):

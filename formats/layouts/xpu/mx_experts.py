@@ -106,6 +106,7 @@ class MxExperts(Layout):
 
 class Mxfp4Experts(MxExperts):
     name = "mxfp4_experts"
+    kernel = "grouped GEMM mxfp4"
     elements = NIBBLES
 
     def codes(self, stack: ExpertStack, name: str, roles: tuple[str, ...]) -> OutTensor:
@@ -150,6 +151,7 @@ class Mxfp4Experts(MxExperts):
 
 class Mxfp8Experts(MxExperts):
     name = "mxfp8_experts"
+    kernel = "grouped GEMM mxfp8"
     elements = ELEMENTS
 
     def refusal(self, stack: ExpertStack, sources: list[FloatWeight]) -> str | None:

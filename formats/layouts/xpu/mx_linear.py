@@ -36,11 +36,13 @@ class MxLinear(Layout):
     """A layout of MX linears.
 
     name      of the layout
+    kernel    that reads it
     elements  dtype label of the stored codes → `Decoded.number`
     packed    columns per stored element
     """
 
     name: str
+    kernel: str
     elements: dict[str, str]
     packed: int
 
@@ -100,5 +102,5 @@ class MxLinear(Layout):
         }
 
 
-MXFP4_LINEAR = MxLinear("mxfp4_linear", {"U8": "e2m1"}, packed=2)
-MXFP8_LINEAR = MxLinear("mxfp8_linear", ELEMENTS, packed=1)
+MXFP4_LINEAR = MxLinear("mxfp4_linear", "fp4_gemm", {"U8": "e2m1"}, packed=2)
+MXFP8_LINEAR = MxLinear("mxfp8_linear", "fp8_gemm (mx)", ELEMENTS, packed=1)
