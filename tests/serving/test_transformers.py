@@ -31,7 +31,7 @@ CASES = [
 ]
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -75,6 +75,66 @@ def test_saves_what_it_loaded(case: tuple[str, str, str | None], tmp_path: Path)
     configs = [json.loads((f / "config.json").read_text()) for f in (pair.converted, tmp_path / "again")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     assert torch.equal(logits(load(tmp_path / "again", torch.bfloat16)), logits(model))
+
+
+FILES = [
+    *((family, dtype, ()) for family in FAMILIES for dtype in (torch.bfloat16, torch.float32)),
+    ("qwen3_next", torch.bfloat16, ()),
+    ("qwen3_next", torch.float32, ()),
+    # Float32 in a bfloat16 model, as DeepSeek-V3 and Qwen3.5 are published.
+    ("deepseek_v3", torch.bfloat16, ("e_score_correction_bias",)),
+    ("qwen3_next", torch.bfloat16, ("A_log",)),
+]
+"""Family, dtype of the model, and which of its parameters its file holds in float32."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "head_dim": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+}
+
+
+@pytest.mark.parametrize("kind", FILES, ids=lambda kind: f"{kind[0]}-{str(kind[1])[6:]}" + "-".join(("", *kind[2])))
+def test_unquantized_parameters_are_those_of_the_file(kind: Any, tmp_path: Path) -> None:
+    """Every bit of every norm, router, bias, embedding, decay: none is rounded on its way into the model."""
+    family, dtype, wide = kind
+    changes = SHAPES.get(family, {})
+    experts = EXPERTS["int4"] if family in (*MOE, *SHAPES) else None
+    folder = write(tmp_path, family, SCHEMES["int4"], experts, dtype=dtype, **changes).converted
+    generator = torch.Generator().manual_seed(3)
+
+    def rewrite(tensors: dict[str, torch.Tensor]) -> None:
+        """Values with every bit of their dtype in use."""
+        for name in sorted(unquantized(tensors)):
+            kept = torch.float32 if name.endswith(wide) else tensors[name].dtype
+            tensors[name] = (torch.rand(tensors[name].shape, generator=generator) + 0.5).to(kept)
+
+    stored = load_file(edit(folder, rewrite) / "model.safetensors")
+    assert all(sum(name.endswith(end) for name in stored) for end in wide)
+    model = load(folder, "auto")
+    assert model.dtype == dtype
+    model.save_pretrained(tmp_path / "again")
+    loaded = load_file(tmp_path / "again" / "model.safetensors")
+    for name in unquantized(stored):
+        # Wider is what some classes ask for, and the same number.
+        assert loaded[name].dtype in (stored[name].dtype, torch.float32), name
+        assert torch.equal(loaded[name].float(), stored[name].float()), name
+    assert logits(model).isfinite().all()
+
+
+def unquantized(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The names of what belongs to no quantized module. Here all of those are int4."""
+    modules = {name.removesuffix(end) for name in tensors for end in ("qweight", "_scale") if name.endswith(end)}
+    parts = (".scales", ".qzeros", ".g_idx", ".qweight", "_scale", "_proj", "_proj_bias")
+    return [name for name in tensors if not (name.endswith(parts) and name.startswith(tuple(modules)))]
 
 
 HEADS = ["int4-asym", "int4-act-order", "fp8-tensor", "fp8-e5m2", "mxfp4", "mxfp8"]

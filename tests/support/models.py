@@ -178,7 +178,7 @@ FAMILIES = (
 MOE = FAMILIES[4:]
 
 
-def tiny(family: str, **changes: object) -> Any:
+def tiny(family: str, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Any:
     """Two layers, hidden 256, random weights wide enough that greedy tokens are not near-ties."""
     import transformers
 
@@ -227,7 +227,7 @@ def tiny(family: str, **changes: object) -> Any:
     }
     config = transformers.AutoConfig.for_model(family, **{**size, **special.get(family, {}), **changes})
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, param in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(param, std=0.05)
@@ -240,18 +240,19 @@ def write(
     scheme: Scheme,
     experts: Scheme | None = None,
     others: Mapping[str, Scheme | None] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     **changes: object,
 ) -> Pair:
     """A tiny model of `family` with every linear in `scheme` and every stack of experts in `experts`.
 
     `others`: last part of a linear's name → another scheme, or None for unquantized.
-    `changes`: to the model's config.
+    `dtype`: of what is not quantized. `changes`: to the model's config.
 
     Routers and embeddings stay as they are, and `lm_head` unless `others` names it. Scheme fields that depend on
     the module (interleaving, biases, a group as long as K) are filled in.
     """
     pair = Pair(folder / "converted", folder / "plain")
-    model = tiny(family, **changes)
+    model = tiny(family, dtype, **changes)
     model.save_pretrained(pair.plain)
     saved = load_file(pair.plain / "model.safetensors")
     plain = {name: tensor.float() for name, tensor in saved.items()}

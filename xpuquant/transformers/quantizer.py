@@ -82,6 +82,7 @@ class XpuquantQuantizer(HfQuantizer):
             and not isinstance(m, XpuquantExperts)
             for m in model.modules()
         )
+        _keep_decays(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Raises DamagedError, in one line, where a tensor was missing or misshapen: Transformers goes on then."""
@@ -129,6 +130,15 @@ def _untie(model: Any, name: str) -> None:
     for target in tied:
         del model.all_tied_weights_keys[target]
         model.config.get_text_config().tie_word_embeddings = False
+
+
+def _keep_decays(model: Any) -> None:
+    """`A_log` of linear attention and state space layers stays float32, as Qwen3.5 and its like store it.
+
+    Transformers narrows it to the model's dtype in most classes (5.0 to 5.24), although their code computes with it in
+    float32, and its exponent is then a decay over the whole context.
+    """
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "A_log"}
 
 
 def _unused(model: nn.Module, name: str) -> bool:
