@@ -57,16 +57,17 @@ def inspect_source(source: Source, options: Options, ranks: Sequence[int] = RANK
         UsageError: not a quantized checkpoint. DamagedError: not a sound one.
     """
     checkpoint = source.checkpoint
-    planned, refused, reading = survey_modules(checkpoint, options)
-    decisions = Counter(fact for weight in reading.weights for fact in weight.facts)
+    survey = survey_modules(checkpoint, options)
+    planned, weights = survey.planned, survey.reading.weights
+    decisions = Counter(fact for weight in weights for fact in weight.facts)
     return Inspection(
         source_info(source),
         checkpoint.config.get("model_type"),
         checkpoint.method,
-        tuple(sorted({weight.format for weight in reading.weights})),
+        tuple(sorted({weight.format for weight in weights})),
         len(checkpoint.tensors),
         module_outcomes(planned),
-        refused,
+        survey.refused,
         dict(decisions),
         {n: problems(planned, n) for n in ranks},
         tuple(checkpoint.notes),

@@ -192,6 +192,24 @@ def _int(config: Mapping[str, Any], key: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+def expert_counts(checkpoint: Checkpoint) -> set[int]:
+    """Numbers of routed experts in a layer, as any part of the config states them: one, or one for each part of a
+    multimodal model or (Hunyuan, Ernie) each layer or modality."""
+    found: set[int] = set()
+    parts: list[Any] = [checkpoint.config]
+    while parts:
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key in _EXPERT_COUNTS:
+            value = part.get(key)
+            counts = value if isinstance(value, list) else [value]
+            found |= {count for count in counts if type(count) is int and count > 0}
+    return found
+
+
 _ROLES = {leaf: layer.role for leaf, layer in LAYERS.items() if layer.role}
 
 # A number as it is written for an expert: `07` is another module than `7`, and would replace it.

@@ -113,9 +113,10 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         UnsupportedError: modules that no kernel takes, each with its reason, unless they are to be dequantized.
         DamagedError: tensors that are missing or contradict each other.
     """
-    planned, refused, reading = survey_modules(checkpoint, options)
-    if refused:
-        raise UnsupportedError(refusal(refused, not reading.refused, options.layout))
+    survey = survey_modules(checkpoint, options)
+    planned, reading = survey.planned, survey.reading
+    if survey.refused:
+        raise UnsupportedError(refusal(survey.refused, survey.dequantizable, options.layout))
     used = {
         bias.tensor.name
         for module in planned

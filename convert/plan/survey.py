@@ -12,8 +12,8 @@ from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.layouts.base import Conversion, Refusal
 from xpuquant.formats.layouts.compressed_tensors.config import FAMILY
 from xpuquant.formats.layouts.compressed_tensors.modules import gather_linears
-from xpuquant.formats.layouts.dequantized import convert_to_bf16
-from xpuquant.formats.layouts.modules import ExpertStack, Module, gather_modules
+from xpuquant.formats.layouts.dequantized import can_dequantize, convert_to_bf16
+from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts, Module, gather_modules
 from xpuquant.formats.readers.fold_act_order import fold_act_orders
 from xpuquant.formats.readers.reading import Reading, read
 from xpuquant.formats.scheme import compact
@@ -37,11 +37,26 @@ class PlannedModule:
         return sum(tensor.nbytes for tensor in self.conversion.tensors)
 
 
-def survey_modules(checkpoint: Checkpoint, options: Options) -> tuple[list[PlannedModule], dict[str, str], Reading]:
-    """What every module would become: (convertible ones, module → reason for the others, the reading)."""
+@dataclass(frozen=True)
+class Survey:
+    """What every module of a source would become.
+
+    refused        module → reason, for those that have no form
+    dequantizable  all of the refused can be stored as bf16
+    """
+
+    planned: list[PlannedModule]
+    refused: Mapping[str, str]
+    reading: Reading
+    dequantizable: bool
+
+
+def survey_modules(checkpoint: Checkpoint, options: Options) -> Survey:
+    """What every module would become."""
     reading = read(checkpoint)
     planned: list[PlannedModule] = []
     refused = dict(reading.refused)
+    dequantizable = not refused
     # Siblings of an expert that cannot be read are refused with it, not reported as an incomplete stack.
     stacks = {expert[0] for name in refused if (expert := expert_of(name)) is not None}
     weights = [w for w in reading.weights if (expert := expert_of(w.name)) is None or expert[0] not in stacks]
@@ -56,11 +71,14 @@ def survey_modules(checkpoint: Checkpoint, options: Options) -> tuple[list[Plann
             planned.append(PlannedModule(module, convert_to_bf16(module, offer.reason)))
         else:
             refused[module.name] = offer.reason
-    return planned, refused, reading
+            dequantizable = dequantizable and can_dequantize(module)
+    return Survey(planned, refused, reading, dequantizable)
 
 
 def _offer(module: Module, options: Options) -> Conversion | Refusal:
     """The answer of the one layout for this kind of module."""
+    if isinstance(module, LooseExperts):
+        return Refusal(module.reason)
     for layout in layouts_by_name(options.layout).values():
         if (offer := layout.offer(module, options.scale_dtype)) is not None:
             return offer
@@ -68,12 +86,12 @@ def _offer(module: Module, options: Options) -> Conversion | Refusal:
     return Refusal(f"{kind_of(module)} has no {without}")
 
 
-def refusal(refused: Mapping[str, str], readable: bool, layout: str) -> str:
+def refusal(refused: Mapping[str, str], dequantizable: bool, layout: str) -> str:
     """One line for modules that cannot be converted: reasons, with the modules of each as compact patterns.
 
     Args:
         refused: module → reason.
-        readable: all of them could be read, so that they can be dequantized.
+        dequantizable: all of them can be stored as bf16.
         layout: the `--layout` asked for.
     """
     shown = "XPU" if layout == "xpu" else layout
@@ -81,7 +99,7 @@ def refusal(refused: Mapping[str, str], readable: bool, layout: str) -> str:
     for name, reason in refused.items():
         by_reason.setdefault(reason, []).append(name)
     listed = "; ".join(f"{reason}: {', '.join(compact(names))}" for reason, names in by_reason.items())
-    fix = ". Pass --on-unsupported dequantize to store them as bf16" if readable else ""
+    fix = ". Pass --on-unsupported dequantize to store them as bf16" if dequantizable else ""
     return f"{len(refused)} modules have no exact {shown} layout: {listed}{fix}"
 
 

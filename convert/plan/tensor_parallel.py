@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.formats.architecture import splits_along_k
-from xpuquant.formats.layouts.modules import ExpertStack
+from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts
 from xpuquant.formats.scheme import Scheme
 
 _WORD = 8
@@ -19,7 +19,7 @@ _WORD = 8
 def split_problem(planned: PlannedModule, ranks: int) -> str | None:
     """Why a module cannot be split over `ranks` GPUs, or None."""
     scheme = planned.conversion.scheme
-    if scheme is None:
+    if scheme is None or isinstance(planned.source, LooseExperts):
         return None
     if isinstance(planned.source, ExpertStack):
         upper, down = (planned.source.weights[role][0] for role in (next(iter(planned.source.weights)), "down"))

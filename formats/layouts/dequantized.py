@@ -12,18 +12,21 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.layouts.base import Conversion, OutTensor
 from xpuquant.formats.layouts.fillers import FillDequantized
-from xpuquant.formats.layouts.modules import ExpertStack, Module
+from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts, Module
 from xpuquant.formats.weights.base import CACHED_CODES, row_blocks
 from xpuquant.formats.weights.parts import FloatRows, IntRows
 
 
-def _is_fused(module: Module) -> bool:
-    """Whether a module is, or is cut from, a tensor that holds gate and up of all experts."""
+def can_dequantize(module: Module) -> bool:
+    """Whether the unquantized model has each matrix of a module in a tensor of its own. It has not where the source
+    has gate and up of all experts in one, or a part of such a tensor."""
     if isinstance(module, ExpertStack):
-        return "gate_up" in module.weights or module.interleaved
+        return "gate_up" not in module.weights and not module.interleaved
+    if isinstance(module, LooseExperts):
+        return all(role != "gate_up" for role, _ in module.members)
     expert = expert_of(module.name)
     is_part = isinstance(module.weight, IntRows | FloatRows)
-    return is_part or (expert is not None and expert[2] == "gate_up")
+    return not is_part and (expert is None or expert[2] != "gate_up")
 
 
 def convert_to_bf16(module: Module, reason: str) -> Conversion:
@@ -32,7 +35,7 @@ def convert_to_bf16(module: Module, reason: str) -> Conversion:
     Raises:
         UnsupportedError: experts that the unquantized model does not have one by one.
     """
-    if _is_fused(module):
+    if not can_dequantize(module):
         raise UnsupportedError(
             f"{module.name}: {reason}; nor can they be dequantized, because the unquantized model has all experts "
             "of a layer in one tensor"

@@ -17,13 +17,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import expert_of
-from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Checkpoint, Slice, whole
+from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Checkpoint, Slice, rows, whole
 from xpuquant.formats.dtypes import FLOATS
+from xpuquant.formats.layouts.members import (
+    GATELESS,
+    Place,
+    check_complete,
+    not_quantized,
+    unlike,
+    unquantized_members,
+)
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.parts import join_rows
 
@@ -76,7 +84,25 @@ class ExpertStack:
                 yield role, expert, weight
 
 
-Module = Linear | ExpertStack
+@dataclass(frozen=True)
+class LooseExperts:
+    """The quantized experts of one layer that no stack can hold, for instance because others are not quantized.
+
+    members  (role, expert) → weight, of those that are
+    reason   why, in one line
+    """
+
+    name: str
+    members: Mapping[Place, Weight]
+    reason: str
+
+    def matrices(self) -> Iterator[tuple[str, int | None, Weight]]:
+        """(role, expert, weight) of every quantized matrix."""
+        for (role, expert), weight in self.members.items():
+            yield role, expert, weight
+
+
+Module = Linear | ExpertStack | LooseExperts
 
 
 def is_interleaved(checkpoint: Checkpoint) -> bool:
@@ -93,6 +119,8 @@ def halved(checkpoint: Checkpoint) -> bool | None:
     0.18) halve it. AutoRound undoes it (auto_round/modeling/fused_moe/gpt_oss.py).
     """
     config = checkpoint.quantization
+    if config.get("model_free"):
+        return True
     if checkpoint.method not in COMPRESSED_TENSORS:
         return False
     if str(config.get("provider") or "").startswith("auto-round"):
@@ -112,39 +140,45 @@ def gather_modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Mo
     Raises:
         DamagedError: an expert is missing, or experts of one layer differ in shape.
     """
-    found: dict[str, Linear | dict[tuple[str, int], Weight]] = {}
+    found: dict[str, Linear | dict[Place, Weight]] = {}
     for weight in weights:
         expert = expert_of(weight.name)
         if expert is None:
             found[weight.name] = Linear(weight.name, weight)
-        else:
-            members = found.setdefault(expert[0], {})
-            assert isinstance(members, dict), "a module cannot be called '....experts'"
-            members[expert[2], expert[1]] = weight
+            continue
+        members = found.setdefault(expert[0], {})
+        assert isinstance(members, dict), "a module cannot be called '....experts'"
+        place = (expert[2], expert[1])
+        if place in members:
+            raise unlike(members, weight.name, place)
+        members[place] = weight
+    stacks = {name: members for name, members in found.items() if isinstance(members, dict)}
+    plain = unquantized_members(checkpoint, weights)
+    gated = any(role in ("gate", "gate_up") for members in (*stacks.values(), *plain.values()) for role, _ in members)
     return [
-        member if isinstance(member, Linear) else _stack(checkpoint, name, member) for name, member in found.items()
+        member if isinstance(member, Linear) else _stack(checkpoint, name, member, plain.get(name, set()), gated)
+        for name, member in found.items()
     ]
 
 
-def _stack(checkpoint: Checkpoint, name: str, members: Mapping[tuple[str, int], Weight]) -> ExpertStack:
-    roles = {role for role, _ in members}
-    if roles not in ({"gate", "up", "down"}, {"gate_up", "down"}):
-        wanted = {"gate_up", "down"} if "gate_up" in roles else {"gate", "up", "down"}
-        missing = ", ".join(sorted(wanted - roles))
-        raise DamagedError(f"{name}: no expert has a quantized {missing} matrix")
-    experts = max(expert for _, expert in members) + 1
+def _stack(
+    checkpoint: Checkpoint, name: str, members: Mapping[Place, Weight], plain: Collection[Place], gated: bool
+) -> ExpertStack | LooseExperts:
+    roles, experts = check_complete(checkpoint, name, {*members, *plain}, gated)
+    if plain:
+        return LooseExperts(name, members, not_quantized(plain, roles, experts))
+    if set(roles) == GATELESS:
+        return LooseExperts(name, members, "experts without a gate (up and down alone) have no layout yet")
     weights: dict[str, tuple[Weight, ...]] = {}
-    for role in sorted(roles, key=("gate_up", "gate", "up", "down").index):
-        for expert in range(experts):
-            if (role, expert) not in members:
-                raise DamagedError(f"{name}: expert {expert} of {experts} has no quantized {role} matrix")
+    for role in roles:
         weights[role] = tuple(members[role, expert] for expert in range(experts))
         shapes = {(weight.N, weight.K) for weight in weights[role]}
         if len(shapes) > 1:
             raise DamagedError(f"{name}: {role} matrices of different shapes {sorted(shapes)}")
     _check_shapes(name, {role: members[0] for role, members in weights.items()})
     biases = {role: slices for role in weights if (slices := _biases(checkpoint, weights[role]))}
-    if biases and set(biases) != set(weights):
+    biases = biases or _stacked_biases(checkpoint, name, weights)
+    if biases and set(biases) not in (set(weights), {"gate_up", "down"}):
         raise DamagedError(f"{name}: only {', '.join(sorted(biases))} matrices have biases")
     if len(dtypes := {bias.tensor.dtype for slices in biases.values() for bias in slices}) > 1:
         raise DamagedError(f"{name}: biases are {' and '.join(sorted(dtypes))}; want one dtype")
@@ -154,14 +188,22 @@ def _stack(checkpoint: Checkpoint, name: str, members: Mapping[tuple[str, int], 
 
 
 def _check_shapes(name: str, first: Mapping[str, Weight]) -> None:
-    """Raises DamagedError where gate and up do not feed down."""
+    """Raises DamagedError where gate and up do not feed down, UnsupportedError where they were cut the wrong way."""
     down = first["down"]
     for role, factor in (("gate", 1), ("up", 1), ("gate_up", 2)):
         weight = first.get(role)
-        if weight is not None and (factor * down.K, down.N) != (weight.N, weight.K):
-            raise DamagedError(
-                f"{name}: {role} is {[weight.N, weight.K]} and down {[down.N, down.K]}; they do not belong together"
+        if weight is None or (factor * down.K, down.N) == (weight.N, weight.K):
+            continue
+        if role != "gate_up" and (2 * weight.N, weight.K) == (down.K, 2 * down.N):
+            # gpt-oss's unquantized stacks are [E, H, 2I] and [E, I, H]; AutoRound's model-free mode takes them for
+            # [E, 2I, H] and [E, H, I].
+            raise UnsupportedError(
+                f"{name}: {role} is {[weight.N, weight.K]} and down {[down.N, down.K]}: the experts were stored "
+                "transposed, and quantized and cut along the wrong axis; quantize the model again, not model-free"
             )
+        raise DamagedError(
+            f"{name}: {role} is {[weight.N, weight.K]} and down {[down.N, down.K]}; they do not belong together"
+        )
 
 
 def _in_order(
@@ -204,6 +246,26 @@ def _biases(checkpoint: Checkpoint, weights: Sequence[Weight]) -> tuple[Slice, .
         if bias.shape[-1] != weight.N or math.prod(bias.shape) != weight.N:
             raise DamagedError(f"{bias.tensor.name} has shape {list(bias.shape)}, want [{weight.N}]")
     return slices
+
+
+def _stacked_biases(
+    checkpoint: Checkpoint, name: str, weights: Mapping[str, Sequence[Weight]]
+) -> dict[str, tuple[Slice, ...]]:
+    """Biases that stayed stacked, `[E, 2I]` and `[E, H]`, beside experts that were taken apart (AutoRound, model-free):
+    in the order of the fused rows."""
+    tensors = [checkpoint.tensors.get(f"{name}.{stack}_bias") for stack in ("gate_up_proj", "down_proj")]
+    found: dict[str, tuple[Slice, ...]] = {}
+    for role, tensor in zip(("gate_up", "down"), tensors, strict=True):
+        if tensor is None:
+            continue
+        members = weights["down"] if role == "down" else [w for key, (w, *_) in weights.items() if key != "down"]
+        N = members[0].N if role == "down" else sum(weight.N for weight in members)
+        if tensor.shape != (len(weights["down"]), N) or tensor.dtype not in FLOATS:
+            raise DamagedError(
+                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, want {[len(weights['down']), N]}"
+            )
+        found[role] = tuple(rows(tensor, expert, expert + 1) for expert in range(len(weights["down"])))
+    return found
 
 
 def _bias_tensor(checkpoint: Checkpoint, weight: Weight) -> Slice | None:

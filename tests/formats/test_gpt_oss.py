@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from support.floats import (
     mxfp8,
     tensor,
 )
-from support.ints import Ints, Pico, convert, ct_config, ints, pack_quantized, refusal
+from support.ints import Ints, Pico, convert, ct_config, gptq, ints, pack_quantized, refusal
 
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.errors import DamagedError
@@ -152,6 +153,71 @@ def test_auto_round_splits_in_even_and_odd_rows(tmp_path):
     weights = fused()
     config = mxfp4_ct_config(version="0.18.0", provider="auto-round")
     check(converted(tmp_path, split(weights, False), config), weights)
+
+
+MODEL_FREE = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "bits": 4,
+    "group_size": 32,
+    "sym": True,
+    "model_free": True,
+    "autoround_version": "0.15.1",
+}
+
+
+def model_free(weights, stacked_bias=True):
+    """(modules, plain tensors) as AutoRound's model-free mode writes them from experts `[E, 2I, H]`: fused rows cut in
+    two, biases left as they were (auto_round/utils/missing_tensors.py, `split_fused_expert_tensors`)."""
+    modules, plain = {}, {}
+    for e in range(E):
+        gate_up, down = weights[e, "gate_up"], weights[e, "down"]
+        for name, weight in {"gate": some(gate_up, 0, I), "up": some(gate_up, I, 2 * I), "down": down}.items():
+            modules[f"{EXPERTS}.{e}.{name}_proj"] = gptq(weight)
+    if stacked_bias:
+        plain[f"{EXPERTS}.gate_up_proj_bias"] = np.stack(biases("gate_up", 2 * I))
+        plain[f"{EXPERTS}.down_proj_bias"] = np.stack(biases("down", H))
+    return modules, plain
+
+
+def some(weight: Ints, start: int, stop: int) -> Ints:
+    """Rows of an integer weight."""
+    rows = slice(start, stop)
+    return replace(weight, codes=weight.codes[rows], zeros=weight.zeros[:, rows], scales=weight.scales[:, rows])
+
+
+def fused_ints():
+    return {
+        (e, role): ints(N=N, K=K, seed=10 * e + i)
+        for e in range(E)
+        for i, (role, (N, K)) in enumerate({"gate_up": (2 * I, H), "down": (H, I)}.items())
+    }
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_model_free_auto_round_cuts_in_halves(tmp_path, bias):
+    weights = fused_ints()
+    pico = Pico(MODEL_FREE, *model_free(weights, bias), config=GPT_OSS)
+    out = convert(pico.write(tmp_path / "in"), tmp_path / "out")
+    check(out, weights, bias)
+    assert not {name for name in out.repo.plain if "bias" in name}
+
+
+def test_model_free_auto_round_of_transposed_stacks_is_refused(tmp_path):
+    """Transformers' gpt-oss has experts `[E, H, 2I]` and `[E, I, H]`: model-free quantizes along the wrong axis."""
+    modules = {}
+    for e in range(E):
+        for name, (N, K) in {"gate": (H // 2, 2 * I), "up": (H // 2, 2 * I), "down": (I, H)}.items():
+            modules[f"{EXPERTS}.{e}.{name}_proj"] = gptq(ints(N=N, K=K))
+    message = refusal(tmp_path, Pico(MODEL_FREE, modules, config=GPT_OSS))
+    assert "stored transposed, and quantized and cut along the wrong axis" in message
+
+
+def test_stacked_biases_of_another_shape_are_damage(tmp_path):
+    modules, plain = model_free(fused_ints())
+    plain[f"{EXPERTS}.down_proj_bias"] = np.ones((E, H + 1), np.float16)
+    message = refusal(tmp_path, Pico(MODEL_FREE, modules, plain, config=GPT_OSS), DamagedError)
+    assert f"{EXPERTS}.down_proj_bias is F16 [2, 65], want [2, 64]" in message
 
 
 def test_other_models_have_nothing_to_alternate(tmp_path):

@@ -17,6 +17,7 @@ from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import OutTensor, Piece
 from xpuquant.formats.layouts.compressed_tensors.config import activation_words
 from xpuquant.formats.layouts.fillers import FillBias
+from xpuquant.formats.layouts.members import unquantized_members
 from xpuquant.formats.layouts.modules import Linear, Module, halved, is_interleaved
 from xpuquant.formats.readers.compressed_tensors.config import weight_args
 from xpuquant.formats.weights.base import Weight
@@ -58,11 +59,18 @@ def gather_linears(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Mo
         name: (any(weight.has_zero_points for weight in members), _common_group(members))
         for name, members in mates.items()
     }
+    plain = unquantized_members(checkpoint, weights)
     found: list[Module] = []
     for module in taken:
         activations = _activations(checkpoint, module.weight)
         zero_points, group_size = common.get(_mates(module.name), (False, 0))
-        found.append(replace(module, activations=activations, zero_points=zero_points, group_size=group_size))
+        expert = expert_of(module.name)
+        reason = module.reason
+        if expert is not None and expert[0] in plain and reason is None:
+            reason = "others of the layer's experts are not quantized: engines take them in one format"
+        found.append(
+            replace(module, activations=activations, zero_points=zero_points, group_size=group_size, reason=reason)
+        )
     return found
 
 
@@ -110,6 +118,9 @@ def _joined(checkpoint: Checkpoint, weights: Sequence[Weight]) -> Iterator[Weigh
 def _parts(checkpoint: Checkpoint, weight: Weight) -> list[CtLinear]:
     """A weight as modules of one projection each."""
     expert = expert_of(weight.name)
+    if expert is not None and weight.bias is None and f"{expert[0]}.down_proj_bias" in checkpoint.tensors:
+        # Only AutoRound's model-free gpt-oss is so.
+        return [CtLinear(weight.name, weight, reason="biases of experts in one tensor beside weights that are not")]
     if expert is None or expert[2] != "gate_up":
         bias = None if weight.bias is None else BiasRows((weight.bias,), RowStride(0, 1), weight.N)
         return [CtLinear(weight.name, weight, bias=bias)]
