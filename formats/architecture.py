@@ -62,10 +62,12 @@ LAYERS: Mapping[str, LayerKind] = {
     "gate_proj": LayerKind("gate", fused="gate_up_proj", K=_HIDDEN, block="mlp"),
     "up_proj": LayerKind("up", fused="gate_up_proj", K=_HIDDEN, block="mlp"),
     "gate_up_proj": LayerKind("gate_up", K=_HIDDEN),
+    "input_linear": LayerKind("gate_up", K=_HIDDEN),
     "down_proj": LayerKind("down", fed_by=("up_proj", "gate_proj"), block="mlp", along_k=True),
     "w1": LayerKind("gate", fused="w13", K=_HIDDEN, block="mlp"),
     "w3": LayerKind("up", fused="w13", K=_HIDDEN, block="mlp"),
     "w2": LayerKind("down", fed_by=("w3", "w1"), block="mlp", along_k=True),
+    "output_linear": LayerKind("down", along_k=True),
     "fc2": LayerKind(along_k=True),
     "lm_head": LayerKind(K=_HIDDEN),
     "embed_tokens": LayerKind(K=_HIDDEN, embedding=True),
@@ -220,3 +222,15 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
     """(stack, expert, role) of a module name, or None for one that is no expert's."""
     match = _EXPERT.fullmatch(name)
     return (match["stack"], int(match["expert"]), _ROLES[match["part"]]) if match else None
+
+
+def stacked_experts(name: str, expert: int) -> str | None:
+    """The name of one expert's matrix in a module that holds those of all experts of a layer, in one 3-D tensor; None
+    where the name tells no role. Step-3.5 has `P.moe.gate_proj`, Granite `P.block_sparse_moe.input_linear`; engines
+    keep both in `experts` beside them."""
+    parent, _, leaf = name.rpartition(".")
+    role = _ROLES.get(leaf)
+    if role is None:
+        return None
+    stack = parent if parent.rpartition(".")[2] == "experts" else f"{parent}.experts"
+    return f"{stack}.{expert}.{role}_proj"

@@ -108,6 +108,7 @@ class Checkpoint:
     tensors       name → tensor, in file order
     peek          a small tensor's values, or None where reading it would cost a download
     notes         what was odd about the files (unindexed shards, config files that disagree)
+    known_as      name of a module → the name under which the config knows it, where that is another
     """
 
     config: Mapping[str, Any]
@@ -115,6 +116,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     peek: Callable[[Tensor], Array | None] = _cannot_peek
     notes: tuple[str, ...] = field(default=())
+    known_as: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def method(self) -> str:

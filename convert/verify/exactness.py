@@ -38,13 +38,14 @@ from xpuquant.conversion.verify.verdict import (
     contradiction,
 )
 from xpuquant.errors import DamagedError
-from xpuquant.formats.checkpoint import Array, Slice, as_bytes, whole
+from xpuquant.formats.architecture import expert_of
+from xpuquant.formats.checkpoint import Array, Slice, as_bytes, columns, rows, whole
 from xpuquant.formats.layouts.base import Matrix, Stored
 from xpuquant.formats.layouts.modules import ExpertStack
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import PIECE_BYTES, ROWS_MULTIPLE, Weight, row_blocks
 from xpuquant.formats.weights.decoded import Decoded, difference, in_order, to_bf16
-from xpuquant.formats.weights.floats import FloatWeight
+from xpuquant.formats.weights.floats import FloatWeight, is_upended, view
 from xpuquant.formats.weights.parts import BiasRows
 
 BLOCK_CODES = 2 << 20
@@ -308,17 +309,28 @@ def _check_dequantized(planned: PlannedModule, source: Source, repo: Repo, progr
 
 
 def _dequantized_error(weight: Weight, source: Source, repo: Repo) -> str | None:
-    tensor = repo.tensors[f"{weight.name}.weight"]
+    tensor, turned = _dequantized_tensor(weight, repo), is_upended(weight)
     for start, stop, decoded in decoded_blocks(weight, source):
         values = decoded.values()
         expected = to_bf16(values)
-        actual = repo.reader.read(Slice(tensor, start, stop))
+        actual = repo.reader.read((columns if turned else rows)(tensor, start, stop))
+        actual = np.ascontiguousarray(actual.T if turned else actual)
         if not np.array_equal(expected.view(np.uint16), actual.view(np.uint16)):
             return f"{tensor.name}, rows {start}:{stop}: not the source's values rounded to bf16"
         too_large = np.isinf(expected.astype(np.float32)) & np.isfinite(values)
         if too_large.any():
             return f"{tensor.name}, rows {start}:{stop}: {values[too_large][0]:g} does not fit bf16"
     return None
+
+
+def _dequantized_tensor(weight: Weight, repo: Repo) -> Tensor:
+    """The bf16 `[N, K]` of a matrix (`[K, N]` where upended): a tensor, or an expert's part of one."""
+    if not weight.stack:
+        return repo.tensors[f"{weight.name}.weight"]
+    expert = expert_of(weight.name)
+    assert expert is not None, "only experts are stacked"
+    stack = repo.tensors[weight.stack]
+    return view(stack, stack.dtype, stack.shape[1:], expert[1])
 
 
 def _check_biases(planned: PlannedModule, source: Source, stored: Stored) -> str | None:

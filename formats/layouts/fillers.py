@@ -14,7 +14,7 @@ from xpuquant.formats.checkpoint import Array, columns
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import Filler, Piece
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, SIGN_FLIP, pack_nibbles
-from xpuquant.formats.weights.base import ROWS_MULTIPLE, Arrays, Weight, all_inputs, deal, row_blocks
+from xpuquant.formats.weights.base import CACHED_CODES, ROWS_MULTIPLE, Arrays, Weight, all_inputs, deal, row_blocks
 from xpuquant.formats.weights.decoded import to_bf16
 from xpuquant.formats.weights.floats import FP8_BLOCK, FloatWeight
 from xpuquant.formats.weights.integers import WORD_ZERO, IntWeight, Regrouping
@@ -311,15 +311,21 @@ class FillBias(Filler):
 
 @dataclass(frozen=True)
 class FillDequantized(Filler):
-    """Rows `start:stop` as bf16, rounded once."""
+    """Rows `start:stop` as bf16, rounded once: `[n, K]`, or `[K, n]` where `upended`."""
 
     weight: Weight
     start: int
     stop: int
+    upended: bool = False
 
     def fill(self, arrays: Arrays, out: Array) -> None:
-        target = out.view(numpy_dtype("BF16")).reshape(-1, self.weight.K)
-        target[...] = to_bf16(self.weight.decoded(self.start, self.stop).build(arrays).values())
+        target = out.view(numpy_dtype("BF16"))
+        rows = target.reshape(self.weight.K, -1).T if self.upended else target.reshape(-1, self.weight.K)
+        whole = self.weight.decoded(self.start, self.stop)
+        for start, stop in row_blocks(self.stop - self.start, self.weight.K, ROWS_MULTIPLE, 4 * CACHED_CODES):
+            recipe = self.weight.decoded(self.start + start, self.start + stop)
+            parts = zip(recipe.inputs, whole.inputs, arrays, strict=True)
+            rows[start:stop] = to_bf16(recipe.build([part.inside(of, array) for part, of, array in parts]).values())
 
     def piece(self) -> Piece:
         nbytes = (self.stop - self.start) * self.weight.K * 2

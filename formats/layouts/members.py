@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from xpuquant.errors import DamagedError
-from xpuquant.formats.architecture import expert_counts, expert_of
+from xpuquant.formats.architecture import expert_counts, expert_of, stacked_experts
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.weights.base import Weight
@@ -39,11 +39,14 @@ def unquantized_members(checkpoint: Checkpoint, weights: Iterable[Weight]) -> di
     found: dict[str, set[Place]] = {}
     for tensor in checkpoint.tensors.values() if stacks else ():
         name = tensor.name.removesuffix(".weight")
-        if tensor.dtype not in FLOATS or name == tensor.name or name in taken or len(tensor.shape) != 2:
+        if tensor.dtype not in FLOATS or name == tensor.name or name in taken:
             continue
-        expert = expert_of(name)
-        if expert is not None and expert[0] in stacks:
-            found.setdefault(expert[0], set()).add((expert[2], expert[1]))
+        # A stack of all experts in one tensor, or the matrix of one.
+        members = range(tensor.shape[0]) if len(tensor.shape) == 3 else ()
+        for member in (stacked_experts(name, e) for e in members) if members else (name,):
+            expert = expert_of(member) if member is not None else None
+            if expert is not None and expert[0] in stacks and member not in taken:
+                found.setdefault(expert[0], set()).add((expert[2], expert[1]))
     return found
 
 

@@ -88,13 +88,15 @@ class ExpertStack:
 class LooseExperts:
     """The quantized experts of one layer that no stack can hold, for instance because others are not quantized.
 
-    members  (role, expert) → weight, of those that are
-    reason   why, in one line
+    members      (role, expert) → weight, of those that are
+    reason       why, in one line
+    interleaved  as of `ExpertStack`
     """
 
     name: str
     members: Mapping[Place, Weight]
     reason: str
+    interleaved: bool = False
 
     def matrices(self) -> Iterator[tuple[str, int | None, Weight]]:
         """(role, expert, weight) of every quantized matrix."""
@@ -166,7 +168,7 @@ def _stack(
 ) -> ExpertStack | LooseExperts:
     roles, experts = check_complete(checkpoint, name, {*members, *plain}, gated)
     if plain:
-        return LooseExperts(name, members, not_quantized(plain, roles, experts))
+        return LooseExperts(name, members, not_quantized(plain, roles, experts), is_interleaved(checkpoint))
     if set(roles) == GATELESS:
         return LooseExperts(name, members, "experts without a gate (up and down alone) have no layout yet")
     weights: dict[str, tuple[Weight, ...]] = {}

@@ -2,7 +2,7 @@
 
     P.weight            F8_E4M3 (F8_E5M2) [N, K]
     P.weight_scale_inv  [ceil(N/n), ceil(K/k)]   blocks; a multiplier, despite its name
-    P.weight_scale      [] or [1]; [N] or [N, 1]; [ceil(N/n), ceil(K/k)]
+    P.weight_scale      [] or [1]; [N] or [N, 1]; [ceil(N/n), ceil(K/k)], or [ceil(N/n), 1, ceil(K/k), 1] (ModelOpt)
     P.scale             DeepSeek-V4's name of either, E8M0
     P.input_scale       [] or [1]                static activation scale
 
@@ -55,7 +55,7 @@ class Fp8:
         check_supported(checkpoint)
         weight = fp8_weight(parts, name)
         N, K = weight.shape
-        scale = float_scale(scale_of(parts, name), SCALE_DTYPES)
+        scale = without_unit_axes(float_scale(scale_of(parts, name), SCALE_DTYPES))
         granularity, block, fact = _granularity(checkpoint, name, scale, N, K)
         grid = (-(-N // block[0]), -(-K // block[1]))
         used = [weight, scale, *_no_zero_points(checkpoint, parts)]
@@ -116,6 +116,16 @@ def scale_of(parts: Parts, name: str) -> Tensor:
     if len(found) > 1:
         raise DamagedError(f"{name} has both {found[0].name} and {found[1].name}; which one scales the weight?")
     return found[0]
+
+
+def without_unit_axes(scale: Tensor) -> Tensor:
+    """The scale of a matrix as at most two axes: ModelOpt keeps `[N/128, 1, K/128, 1]` (`FP8_PB_WO`)."""
+    shape = scale.shape
+    if len(shape) == 4 and shape[1] == shape[3] == 1:
+        shape = (shape[0], shape[2])
+    while len(shape) > 2 and 1 in (shape[0], shape[-1]):
+        shape = shape[:-1] if shape[-1] == 1 else shape[1:]
+    return view(scale, scale.dtype, shape)
 
 
 def block_size(checkpoint: Checkpoint, name: str) -> tuple[int, int] | None:

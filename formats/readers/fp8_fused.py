@@ -71,6 +71,7 @@ class Fp8Fused:
                 codes=view(tensor, tensor.dtype, tensor.shape[1:], expert),
                 scale=view(scale, scale.dtype, grid[::-1] if transposed else grid, 0 if shared else expert),
                 transposed=transposed,
+                stack=tensor.name,
             )
             for expert in range(E)
         ]

@@ -6,7 +6,7 @@ it from names, dtypes and shapes alone. The config is asked, by that reader, for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from xpuquant.errors import DamagedError, UnsupportedError, UsageError
@@ -14,6 +14,7 @@ from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.readers import READERS
 from xpuquant.formats.readers.base import Parts
+from xpuquant.formats.readers.stacked import codes_of_stack, expert_parts, read_stack
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 
@@ -44,7 +45,9 @@ def read(checkpoint: Checkpoint) -> Reading:
     refused: dict[str, str] = {}
     for name, parts in modules(checkpoint).items():
         with guarded(name):
-            reader = next((reader for reader in READERS if reader.claims(parts)), None)
+            codes = codes_of_stack(parts)
+            asked = parts if codes is None else _first(name, parts, codes)
+            reader = next((reader for reader in READERS if reader.claims(asked)), None)
         if reader is None:
             if _looks_quantized(parts):
                 shown = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(parts.items()))
@@ -53,10 +56,19 @@ def read(checkpoint: Checkpoint) -> Reading:
         _check_sound(name, parts)
         try:
             with guarded(name):
-                weights += reader.read(checkpoint, name, parts)
+                weights += (
+                    reader.read(checkpoint, name, parts)
+                    if codes is None
+                    else read_stack(reader, checkpoint, name, parts, codes)
+                )
         except UnsupportedError as error:
             refused[name] = str(error)
     used = {tensor.name for weight in weights for tensor in weight.tensors}
+    for tensor in _unread(checkpoint, used):
+        owner = tensor.name.rpartition(".")[0]
+        refused.setdefault(
+            owner, f"no known format has these tensors: {tensor.name} {tensor.dtype} {list(tensor.shape)}"
+        )
     rest = tuple(tensor for tensor in checkpoint.tensors.values() if tensor.name not in used)
     if not weights and not refused:
         keys = ("packing_format", "checkpoint_format", "format", "version", "quantization_status")
@@ -86,6 +98,14 @@ def _is_plain(parts: Parts) -> bool:
     return len(parts) == 1 and "weight" in parts and parts["weight"].dtype in _PLAIN
 
 
+def _first(name: str, parts: Parts, codes: Tensor) -> Parts:
+    """The first expert's part of a stack, all of whose experts are of one format; the stack where it has none."""
+    try:
+        return next(iter(expert_parts(name, parts, codes)), (name, parts))[1]
+    except UnsupportedError:
+        return parts
+
+
 def _check_sound(name: str, parts: Parts) -> None:
     """What no reader can make sense of.
 
@@ -97,6 +117,18 @@ def _check_sound(name: str, parts: Parts) -> None:
     for tensor in parts.values():
         if 0 in tensor.shape:
             raise DamagedError(f"{tensor.name} has shape {list(tensor.shape)}: a quantized weight is not empty")
+
+
+def _unread(checkpoint: Checkpoint, used: Collection[str]) -> Iterator[Tensor]:
+    """Tensors that only a quantized module has and no reader took: of a type for nothing else, or packed words with a
+    scale that is named after them (`w13_weight`, `w13_weight_scale`)."""
+    names = checkpoint.tensors
+    for tensor in names.values():
+        if tensor.name in used or tensor.dtype in _PLAIN or len(tensor.shape) < 2:
+            continue
+        scaled = any(f"{tensor.name}{end}" in names for end in ("_scale", "_scales", "_scale_inv"))
+        if tensor.dtype.startswith(("F8_E4", "F8_E5", "F4", "F6")) or scaled:
+            yield tensor
 
 
 _PLAIN = frozenset({"F16", "BF16", "F32", "F64"})

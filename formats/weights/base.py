@@ -79,6 +79,8 @@ class Weight(ABC):
     tensors  every source tensor that belongs to the matrix and is used up by converting it
     bias     the matrix's slice of a stacked bias tensor (gpt-oss); ordinary biases are `name.bias`
     facts    what was decided and from what, for the report (`zero points: minus one (v1), from the words`)
+    stack    the tensor in which the unquantized model has the matrix with those of the layer's other experts; empty
+             where it has each in a tensor of its own
     """
 
     name: str
@@ -88,6 +90,7 @@ class Weight(ABC):
     tensors: tuple[Tensor, ...]
     facts: tuple[str, ...] = ()
     bias: Slice | None = None
+    stack: str = ""
 
     @property
     @abstractmethod

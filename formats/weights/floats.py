@@ -123,6 +123,11 @@ class FloatWeight(Weight):
         return (table.view(np.uint8) + np.uint8(self.exponent_shift)).view(table.dtype)
 
 
+def is_upended(weight: Weight) -> bool:
+    """Whether the unquantized model has a matrix of a stack as `[K, N]`: as the source does."""
+    return isinstance(weight, FloatWeight) and weight.transposed and bool(weight.stack)
+
+
 def block_rows(weight: FloatWeight) -> int:
     """Rows per block that the kernels can be given: the most that divides N, the source's block and 128.
 

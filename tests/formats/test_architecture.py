@@ -35,8 +35,9 @@ def test_members_are_in_the_order_of_the_fused_tensor() -> None:
 
 
 def test_what_down_reads_is_what_gate_and_up_make() -> None:
-    for layer in LAYERS.values():
-        assert (layer.role == "down") == bool(layer.fed_by)
+    for leaf, layer in LAYERS.items():
+        # Granite's gate and up are one matrix, twice as high as down is wide.
+        assert (layer.role == "down" and leaf != "output_linear") == bool(layer.fed_by)
         assert {LAYERS[leaf].role for leaf in layer.fed_by} <= {"gate", "up"}
 
 

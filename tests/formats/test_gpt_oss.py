@@ -26,7 +26,7 @@ from support.floats import (
 from support.ints import Ints, Pico, convert, ct_config, gptq, ints, pack_quantized, refusal
 
 from xpuquant.conversion.sources.open import open_source
-from xpuquant.errors import DamagedError
+from xpuquant.errors import DamagedError, UnsupportedError
 
 GPT_OSS = {"model_type": "gpt_oss"}
 NATIVE = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
@@ -197,7 +197,8 @@ def fused_ints():
 @pytest.mark.parametrize("bias", [True, False])
 def test_model_free_auto_round_cuts_in_halves(tmp_path, bias):
     weights = fused_ints()
-    pico = Pico(MODEL_FREE, *model_free(weights, bias), config=GPT_OSS)
+    modules, plain = model_free(weights, bias)
+    pico = Pico(MODEL_FREE, modules, plain, config=GPT_OSS)
     out = convert(pico.write(tmp_path / "in"), tmp_path / "out")
     check(out, weights, bias)
     assert not {name for name in out.repo.plain if "bias" in name}
@@ -218,6 +219,18 @@ def test_stacked_biases_of_another_shape_are_damage(tmp_path):
     plain[f"{EXPERTS}.down_proj_bias"] = np.ones((E, H + 1), np.float16)
     message = refusal(tmp_path, Pico(MODEL_FREE, modules, plain, config=GPT_OSS), DamagedError)
     assert f"{EXPERTS}.down_proj_bias is F16 [2, 65], want [2, 64]" in message
+
+
+def test_partly_quantized_experts_cannot_be_dequantized(tmp_path):
+    """The unquantized model has them in one tensor, its axes the other way round."""
+    modules = split(fused(), False, bias=False)
+    del modules[f"{EXPERTS}.1.up_proj"]
+    plain = {f"{EXPERTS}.1.up_proj.weight": np.ones((I, H), np.float16)}
+    pico = Pico(mxfp4_ct_config(version="0.20.0"), modules, plain, GPT_OSS)
+    message = refusal(tmp_path / "in", pico)
+    assert "unquantized: up of expert 1 of 2" in message and "dequantize" not in message
+    with pytest.raises(UnsupportedError, match="nor can they be dequantized"):
+        convert(pico.write(tmp_path / "in"), tmp_path / "out", on_unsupported="dequantize")
 
 
 def test_other_models_have_nothing_to_alternate(tmp_path):

@@ -55,7 +55,7 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
     Several can match; the reader takes the first that the shapes agree with. AutoRound's own config under
     the same tensors has one flat scheme.
     """
-    config = checkpoint.quantization
+    config, module = checkpoint.quantization, checkpoint.known_as.get(module, module)
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping):
         return [_args(overridden(config, module), None)] if "bits" in config else []
