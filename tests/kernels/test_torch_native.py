@@ -11,10 +11,12 @@ import support.layers as hand
 
 from xpuquant.kernels.base import tolerance
 from xpuquant.kernels.torch_native import TorchNative, _device
-from xpuquant.kernels.torch_tensors import to_torch
+
+torch = pytest.importorskip("torch")
+
+from xpuquant.kernels.torch_tensors import to_torch  # noqa: E402
 
 BACKEND = TorchNative()
-torch = pytest.importorskip("torch")
 on_cpu = pytest.mark.skipif(_device() != "cpu", reason="the limits of the CPU kernels")
 
 

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -36,13 +37,33 @@ FREE = (
 )
 
 
-def test_ci_installs_the_lock_and_nothing_else() -> None:
-    """The default suite's extras are those of the lock; CI asks for it; then files without a hash are refused."""
-    extras = re.findall(r"scripts/setup ([a-z,]+)", (ROOT / "scripts" / "test").read_text())
-    assert extras == re.findall(r"extras ([a-z,]+)\.", LOCK.read_text())
-    assert "XPUQUANT_LOCKED=1 scripts/test" in (ROOT / ".ci" / "run").read_text()
+def test_both_commands_install_the_lock_and_nothing_else() -> None:
+    """README's two commands ask for extras that are locked, and take the lock; files without a hash are refused."""
+    (locked_extras,) = re.findall(r"extras ([a-z,]+)\.", LOCK.read_text())
+    assert re.findall(r"scripts/setup ([a-z,]+)", (ROOT / "scripts" / "test").read_text()) == [locked_extras]
+    for extras in re.findall(r"extras=([a-z,]+)", (ROOT / "scripts" / "demo").read_text()):
+        assert {*extras.split(",")} < {*locked_extras.split(",")}
+    assert "XPUQUANT_NEWEST" not in (ROOT / "scripts" / "test").read_text() + (ROOT / "scripts" / "demo").read_text()
     setup = (ROOT / "scripts" / "setup").read_text()
-    assert '--require-hashes --no-deps -r "$lock"' in setup and "--no-deps --no-build-isolation -e" in setup
+    assert '--require-hashes --no-deps -r "$part/hashed"' in setup and "--no-deps --no-build-isolation -e" in setup
+
+
+@pytest.mark.parametrize("extras", ["onednn", "onednn,transformers", "dev", "ark,ray"])
+def test_a_part_of_the_lock_is_complete(extras: str, tmp_path: Path) -> None:
+    """What the extras bring, by the metadata of what is installed here, with the versions and hashes of the lock."""
+    command = [sys.executable, "-P", str(ROOT / "scripts" / "release" / "locked_part.py"), extras, str(tmp_path)]
+    subprocess.run(command, check=True)
+    lines = (tmp_path / "hashed").read_text()
+    names = re.findall(r"^([a-z0-9-]+)==", lines, re.MULTILINE)
+    assert all(line in LOCK.read_text() for line in lines.splitlines())
+    unhashed = [line.split("==")[0] for line in (tmp_path / "unhashed").read_text().split()]
+    groups = PROJECT["optional-dependencies"]
+    asked = [*CORE, *(Requirement(text) for extra in extras.split(",") for text in groups[extra])]
+    brought = {name for name in closure(asked) if not re.match("triton|nvidia-|cuda-", name)}
+    assert brought <= {*names, *unhashed}
+    assert "setuptools" in names  # builds the package, without isolation
+    assert unhashed == (["torch"] if "torch" in brought else [])
+    assert len(names) < len(locked())
 
 
 def test_the_lock_holds_what_ci_installs() -> None:
@@ -56,9 +77,6 @@ def test_the_lock_holds_what_ci_installs() -> None:
     for name, (version, hashes) in pinned.items():
         assert re.fullmatch(r"[0-9][0-9a-z.]*", version), name
         assert hashes or name == "torch", f"{name} has no hash"
-    assert (ROOT / "scripts" / "setup").read_text().count(f"torch=={pinned['torch'][0]}"), (
-        "scripts/release/lock follows setup"
-    )
 
 
 def test_the_lock_names_no_place() -> None:
@@ -75,9 +93,23 @@ def test_each_direct_dependency_is_accounted_for() -> None:
 
 
 def test_core_dependencies_are_free_software() -> None:
-    for name in closure(CORE):
+    """All that the lean install brings."""
+    brought = closure(CORE)
+    assert "torch" not in brought
+    for name in brought:
         stated = licence(name)
         assert any(word in stated for word in FREE), f"{name}: {stated!r}"
+
+
+def test_what_extras_ask_for_is_free_software_or_said_to_be_intels() -> None:
+    """What those bring in turn (PyTorch its GPU libraries) is theirs to answer for."""
+    rows = (ROOT / "docs" / "dependencies.md").read_text().splitlines()
+    extras = {Requirement(text).name for group in PROJECT["optional-dependencies"].values() for text in group}
+    judged = {name: stated for name in extras if (stated := licence(name))}
+    assert {"torch", "onednn", "transformers", "pytest"} <= judged.keys()
+    for name, stated in judged.items():
+        said = any(row.startswith(f"| `{name}` |") and "Intel's redistributable runtime" in row for row in rows)
+        assert said or any(word in stated for word in FREE), f"{name}: {stated!r}"
 
 
 def test_a_conversion_imports_nothing_heavy(tmp_path: Path) -> None:
