@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from operator import index
+from typing import Any, SupportsIndex
 
-from xpuquant.conversion.sizes import parse_size
-from xpuquant.errors import UsageError
-from xpuquant.formats.dtypes import FLOATS
+from xpuquant.conversion.sizes import LARGEST_SIZE, parse_size
+from xpuquant.errors import Argument, UsageError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 LAYOUT_FAMILIES = ("xpu", "compressed-tensors")
 ON_UNSUPPORTED = ("refuse", "dequantize")
+SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""safetensors label → its name."""
 
+_KEEP = ("keep", "auto")
 _DTYPES = {
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
+    **{name: label for label, name in SCALE_DTYPES.items()},
+    **{label.lower(): label for label in SCALE_DTYPES},
     "fp16": "F16",
-    "bf16": "BF16",
+    "half": "F16",
     "fp32": "F32",
+    "float": "F32",
 }
-
-FLAGS = {
-    "layout": "--layout",
-    "scale_dtype": "--scale-dtype",
-    "on_unsupported": "--on-unsupported",
-    "max_shard_bytes": "--max-shard-size",
-    "fold_act_order": "--fold-act-order",
-}
-"""Field of `Options` → its option on the command line."""
+_RECORDED = {"max_shard_size": "max_shard_bytes"}
+"""Field → its key in journals and provenance, where that is another."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that changes the bytes of the output.
+    """Everything that changes the bytes of the output. Written as people write them, kept in one form.
 
     layout           `xpu`, or `compressed-tensors`: the same weights for loaders that know nothing of this tool
-    scale_dtype      safetensors label (`F16`, `BF16`, `F32`) to round scales to; None keeps the source's
+    scale_dtype      `float16`, `bfloat16` or `float32` to round scales to, kept as safetensors label (`F16`, `BF16`,
+                     `F32`); None, `keep` or `auto` keeps the source's, and is None
     on_unsupported   `refuse`, or `dequantize` to bf16, modules that no kernel takes
-    max_shard_bytes  upper size of a shard (a single larger tensor gets its own)
+    max_shard_size   largest shard, in bytes or as text like `5GB` or `512MiB`, kept in bytes (a single larger tensor
+                     gets its own)
     fold_act_order   store MLP rows in the order down_proj wants, instead of a permutation (`readers/fold_act_order.py`)
+
+    None stands for the default everywhere.
 
     Raises:
         UsageError: a value that is none of these.
@@ -50,39 +51,20 @@ class Options:
     layout: str = "xpu"
     scale_dtype: str | None = None
     on_unsupported: str = "refuse"
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    max_shard_size: int | str = DEFAULT_SHARD_BYTES
     fold_act_order: bool = False
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUT_FAMILIES:
-            raise UsageError(f"--layout {self.layout}: want one of {', '.join(LAYOUT_FAMILIES)}")
-        if self.on_unsupported not in ON_UNSUPPORTED:
-            raise UsageError(f"--on-unsupported {self.on_unsupported}: want one of {', '.join(ON_UNSUPPORTED)}")
-        if self.scale_dtype is not None and self.scale_dtype not in FLOATS:
-            raise UsageError(f"--scale-dtype {self.scale_dtype}: want float16, bfloat16 or float32")
-        if self.max_shard_bytes < 1:
-            raise UsageError("--max-shard-size must be positive")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            canonical = field.default if value is None else _CANONICAL[field.name](value)
+            object.__setattr__(self, field.name, canonical)
 
-    @classmethod
-    def parse(
-        cls,
-        layout: str = "xpu",
-        scale_dtype: str | None = None,
-        on_unsupported: str = "refuse",
-        max_shard_size: str | int = DEFAULT_SHARD_BYTES,
-        fold_act_order: bool = False,
-    ) -> Options:
-        """Options as people write them.
-
-        Args:
-            scale_dtype: `float16`, `bfloat16`, `float32`; None or `keep` keeps the source's.
-            max_shard_size: bytes, or text like `5GB` or `512MiB`.
-
-        Raises:
-            UsageError: a value that is none of these.
-        """
-        nbytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-        return cls(layout, parse_dtype(scale_dtype), on_unsupported, nbytes, fold_act_order)
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` as a number."""
+        assert isinstance(self.max_shard_size, int)
+        return self.max_shard_size
 
     @classmethod
     def from_dict(cls, data: object) -> Options:
@@ -91,36 +73,102 @@ class Options:
         Raises:
             UsageError: they are not.
         """
-        kinds = {field: type(value) for field, value in cls(scale_dtype="F32").as_dict().items()}
+        kinds = {key: type(value) for key, value in cls(scale_dtype="F32").as_dict().items()}
         if not isinstance(data, dict) or not data.keys() <= kinds.keys():
             raise UsageError("the recorded options cannot be read")
-        for field, value in data.items():
-            if type(value) is not kinds[field] and (field, value) != ("scale_dtype", None):
-                raise UsageError(f"the recorded options cannot be read: {field}")
-        return cls(**data)
+        for key, value in data.items():
+            if type(value) is not kinds[key] and (key, value) != ("scale_dtype", None):
+                raise UsageError(f"the recorded options cannot be read: {key}")
+        named = {_RECORDED.get(field.name, field.name): field.name for field in fields(cls)}
+        read = cls(**{named[key]: value for key, value in data.items()})
+        if any(read.as_dict()[key] != value for key, value in data.items()):
+            raise UsageError("the recorded options cannot be read: not as they are written")
+        return read
 
     def as_dict(self) -> dict[str, Any]:
         """The options as JSON has them."""
-        return asdict(self)
+        return {_RECORDED.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
 
-    def as_arguments(self) -> list[str]:
-        """The options on a command line, without those that have their default."""
-        words: list[str] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                dtypes = [name for name, label in _DTYPES.items() if label == value]
-                words += [FLAGS[field.name], *([] if value is True else [*dtypes, str(value)][:1])]
-        return words
+    def asked(self) -> list[Argument]:
+        """The options as arguments, without those that have their default."""
+        return [self.argument(field.name) for field in fields(self) if getattr(self, field.name) != field.default]
+
+    def argument(self, name: str) -> Argument:
+        """One option, with its value as people write it."""
+        value = getattr(self, name)
+        if name == "scale_dtype":
+            value = "keep" if value is None else SCALE_DTYPES[value]
+        return Argument(name, value)
+
+    def differing(self, other: Options) -> list[tuple[Argument, Argument]]:
+        """The options that are not the same: (ours, theirs) of each."""
+        names = [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
+        return [(self.argument(name), other.argument(name)) for name in names]
 
 
-def parse_dtype(text: str | None) -> str | None:
-    """safetensors label of `bfloat16`, `float16`, `float32`; None and `keep` keep the source's."""
-    if text is None or text == "keep":
+def contrast(theirs: Options, ours: Options) -> list[object]:
+    """For a message, what one conversion was made with and another is not; empty where that is nothing."""
+    pairs = theirs.differing(ours)
+    words: list[object] = []
+    for before, side in (("with ", 0), (", not with ", 1)):
+        for i, pair in enumerate(pairs):
+            words += [" and " if i else before, pair[side]]
+    return words
+
+
+def _choice(name: str, choices: Sequence[str]) -> Callable[[object], str]:
+    def canonical(value: object) -> str:
+        text = value.strip().lower().replace("_", "-") if isinstance(value, str) else None
+        if text is None or text not in choices:
+            raise UsageError(Argument(name, value), f": want one of {', '.join(choices)}")
+        return text
+
+    return canonical
+
+
+def _dtype(value: object) -> str | None:
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text in _KEEP:
         return None
-    if text.lower() not in _DTYPES:
-        raise UsageError(f"--scale-dtype {text}: want float16, bfloat16 or float32")
-    return _DTYPES[text.lower()]
+    if text not in _DTYPES:
+        names = ", ".join(SCALE_DTYPES.values())
+        raise UsageError(Argument("scale_dtype", value), f": want {names}, or keep for the source's")
+    return _DTYPES[text]
+
+
+def _shard_size(value: object) -> int:
+    if isinstance(value, str):
+        nbytes = parse_size(value)
+    elif isinstance(value, float) and value.is_integer():
+        nbytes = int(value)  # 5e9
+    else:
+        nbytes = whole(value)
+    if nbytes is None or not 1 <= nbytes <= LARGEST_SIZE:
+        raise UsageError(
+            Argument("max_shard_size", value), ": want a size: a number of bytes, or text like 5GB or 512MiB"
+        )
+    return nbytes
+
+
+def whole(value: object) -> int | None:
+    """A whole number as such, numpy's too; None of anything else. True and False are none."""
+    return None if isinstance(value, bool) or not isinstance(value, SupportsIndex) else index(value)
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(Argument("fold_act_order", value), ": want True or False")
+    return value
+
+
+_CANONICAL: Mapping[str, Callable[[object], Any]] = {
+    "layout": _choice("layout", LAYOUT_FAMILIES),
+    "scale_dtype": _dtype,
+    "on_unsupported": _choice("on_unsupported", ON_UNSUPPORTED),
+    "max_shard_size": _shard_size,
+    "fold_act_order": _switch,
+}
+"""Field → what makes the one form of a value, or refuses it."""
 
 
 def default_jobs() -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-from xpuquant.errors import UsageError
-
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
 _UNITS = {
     "": 1,
@@ -18,21 +16,16 @@ _UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
-_LARGEST = 2.0**62
+LARGEST_SIZE = 2**62
+"""Bytes: more than any disk has."""
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `5GB` (10^9), `512MiB` (2^20), `1000`.
-
-    Raises:
-        UsageError: it is no size.
-    """
+def parse_size(text: str) -> int | None:
+    """Bytes of `5GB` (10^9), `512MiB` (2^20), `1000`; None where it is no size."""
     match = _SIZE.fullmatch(text.strip())
     unit = match[2].lower().removesuffix("b") if match else "?"
     size = float(match[1]) * _UNITS[unit] if match is not None and unit in _UNITS else float("inf")
-    if size > _LARGEST:
-        raise UsageError(f"'{text}' is not a size; write 5GB or 512MiB")
-    return int(size)
+    return int(size) if size <= LARGEST_SIZE else None
 
 
 def size(nbytes: float) -> str:

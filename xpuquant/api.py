@@ -8,7 +8,8 @@
     assert xpuquant.verify("model-xpu").passed
     xpuquant.push("model-xpu", "me/model-xpu")
 
-Results are frozen dataclasses. Errors are those of `xpuquant.errors`: a message is one line that names the fix.
+Results are frozen dataclasses. Errors are those of `xpuquant.errors`: a message is one line that names the fix. An
+argument that is not what its function takes is a `UsageError`, before anything is read or written.
 
 A function that takes `progress` calls it with the name of a phase (`download`, `convert`, `verify`, `push`, `compare`,
 `stream`), the bytes done and the bytes in all. One thread at a time calls it. Within a phase the bytes never fall, and
@@ -18,15 +19,16 @@ a phase that ends well ends with all of them. An exception that it raises stops 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
+from xpuquant.arguments import public
 from xpuquant.conversion.diff import Difference, compare
 from xpuquant.conversion.doctor import Diagnosis, examine
+from xpuquant.conversion.hub import publish
 from xpuquant.conversion.hub.publish import Pushed
+from xpuquant.conversion.hub.target import Destination
 from xpuquant.conversion.inspection import RANKS, Inspection, inspect_source
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.progress import Calls, ProgressCallback, Reporter, Silent
@@ -34,10 +36,9 @@ from xpuquant.conversion.results import Converted, ModuleOutcome, PartConverted,
 from xpuquant.conversion.runs import request as runs
 from xpuquant.conversion.runs.checking import verify_folder
 from xpuquant.conversion.runs.parts import parse_part
-from xpuquant.conversion.runs.publishing import Destination, push_folder
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.verdict import Verdict
-from xpuquant.errors import EnvironmentFault, UsageError
+from xpuquant.errors import UsageError
 
 __all__ = [
     "Converted",
@@ -63,26 +64,8 @@ __all__ = [
 
 StrPath = str | os.PathLike[str]
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
-
-def _our_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Turn what the system raises on the way into errors of ours."""
-
-    @wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return function(*args, **kwargs)
-        except OSError as error:
-            raise EnvironmentFault(f"{error.filename or 'I/O'}: {error.strerror or error}") from error
-        except MemoryError as error:
-            raise EnvironmentFault("out of memory; try jobs=1") from error
-
-    return call
-
-
-@_our_errors
+@public
 def inspect(
     source: StrPath,
     *,
@@ -105,7 +88,7 @@ def inspect(
     return inspect_source(opened, Options(on_unsupported=on_unsupported), tuple(tensor_parallel))
 
 
-@_our_errors
+@public
 def plan(
     source: StrPath,
     *,
@@ -127,7 +110,7 @@ def plan(
     return runs.plan_only(runs.ConvertRequest(os.fspath(source), options=chosen, revision=revision))
 
 
-@_our_errors
+@public
 def convert(
     source: StrPath,
     out: StrPath | None = None,
@@ -188,15 +171,15 @@ def convert(
         jobs=jobs or 0,
         verify=verify,
         force=force,
-        ray=ray or "",
+        ray=ray,
         stream=stream,
-        destination=None if push_to is None else Destination(push_to, private, branch, pr),
+        destination=Destination.asked(push_to, private, branch, pr),
     )
     with _reporter(progress) as reporter:
         return runs.convert(request, reporter)
 
 
-@_our_errors
+@public
 def convert_part(
     source: StrPath,
     out: StrPath,
@@ -217,7 +200,7 @@ def convert_part(
     Args:
         part: `i/n`, from `1/n` to `n/n`. Other arguments as `convert`; the same for every part.
 
-    Raises: as `convert`.
+    Raises: as `convert`; UsageError: other parts there are of another source or of other options.
     """
     request = runs.ConvertRequest(
         os.fspath(source),
@@ -231,7 +214,7 @@ def convert_part(
         return runs.convert_one_part(request, reporter)
 
 
-@_our_errors
+@public
 def finish(
     source: StrPath,
     out: StrPath,
@@ -239,22 +222,28 @@ def finish(
     revision: str | None = None,
     jobs: int | None = None,
     verify: bool = True,
+    push_to: str | None = None,
+    private: bool = True,
+    branch: str | None = None,
+    pr: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Converted:
     """Put the parts of a conversion together: check that all are there, verify, publish into `out`.
 
-    The options are those of the parts.
+    The options are those of the parts. Where an earlier call came to the end, `is_new` of the result is False, and with
+    `push_to` what is there is published.
 
     Args: as `convert`.
 
     Raises: as `convert`; DamagedError: some shards have not been made.
     """
-    request = runs.FinishRequest(os.fspath(source), Path(out), revision, jobs or 0, verify)
+    destination = Destination.asked(push_to, private, branch, pr)
+    request = runs.FinishRequest(os.fspath(source), Path(out), revision, jobs or 0, verify, destination)
     with _reporter(progress) as reporter:
         return runs.put_together(request, reporter)
 
 
-@_our_errors
+@public
 def verify(
     out: StrPath,
     *,
@@ -298,7 +287,7 @@ def verify(
         )
 
 
-@_our_errors
+@public
 def diff(a: StrPath, b: StrPath, *, values: bool = True, progress: ProgressCallback | None = None) -> Difference:
     """Compare the tensors of two folders or .safetensors files, however they are sharded.
 
@@ -316,7 +305,7 @@ def diff(a: StrPath, b: StrPath, *, values: bool = True, progress: ProgressCallb
         return compare(Path(a), Path(b), values=values, reporter=reporter)
 
 
-@_our_errors
+@public
 def push(
     out: StrPath,
     repo_id: str,
@@ -324,7 +313,7 @@ def push(
     private: bool = True,
     branch: str | None = None,
     pr: bool = False,
-    token: str | None = None,
+    token: str | bool | None = None,
     endpoint: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Pushed:
@@ -335,7 +324,7 @@ def push(
         private: whether a repository that is created is.
         branch: push to this branch, created from main.
         pr: push to a pull request.
-        token: of the Hub; default: the client's own login.
+        token: of the Hub; default: the client's own login; False: none.
         endpoint: address of another Hub.
         progress: told how far the upload is.
 
@@ -346,10 +335,12 @@ def push(
         EnvironmentFault: network, permissions.
     """
     with _reporter(progress) as reporter:
-        return push_folder(Path(out), Destination(repo_id, private, branch, pr), reporter, token, endpoint)
+        return publish.push(
+            Path(out), Destination(repo_id, private, branch, pr), reporter, token=token, endpoint=endpoint
+        )
 
 
-@_our_errors
+@public
 def doctor() -> Diagnosis:
     """Which kernel backends run here, why others do not, and what would change that. Runs no kernel."""
     return examine()
@@ -373,7 +364,7 @@ def _options(
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     if options is None:
-        return Options.parse(**chosen)  # type: ignore[arg-type]
+        return Options(**chosen)  # type: ignore[arg-type]
     if chosen:
         raise UsageError(f"{', '.join(chosen)}: give them in `options`, or as arguments, not both")
     return options

@@ -4,22 +4,50 @@ Library code raises these; only the command line prints them.
 """
 
 import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 MESSAGE_LENGTH = 4000
 """Longest message of an error, in characters: a refusal lists its modules."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of the public functions in a message, with the value it has or should have.
+
+    In Python it reads `max_shard_size='5GB'`; the command line spells it as its option, `--max-shard-size 5GB`.
+
+    name   as the functions of `xpuquant` call it
+    value  `...` where only the name is meant
+    """
+
+    name: str
+    value: object = ...
+
+    def __str__(self) -> str:
+        return self.name if self.value is ... else f"{self.name}={shown(self.value)}"
 
 
 class XpuquantError(Exception):
     """Base of everything a user can cause or meet. Never raised itself.
 
     The message is one printable line whatever names of strangers are in it, wherever it is shown: serving engines have
-    no sink that would see to it.
+    no sink that would see to it. It is given in parts, so that an `Argument` among them is spelt as whoever shows it
+    does: `UsageError(f"{out}: exists; ", Argument("force", True), " replaces it")`.
     """
 
     exit_code = 1
 
-    def __init__(self, message: object) -> None:
-        super().__init__(one_line(message, MESSAGE_LENGTH))
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*parts)
+
+    def __str__(self) -> str:
+        return self.spelt(str)
+
+    def spelt(self, spell: Callable[[Argument], str]) -> str:
+        """The message, with its arguments as `spell` writes them."""
+        parts = (spell(part) if isinstance(part, Argument) else str(part) for part in self.args)
+        return one_line("".join(parts), MESSAGE_LENGTH)
 
 
 class VerificationError(XpuquantError):

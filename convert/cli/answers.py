@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,7 +51,11 @@ def _converted(result: Converted) -> Answer:
     plan, verdict = result.plan, result.verdict
     # Without a folder it is served from the Hub.
     out = str(result.out) if result.out is not None or result.pushed is None else result.pushed.repo_id
-    checked = "not verified (--no-verify)" if verdict is None else in_one_line(verdict)
+    if verdict is not None:
+        checked = in_one_line(verdict)
+    else:
+        checked = "not verified (--no-verify)" if result.is_new else "not again: xpuquant verify checks it"
+    before = [] if result.is_new else [f"{out} is finished already; nothing was left to do"]
     device = "xpu" if plan.options.layout == "xpu" else "auto"
     facts = TextTable(
         "",
@@ -69,20 +74,20 @@ def _converted(result: Converted) -> Answer:
         "shards": {name: {"sha256": f.sha256, "bytes": f.nbytes} for name, f in sorted(result.shards.items())},
         "verification": None if verdict is None else as_data(verdict),
     }
-    return Answer([*_notes(plan.notes), modules_table(plan.modules), facts], data)
+    return Answer([*before, *_notes(plan.notes), modules_table(plan.modules), facts], data)
 
 
 def _part(result: PartConverted) -> Answer:
     made = f"{len(result.shards)} of {result.of} shards, {size(result.nbytes)}"
     text = f"part {result.part}: {made}, staged in {result.out}"
-    hint = f"when every part is done: xpuquant finish {result.source} {result.out}"
+    hint = f"when every part is done: {shlex.join(['xpuquant', 'finish', result.source, str(result.out)])}"
     return Answer([text, hint], {"part": result.part, "shards": {n: f.sha256 for n, f in result.shards.items()}})
 
 
-def planned(plan: Planned, jobs: int) -> Answer:
-    """`convert --dry-run`."""
+def planned(plan: Planned, jobs: int, part: str | None = None) -> Answer:
+    """`convert --dry-run`, of all or of a part."""
     shards = TextTable(
-        "output shards",
+        "output shards" if part is None else f"output shards of part {part}",
         ("file", "tensors", "size"),
         [(shard.name, str(len(shard.tensors)), size(shard.nbytes)) for shard in plan.shards],
     )
@@ -97,7 +102,10 @@ def planned(plan: Planned, jobs: int) -> Answer:
             ("buffers", f"about {size(memory)} with {jobs} jobs, whatever the size of the model"),
         ),
     )
-    return Answer([*_notes(plan.notes), modules_table(plan.modules), shards, facts], plan_data(plan))
+    return Answer(
+        [*_notes(plan.notes), modules_table(plan.modules), shards, facts],
+        plan_data(plan) | ({} if part is None else {"part": part}),
+    )
 
 
 def pushed(result: Pushed) -> Answer:

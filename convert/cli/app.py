@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from xpuquant.conversion.cli import check_commands, convert_commands
+from xpuquant.conversion.cli.spelling import Spelling
 from xpuquant.conversion.write.memory import keep_freed_memory
-from xpuquant.errors import EnvironmentFault, Interrupted, XpuquantError
+from xpuquant.errors import Argument, EnvironmentFault, Interrupted, XpuquantError
 
 INTERNAL_ERROR = 70
 """sysexits.h EX_SOFTWARE: a bug of ours, not of the user's input."""
@@ -69,14 +70,14 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code: Any = COMMANDS(args=list(arguments), standalone_mode=False)
     except Exception as error:
-        return _failed(error)
+        return _failed(error, arguments)
     except KeyboardInterrupt:
         code = Interrupted.exit_code
     except SystemExit:
         # Standard output is closed (`| head`): nobody is left to tell.
         return EnvironmentFault.exit_code
     if code == Interrupted.exit_code:
-        return _failed(Interrupted("interrupted; run the same command again to resume"))
+        return _failed(Interrupted("interrupted; run the same command again to resume"), arguments)
     return code if isinstance(code, int) else 0
 
 
@@ -84,10 +85,10 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception, arguments: Sequence[str]) -> int:
     from xpuquant.conversion.cli.output import Output
 
-    shown, code = explain(error)
+    shown, code = explain(error, arguments)
     Output().error(shown)
     if os.environ.get("XPUQUANT_TRACEBACK"):
         import traceback
@@ -96,8 +97,12 @@ def _failed(error: Exception) -> int:
     return code
 
 
-def explain(error: Exception) -> tuple[str, int]:
-    """(one line, exit code) for any exception."""
+def explain(error: Exception, arguments: Sequence[str] = ()) -> tuple[str, int]:
+    """(one line, exit code) for any exception of a command line."""
+    if isinstance(error, MemoryError):
+        error = EnvironmentFault("out of memory; try ", Argument("jobs", 1))
+    if isinstance(error, XpuquantError):
+        return error.spelt(Spelling(COMMANDS, arguments)), error.exit_code
     for kind, sentence in _SENTENCES:
         if isinstance(error, kind):
             return sentence(error)
@@ -114,13 +119,11 @@ def _sentences() -> list[tuple[type[Exception], Callable[[Any], tuple[str, int]]
     # typer carried click as a dependency and now as its own copy; its errors know their base either way.
     base = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ in ("ClickException", "TyperException"))
     return [
-        (XpuquantError, lambda error: (str(error), error.exit_code)),
         (base, _click),
         (
             typer.Abort,
             lambda error: ("interrupted; run the same command again to resume", Interrupted.exit_code),
         ),
-        (MemoryError, lambda error: ("out of memory; try --jobs 1", EnvironmentFault.exit_code)),
         (
             OSError,
             lambda error: (

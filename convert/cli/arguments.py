@@ -1,4 +1,8 @@
-"""Every argument and option of the command line, once: its type, its limits, its help."""
+"""Every argument and option of the command line, once: its type, its limits, its help.
+
+A parameter of a command is called like the argument of the function in `xpuquant.api` that it stands for: errors are
+spelt for both (`cli/spelling.py`).
+"""
 
 from __future__ import annotations
 
@@ -47,14 +51,23 @@ JobsOption = Annotated[
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Check every value of the output.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in OUT.")]
-RayOption = Annotated[str, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")]
-PartOption = Annotated[str, typer.Option("--shard", help="Make only part i/n; `finish` puts parts together.")]
+RayOption = Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")]
+PartOption = Annotated[
+    str | None,
+    typer.Option("--part", "--shard", metavar="I/N", help="Make only part i of n; `finish` puts parts together."),
+]
 StreamOption = Annotated[
     bool,
     typer.Option("--stream", help="Keep only the shards of SRC in use; with --push-to, of the output too."),
 ]
 TensorParallelOption = Annotated[
-    list[int] | None, typer.Option(min=1, help="Tensor-parallel sizes to check (repeatable).")
+    list[int] | None,
+    typer.Option(
+        "--tp",
+        "--tensor-parallel",
+        min=1,
+        help="Numbers of GPUs to check splits for; repeat it for more (default: 2, 4, 8).",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
@@ -73,7 +86,7 @@ CheckedSourceOption = Annotated[
 CheckedRevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a --source on the Hub.")]
 BackendsOption = Annotated[
     list[str] | None,
-    typer.Option(help="Kernel library to run; repeat it for more (default: all that run here)."),
+    typer.Option("--backend", help="Kernel library to run; repeat it for more (default: all that run here)."),
 ]
 EveryOption = Annotated[bool, typer.Option("--all", help="Run kernels on every matrix, all rows and all M.")]
 ReportOption = Annotated[Path | None, typer.Option(help="Folder to write verify.json, .md, .html and .svg into.")]

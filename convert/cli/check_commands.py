@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def inspect(
     source: args.SourceArgument,
     on_unsupported: args.OnUnsupportedOption = "refuse",
-    tp: args.TensorParallelOption = None,
+    tensor_parallel: args.TensorParallelOption = None,
     revision: args.RevisionOption = None,
     as_json: args.JsonOption = False,
 ) -> None:
@@ -27,7 +27,7 @@ def inspect(
     from xpuquant.conversion.sources.open import open_source
 
     options = Options(on_unsupported=on_unsupported)
-    found = inspect_source(open_source(source, revision), options, tuple(tp or RANKS))
+    found = inspect_source(open_source(source, revision), options, tuple(tensor_parallel or RANKS))
     Output(as_json).answer(answers.inspected(found))
 
 
@@ -35,7 +35,7 @@ def verify(
     out: args.OutConvertedArgument,
     source: args.CheckedSourceOption = None,
     revision: args.CheckedRevisionOption = None,
-    backend: args.BackendsOption = None,
+    backends: args.BackendsOption = None,
     every: args.EveryOption = False,
     report: args.ReportOption = None,
     jobs: args.JobsOption = 0,
@@ -52,7 +52,7 @@ def verify(
             out,
             source=source,
             revision=revision,
-            backends=backend or (),
+            backends=backends or (),
             every=every,
             report=report,
             jobs=jobs,

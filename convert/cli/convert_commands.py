@@ -20,8 +20,8 @@ def convert(
     verify: args.VerifyOption = True,
     dry_run: args.DryRunOption = False,
     force: args.ForceOption = False,
-    ray: args.RayOption = "",
-    part: args.PartOption = "",
+    ray: args.RayOption = None,
+    part: args.PartOption = None,
     revision: args.RevisionOption = None,
     push_to: args.PushToOption = None,
     private: args.PrivateOption = True,
@@ -33,28 +33,28 @@ def convert(
     """Convert, verify and write a ready-to-load repo. Run it again to resume after an interruption."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
+    from xpuquant.conversion.hub.target import Destination
     from xpuquant.conversion.options import Options
     from xpuquant.conversion.runs.parts import parse_part
-    from xpuquant.conversion.runs.publishing import Destination
     from xpuquant.conversion.runs.request import ConvertRequest, plan_only, run
 
     request = ConvertRequest(
         source,
         out,
-        Options.parse(layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order),
+        Options(layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order),
         revision=revision,
         jobs=jobs,
         verify=verify,
         force=force,
-        part=parse_part(part) if part else None,
+        part=None if part is None else parse_part(part),
         ray=ray,
         stream=stream,
-        destination=Destination(push_to, private, branch, pr) if push_to else None,
+        destination=Destination.asked(push_to, private, branch, pr),
         command=typed_command(),
     )
     output = Output(as_json)
     if dry_run:
-        output.answer(answers.planned(plan_only(request), request.workers))
+        output.answer(answers.planned(plan_only(request), request.workers, part))
         return
     with output.progress() as progress:
         result = run(request, progress)
@@ -67,6 +67,10 @@ def finish(
     jobs: args.JobsOption = 0,
     verify: args.VerifyOption = True,
     revision: args.RevisionOption = None,
+    push_to: args.PushToOption = None,
+    private: args.PrivateOption = True,
+    branch: args.BranchOption = None,
+    pr: args.PullRequestOption = False,
     as_json: args.JsonOption = False,
     layout: args.SameTextOption = None,
     scale_dtype: args.SameTextOption = None,
@@ -74,9 +78,10 @@ def finish(
     max_shard_size: args.SameTextOption = None,
     fold_act_order: args.SameFlagOption = None,
 ) -> None:
-    """Put the parts of `convert --shard i/n` together: check that all are there, verify, publish."""
+    """Put the parts of `convert --part i/n` together: check that all are there, verify, publish."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
+    from xpuquant.conversion.hub.target import Destination
     from xpuquant.conversion.runs.request import FinishRequest, put_together
 
     told = {
@@ -87,7 +92,8 @@ def finish(
         "fold_act_order": fold_act_order,
     }
     given = {name: value for name, value in told.items() if value is not None}
-    request = FinishRequest(source, out, revision, jobs, verify, typed_command(), given)
+    destination = Destination.asked(push_to, private, branch, pr)
+    request = FinishRequest(source, out, revision, jobs, verify, destination, typed_command(), given)
     output = Output(as_json)
     with output.progress() as progress:
         result = put_together(request, progress)
@@ -96,7 +102,7 @@ def finish(
 
 def push(
     out: args.OutConvertedArgument,
-    repo: args.RepoArgument,
+    repo_id: args.RepoArgument,
     private: args.PrivateOption = True,
     branch: args.BranchOption = None,
     pr: args.PullRequestOption = False,
@@ -105,11 +111,12 @@ def push(
     """Publish a converted folder on the Hub. Run it again to finish or repeat it: what is there is not sent again."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
-    from xpuquant.conversion.runs.publishing import Destination, push_folder
+    from xpuquant.conversion.hub import publish
+    from xpuquant.conversion.hub.target import Destination
 
     output = Output(as_json)
     with output.progress() as progress:
-        result = push_folder(out, Destination(repo, private, branch, pr), progress)
+        result = publish.push(out, Destination(repo_id, private, branch, pr), progress)
     output.answer(answers.pushed(result))
 
 

@@ -26,7 +26,7 @@ _TRANSIENT_NAMES = frozenset({"TransportError", "RequestException"})
 """Base classes of connection faults in httpx, httpx2 and requests: the client's version decides which is used."""
 
 
-def connect(token: str | None = None, endpoint: str | None = None) -> HfApi:
+def connect(token: str | bool | None = None, endpoint: str | None = None) -> HfApi:
     """The client's API object.
 
     Raises:

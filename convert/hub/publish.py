@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from xpuquant.conversion.hub.client import WAITS, connect, explain, is_transient, status_of
-from xpuquant.conversion.hub.target import MAIN, Blob, Target
-from xpuquant.conversion.progress import Progress
+from xpuquant.conversion.hub.target import MAIN, Blob, Destination, Target
+from xpuquant.conversion.progress import Progress, Reporter
 from xpuquant.conversion.repo.card_merge import CARD, merge, rename
 from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
@@ -69,37 +69,28 @@ class Pushed:
 
 
 def push(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool = True,
-    branch: str | None = None,
-    pr: bool = False,
-    token: str | None = None,
-    endpoint: str | None = None,
-    report: Progress | None = None,
+    folder: Path, to: Destination, reporter: Reporter, *, token: str | bool | None = None, endpoint: str | None = None
 ) -> Pushed:
     """Upload a converted folder; run it again to finish or repeat it.
 
     Args:
-        private: of a repository that is created; an existing one keeps its visibility.
-        branch: push there; it is created from main.
-        pr: open a pull request, or add to the one that an earlier push opened.
+        to: an existing repository keeps its visibility; a pull request is the one that an earlier push opened.
+        token: of the Hub; None: the client's own login, False: none.
+        endpoint: address of another Hub.
 
     Raises:
-        UsageError: not a finished conversion, a bad repo id, `branch` with `pr`.
+        UsageError: not a finished conversion, a bad repo id.
         DamagedError: a shard is not what the conversion wrote.
         EnvironmentFault: network, permissions.
         VerificationError: the Hub holds other bytes than were sent.
     """
-    if branch and pr:
-        raise UsageError("--branch and --pr exclude each other: a pull request is against main")
     names = local_files(folder)
+    reporter.phase("push", sum((folder / name).stat().st_size for name in names))
     blobs = hash_files(folder, names)
-    target = Target(connect(token, endpoint), repo_id)
-    target.create(private)
-    target.open(branch or MAIN, pr)
-    return publish_repo(target, folder, blobs, {}, report or (lambda nbytes: None))
+    target = Target(connect(token, endpoint), to.repo_id)
+    target.create(to.private)
+    target.open(to.branch or MAIN, to.pr)
+    return publish_repo(target, folder, blobs, {}, reporter.advance)
 
 
 def local_files(folder: Path) -> list[str]:
@@ -111,11 +102,11 @@ def local_files(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
     if (folder / STAGING).exists():
-        raise UsageError(f"{folder}: holds an unfinished conversion; run `xpuquant convert` again to finish it")
+        raise UsageError(f"{folder}: holds an unfinished conversion; finish it first: convert again")
     names = list_files(folder)
     for needed in ("config.json", PROVENANCE):
         if needed not in names:
-            raise UsageError(f"{folder}: has no {needed}; push wants a folder that `xpuquant convert` wrote")
+            raise UsageError(f"{folder}: has no {needed}; push wants a folder that a conversion wrote")
     return sorted(names, key=lambda name: (not name.endswith(_WEIGHTS), name == "config.json", name))
 
 

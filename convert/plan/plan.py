@@ -1,7 +1,7 @@
 """The plan of a conversion: headers in, every output byte's place and origin out. Pure; no weight is read.
 
-Peak memory, progress in bytes, disk-space checks, resume and `--shard i/n` are all properties of this one object.
-The same source and options give the same plan, and the same plan the same bytes, whoever executes it.
+Peak memory, progress in bytes, disk-space checks, resume and parts (`--part i/n`) are all properties of this one
+object. The same source and options give the same plan, and the same plan the same bytes, whoever executes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from xpuquant import __version__
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.shards import Shard, balance, in_source_order
 from xpuquant.conversion.plan.survey import PlannedModule, refusal, survey_modules
-from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.layouts.compressed_tensors import config as ct_config
 from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear
@@ -116,7 +115,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     survey = survey_modules(checkpoint, options)
     planned, reading = survey.planned, survey.reading
     if survey.refused:
-        raise UnsupportedError(refusal(survey.refused, survey.dequantizable, options.layout))
+        raise refusal(survey.refused, survey.dequantizable, options.layout)
     used = {
         bias.tensor.name
         for module in planned

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xpuquant.conversion.options import Options
+from xpuquant.errors import Argument, UnsupportedError
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.layouts import layouts_by_name
@@ -86,21 +87,21 @@ def _offer(module: Module, options: Options) -> Conversion | Refusal:
     return Refusal(f"{kind_of(module)} has no {without}")
 
 
-def refusal(refused: Mapping[str, str], dequantizable: bool, layout: str) -> str:
-    """One line for modules that cannot be converted: reasons, with the modules of each as compact patterns.
+def refusal(refused: Mapping[str, str], dequantizable: bool, layout: str) -> UnsupportedError:
+    """The error for modules that cannot be converted: reasons, with the modules of each as compact patterns.
 
     Args:
         refused: module → reason.
         dequantizable: all of them can be stored as bf16.
-        layout: the `--layout` asked for.
+        layout: the family asked for.
     """
     shown = "XPU" if layout == "xpu" else layout
     by_reason: dict[str, list[str]] = {}
     for name, reason in refused.items():
         by_reason.setdefault(reason, []).append(name)
     listed = "; ".join(f"{reason}: {', '.join(compact(names))}" for reason, names in by_reason.items())
-    fix = ". Pass --on-unsupported dequantize to store them as bf16" if dequantizable else ""
-    return f"{len(refused)} modules have no exact {shown} layout: {listed}{fix}"
+    fix = [". ", Argument("on_unsupported", "dequantize"), " stores them as bf16"] if dequantizable else []
+    return UnsupportedError(f"{len(refused)} modules have no exact {shown} layout: {listed}", *fix)
 
 
 def kind_of(module: Module) -> str:

@@ -3,7 +3,7 @@
     {"plan": "<digest>", "options": {...}}                     first: what is being converted
     {"shard": "<name>", "sha256": "<hex>", "nbytes": 123}      one per finished shard
 
-A whole conversion keeps one journal, each part of one (`--shard i/n`) its own. A journal ends where a line is not
+A whole conversion keeps one journal, each part of one (`runs/parts.py`) its own. A journal ends where a line is not
 sound: cut short by a crash, or written by somebody else. What follows is cut off, so that the next line is not glued to
 a stump.
 """
@@ -84,6 +84,19 @@ class JournalFile:
             if length != os.fstat(fd).st_size:
                 os.truncate(fd, length)
         return None if opening is None else Record(*opening, finished)
+
+    def opening(self) -> tuple[str, Options] | None:
+        """Plan and options of its first line, which whoever holds its lock may be writing; None where it has none.
+
+        Raises:
+            OSError: it cannot be read, or is a link.
+        """
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        with os.fdopen(fd, "rb") as file:
+            return _opening(_parse(file.readline(_LONGEST_LINE)))
 
     def begin(self, plan: str, options: Options) -> None:
         """Write the first line."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from xpuquant.conversion.options import Options
+from xpuquant.conversion.options import Options, contrast
 from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.repo.journal import (
     PROVENANCE,
@@ -29,7 +29,7 @@ from xpuquant.conversion.repo.journal import (
     Record,
     sync,
 )
-from xpuquant.errors import EnvironmentFault, UsageError
+from xpuquant.errors import Argument, EnvironmentFault, UsageError
 
 LOCK = "lock"
 _FILES = "files"
@@ -93,11 +93,17 @@ class Staging:
         """
         _check(self.out, force)
         records = self.records()
-        if any(record.plan != digest for record in records.values()):
+        other = next((record for record in records.values() if record.plan != digest), None)
+        if other is not None:
             if not force:
+                differing = contrast(other.options, options) or [
+                    "of another source, or of files or an xpuquant that have changed since"
+                ]
                 raise UsageError(
-                    f"{self.out}: holds an unfinished conversion of another source or with other options; "
-                    "pass --force to drop it"
+                    f"{self.out}: holds an unfinished conversion ",
+                    *differing,
+                    "; choose another folder, or drop it with ",
+                    Argument("force", True),
                 )
             records = {}
         if not records:
@@ -229,4 +235,4 @@ def _check(out: Path, force: bool) -> None:
     if PROVENANCE not in names:
         raise UsageError(f"{out}: exists and was not written by xpuquant; choose another folder")
     if not force:
-        raise UsageError(f"{out}: already holds a converted model; pass --force to convert again")
+        raise UsageError(f"{out}: already holds a converted model; to convert again, pass ", Argument("force", True))

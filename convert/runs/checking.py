@@ -14,7 +14,7 @@ from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.integrity import weigh
 from xpuquant.conversion.verify.run import converted_from, select, verify
 from xpuquant.conversion.verify.verdict import Verdict
-from xpuquant.errors import EnvironmentFault, UsageError
+from xpuquant.errors import Argument, EnvironmentFault, UsageError
 
 
 def verify_folder(
@@ -43,7 +43,9 @@ def verify_folder(
         EnvironmentFault: unreadable files, a report that cannot be written, network.
     """
     if report is not None and report.resolve() == out.resolve():
-        raise UsageError("--report: OUT itself is what is checked; name another folder")
+        raise UsageError(Argument("report", str(report)), ": is what is checked; name another folder")
+    if revision is not None and source is None:
+        raise UsageError(Argument("revision"), " is one of the source's: give ", Argument("source"), " too")
     chosen = select(backends)
     opened = None if source is None else _open(source, revision, out, reporter)
     reporter.phase("verify", 2 * weigh(out) if out.is_dir() else 0)

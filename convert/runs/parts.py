@@ -1,26 +1,27 @@
 """One conversion by many processes that share a disk: SLURM arrays, or any scheduler.
 
-    xpuquant convert SRC OUT --shard 1/16        each of these makes its share of the shards
+    xpuquant convert SRC OUT --part 1/16         each of these makes its share of the shards
     ...
-    xpuquant convert SRC OUT --shard 16/16
+    xpuquant convert SRC OUT --part 16/16
     xpuquant finish SRC OUT                      checks that all are there, verifies, publishes
 
 Every process plans alone. Equal sources and options give equal plans; the plan's digest, in the first line of every
-part's journal, proves it. Shares are runs of shards of about equal bytes. A part that dies is run again with the same
-command and skips the shards it had finished. `finish` takes the options from the journals, and is then an ordinary
-conversion that resumes: all of its shards are made.
+part's journal, proves it: a part that does not fit those beside it is refused before it makes anything. Shares are
+runs of shards of about equal bytes. A part that dies is run again with the same command and skips the shards it had
+finished. `finish` takes the options from the journals, and is then an ordinary conversion that resumes: all of its
+shards are made.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xpuquant.conversion.options import FLAGS, Options
+from xpuquant.conversion.options import Options, contrast
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Reporter
@@ -30,7 +31,10 @@ from xpuquant.conversion.repo.staging import LOCK, Staging, check_output, make_f
 from xpuquant.conversion.results import PartConverted
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
+from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError
+
+_JOURNAL = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
+_MOST_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def parse_part(text: str) -> Part:
     """
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise UsageError(f"--shard {text}: want i/n with 1 <= i <= n, for example 3/16")
+        raise UsageError(Argument("part", text), ": want i/n with 1 <= i <= n, for example 3/16")
     return Part(int(match[1]), int(match[2]))
 
 
@@ -112,15 +116,25 @@ class PartStaging:
         """Start or resume; returns the shards that an earlier run of this part finished, hashed again.
 
         Raises:
-            UsageError: the part belongs to a conversion of another source or with other options.
+            UsageError: what lies there, of this part or of others, is of another source or of other options.
         """
         record = self._journal.read()
+        self._check_others(digest, options)
         if record is None:
             self._journal.begin(digest, options)
+            try:
+                self._check_others(digest, options)  # one that began at the same time
+            except UsageError:
+                self._journal.path.unlink()
+                raise
             return {}
-        if record.plan != digest:
-            raise _other_conversion(self.out, self._part.journal)
         return {name: f for name, f in record.finished.items() if hash_file(self.folder / name) == f.sha256}
+
+    def _check_others(self, digest: str, options: Options) -> None:
+        for path in sorted(self._journal.path.parent.glob("*.jsonl")):
+            opening = JournalFile(path).opening()
+            if opening is not None and opening[0] != digest:
+                raise _other_conversion(self.out, path.name, opening[1], options)
 
     def finish(self, shard: str, finished: Finished) -> None:
         """Note a complete shard."""
@@ -148,24 +162,30 @@ def parts_options(out: Path, told: Mapping[str, Any]) -> Options:
     """The options that the parts in `out` were converted with.
 
     Args:
-        told: argument of `Options.parse` → value that was given again; it must be the parts'.
+        told: field of `Options` → value that was given again; it must be the parts'.
 
     Raises:
         UsageError: no part was converted there, parts differ, or `told` does.
     """
     records = _records(out)
     if not records:
-        raise UsageError(f"{out}: no part was converted there; run `xpuquant convert SRC OUT --shard i/n` first")
+        raise UsageError(
+            f"{out}: no part was converted there; first convert each into it, with ", Argument("part", "i/n")
+        )
     options = next(iter(records.values())).options
     for name, record in records.items():
         if record.options != options:
-            raise _other_conversion(out, name)
-    again = Options.parse(**told)
-    for name in told:
-        field = "max_shard_bytes" if name == "max_shard_size" else name
-        if getattr(again, field) != getattr(options, field):
-            raise UsageError(f"{out}: its parts were converted with another {FLAGS[field]}; leave it out here")
+            raise _other_conversion(out, name, record.options, options)
+    check_told(out, options, told)
     return options
+
+
+def check_told(out: Path, options: Options, told: Mapping[str, Any]) -> None:
+    """Raises UsageError where options that were given again are not those that `out` was converted with."""
+    for theirs, ours in options.differing(Options(**told)):
+        if theirs.name in told:
+            what = Argument(ours.name)
+            raise UsageError(f"{out}: was converted with ", theirs, ", not with ", ours, "; leave ", what, " out here")
 
 
 def check_parts(source: Source, options: Options, out: Path) -> None:
@@ -179,14 +199,29 @@ def check_parts(source: Source, options: Options, out: Path) -> None:
     records = _records(out)
     for name, record in records.items():
         if record.plan != digest:
-            raise _other_conversion(out, name)
+            raise _other_conversion(out, name, record.options, options)
     made = {shard for record in records.values() for shard in record.finished}
     missing = [shard.name for shard in plan.shards if shard.name not in made]
     if missing:
+        todo = _unfinished(plan, records, made)
+        again = f"convert {_listed(todo)} of it" if todo else "convert it"
         raise DamagedError(
-            f"{out}: {len(missing)} of {len(plan.shards)} shards have not been made, {missing[0]} first; "
-            "run their parts again"
+            f"{out}: {len(missing)} of {len(plan.shards)} shards have not been made, {missing[0]} first; {again} again"
         )
+
+
+def _unfinished(plan: Plan, records: Iterable[str], made: Set[str]) -> list[Part]:
+    """The parts that have shards yet to be made, of as many as the conversion was cut into."""
+    counts = [part.count for part in map(_part_of, records) if part is not None]
+    if not counts:
+        return []
+    parts = [Part(index, max(counts)) for index in range(1, max(counts) + 1)]
+    return [part for part in parts if any(shard.name not in made for shard in share(plan, part))]
+
+
+def _listed(parts: Sequence[Part]) -> str:
+    more = f" and {len(parts) - _MOST_LISTED} more" if len(parts) > _MOST_LISTED else ""
+    return f"part{'s' * (len(parts) > 1)} {', '.join(map(str, parts[:_MOST_LISTED]))}{more}"
 
 
 def _records(out: Path) -> dict[str, Record]:
@@ -196,5 +231,21 @@ def _records(out: Path) -> dict[str, Record]:
         return staging.records()
 
 
-def _other_conversion(out: Path, journal: str) -> UsageError:
-    return UsageError(f"{out}: {journal} is of another source or of other options; start over in another folder")
+def _part_of(journal: str) -> Part | None:
+    """The part whose journal has that file name; None for the journal of a whole conversion."""
+    match = _JOURNAL.fullmatch(journal)
+    return None if match is None else Part(int(match[1]), int(match[2]))
+
+
+def _other_conversion(out: Path, journal: str, theirs: Options, ours: Options) -> UsageError:
+    part = _part_of(journal)
+    who = "an unfinished conversion there" if part is None else f"part {part} there"
+    differing = contrast(theirs, ours)
+    if not differing:
+        return UsageError(
+            f"{out}: {who} is of another source, of files that have changed since, or of another version of xpuquant; "
+            "start over in another folder"
+        )
+    return UsageError(
+        f"{out}: {who} was made ", *differing, "; convert every part alike, or start over in another folder"
+    )

@@ -31,7 +31,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
+from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError
 
 LOCAL = "local"
 _RETRIES = 10
@@ -178,14 +178,16 @@ def _probe(address: str) -> None:
         socket.create_connection((host, int(port)), _PROBE_SECONDS).close()
     except OSError as error:
         reason = error.strerror or error
-        raise EnvironmentFault(f"--ray {address}: cannot connect ({reason}); is the cluster's head running?") from None
+        raise EnvironmentFault(
+            Argument("ray", address), f": cannot connect ({reason}); is the cluster's head running?"
+        ) from None
 
 
 def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise EnvironmentFault("--ray needs Ray: pip install 'xpuquant[ray]'") from None
+        raise EnvironmentFault(Argument("ray"), " needs Ray: pip install 'xpuquant[ray]'") from None
     return ray
 
 
@@ -201,4 +203,6 @@ def _connect(ray: Any, address: str, jobs: int) -> None:
             options.pop("include_dashboard")
             ray.init(address=address, **options)
     except Exception as error:  # Ray raises whatever its transport raised
-        raise EnvironmentFault(f"--ray {address}: cannot connect ({type(error).__name__}: {error})") from None
+        raise EnvironmentFault(
+            Argument("ray", address), f": cannot connect ({type(error).__name__}: {error})"
+        ) from None

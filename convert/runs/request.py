@@ -9,18 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from xpuquant.conversion.hub.target import Destination
 from xpuquant.conversion.options import Options, default_jobs
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.staging import check_output
 from xpuquant.conversion.results import Converted, PartConverted, Planned, summary
+from xpuquant.conversion.runs.finished import converted_shards, is_finished, recorded_options
 from xpuquant.conversion.runs.local import Executor, convert_checkpoint, downloaded
-from xpuquant.conversion.runs.parts import Part, check_parts, make_part, parts_options
-from xpuquant.conversion.runs.publishing import Destination, converted_shards, push_folder
+from xpuquant.conversion.runs.parts import Part, check_parts, check_told, make_part, parts_options, share
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import UsageError
+from xpuquant.errors import Argument, UsageError
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ConvertRequest:
     verify       check every value of the output
     force        replace an earlier conversion in `out`
     part         make only this part
-    ray          address of a Ray cluster to run on; empty: this machine
+    ray          address of a Ray cluster to run on; None: this machine
     stream       keep only the shards in use
     destination  where to publish the result
     command      for the card; empty: the command line that asks for the same
@@ -50,14 +51,26 @@ class ConvertRequest:
     verify: bool = True
     force: bool = False
     part: Part | None = None
-    ray: str = ""
+    ray: str | None = None
     stream: bool = False
     destination: Destination | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
-        if self.stream and (self.ray or self.part):
-            raise UsageError("--stream makes one shard after the other; it goes with neither --ray nor --shard")
+        if self.ray is not None and not self.ray.strip():
+            raise UsageError(Argument("ray", self.ray), ": want auto, local, or a cluster's host:port")
+        given = {
+            "part": self.part is not None,
+            "stream": self.stream,
+            "ray": self.ray is not None,
+            "force": self.force,
+            "verify": not self.verify,
+            "push_to": self.destination is not None,
+        }
+        for (one, other), reason in EXCLUDES.items():
+            if given[one] and given[other]:
+                excluded = Argument(other, False) if other == "verify" else Argument(other)
+                raise UsageError(Argument(one), " does not go with ", excluded, f": {reason}")
 
     @property
     def workers(self) -> int:
@@ -73,11 +86,22 @@ class ConvertRequest:
         return self.command or command_line(self)
 
 
+EXCLUDES: Mapping[tuple[str, str], str] = {
+    ("part", "ray"): "both share the work out; choose one",
+    ("part", "push_to"): "a part is not published; give it to `finish`",
+    ("part", "verify"): "parts are verified when they are put together; give it to `finish`",
+    ("part", "force"): "a part replaces nothing; choose another folder, or remove this one first",
+    ("stream", "part"): "it makes one shard after the other, here",
+    ("stream", "ray"): "it makes one shard after the other, here",
+}
+"""Two arguments of a conversion that exclude each other → why, and what to do."""
+
+
 @dataclass(frozen=True)
 class FinishRequest:
     """Parts to be put together, as it was asked for. Fields as in `ConvertRequest`.
 
-    told  argument of `Options.parse` → value that was given again: the parts' own must be the same
+    told  field of `Options` → value that was given again: the parts' own must be the same
     """
 
     source: str
@@ -85,17 +109,19 @@ class FinishRequest:
     revision: str | None = None
     jobs: int = 0
     verify: bool = True
+    destination: Destination | None = None
     command: str = ""
     told: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plan_only(request: ConvertRequest) -> Planned:
-    """What a conversion would write, from headers alone; nothing is written.
+    """What a conversion, or its part, would write, from headers alone; nothing is written.
 
     Raises: as `make_plan`; EnvironmentFault: the Hub cannot be reached.
     """
     source = _open(request)
-    return summary(make_plan(source.checkpoint, request.options), source)
+    plan = make_plan(source.checkpoint, request.options)
+    return summary(plan if request.part is None else plan.part(share(plan, request.part)), source)
 
 
 def run(request: ConvertRequest, reporter: Reporter) -> Converted | PartConverted:
@@ -113,7 +139,7 @@ def convert_one_part(request: ConvertRequest, reporter: Reporter) -> PartConvert
     """
     assert request.part is not None
     opened, out = _open(request), request.target
-    check_output(out, force=True)
+    check_output(out, force=False)
     source = downloaded(opened, request.options, reporter)
     return make_part(source, out, request.options, request.part, jobs=request.workers, reporter=reporter)
 
@@ -128,8 +154,7 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
         shards = converted_shards(out, opened, options)
         if shards is not None:  # an earlier run came as far as publishing
             plan = summary(make_plan(opened.checkpoint, options), opened)
-            pushed = push_folder(out, request.destination, reporter)
-            return Converted(plan, out, shards, None, pushed, is_new=False)
+            return _published(Converted(plan, out, shards, None, is_new=False), request.destination, reporter)
     if request.stream:
         return _run_streamed(request, opened, reporter)
     check_output(out, request.force)
@@ -144,22 +169,25 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
         command=request.card_command(),
         executor=_executor(request),
     )
-    if request.destination is None:
-        return converted
-    return replace(converted, pushed=push_folder(out, request.destination, reporter))
+    return _published(converted, request.destination, reporter)
 
 
 def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
-    """Put the parts of a conversion together, with the options that stand in their journals.
+    """Put the parts of a conversion together, with the options that stand in their journals; only publish what an
+    earlier run has put together.
 
-    Raises: as `convert_checkpoint`; UsageError: no part was converted there, or parts of something else;
-        DamagedError: some shards have not been made.
+    Raises: as `convert_checkpoint`, and with a destination as `publish.push`; UsageError: no part was converted there,
+        or parts of something else; DamagedError: some shards have not been made.
     """
     opened = open_source(request.source, request.revision)
+    if request.destination is not None:
+        request.destination.check_source(opened.name)
+    if is_finished(request.out):
+        return _published(_put_together_before(request, opened), request.destination, reporter)
     options = parts_options(request.out, request.told)
     source = downloaded(opened, options, reporter)
     check_parts(source, options, request.out)
-    return convert_checkpoint(
+    converted = convert_checkpoint(
         source,
         request.out,
         options,
@@ -168,6 +196,30 @@ def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
         reporter=reporter,
         command=request.command or shlex.join(["xpuquant", "finish", request.source, str(request.out)]),
     )
+    return _published(converted, request.destination, reporter)
+
+
+def _put_together_before(request: FinishRequest, source: Source) -> Converted:
+    """What an earlier run has put together.
+
+    Raises:
+        UsageError: it is of another source, or of other options than were told.
+    """
+    options = recorded_options(request.out)
+    check_told(request.out, options, request.told)
+    shards = converted_shards(request.out, source, options)
+    if shards is None:
+        raise UsageError(f"{request.out}: holds the finished conversion of another source; choose another folder")
+    return Converted(summary(make_plan(source.checkpoint, options), source), request.out, shards, None, is_new=False)
+
+
+def _published(converted: Converted, destination: Destination | None, reporter: Reporter) -> Converted:
+    if destination is None:
+        return converted
+    from xpuquant.conversion.hub.publish import push
+
+    assert converted.out is not None
+    return replace(converted, pushed=push(converted.out, destination, reporter))
 
 
 def default_output(name: str, layout: str) -> Path:
@@ -177,7 +229,9 @@ def default_output(name: str, layout: str) -> Path:
 
 def command_line(request: ConvertRequest) -> str:
     """The command line that asks for the same bytes."""
-    words = ["xpuquant", "convert", request.source, str(request.target), *request.options.as_arguments()]
+    words = ["xpuquant", "convert", request.source, str(request.target)]
+    for asked in request.options.asked():
+        words += [f"--{asked.name.replace('_', '-')}", *([] if asked.value is True else [str(asked.value)])]
     return shlex.join(words if request.revision is None else [*words, "--revision", request.revision])
 
 
@@ -189,11 +243,13 @@ def _open(request: ConvertRequest) -> Source:
 
 
 def _run_streamed(request: ConvertRequest, source: Source, reporter: Reporter) -> Converted:
-    from xpuquant.conversion.runs.streamed import convert_streaming
+    from xpuquant.conversion.runs.little_disk import convert_streaming
     from xpuquant.conversion.sources.streamed import StreamedSource
 
     if not isinstance(source, StreamedSource):
-        raise UsageError("--stream needs the Hub; HF_HUB_OFFLINE is set, and the cache holds the model: leave it away")
+        raise UsageError(
+            Argument("stream"), " needs the Hub; HF_HUB_OFFLINE is set, and the cache holds the model: leave it away"
+        )
     return convert_streaming(
         source,
         request.target,
@@ -208,7 +264,7 @@ def _run_streamed(request: ConvertRequest, source: Source, reporter: Reporter) -
 
 
 def _executor(request: ConvertRequest) -> Executor:
-    if not request.ray:
+    if request.ray is None:
         return execute_plan
     from xpuquant.conversion.runs.ray import execute_on_ray
 

@@ -27,7 +27,7 @@ from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.sources.base import checkpoint_of, read_slice
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.repo_files import FoundFiles, sort_files
-from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
+from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError
 from xpuquant.formats.checkpoint import Array, Slice, whole
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
 
@@ -201,7 +201,8 @@ class HubSource:
         if free < needed:
             raise EnvironmentFault(
                 f"{constants.HF_HUB_CACHE}: {free / 1e9:.1f} GB free, {self.name} needs {needed / 1e9:.1f} GB; "
-                "free some, set HF_HOME to another disk, or pass --stream"
+                "free some, set HF_HOME to another disk, or pass ",
+                Argument("stream", True),
             )
 
 

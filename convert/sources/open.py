@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xpuquant.conversion.sources.folder import LocalSource
-from xpuquant.errors import UsageError
+from xpuquant.errors import Argument, UsageError
 
 if TYPE_CHECKING:
     from xpuquant.conversion.sources.hub import HubSource
@@ -27,9 +27,9 @@ def open_source(name: str, revision: str | None = None, stream: bool = False) ->
     folder = Path(name)
     if folder.is_dir():
         if revision is not None:
-            raise UsageError(f"{name} is a folder; --revision is for repositories on the Hub")
+            raise UsageError(f"{name} is a folder; ", Argument("revision"), " is for repositories on the Hub")
         if stream:
-            raise UsageError(f"{name} is a folder; --stream is for repositories on the Hub")
+            raise UsageError(f"{name} is a folder; ", Argument("stream"), " is for repositories on the Hub")
         return LocalSource(folder)
     if folder.exists():
         raise UsageError(f"{name} is a file; give the folder it lies in")

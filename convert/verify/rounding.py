@@ -67,7 +67,7 @@ class RoundedScales:
         name = numpy_dtype(self.rounding.dtype).name
         return (
             f"{self.lost} of {self.rounding.scales} scales do not fit {name} ({self._first_lost}); "
-            f"convert without --scale-dtype {name}"
+            "keep the source's scale dtype"
         )
 
 

@@ -39,7 +39,7 @@ from xpuquant.conversion.verify.verdict import (
     Health,
     Verdict,
 )
-from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
+from xpuquant.errors import Argument, DamagedError, UsageError, XpuquantError, one_line
 from xpuquant.formats.layouts.base import Matrix, Stored
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.decoded import Decoded
@@ -59,7 +59,7 @@ def select(names: Sequence[str]) -> list[Backend]:
     known = backends()
     for name in names:
         if name not in known:
-            raise UsageError(f"--backend {name}: want one of {', '.join(known)}")
+            raise UsageError(Argument("backends", name), f": want one of {', '.join(known)}")
     return [backend for name, backend in known.items() if not names or name in names or name == REFERENCE]
 
 
@@ -68,7 +68,7 @@ def converted_from(folder: Path) -> tuple[Options, str | None, str | None]:
     try:
         record = read_json(folder / PROVENANCE)
         source = record["source"]
-        return Options(**record["options"]), source["name"], source["revision"]
+        return Options.from_dict(record["options"]), source["name"], source["revision"]
     except (XpuquantError, KeyError, TypeError):
         return Options(), None, None
 
@@ -136,8 +136,8 @@ def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Ver
 def _against_source(verdict: Verdict, record: Mapping[str, Any], source: Source, check: Check) -> Verdict:
     """A verdict on integrity, and the rest by comparing with the source."""
     try:
-        origin = Origin(make_plan(source.checkpoint, Options(**record["options"])), source)
-    except (TypeError, KeyError):
+        origin = Origin(make_plan(source.checkpoint, Options.from_dict(record["options"])), source)
+    except (UsageError, KeyError):
         return _with_findings(verdict, Finding("integrity", "xpuquant.json", "its options cannot be read"))
     try:
         exact, health = check_exact(origin, check)
@@ -154,7 +154,8 @@ def _against_record(verdict: Verdict, record: Mapping[str, Any], check: Check) -
     exact, health, missing = check_recorded(record, check)
     if missing:
         what = (
-            f"{missing} modules and tensors have no recorded digest (--no-verify or dequantized); --source checks them"
+            f"{missing} modules and tensors have no recorded digest (not verified, or dequantized); "
+            "verify against the source to check them"
         )
         verdict = _with_findings(verdict, Finding("exactness", verdict.repo, what, fails=False))
     verdict = replace(

@@ -150,6 +150,6 @@ def _check_method(checkpoint: Checkpoint) -> None:
         )
     methods = frozenset[str]().union(*(reader.methods for reader in READERS))
     if checkpoint.method == "xpuquant":
-        raise UsageError("this repo is already converted; use it as it is, or `xpuquant verify` it")
+        raise UsageError("this repo is already converted; use it as it is, or verify it")
     if checkpoint.method and checkpoint.method not in methods:
         raise UsageError(f"quant_method '{checkpoint.method}' is not supported; known: {', '.join(sorted(methods))}")

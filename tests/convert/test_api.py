@@ -104,7 +104,7 @@ def test_convert(tmp_path: Path) -> None:
 
 
 def test_convert_with_options_is_convert_with_arguments(made: Path, tmp_path: Path) -> None:
-    xpuquant.convert(SOURCE, tmp_path / "out", options=xpuquant.Options(max_shard_bytes=40_000), verify=False)
+    xpuquant.convert(SOURCE, tmp_path / "out", options=xpuquant.Options(max_shard_size=40_000), verify=False)
     ours, theirs = files(tmp_path / "out"), files(made)
     shards = [name for name in theirs if name.endswith(".safetensors")]
     assert shards and all(ours[name] == theirs[name] for name in shards)

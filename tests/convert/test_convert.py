@@ -256,8 +256,8 @@ class TestMessages:
 
     def test_bad_options(self, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for option, value, part in (
-            ("--max-shard-size", "5 bananas", "is not a size"),
-            ("--scale-dtype", "int3", "want float16, bfloat16 or float32"),
+            ("--max-shard-size", "5 bananas", "5 bananas': want a size"),
+            ("--scale-dtype", "int3", "want float16, bfloat16, float32"),
             ("--layout", "marlin", "want one of xpu"),
             ("--on-unsupported", "pray", "want one of refuse, dequantize"),
         ):

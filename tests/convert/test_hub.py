@@ -16,13 +16,13 @@ from support.checkpoints import FIXTURES
 from support.hub.process import Hub, contents
 
 from xpuquant.conversion.hub.publish import Pushed
+from xpuquant.conversion.hub.target import Destination
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.progress import Silent
 from xpuquant.conversion.results import Converted
+from xpuquant.conversion.runs.little_disk import convert_streaming, peak_disk, segments
 from xpuquant.conversion.runs.local import convert_checkpoint
-from xpuquant.conversion.runs.publishing import Destination
-from xpuquant.conversion.runs.streamed import convert_streaming, peak_disk, segments
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.hub import HubSource, open_hub
 from xpuquant.conversion.sources.open import open_source
@@ -33,7 +33,7 @@ pytest_plugins = "support.hub.fixtures"
 
 SOURCE = "producer/model"
 REPO = "me/model-xpu"
-OPTIONS = Options(max_shard_bytes=12_000)
+OPTIONS = Options(max_shard_size=12_000)
 PLANS = [
     "gptqmodel-qwen3-w4g32-actorder",
     "gptqmodel-qwen3-w4g32-asym-v1",
@@ -221,8 +221,8 @@ def test_a_server_cannot_name_files_elsewhere(hub: Hub, client: str, model: Path
         ("nothing", {}, "no such folder, and no repo id"),
         ("/no/where", {}, "no such folder"),
         ("../x/y", {}, "no such folder"),
-        (str(FIXTURES), {"revision": "main"}, "--revision is for"),
-        (str(FIXTURES), {"stream": True}, "--stream is for"),
+        (str(FIXTURES), {"revision": "main"}, "revision is for"),
+        (str(FIXTURES), {"stream": True}, "stream is for"),
         (str(FIXTURES / "README.md"), {}, "is a file"),
     ],
 )
@@ -410,7 +410,7 @@ def test_convert_push_verify_by_repo_id(hub: Hub, model: Path, expected: dict[st
     [
         (("convert", SOURCE, "--push-to", SOURCE), "would replace the source"),
         (("convert", SOURCE, "--push-to", REPO, "--pr", "--branch", "x"), "exclude each other"),
-        (("convert", SOURCE, "--stream", "--shard", "1/2"), "neither --ray nor --shard"),
+        (("convert", SOURCE, "--stream", "--shard", "1/2"), "--stream does not go with --part"),
         (("convert", "producer/missing"), "no such model on the Hub"),
     ],
 )

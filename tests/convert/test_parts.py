@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoints import FIXTURES
-from support.hub.process import Hub
+from support.hub.process import Hub, contents
 
+import xpuquant
 from xpuquant.conversion.cli.app import run
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
+from xpuquant.conversion.repo.journal import JournalFile
 from xpuquant.conversion.runs.parts import Part, parse_part, share
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.errors import UsageError
@@ -49,7 +53,7 @@ def wanted(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
 def test_every_shard_is_in_exactly_one_part(count: int) -> None:
-    plan = make_plan(open_source(str(MOE)).checkpoint, Options(max_shard_bytes=20_000))
+    plan = make_plan(open_source(str(MOE)).checkpoint, Options(max_shard_size=20_000))
     shares = [share(plan, Part(index, count)) for index in range(1, count + 1)]
     assert [shard.name for part in shares for shard in part] == [shard.name for shard in plan.shards]
 
@@ -79,12 +83,111 @@ def test_finish_before_any_part(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_parts_of_different_conversions_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is refused before it makes anything, whichever option differs; what was made before stays good."""
     out = tmp_path / "out"
-    assert convert(out, "--shard", "1/2") == 0
-    assert convert(out, "--shard", "1/2", "--scale-dtype", "bfloat16") == 2
-    assert "of another source or of other options" in capsys.readouterr().err
-    assert convert(out, "--shard", "2/2", "--scale-dtype", "bfloat16") == 0
-    assert run(["finish", str(MOE), str(out)]) == 2
+    assert convert(out, "--part", "1/2") == 0
+    before = digests(out)
+    others = (
+        (["--scale-dtype", "bf16"], ["--scale-dtype keep", "--scale-dtype bfloat16"]),
+        (["--max-shard-size", "5GB"], ["--max-shard-size 20000", "--max-shard-size 5000000000"]),
+        (["--layout", "compressed-tensors"], ["--layout xpu", "--layout compressed-tensors"]),
+        (["--on-unsupported", "dequantize"], ["--on-unsupported refuse", "--on-unsupported dequantize"]),
+        (["--fold-act-order", "--scale-dtype", "fp32"], ["no --fold-act-order", "--scale-dtype float32"]),
+    )
+    for options, said in others:
+        for part in ("1/2", "2/2"):
+            capsys.readouterr()
+            assert convert(out, "--part", part, *options) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and "part 1/2 there was made with" in error and "another folder" in error
+            assert all(word in error for word in said), error
+    other = tmp_path / "other"
+    shutil.copytree(MOE, other)
+    os.utime(other / "model.safetensors", (1, 1))
+    assert run(["convert", str(other), str(out), *SMALL, "--part", "2/2"]) == 2
+    assert "part 1/2 there is of another source" in capsys.readouterr().err
+    after = digests(out)
+    assert {name for name in after if name not in before} == {
+        f".xpuquant/{Part(2, 2).journal.replace('jsonl', 'lock')}"
+    }
+    assert all(after[name] == digest for name, digest in before.items())
+    assert convert(out, "--part", "2/2") == 0
+    assert run(["finish", str(MOE), str(out)]) == 0
+
+
+def test_parts_that_begin_together_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one's journal appears after the first look."""
+    out = tmp_path / "out"
+    begin = JournalFile.begin
+
+    def beside(self: JournalFile, plan: str, options: Options) -> None:
+        begin(JournalFile(self.path.with_name(Part(2, 2).journal)), "another", Options(scale_dtype="float32"))
+        begin(self, plan, options)
+
+    monkeypatch.setattr(JournalFile, "begin", beside)
+    assert convert(out, "--part", "1/2") == 2
+    assert not (out / ".xpuquant" / Part(1, 2).journal).exists()
+
+
+def test_a_plain_conversion_names_what_differs_from_an_unfinished_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert convert(out, "--part", "1/2") == 0
+    assert convert(out, "--scale-dtype", "float16") == 2
+    error = capsys.readouterr().err
+    assert "conversion with --scale-dtype keep, not with --scale-dtype float16" in error and "--force" in error
+
+
+def test_finish_says_which_parts_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert convert(out, "--part", "2/3") == 0
+    assert run(["finish", str(MOE), str(out)]) == 3
+    assert "convert parts 1/3, 3/3 of it again" in capsys.readouterr().err
+
+
+def test_finish_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished folder is finished, however it was made; what is not it is refused."""
+    out = tmp_path / "out"
+    assert convert(out) == 0
+    before = digests(out)
+    for told in ([], SMALL, ["--json"]):
+        capsys.readouterr()
+        assert run(["finish", str(MOE), str(out), *told]) == 0
+        said = capsys.readouterr()
+        assert said.err == "" and ("is finished already" in said.out or "--json" in told)
+    assert not xpuquant.finish(MOE, out).is_new
+    assert run(["finish", str(MOE), str(out), "--scale-dtype", "float32"]) == 2
+    assert "was converted with --scale-dtype keep, not with --scale-dtype float32" in capsys.readouterr().err
+    assert run(["finish", str(FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"), str(out)]) == 2
+    assert "finished conversion of another source" in capsys.readouterr().err
+    assert digests(out) == before
+
+
+def test_the_plan_of_a_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(*options: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert convert(tmp_path / "out", "--dry-run", "--json", *options) == 0
+        plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return plan
+
+    whole, parts = planned(), [planned("--part", f"{index}/3") for index in (1, 2, 3)]
+    assert [part["part"] for part in parts] == ["1/3", "2/3", "3/3"]
+    assert [shard for part in parts for shard in part["output"]] == whole["output"]
+    assert sum(part["write_bytes"] for part in parts) == whole["write_bytes"]
+    assert convert(tmp_path / "out", "--dry-run", "--part", "1/3") == 0
+    assert "output shards of part 1/3" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_finish_publishes(hub: Hub, client: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        xpuquant.convert_part(MOE, out, part, max_shard_size=20_000)
+    for is_new in (True, False):
+        finished = xpuquant.finish(MOE, out, push_to="me/parts")
+        assert finished.pushed is not None and finished.is_new is is_new
+        assert hub.files("me/parts") == contents(out)
 
 
 def test_finish_knows_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +199,7 @@ def test_finish_knows_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[
     for option, value in (("--scale-dtype", "keep"), ("--max-shard-size", "5GB"), ("--layout", "compressed-tensors")):
         assert run([*finish, option, value]) == 2
         error = capsys.readouterr().err
-        assert f"converted with another {option}" in error and error.count("\n") == 1
+        assert f"was converted with {option} " in error and f"leave {option} out" in error and error.count("\n") == 1
     assert run([*finish, *SMALL, "--scale-dtype", "bfloat16"]) == 0
     record = json.loads((out / "xpuquant.json").read_text())
     assert (record["options"]["scale_dtype"], record["options"]["max_shard_bytes"]) == ("BF16", 20_000)
@@ -240,7 +343,7 @@ class TestRay:
 
         source = tmp_path / "source"
         write_checkpoint(source, "gptq", Model(dense=3, moe=1, experts=16, hidden=1024, intermediate=2816))
-        options = Options(max_shard_bytes=2_000_000)
+        options = Options(max_shard_size=2_000_000)
         local = convert_checkpoint(open_source(str(source)), tmp_path / "local", options, jobs=2, verify=False)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.1"})
         doomed = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
@@ -283,7 +386,7 @@ def test_a_node_that_does_not_see_the_download(
     if folder == "incomplete":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_bytes((source / "config.json").read_bytes())
-    options = Options(max_shard_bytes=20_000)
+    options = Options(max_shard_size=20_000)
     plan = make_plan(open_source(str(source)).checkpoint, options)
     assignment = Assignment(
         "producer/model",

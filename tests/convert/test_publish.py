@@ -9,7 +9,10 @@ import pytest
 from support.cards import FACTS, NEWER
 from support.hub.process import Hub, MakeFolder, contents
 
-from xpuquant.conversion.hub.publish import push
+from xpuquant import push
+from xpuquant.conversion.hub import publish
+from xpuquant.conversion.hub.target import Destination
+from xpuquant.conversion.progress import Silent
 from xpuquant.conversion.repo.card import render
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
@@ -80,13 +83,26 @@ def test_stale_shards_go_and_the_owners_files_stay(hub: Hub, client: str, folder
     assert len(pushed.removed) == 4  # three shards and the index
 
 
+class Bytes(Silent):
+    """What a push says of its progress, as it says it."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+
+    def phase(self, name: str, total: int) -> None:
+        self.total = total
+
+    def advance(self, nbytes: int) -> None:
+        self.done += nbytes
+
+
 def test_progress_counts_every_byte_once(hub: Hub, client: str, folder: MakeFolder) -> None:
     out = folder()
     total = sum(len(content) for content in contents(out).values())
     for _ in range(2):
-        seen: list[int] = []
-        push(out, REPO, report=seen.append)
-        assert sum(seen) == total
+        told = Bytes()
+        publish.push(out, Destination(REPO), told)
+        assert (told.total, told.done) == (total, total)
 
 
 def test_branch(hub: Hub, client: str, folder: MakeFolder) -> None:
@@ -283,7 +299,7 @@ def test_branch_and_pr_exclude_each_other(client: str, folder: MakeFolder) -> No
         (REPO, False, "not logged in.*hf auth login"),
         (REPO, "hf_wrong", "does not know this token"),
         ("other/model", None, "refuses.*hf auth login"),
-        ("a/b/c", None, "nor a repo id like owner/name"),
+        ("a/b/c", None, "not a repo id like owner/name"),
     ],
 )
 def test_refusals_of_the_hub_are_one_line_with_the_fix(

@@ -80,7 +80,7 @@ class TestScalesThatDoNotFit:
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and SCALE in said
         assert "2 of 768 scales do not fit float16" in said and "becomes inf" in said
-        assert "convert without --scale-dtype float16" in said
+        assert "keep the source's scale dtype" in said
         assert not (tmp_path / "out" / "config.json").exists(), "nothing can be loaded"
         assert run(["convert", str(source), str(tmp_path / "kept"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["verification"]["passed"]

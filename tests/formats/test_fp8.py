@@ -336,7 +336,7 @@ def test_ragged_k_is_refused(tmp_path):
     weight = block(128, 192)
     message = refusal(tmp_path, Pico(deepseek_config(), {DOWN: fp8_tensors(weight, "weight_scale_inv")}))
     assert f"fp8 blocks need K to be a multiple of 128, K=192: {DOWN}" in message
-    assert "--on-unsupported dequantize" in message
+    assert "on_unsupported='dequantize'" in message
 
 
 def test_rows_that_no_equal_blocks_fit_are_refused(tmp_path):

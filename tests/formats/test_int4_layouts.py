@@ -48,7 +48,7 @@ def test_8_bits_are_refused_or_dequantized(tmp_path):
     assert "8-bit integers have no XPU kernel: model.layers.{0}.mlp.down_proj" in message.replace(
         "layers.0", "layers.{0}"
     )
-    assert "--on-unsupported dequantize" in message
+    assert "on_unsupported='dequantize'" in message
     out = convert(gptq_checkpoint(weight).write(tmp_path / "b"), tmp_path / "out", on_unsupported="dequantize")
     values = out.array(f"{DOWN}.weight").astype(np.float64)
     assert np.allclose(values, weight.values, rtol=2**-8)

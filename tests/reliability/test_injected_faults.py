@@ -42,7 +42,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each case, converted once, in several shards."""
     folder = tmp_path_factory.mktemp("converted")
     for name, fixture in CASES.items():
-        options = Options(max_shard_bytes=40_000, on_unsupported="dequantize")
+        options = Options(max_shard_size=40_000, on_unsupported="dequantize")
         convert_checkpoint(open_source(str(FIXTURES / fixture)), folder / name, options, jobs=1)
     return {name: folder / name for name in CASES}
 

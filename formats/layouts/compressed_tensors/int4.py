@@ -41,7 +41,7 @@ class CtInt4(CtLayout):
         if weight.act_order:
             return Refusal(
                 "act-order, which compressed-tensors 0.19 and vLLM 0.32 no longer load (actorder group); "
-                "--layout xpu takes it"
+                "the layout xpu takes it"
             )
         N, K = weight.N, weight.K
         if K % GROUP_MULTIPLE:

@@ -104,7 +104,7 @@ def split_shards(folder: Path, target: Path, count: int) -> Path:
 
 def push_older(repo_id: str, scratch: Path) -> dict[str, bytes]:
     """Publishes a made-up older model; returns its files."""
-    from xpuquant.conversion.hub.publish import push
+    from xpuquant import push
 
     folder = scratch / "older"
     folder.mkdir()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from xpuquant.conversion.hub.client import connect
 from xpuquant.conversion.hub.publish import Pushed, hash_files, publish_repo
-from xpuquant.conversion.hub.target import CONFIG, MAIN, Target
+from xpuquant.conversion.hub.target import CONFIG, MAIN, Destination, Target
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
@@ -32,8 +32,8 @@ from xpuquant.conversion.repo.journal import PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.results import Converted, summary
+from xpuquant.conversion.runs.finished import is_conversion, recorded_shards
 from xpuquant.conversion.runs.local import check_disk, raise_failures
-from xpuquant.conversion.runs.publishing import Destination, is_conversion, recorded_shards
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.repo_files import parse_json
 from xpuquant.conversion.sources.streamed import StreamedSource

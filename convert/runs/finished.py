@@ -1,0 +1,55 @@
+"""Knowing a conversion that was finished before, here or on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xpuquant.conversion.options import Options
+from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
+from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.sources.repo_files import read_json
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a folder holds a finished conversion: nothing is staged there any more."""
+    return not (out / STAGING).exists() and (out / PROVENANCE).exists() and (out / "config.json").exists()
+
+
+def converted_shards(out: Path, source: Source, options: Options) -> dict[str, Finished] | None:
+    """The shards of a folder that is the finished conversion of a source with these options; None of any other."""
+    if not is_finished(out):
+        return None
+    record = read_json(out / PROVENANCE)
+    return recorded_shards(record) if is_conversion(record, source, options) else None
+
+
+def is_conversion(record: Mapping[str, Any], source: Source, options: Options) -> bool:
+    """Whether a provenance file is of a conversion of this source with these options."""
+    said = record.get("source")
+    if not isinstance(said, dict):
+        return False
+    name = source.name if source.revision else source.name.rstrip("/").rpartition("/")[2]
+    is_source = (said.get("name"), said.get("revision"), said.get("bytes")) == (name, source.revision, source.nbytes)
+    return is_source and record.get("options") == options.as_dict()
+
+
+def recorded_shards(record: Mapping[str, Any]) -> dict[str, Finished]:
+    """The shards that a provenance file names."""
+    shards = record.get("shards")
+    entries = shards.items() if isinstance(shards, dict) else ()
+    return {
+        name: Finished(str(entry.get("sha256")), int(entry.get("bytes", 0)))
+        for name, entry in entries
+        if isinstance(entry, dict)
+    }
+
+
+def recorded_options(out: Path) -> Options:
+    """The options that a finished conversion was made with.
+
+    Raises:
+        UsageError, DamagedError: its provenance cannot be read.
+    """
+    return Options.from_dict(read_json(out / PROVENANCE).get("options"))
