@@ -184,13 +184,11 @@ def _activations(checkpoint: Checkpoint, weight: Weight) -> str:
 
 
 def _of_group(checkpoint: Checkpoint, name: str) -> str:
+    """The activations of the group that describes the module best; empty where it does not say."""
     groups = checkpoint.quantization.get("config_groups")
-    best = weight_args(checkpoint, name)
-    for key, group in groups.items() if isinstance(groups, dict) else ():
-        alone = replace(checkpoint, quantization={**checkpoint.quantization, "config_groups": {key: group}})
-        if isinstance(group, dict) and best and weight_args(alone, name)[:1] == best[:1]:
-            return activation_words(group.get("input_activations"))
-    return ""
+    best = next(iter(weight_args(checkpoint, name)), None)
+    group = groups.get(best.group) if best is not None and isinstance(groups, dict) else None
+    return activation_words(group.get("input_activations")) if isinstance(group, dict) else ""
 
 
 def _weight_only(bits: object) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from xpuquant.errors import UnsupportedError, UsageError, shown
@@ -21,7 +21,10 @@ _SPARSE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
 
 @dataclass(frozen=True)
 class WeightArgs:
-    """`QuantizationArgs` of a group's weights. None: not said."""
+    """`QuantizationArgs` of a group's weights. None: not said.
+
+    group  key of the group that says it in `config_groups`
+    """
 
     bits: int
     type: str
@@ -30,6 +33,7 @@ class WeightArgs:
     symmetric: bool
     block: tuple[int, int] | None
     format: str | None
+    group: str | None = None
 
 
 def check_supported(checkpoint: Checkpoint) -> None:
@@ -67,7 +71,7 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
             group = {"weights": _preset(str(name)), "targets": group}
         if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
             continue
-        args = _args(group["weights"], group.get("format") or config.get("format"))
+        args = replace(_args(group["weights"], group.get("format") or config.get("format")), group=str(name))
         targets = group.get("targets") or ["Linear"]
         if not isinstance(targets, list):
             raise UsageError(f"config: 'targets' is {shown(targets)}, want a list of names")
