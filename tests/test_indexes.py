@@ -41,7 +41,7 @@ def test_the_index_names_no_script_that_is_gone() -> None:
     there = {script.name for script in SCRIPTS}
     for folder, names in sections().items():
         for name in names:
-            if re.fullmatch(r"[\w-]+(\.(py|sh|txt))?", name):
+            if re.fullmatch(r"\w[\w-]*(\.(py|sh|txt))?", name):
                 assert name in there, f"scripts/README.md names {name} below {folder}"
 
 
@@ -57,9 +57,9 @@ def test_the_python_page_names_every_argument_beside_its_option() -> None:
     }
     for (command, argument), option in options.items():
         if option != f"--{argument.replace('_', '-')}":
-            assert re.search(rf"^\| `{command}` \| `{re.escape(option)}[^`]*` \| `[^|]*\b{argument}\b", page, re.MULTILINE), (
-                f"docs/api.md: no row for {command} {option} ({argument})"
-            )
+            assert re.search(
+                rf"^\| `{command}` \| `{re.escape(option)}[^`]*` \| `[^|]*\b{argument}\b", page, re.MULTILINE
+            ), f"docs/api.md: no row for {command} {option} ({argument})"
     for row in re.findall(r"^\| `(\w+)` \| `(--[\w-]+)", page, re.MULTILINE):
         assert row in {(command, option) for (command, _), option in options.items()}, row
 

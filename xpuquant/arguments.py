@@ -113,7 +113,10 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        given = parameters.bind(*args, **kwargs)
+        try:
+            given = parameters.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python says itself which argument is missing, or not one
         for name, value in given.arguments.items():
             if value is None and parameters.parameters[name].default is None:
                 continue

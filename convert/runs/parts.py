@@ -204,9 +204,9 @@ def check_parts(source: Source, options: Options, out: Path) -> None:
     missing = [shard.name for shard in plan.shards if shard.name not in made]
     if missing:
         todo = _unfinished(plan, records, made)
-        again = f"convert {_listed(todo)} of it" if todo else "convert it"
+        what = f"{_listed(todo)} of it" if todo else "it"
         raise DamagedError(
-            f"{out}: {len(missing)} of {len(plan.shards)} shards have not been made, {missing[0]} first; {again} again"
+            f"{out}: {len(missing)} of {len(plan.shards)} shards have not been made, {missing[0]} first; convert {what}"
         )
 
 

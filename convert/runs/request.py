@@ -139,7 +139,9 @@ def convert_one_part(request: ConvertRequest, reporter: Reporter) -> PartConvert
     """
     assert request.part is not None
     opened, out = _open(request), request.target
-    check_output(out, force=False)
+    check_output(out, force=True)
+    if is_finished(out):
+        raise UsageError(f"{out}: already holds a converted model; choose another folder, or remove this one first")
     source = downloaded(opened, request.options, reporter)
     return make_part(source, out, request.options, request.part, jobs=request.workers, reporter=reporter)
 
@@ -182,6 +184,7 @@ def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
     opened = open_source(request.source, request.revision)
     if request.destination is not None:
         request.destination.check_source(opened.name)
+    check_output(request.out, force=True)
     if is_finished(request.out):
         return _published(_put_together_before(request, opened), request.destination, reporter)
     options = parts_options(request.out, request.told)

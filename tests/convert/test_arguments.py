@@ -97,6 +97,11 @@ def options_of(name: str, value: Any) -> Options:
     return Options(**{name: value})
 
 
+def test_an_argument_that_is_none_is_what_python_says_it_is() -> None:
+    with pytest.raises(TypeError, match=r"plan\(\) got an unexpected keyword argument 'scale'"):
+        xpuquant.plan(SOURCE, scale="float16")  # type: ignore[call-arg]
+
+
 def test_what_keyword_arguments_take_the_dataclass_takes() -> None:
     same: dict[str, list[tuple[Any, Any]]] = {
         "layout": [(None, "xpu"), ("XPU", "xpu"), ("compressed_tensors", "compressed-tensors")],

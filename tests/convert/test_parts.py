@@ -143,7 +143,7 @@ def test_finish_says_which_parts_are_missing(tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "out"
     assert convert(out, "--part", "2/3") == 0
     assert run(["finish", str(MOE), str(out)]) == 3
-    assert "convert parts 1/3, 3/3 of it again" in capsys.readouterr().err
+    assert "convert parts 1/3, 3/3 of it" in capsys.readouterr().err
 
 
 def test_finish_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +162,27 @@ def test_finish_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run(["finish", str(FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"), str(out)]) == 2
     assert "finished conversion of another source" in capsys.readouterr().err
     assert digests(out) == before
+
+
+def test_a_part_of_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not told to use an option that it does not take."""
+    out = tmp_path / "out"
+    assert convert(out) == 0
+    assert convert(out, "--part", "1/2") == 2
+    error = capsys.readouterr().err
+    assert "already holds a converted model" in error and "another folder" in error and "force" not in error
+
+
+def test_finish_of_what_is_not_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["finish", str(MOE), str(MOE)]) == 2
+    assert "was not written by xpuquant" in capsys.readouterr().err
+
+
+def test_finish_after_a_run_that_was_stopped_while_it_cleaned_up(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert convert(out) == 0
+    (out / ".xpuquant" / "files").mkdir(parents=True)
+    assert run(["finish", str(MOE), str(out)]) == 0
 
 
 def test_the_plan_of_a_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

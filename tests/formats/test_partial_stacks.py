@@ -60,7 +60,7 @@ def test_unquantized_experts_are_named(tmp_path, case, layout):
     source = Pico(config, *stack(pack, left_out)).write(tmp_path)
     with pytest.raises(UnsupportedError) as raised:
         make_plan(source.checkpoint, Options(layout=layout))
-    assert "--on-unsupported dequantize" in str(raised.value)
+    assert "on_unsupported='dequantize'" in str(raised.value)
     if layout == "xpu":
         assert f"the experts of a layer share one format; unquantized: {said}: {EXPERTS}" in str(raised.value)
 

@@ -152,7 +152,7 @@ def test_advice_to_dequantize_is_given_where_it_works(tmp_path, case):
     weights = expert_weights(lambda N, K, seed: channel(N, K, seed, scale=np.float32), H, I, E)
     modules, plain = channels(weights, parts)
     pico = Pico(config, modules)
-    assert "Pass --on-unsupported dequantize" in refusal(tmp_path / "in", pico)
+    assert "on_unsupported='dequantize'" in refusal(tmp_path / "in", pico)
     out = convert(pico.write(tmp_path / "in"), tmp_path / "out", on_unsupported="dequantize")
     assert set(out.repo.tensors) == set(plain)
     for name, values in plain.items():
