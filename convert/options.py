@@ -14,13 +14,13 @@ from xpuquant.errors import Argument, UsageError
 DEFAULT_SHARD_BYTES = 5_000_000_000
 LAYOUT_FAMILIES = ("xpu", "compressed-tensors")
 ON_UNSUPPORTED = ("refuse", "dequantize")
-SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-"""safetensors label → its name."""
+ROUNDED_TO = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""What scales can be rounded to: safetensors label → name."""
 
 _KEEP = ("keep", "auto")
 _DTYPES = {
-    **{name: label for label, name in SCALE_DTYPES.items()},
-    **{label.lower(): label for label in SCALE_DTYPES},
+    **{name: label for label, name in ROUNDED_TO.items()},
+    **{label.lower(): label for label in ROUNDED_TO},
     "fp16": "F16",
     "half": "F16",
     "fp32": "F32",
@@ -97,7 +97,7 @@ class Options:
         """One option, with its value as people write it."""
         value = getattr(self, name)
         if name == "scale_dtype":
-            value = "keep" if value is None else SCALE_DTYPES[value]
+            value = "keep" if value is None else ROUNDED_TO[value]
         return Argument(name, value)
 
     def differing(self, other: Options) -> list[tuple[Argument, Argument]]:
@@ -131,7 +131,7 @@ def _dtype(value: object) -> str | None:
     if text in _KEEP:
         return None
     if text not in _DTYPES:
-        names = ", ".join(SCALE_DTYPES.values())
+        names = ", ".join(ROUNDED_TO.values())
         raise UsageError(Argument("scale_dtype", value), f": want {names}, or keep for the source's")
     return _DTYPES[text]
 
@@ -142,7 +142,7 @@ def _shard_size(value: object) -> int:
     elif isinstance(value, float) and value.is_integer():
         nbytes = int(value)  # 5e9
     else:
-        nbytes = whole(value)
+        nbytes = whole_number(value)
     if nbytes is None or not 1 <= nbytes <= LARGEST_SIZE:
         raise UsageError(
             Argument("max_shard_size", value), ": want a size: a number of bytes, or text like 5GB or 512MiB"
@@ -150,7 +150,7 @@ def _shard_size(value: object) -> int:
     return nbytes
 
 
-def whole(value: object) -> int | None:
+def whole_number(value: object) -> int | None:
     """A whole number as such, numpy's too; None of anything else. True and False are none."""
     return None if isinstance(value, bool) or not isinstance(value, SupportsIndex) else index(value)
 

@@ -10,7 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from xpuquant.conversion.options import Options, whole
+from xpuquant.conversion.options import Options, whole_number
 from xpuquant.errors import Argument, EnvironmentFault, UsageError
 
 MAX_JOBS = 256
@@ -49,7 +49,7 @@ def _text(value: object) -> str | None:
 
 
 def _jobs(value: object) -> int | None:
-    jobs = whole(value)
+    jobs = whole_number(value)
     return jobs if jobs is not None and 0 <= jobs <= MAX_JOBS else None
 
 
@@ -99,7 +99,7 @@ KINDS: Mapping[str, Kind] = {
     "backends": Kind("names of kernel libraries, in a list", lambda value: _each(value, _text)),
     "tensor_parallel": Kind(
         "numbers of GPUs from 1, in a list",
-        lambda value: _each(value, lambda n: m if (m := whole(n)) is not None and m >= 1 else None),
+        lambda value: _each(value, lambda n: m if (m := whole_number(n)) is not None and m >= 1 else None),
     ),
     "progress": Kind("a function of (phase, done, total)", lambda value: value if callable(value) else None),
 }

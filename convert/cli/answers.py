@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from xpuquant.conversion.verify.verdict import Verdict
 
 _ON_THE_WAY_BYTES = 16 << 20
-"""Per worker: parts made ahead, blocks before the disk."""
+"""Per worker: pieces made ahead, blocks before the disk."""
 
 _MAX_FINDINGS = 20
 _MAX_DIFFERENCES = 30

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -167,6 +169,24 @@ def test_convert_and_push(hub: Hub, client: str, tmp_path: Path) -> None:
     again = xpuquant.convert(SOURCE, tmp_path / "out", push_to="me/model-xpu")
     assert not again.is_new and again.pushed is not None and again.pushed.uploaded == ()
     assert again.shards == result.shards and again.plan == result.plan
+
+
+@pytest.mark.parametrize("page", ["README.md", "xpuquant/api.py", "xpuquant/__init__.py"])
+def test_what_the_pages_show_runs(page: str, hub: Hub, client: str, tmp_path: Path) -> None:
+    """The lines after `import xpuquant`, as they stand there; a Hub repository named there is a folder here."""
+    text = (FIXTURES.parents[1] / page).read_text()
+    begin = text.index("    import xpuquant\n")
+    block = text[begin:].splitlines()
+    lines = [*itertools.takewhile(lambda line: not line or line.startswith("    "), block)]
+    code = textwrap.dedent("\n".join(lines))
+    assert "xpuquant.convert(" in code
+    places = {"SRC": SOURCE, "org/model-GPTQ": SOURCE, "OUT": tmp_path / "out", "model-xpu": tmp_path / "out"}
+    for name, place in places.items():
+        code = code.replace(f'"{name}"', repr(str(place)))
+    exec(compile(code, page, "exec"), {})
+    assert (tmp_path / "out" / "config.json").exists()
+    if "push(" in code:
+        assert hub.files("me/model-xpu") == contents(tmp_path / "out")
 
 
 def test_doctor() -> None:
