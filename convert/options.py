@@ -171,6 +171,11 @@ _CANONICAL: Mapping[str, Callable[[object], Any]] = {
 """Field → what makes the one form of a value, or refuses it."""
 
 
+def cores() -> int:
+    """Processors that this process may use; all of the machine where the system does not tell (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_jobs() -> int:
     """A worker per core; beyond 8 the disk is the limit."""
-    return max(1, min(8, len(os.sched_getaffinity(0))))
+    return min(8, cores())

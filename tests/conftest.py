@@ -9,8 +9,10 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support import skips
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -60,17 +62,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was skipped, counted by reason: a skip that nobody sees is a test that nobody has."""
+def _skipped(terminalreporter: Any) -> Counter[str]:
+    """Reason → how many tests gave it."""
     reasons: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         # (file, line, "Skipped: reason") of a skip; of an expected failure a text.
         said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reasons[said.removeprefix("Skipped: ")] += 1
+    return reasons
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a lane of CI, a skip that the lane has no rule for is a failure. See support/skips.py."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a worker of pytest-xdist
+        return
+    skipped = _skipped(reporter)
+    failed = sum(len(reporter.stats.get(kind, [])) for kind in ("failed", "error"))
+    skips.record(len(reporter.stats.get("passed", [])), failed, skipped)
+    if skips.unforeseen(skipped) and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, counted by reason: a skip that nobody sees is a test that nobody has."""
+    reasons = _skipped(terminalreporter)
     if reasons:
         terminalreporter.section("skipped, by reason")
         for reason, number in reasons.most_common():
             terminalreporter.write_line(f"{number:5}  {reason}")
+    for reason in skips.unforeseen(reasons):
+        terminalreporter.write_line(
+            f"ERROR: the lane {skips.LANE} must not skip this: {reason} (tests/support/skips.py)"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("torch is not installed: pip install 'xpuquant[torch]'", name="torch") from None
 import torch.nn.functional as F
 
 from xpuquant.formats.scheme import Scheme

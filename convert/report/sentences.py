@@ -16,7 +16,11 @@ def in_one_line(verdict: Verdict) -> str:
         kind = backend if backend == REFERENCE else f"{backend} {activation}"
         parts.append(f"{kind} within {max(run.error or 0.0 for run in runs):.0e} of float64")
     if verdict.unchecked:
-        parts.append(f"{len(verdict.unchecked)} of {len(verdict.schemes)} modules computed by no real kernel here")
+        missing = "; ".join(verdict.unavailable.values())
+        parts.append(
+            f"{len(verdict.unchecked)} of {len(verdict.schemes)} modules computed by no real kernel here"
+            + (f" ({missing})" if missing else "")
+        )
     if verdict.warnings:
         parts.append(f"{len(verdict.warnings)} warnings in verify.md")
     return "; ".join(parts)

@@ -40,13 +40,17 @@ def verify_folder(
 
     Raises:
         UsageError: not a converted folder, not of this source, an unknown backend. DamagedError: an unsound source.
-        EnvironmentFault: unreadable files, a report that cannot be written, network.
+        EnvironmentFault: a backend of `backends` that does not run here, unreadable files, a report that cannot be
+            written, network.
     """
     if report is not None and report.resolve() == out.resolve():
         raise UsageError(Argument("report", str(report)), ": is what is checked; name another folder")
     if revision is not None and source is None:
         raise UsageError(Argument("revision"), " is one of the source's: give ", Argument("source"), " too")
     chosen = select(backends)
+    for backend in chosen:
+        if backend.name in backends and (reason := backend.unavailable()) is not None:
+            raise EnvironmentFault(Argument("backends", backend.name), f": {reason}")
     opened = None if source is None else _open(source, revision, out, reporter)
     reporter.phase("verify", 2 * weigh(out) if out.is_dir() else 0)
     verdict = verify(out, opened, chosen, every=every, jobs=jobs or default_jobs(), progress=reporter.advance)

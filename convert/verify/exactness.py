@@ -10,7 +10,6 @@ byte by byte. Scales that were rounded on request are compared with the rounded 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from xpuquant.conversion.options import cores
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Progress
@@ -123,7 +123,7 @@ def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checke
 def run_all(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
     """Results of the calls, in order, from `jobs` threads. The first error stops what has not begun."""
     # All of it is arithmetic: more threads than processors only take each other's caches.
-    with ThreadPoolExecutor(min(jobs, len(os.sched_getaffinity(0))), "verify") as workers:
+    with ThreadPoolExecutor(min(jobs, cores()), "verify") as workers:
         running = [workers.submit(call) for call in calls]
         try:
             return [future.result() for future in running]

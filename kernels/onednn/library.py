@@ -20,6 +20,8 @@ _DEPENDENCIES = (
     ("intel-cmplr-lib-rt", "libintlc.so."),
     ("intel-cmplr-lib-rt", "libimf.so"),
     ("intel-cmplr-lib-rt", "libsvml.so"),
+    ("intel-cmplr-lib-rt", "libirng.so"),
+    ("intel-opencl-rt", "libOpenCL.so."),  # linked by the releases of 2025; links the four above
     ("intel-sycl-rt", "libsycl.so."),
 )
 _SYCL_CPU_DEVICE = ("intel-opencl-rt", "libintelocl.so")

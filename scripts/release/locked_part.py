@@ -3,7 +3,8 @@
     python scripts/release/locked_part.py EXTRA,EXTRA... FOLDER
 
 `FOLDER/hashed` is for `pip install --require-hashes --no-deps`; `FOLDER/unhashed` names what the lock gives no hash
-for, and may be empty. For scripts/setup, which runs it before anything is installed: the standard library only.
+for, `FOLDER/uncovered` the extras that it was not made for; both may be empty. For scripts/setup, which runs it before
+anything is installed: the standard library only.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ def unhashed(lock: str, extras: list[str]) -> list[str]:
 def main() -> None:
     extras, folder = sys.argv[1].split(","), Path(sys.argv[2])
     lock = (ROOT / ".ci" / "requirements.lock").read_text()
+    covered = re.findall(r"extras ([a-z,]+)\.", lock)[0].split(",")
+    (folder / "uncovered").write_text(",".join(extra for extra in extras if extra not in covered))
+    extras = [extra for extra in extras if extra in covered]
     (folder / "hashed").write_text(part(lock, extras) + "\n")
     (folder / "unhashed").write_text("\n".join(unhashed(lock, extras)))
 
