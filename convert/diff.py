@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from xpuquant.conversion.progress import Reporter
-from xpuquant.conversion.sources.repo_files import index_file, list_files, parse_index, read_json, shard_files
+from xpuquant.conversion.sources.repo_files import list_files, read_json
 from xpuquant.conversion.sources.shard_reader import ShardReader
+from xpuquant.conversion.sources.weight_files import index_file, parse_index, pick_weight_files
 from xpuquant.errors import DamagedError, UsageError
 from xpuquant.formats.checkpoint import Slice, whole
 from xpuquant.formats.dtypes import BITS
@@ -73,7 +74,7 @@ class Tensors:
             names = list_files(path)
             index_name = index_file(names)
             index = None if index_name is None else parse_index(read_json(path / index_name), index_name)
-            folder, (shards, _) = path, shard_files(names, index, index_name)
+            folder, shards = path, pick_weight_files(names, index, index_name).shards
         elif path.is_file():
             folder, shards = path.parent, (path.name,)
         else:

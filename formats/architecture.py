@@ -90,9 +90,58 @@ def layer_of(name: str) -> LayerKind:
     return LAYERS.get(name.rpartition(".")[2], _UNKNOWN)
 
 
+_LOOKED_UP = frozenset(
+    {
+        "embed",
+        "embeds",
+        "embedding",
+        "embeddings",
+        "embd",
+        "emb",
+        "embedders",
+        "wte",
+        "wpe",
+        "lookup",
+        "table",
+        "tables",
+        "codebook",
+    }
+)
+_MULTIPLIED = frozenset(
+    {
+        "proj",
+        "projs",
+        "projection",
+        "projector",
+        "projections",
+        "out",
+        "output",
+        "head",
+        "unembed",
+        "norm",
+        "gate",
+        "mlp",
+        "fc",
+        "linear",
+        "dense",
+        "conv",
+        "patch",
+        "query",
+        "key",
+        "value",
+    }
+)
+
+
 def is_embedding(name: str) -> bool:
-    """Whether a module is a table of rows to look up."""
-    return layer_of(name).embedding
+    """Whether a module is a table of rows to look up, by its role: the words of its name say it looks something up
+    (`embed_tokens_per_layer`, `wpe`, `ngram_embeddings.3`), and none says that it multiplies (`embed_out` is GPT-NeoX's
+    head, `embedding_projection` a linear)."""
+    *_, parent, leaf = ("", "", *name.split("."))
+    if leaf.isdigit():
+        leaf = parent
+    words = set(leaf.lower().split("_"))
+    return layer_of(name).embedding or leaf == "shared" or bool(words & _LOOKED_UP and not words & _MULTIPLIED)
 
 
 def splits_along_k(name: str) -> bool:

@@ -18,7 +18,7 @@ from xpuquant.formats.safetensors import Tensor
 
 Array = np.ndarray[Any, Any]
 
-COMPRESSED_TENSORS = frozenset({"compressed-tensors", "compressed_tensors"})
+COMPRESSED_TENSORS = frozenset({"compressed-tensors", "compressed_tensors", "llm-compressor", "llmcompressor"})
 """Values of `quant_method` that the compressed-tensors library, and those who write for it, have used."""
 
 
@@ -120,9 +120,11 @@ class Checkpoint:
 
     @property
     def method(self) -> str:
-        """`quant_method`, lower case; empty when the config names none."""
+        """`quant_method` in lower case, with hyphens, without the engine's kernel in it (`gptq_marlin` is `gptq`,
+        `intel/auto-round` is `auto-round`); empty when the config names none."""
         method = self.quantization.get("quant_method") or self.quantization.get("method") or ""
-        return str(method).lower()
+        name = str(method).lower().rpartition("/")[2].replace("_", "-")
+        return name.removesuffix("-marlin")
 
     @property
     def text_config(self) -> Mapping[str, Any]:

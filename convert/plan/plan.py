@@ -131,4 +131,5 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         part.nbytes for shard in shards for tensor in shard.tensors for piece in tensor.pieces for part in piece.inputs
     )
     quantization = checkpoint.quantization
-    return Plan(options, tuple(planned), passed, shards, checkpoint.notes, read_bytes, quantization)
+    notes = (*checkpoint.notes, *reading.notes)
+    return Plan(options, tuple(planned), passed, shards, notes, read_bytes, quantization)

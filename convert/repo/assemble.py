@@ -22,20 +22,18 @@ from xpuquant.conversion.repo.provenance import provenance_record
 from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.sources.quantization import without_quantization
+from xpuquant.conversion.sources.weight_files import INDEX
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import EnvironmentFault
 
 PRODUCER = f"xpuquant {__version__}"
-INDEX = "model.safetensors.index.json"
 _EARLIER_CARD = "README.earlier.md"
 
 
 def output_config(plan: Plan, source: Source) -> dict[str, Any]:
     """config.json of the output: the source's, with our quantization_config and nobody else's."""
-    config = {key: value for key, value in source.checkpoint.config.items() if key != "compression_config"}
-    text = config.get("text_config")
-    if isinstance(text, dict) and "quantization_config" in text:
-        config["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    config = without_quantization(source.checkpoint.config)
     config["quantization_config"] = plan.quantization_config(PRODUCER)
     return config
 

@@ -7,6 +7,7 @@ unpickled or executed. A shard that changes while it is read is noticed by `chec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from xpuquant.conversion.sources.repo_files import FoundFiles
-from xpuquant.errors import DamagedError, one_line
+from xpuquant.errors import DamagedError, UsageError, one_line
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array
 from xpuquant.formats.safetensors import Tensor
 
@@ -89,15 +90,42 @@ def checkpoint_of(
 
     Raises:
         DamagedError: index and headers contradict each other.
+        UsageError: files of which it cannot be told whether they belong together.
     """
     notes = list(found.notes)
     tensors: dict[str, Tensor] = {}
+    places = _module_files(found.index or {})
     for header in headers:
-        _merge_header(tensors, notes, header, found.index)
+        if found.index is None and len(found.shards) > 1:
+            _check_no_adapter(header)
+        _merge_header(tensors, notes, header, found.index, places)
     for name, shard in (found.index or {}).items():
         if name not in tensors:
             raise DamagedError(f"{shard}: the index lists '{name}', the file does not hold it")
     return Checkpoint(found.config, found.quantization, tensors, peek, tuple(notes))
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _module_files(index: Mapping[str, str]) -> dict[str, set[str]]:
+    places: dict[str, set[str]] = {}
+    for name, file in index.items():
+        places.setdefault(_module(name), set()).add(file)
+    return places
+
+
+_ADAPTER = re.compile(r"(?:.*\.)?lora_(?:[AB]|down|up|embedding_[AB]|magnitude_vector)(?:\..*)?|base_model\.model\..*")
+
+
+def _check_no_adapter(header: Mapping[str, Tensor]) -> None:
+    """Raises UsageError for a file that is an adapter, whatever it is called, among others that no index lists."""
+    if header and all(_ADAPTER.fullmatch(name) for name in header):
+        name, tensor = next(iter(header.items()))
+        raise UsageError(
+            f"{tensor.file} is an adapter ('{name}'), not weights of the model, and no index tells; move it away"
+        )
 
 
 def _merge_header(
@@ -105,28 +133,41 @@ def _merge_header(
     notes: list[str],
     header: Mapping[str, Tensor],
     index: Mapping[str, str] | None,
+    places: Mapping[str, set[str]],
 ) -> None:
     """Add one shard's tensors. Where two shards hold the same name, the index says which is meant.
 
+    A shard may be another checkpoint's, of which the index takes a few tensors (vllm-project/vllm#54230): what it does
+    not list of a module that lies elsewhere is the other checkpoint's. What it lists nowhere else it has forgotten.
+
+    Args:
+        places: module → the files that the index takes it from.
+
     Raises:
-        DamagedError: a name twice, and no index to decide.
+        UsageError: a name twice, and no index to decide.
     """
     ignored: list[str] = []
     unlisted: list[str] = []
+    foreign: list[str] = []
     for name, tensor in header.items():
         listed = None if index is None else index.get(name)
         if listed is not None and listed != tensor.file:
             ignored.append(name)
             continue
+        if index is not None and listed is None and tensor.file not in places.get(_module(name), {tensor.file}):
+            foreign.append(name)
+            continue
         if name in tensors:
-            raise DamagedError(
-                f"'{name}' is in both {tensors[name].file} and {tensor.file}, and no index says which is meant"
+            raise UsageError(
+                f"'{name}' is in both {tensors[name].file} and {tensor.file}, and no index says which is meant; "
+                "remove one of the files"
             )
         if index is not None and listed is None:
             unlisted.append(name)
         tensors[name] = tensor
     for names, what in (
         (ignored, "the index takes from another file: ignored"),
+        (foreign, "the index does not list, and whose module it takes from another file: ignored"),
         (unlisted, "the index does not list: taken along"),
     ):
         if names:

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -175,7 +176,7 @@ class HubSource:
         for name in self.found.extra:
             self.remote.download(name)
         self.remote.remember()
-        return CachedSource(folder, self.name, self.remote.commit, self.left_files)
+        return CachedSource(folder, self.name, self.remote.commit, self)
 
     def _find(self) -> FoundFiles:
         names = sorted(self.remote.sizes)
@@ -209,12 +210,15 @@ class HubSource:
 class CachedSource(LocalSource):
     """A repository whose files are in the client's cache."""
 
-    def __init__(self, folder: Path, repo_id: str, commit: str, left: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, repo_id: str, commit: str, planned: HubSource | None = None) -> None:
+        """`planned` is the repository as it was seen before the download: files that are not needed are not here, but
+        are told of all the same."""
         super().__init__(folder)
         self.name = repo_id
         self.revision = commit
-        if left is not None:
-            self.left_files = left
+        if planned is not None:
+            self.left_files = planned.left_files
+            self.checkpoint = replace(self.checkpoint, notes=planned.checkpoint.notes)
 
     def fingerprint(self) -> str:
         return f"{self.name}@{self.revision}"

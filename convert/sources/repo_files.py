@@ -10,19 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, one_line
+from xpuquant.conversion.sources.quantization import (
+    QUANTIZATION_FILES,
+    describes_quantization,
+    quantization_config,
+)
+from xpuquant.conversion.sources.weight_files import (
+    ADAPTER_CONFIG,
+    PICKLED,
+    WeightFiles,
+    index_file,
+    is_index,
+    parse_index,
+    pick_weight_files,
+)
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 _MAX_CONFIG_BYTES = 32 << 20
 _MAX_INDEX_BYTES = 128 << 20  # about 10^6 tensors, as for a header
 _MAX_CONTAINERS = 2_000_000  # an empty list is 3 bytes of text, 64 of memory
 _MAX_DEPTH = 100
 _MAX_FILES = 100_000
-_INDEX = "model.safetensors.index.json"
-_ANY_INDEX = ".safetensors.index.json"
-_SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", ".npz", ".mlmodel")
-_QUANTIZATION_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+_PICKLED_INDEX = re.compile(r"[\w.-]+\.(?:bin|h5|msgpack)\.index(?:\.[\w-]+)?\.json")
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".xpuquant"}
 _WEIGHT_FOLDERS = {"original", "metal"}
 
@@ -68,13 +78,27 @@ def sort_files(names: Sequence[str], locate: Callable[[str], Path]) -> FoundFile
     Raises: as `find_files`.
     """
     config = read_json(locate("config.json"))
-    others = {name: read_json(locate(name)) for name in _QUANTIZATION_CONFIGS if name in names}
+    others = {name: read_json(locate(name)) for name in QUANTIZATION_FILES if name in names}
     quantization, notes = quantization_config(config, others)
     index_name = index_file(names)
     index = None if index_name is None else parse_index(read_json(locate(index_name)), index_name)
-    shards, shard_notes = shard_files(names, index, index_name)
-    extra, left = extra_files(names, shards, index_name)
-    return FoundFiles(config, quantization, shards, index, extra, left, (*notes, *shard_notes))
+    named = config.get("transformers_weights")
+    weights = pick_weight_files(names, index, index_name, named if isinstance(named, str) else None)
+    extra, left = extra_files(names, weights, _dense_folders(names, locate))
+    return FoundFiles(config, quantization, weights.shards, weights.index, extra, left, (*notes, *weights.notes))
+
+
+def _dense_folders(names: Sequence[str], locate: Callable[[str], Path]) -> frozenset[str]:
+    """Folders of a Sentence Transformers model's further modules (`2_Dense/model.safetensors`): parts of the model
+    that are no part of its Transformers checkpoint. `modules.json` lists them."""
+    if "modules.json" not in names:
+        return frozenset()
+    try:
+        modules = json.loads(locate("modules.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return frozenset()
+    listed = modules if isinstance(modules, list) else []
+    return frozenset(str(module.get("path")) for module in listed if isinstance(module, dict) and module.get("path"))
 
 
 def list_files(folder: Path) -> list[str]:
@@ -132,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DamagedError: not JSON, not an object, or too large for what it is. EnvironmentFault: unreadable.
     """
-    limit = _MAX_INDEX_BYTES if path.name.endswith(_ANY_INDEX) else _MAX_CONFIG_BYTES
+    limit = _MAX_INDEX_BYTES if is_index(path.name) else _MAX_CONFIG_BYTES
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -171,127 +195,36 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"nested more than {_MAX_DEPTH} deep")
 
 
-def quantization_config(
-    config: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, Any], list[str]]:
-    """The quantization config, from the places producers put it, and notes where they disagree.
-
-    config.json first (`quantization_config`, the text model's, or the legacy `compression_config`), then
-    quantize_config.json and its spellings. Files written by GPTQModel keep the order of `dynamic` rules, which
-    config.json (sorted keys) does not.
-    """
-    text = config.get("text_config")
-    inside = [config, text] if isinstance(text, dict) else [config]
-    found = [place.get("quantization_config") for place in inside] + [config.get("compression_config")]
-    merged: dict[str, Any] = next((dict(value) for value in found if isinstance(value, dict)), {})
-    if not merged and any(value for value in found):
-        raise DamagedError("config.json: quantization_config is not an object")
-    notes: list[str] = []
-    for name, other in others.items():
-        for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format"):
-            if key in merged and key in other and merged[key] != other[key]:
-                notes.append(one_line(f"config.json says {key}={merged[key]!r}, {name} says {other[key]!r}"))
-        if isinstance(other.get("dynamic"), dict):
-            merged["dynamic"] = other["dynamic"]
-        merged = {**other, **merged}
-    if merged and not merged.get("quant_method") and "config_groups" in merged:
-        merged["quant_method"] = "compressed-tensors"
-    if merged and not merged.get("quant_method") and others:
-        merged["quant_method"] = "awq" if "zero_point" in merged or merged.get("version") == "gemm" else "gptq"
-    return merged, notes
-
-
-def index_file(names: Iterable[str]) -> str | None:
-    """The index, by its usual name or the only other one in the root."""
-    found = [name for name in names if name.endswith(_ANY_INDEX) and "/" not in name]
-    if _INDEX in found:
-        return _INDEX
-    if len(found) > 1:
-        raise UsageError(f"more than one index: {', '.join(found)}; keep one")
-    return found[0] if found else None
-
-
-def parse_index(index: Mapping[str, Any], name: str) -> dict[str, str]:
-    """tensor → shard.
-
-    Raises:
-        DamagedError: no weight_map, or a shard that is not a plain file name of this folder.
-    """
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise DamagedError(f"{name}: has no weight_map")
-    for tensor, shard in table.items():
-        if not isinstance(shard, str) or not shard.isprintable() or not shard.endswith(".safetensors"):
-            raise DamagedError(f"{name}: '{tensor}' is in {shard!r}, which is no safetensors file")
-        if PurePosixPath(shard).name != shard or "\\" in shard:
-            raise DamagedError(f"{name}: '{tensor}' is in {shard!r}, outside the folder")
-    return table
-
-
-def shard_files(
-    names: Iterable[str], index: Mapping[str, str] | None, index_name: str | None
-) -> tuple[tuple[str, ...], list[str]]:
-    """The shards of the checkpoint, in order, and what is odd about them.
-
-    Raises:
-        UsageError: there are no safetensors weights.
-        DamagedError: a shard is missing.
-    """
-    present = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    if index is None:
-        if not present:
-            _refuse_pickles(names)
-            raise UsageError("no *.safetensors file in the folder")
-        _complete(present)
-        return tuple(present), []
-    shards = sorted(set(index.values()))
-    there = set(present)
-    for shard in shards:
-        if shard not in there:
-            raise DamagedError(f"{shard} is missing, {index_name} lists it; download it again")
-    listed = set(shards)
-    extra = [name for name in present if name not in listed]
-    notes = [f"{name} is not in {index_name}: left out, as loaders do" for name in extra]
-    return tuple(shards), notes
-
-
-def _complete(present: Iterable[str]) -> None:
-    held: dict[int, set[int]] = {}
-    for name in present:
-        if match := _SHARD.fullmatch(name):
-            held.setdefault(int(match[2]), set()).add(int(match[1]))
-    for total, numbers in held.items():
-        # The smallest that is absent: at most one more than there are files.
-        missing = next(number for number in range(1, len(numbers) + 2) if number not in numbers)
-        if missing <= total:
-            raise DamagedError(f"shard {missing} of {total} is missing; download it again")
-
-
-def _refuse_pickles(names: Iterable[str]) -> None:
-    for name in names:
-        if name.endswith(_PICKLED):
-            raise UsageError(
-                f"{name}: pickled weights are never opened (they can run code); save the model as safetensors "
-                "first: model.save_pretrained(folder, safe_serialization=True)"
-            )
-
-
 def extra_files(
-    names: Iterable[str], shards: Iterable[str], index_name: str | None
+    names: Iterable[str], weights: WeightFiles, kept: frozenset[str] = frozenset()
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """(files to copy, file → reason for those that are not). Nothing is forgotten by an allow-list."""
-    mine = {*shards, index_name, "config.json"}
+    """(files to copy, file → reason for those that are not). Nothing is forgotten by an allow-list.
+
+    Args:
+        weights: what the checkpoint consists of.
+        kept: folders whose weights are copied as they are.
+    """
+    mine = {*weights.shards, weights.index_name, "config.json"}
     copied: list[str] = []
     left: dict[str, str] = {}
+    mistral = any(why.startswith("Mistral") for why in weights.left.values())
     for name in names:
         if name in mine:
             continue
         path = PurePosixPath(name)
-        if path.suffix == ".safetensors" or name.endswith(_ANY_INDEX):
+        if name in weights.left:
+            left[name] = weights.left[name]
+        elif path.suffix == ".safetensors" and path.parent.as_posix() in kept:
+            copied.append(name)
+        elif path.suffix == ".safetensors" or is_index(name):
             left[name] = "weights outside the index"
-        elif path.suffix in _PICKLED or path.suffix in _OTHER_WEIGHTS or path.parts[0] in _WEIGHT_FOLDERS:
+        elif path.name == ADAPTER_CONFIG:
+            left[name] = "describes an adapter"
+        elif path.suffix in PICKLED or path.suffix in _OTHER_WEIGHTS or path.parts[0] in _WEIGHT_FOLDERS:
             left[name] = "weights of another format"
-        elif name in _QUANTIZATION_CONFIGS:
+        elif _PICKLED_INDEX.fullmatch(name) or (mistral and name == "params.json"):
+            left[name] = "describes weights that are left out"
+        elif describes_quantization(name):
             left[name] = "describes the source's quantization"
         elif name in ("README.md", "xpuquant.json", "verify.json", "verify.md", "verify.html", "verify.svg"):
             left[name] = "written anew"

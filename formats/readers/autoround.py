@@ -25,7 +25,7 @@ from xpuquant.formats.readers.base import Parts
 from xpuquant.formats.readers.patterns import check_count, searches
 from xpuquant.formats.weights.base import Weight
 
-AUTOROUND_METHODS = frozenset({"auto-round", "auto_round", "autoround", "intel/auto-round", "intel/auto_round"})
+AUTOROUND_METHODS = frozenset({"auto-round", "autoround", "inc"})
 
 _MODEL_FREE_MENDED = (0, 16)
 _UNQUANTIZED_BITS = 16

@@ -18,7 +18,7 @@ from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, columns, whole
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD
 from xpuquant.formats.readers.base import Parts, float_scale, need
-from xpuquant.formats.readers.config_keys import check_no_rotation, integer, overridden, symmetry
+from xpuquant.formats.readers.config_keys import integer, overridden, symmetry
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, FillRecipe, Recipe, Weight
 from xpuquant.formats.weights.decoded import Decoded, in_order, subtract_zeros
@@ -89,7 +89,7 @@ def _word_columns(tensor: Tensor, start: int, stop: int) -> Slice:
 
 class Awq:
     name = "awq"
-    methods = frozenset({"awq", "autoawq", "auto_awq"})
+    methods = frozenset({"awq", "autoawq", "auto-awq", "llm-awq"})
     suffixes = frozenset({"qweight", "qzeros", "scales"})
 
     def claims(self, parts: Parts) -> bool:
@@ -101,7 +101,6 @@ class Awq:
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
         config = checkpoint.quantization
-        check_no_rotation(config)
         merged = overridden(config, name)
         qweight, scales = parts["qweight"], parts["scales"]
         qzeros = parts.get("qzeros")

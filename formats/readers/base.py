@@ -28,7 +28,7 @@ class Reader(Protocol):
 
     @property
     def methods(self) -> frozenset[str]:
-        """Values of `quant_method` that may announce this format."""
+        """Values of `quant_method` that may announce this format, as `Checkpoint.method` spells them."""
         ...
 
     @property

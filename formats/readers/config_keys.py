@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xpuquant.errors import UnsupportedError, UsageError
+from xpuquant.errors import UsageError
 from xpuquant.formats.readers.autoround import module_overrides
 from xpuquant.formats.readers.patterns import matches
-
-_ROTATIONS = ("rotation", "rotation_config", "spinquant_config")
 
 
 def overridden(config: Mapping[str, Any], module: str) -> dict[str, Any]:
@@ -36,13 +34,6 @@ def symmetry(config: Mapping[str, Any]) -> bool | None:
     if isinstance(config.get("zero_point"), bool):
         return not config["zero_point"]
     return None
-
-
-def check_no_rotation(config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedError where the activations would have to be rotated at run time."""
-    for key in _ROTATIONS:
-        if config.get(key):
-            raise UnsupportedError(f"the config asks for an online rotation ('{key}'), which no kernel here applies")
 
 
 def _dynamic(rules: Any, module: str) -> Mapping[str, Any]:

@@ -35,7 +35,13 @@ _DEFAULT_BLOCK = (128, 128)
 
 class Fp8:
     name = "fp8"
-    methods = frozenset({"fp8", "deepseek_v4_fp8", "modelopt", "quark", "fbgemm_fp8"})
+    methods = frozenset(
+        {
+            *("fp8", "fp8-e4m3", "fp8-e5m2", "deepseek-v4-fp8", "fbgemm-fp8", "ptpc-fp8", "autofp8", "auto-fp8"),
+            *("w8a8-fp8", "blockwise-fp8", "finegrained-fp8", "fp8-per-tensor", "fp8-per-block", "fp8-per-channel"),
+            *("modelopt", "modelopt-fp8", "modelopt-mixed", "quark"),
+        }
+    )
     suffixes = frozenset(
         {
             *SCALES,

@@ -21,7 +21,7 @@ from xpuquant.formats.weights.floats import E8M0, MX_GROUP, FloatWeight, view
 
 class GptOss:
     name = "mxfp4"
-    methods = frozenset({"mxfp4", "gpt_oss_mxfp4"})
+    methods = frozenset({"mxfp4", "gpt-oss-mxfp4"})
     suffixes = frozenset(f"{part}_{end}" for part in STACKS for end in ("blocks", "scales", "bias"))
 
     def claims(self, parts: Parts) -> bool:

@@ -128,7 +128,7 @@ class GptqWeight(SourceInts):
 
 class Gptq:
     name = "gptq"
-    methods = frozenset({"gptq", "gptqmodel", "autogptq", "auto_gptq"})
+    methods = frozenset({"gptq", "gptq-v2", "gptqmodel", "autogptq", "auto-gptq", "marlin", "moe-wna16"})
     suffixes = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
     def claims(self, parts: Parts) -> bool:

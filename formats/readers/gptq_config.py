@@ -9,7 +9,7 @@ from typing import Any
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.autoround import gptq_label
-from xpuquant.formats.readers.config_keys import check_no_rotation, integer, overridden, symmetry
+from xpuquant.formats.readers.config_keys import integer, overridden, symmetry
 
 _V1, _V2, _PLANAR = "gptq", "gptq_v2", "gptq_p"
 
@@ -42,7 +42,6 @@ def gptq_config_of(checkpoint: Checkpoint, module: str) -> GptqConfig:
         UsageError: a value of the wrong type.
     """
     config = checkpoint.quantization
-    check_no_rotation(config)
     if str(config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
         raise UnsupportedError(f"pack_dtype is {config['pack_dtype']!r}; only int32 words are known")
     label = _label(config)
@@ -60,7 +59,7 @@ def gptq_config_of(checkpoint: Checkpoint, module: str) -> GptqConfig:
 
 def _writer(config: Mapping[str, Any]) -> str:
     """Who packed the file: writers differ in how they store a zero point of 0 minus one."""
-    if "round" in str(config.get("quant_method", "")).lower() or config.get("autoround_version"):
+    if _is_autoround(config) or config.get("autoround_version"):
         return "auto-round"
     meta = config.get("meta")
     quantizer = str(meta.get("quantizer") if isinstance(meta, Mapping) else "").lower()
@@ -72,9 +71,15 @@ def _writer(config: Mapping[str, Any]) -> str:
 def _label(config: Mapping[str, Any]) -> str:
     if config.get("is_marlin_format"):
         raise UnsupportedError("the tensors are in Marlin's tile order (is_marlin_format)")
-    if "round" in str(config.get("quant_method", "")).lower():
+    if _is_autoround(config):
         return gptq_label(config)
     label = str(config.get("checkpoint_format") or config.get("format") or _V1).lower()
     if label not in (_V1, _V2, _PLANAR):
         raise UnsupportedError(f"checkpoint_format '{label}' is not known; known: gptq, gptq_v2, gptq_p")
     return label
+
+
+def _is_autoround(config: Mapping[str, Any]) -> bool:
+    """`inc` is vLLM's name of AutoRound."""
+    method = str(config.get("quant_method", "")).lower()
+    return "round" in method or method == "inc"

@@ -33,7 +33,7 @@ request 538) and in 0.14.0."""
 
 class Mxfp4:
     name = "mxfp4"
-    methods = frozenset({"quark", "fp8"})
+    methods = frozenset({"quark", "fp8", "mxfp4"})
     suffixes = frozenset({"weight_packed", *SCALES})
 
     def claims(self, parts: Parts) -> bool:

@@ -16,7 +16,7 @@ from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeigh
 
 class Mxfp8:
     name = "mxfp8"
-    methods = frozenset({"mxfp8"})
+    methods = frozenset({"mxfp8", "modelopt-mxfp8"})
     suffixes = frozenset(SCALES)
 
     def claims(self, parts: Parts) -> bool:

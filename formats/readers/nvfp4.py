@@ -58,7 +58,7 @@ class Nvfp4Weight(FloatWeight):
 
 class Nvfp4:
     name = "nvfp4"
-    methods = frozenset({"modelopt", "modelopt_fp4"})
+    methods = frozenset({"modelopt", "modelopt-fp4", "modelopt-mixed", "nvfp4"})
     suffixes = frozenset(
         {
             "weight_packed",

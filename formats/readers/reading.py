@@ -1,20 +1,23 @@
 """How a checkpoint's tensors find their readers.
 
 Tensors are grouped by module (`P.qweight`, `P.scales`, ... belong to P). Each group goes to the one reader that claims
-it from names, dtypes and shapes alone. The config is asked, by that reader, for what tensors cannot say.
+it from names, dtypes and shapes alone. The config is asked, by that reader, for what tensors cannot say. What is
+left over is sorted out by `leftovers.py`: nothing is dropped or kept without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xpuquant.errors import DamagedError, UnsupportedError, UsageError
+from xpuquant.errors import DamagedError, UnsupportedError, UsageError, shown
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.readers import READERS
 from xpuquant.formats.readers.base import Parts
+from xpuquant.formats.readers.leftovers import PLAIN, factor_reason, is_plain, sort_leftovers
 from xpuquant.formats.readers.stacked import codes_of_stack, expert_parts, read_stack
+from xpuquant.formats.readers.transforms import online_transform, unknown_keys
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 
@@ -26,11 +29,13 @@ class Reading:
     weights   every quantized matrix, in file order
     refused   module → reason, for modules that cannot be read into normal form
     rest      tensors that belong to no quantized matrix, in file order: they pass through
+    notes     what was dropped, and what the config says that nobody here knows
     """
 
     weights: tuple[Weight, ...]
     refused: Mapping[str, str]
     rest: tuple[Tensor, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read(checkpoint: Checkpoint) -> Reading:
@@ -41,7 +46,8 @@ def read(checkpoint: Checkpoint) -> Reading:
         DamagedError: a tensor is missing or misshapen.
     """
     _check_method(checkpoint)
-    weights: list[Weight] = []
+    transform = online_transform(checkpoint)
+    quantized: dict[str, list[Weight]] = {}
     refused: dict[str, str] = {}
     for name, parts in modules(checkpoint).items():
         with guarded(name):
@@ -49,35 +55,37 @@ def read(checkpoint: Checkpoint) -> Reading:
             asked = parts if codes is None else _first(name, parts, codes)
             reader = next((reader for reader in READERS if reader.claims(asked)), None)
         if reader is None:
-            if _looks_quantized(parts):
-                shown = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(parts.items()))
-                refused[name] = f"no known format has these tensors: {shown}"
+            if not is_plain(parts) and _looks_quantized(parts):
+                refused[name] = _unknown(name, parts)
             continue
         _check_sound(name, parts)
+        if transform is not None:
+            refused[name] = transform
+            continue
         try:
             with guarded(name):
-                weights += (
+                quantized[name] = (
                     reader.read(checkpoint, name, parts)
                     if codes is None
                     else read_stack(reader, checkpoint, name, parts, codes)
                 )
         except UnsupportedError as error:
             refused[name] = str(error)
+    weights = [weight for found in quantized.values() for weight in found]
     used = {tensor.name for weight in weights for tensor in weight.tensors}
-    for tensor in _unread(checkpoint, used):
-        owner = tensor.name.rpartition(".")[0]
-        refused.setdefault(
-            owner, f"no known format has these tensors: {tensor.name} {tensor.dtype} {list(tensor.shape)}"
-        )
-    rest = tuple(tensor for tensor in checkpoint.tensors.values() if tensor.name not in used)
+    unused = (tensor for tensor in checkpoint.tensors.values() if tensor.name not in used)
+    left = sort_leftovers(str(checkpoint.config.get("model_type")), unused, quantized, refused)
+    refused = {**left.refused, **refused}
+    weights = [weight for name, found in quantized.items() if name not in left.refused for weight in found]
     if not weights and not refused:
         keys = ("packing_format", "checkpoint_format", "format", "version", "quantization_status")
         said = [f"{key} {checkpoint.quantization[key]!r}" for key in keys if checkpoint.quantization.get(key)]
         also = f" ({', '.join(said)})" if said else ""
         raise UsageError(
             f"nothing is quantized: config.json says '{checkpoint.method}'{also}, but no tensor is packed or scaled"
+            + "".join(f"; {note}" for note in checkpoint.notes[:3])
         )
-    return Reading(tuple(weights), refused, rest)
+    return Reading(tuple(weights), refused, tuple(left.passed), (*left.notes, *unknown_keys(checkpoint)))
 
 
 def modules(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
@@ -95,7 +103,7 @@ def modules(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
 
 
 def _is_plain(parts: Parts) -> bool:
-    return len(parts) == 1 and "weight" in parts and parts["weight"].dtype in _PLAIN
+    return len(parts) == 1 and "weight" in parts and parts["weight"].dtype in PLAIN
 
 
 def _first(name: str, parts: Parts, codes: Tensor) -> Parts:
@@ -119,37 +127,31 @@ def _check_sound(name: str, parts: Parts) -> None:
             raise DamagedError(f"{tensor.name} has shape {list(tensor.shape)}: a quantized weight is not empty")
 
 
-def _unread(checkpoint: Checkpoint, used: Collection[str]) -> Iterator[Tensor]:
-    """Tensors that only a quantized module has and no reader took: of a type for nothing else, or packed words with a
-    scale that is named after them (`w13_weight`, `w13_weight_scale`)."""
-    names = checkpoint.tensors
-    for tensor in names.values():
-        if tensor.name in used or tensor.dtype in _PLAIN or len(tensor.shape) < 2:
-            continue
-        scaled = any(f"{tensor.name}{end}" in names for end in ("_scale", "_scales", "_scale_inv"))
-        if tensor.dtype.startswith(("F8_E4", "F8_E5", "F4", "F6")) or scaled:
-            yield tensor
-
-
-_PLAIN = frozenset({"F16", "BF16", "F32", "F64"})
-
 _PLAIN_NAMES = frozenset({"weight", "scale", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"})
 """Suffixes that some format uses for quantized tensors, and unquantized models for float ones: fused experts, a
 norm's `scale`."""
 
 
 def _looks_quantized(parts: Parts) -> bool:
-    return any(tensor.dtype not in _PLAIN or suffix not in _PLAIN_NAMES for suffix, tensor in parts.items())
+    return any(tensor.dtype not in PLAIN or suffix not in _PLAIN_NAMES for suffix, tensor in parts.items())
+
+
+def _unknown(name: str, parts: Parts) -> str:
+    if name.endswith(".act") and parts.keys() == {"scales"}:
+        return factor_reason(parts["scales"])
+    listed = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(parts.items()))
+    return f"no known format has these tensors: {listed}"
 
 
 def _check_method(checkpoint: Checkpoint) -> None:
     if not checkpoint.quantization:
         raise UsageError(
-            "no quantization config: config.json has no 'quantization_config' and there is no "
-            "quantize_config.json; xpuquant converts quantized checkpoints, it does not quantize"
+            "no quantization config: config.json and its parts have no 'quantization_config', and there is no "
+            "quantize_config.json or hf_quant_config.json; xpuquant converts quantized checkpoints and quantizes none"
         )
     methods = frozenset[str]().union(*(reader.methods for reader in READERS))
     if checkpoint.method == "xpuquant":
         raise UsageError("this repo is already converted; use it as it is, or verify it")
     if checkpoint.method and checkpoint.method not in methods:
-        raise UsageError(f"quant_method '{checkpoint.method}' is not supported; known: {', '.join(sorted(methods))}")
+        said = checkpoint.quantization.get("quant_method") or checkpoint.method
+        raise UsageError(f"quant_method {shown(said)} is not supported; known: {', '.join(sorted(methods))}")

@@ -13,15 +13,9 @@ from xpuquant.conversion.repo.checksums import hash_file, is_sealed, seal
 from xpuquant.conversion.repo.journal import STAGING, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.staging import Staging
-from xpuquant.conversion.sources.repo_files import (
-    extra_files,
-    find_files,
-    list_files,
-    parse_index,
-    parse_json,
-    quantization_config,
-    shard_files,
-)
+from xpuquant.conversion.sources.quantization import quantization_config
+from xpuquant.conversion.sources.repo_files import extra_files, find_files, list_files, parse_json
+from xpuquant.conversion.sources.weight_files import WeightFiles, parse_index, pick_weight_files
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 
@@ -43,7 +37,7 @@ def test_everything_but_weights_and_our_own_files_is_copied() -> None:
         "onnx/model.onnx",
     ]
     ours = ["README.md", "xpuquant.json", "verify.json", "quantize_config.json", ".gitattributes"]
-    copied, left = extra_files([*names, *weights, *ours], ["model.safetensors"], None)
+    copied, left = extra_files([*names, *weights, *ours], WeightFiles(("model.safetensors",)))
     assert set(copied) == set(names) - {"config.json", "model.safetensors"}
     assert set(left) == {*weights, *ours} and all(left.values())
 
@@ -58,7 +52,7 @@ def test_everything_but_weights_and_our_own_files_is_copied() -> None:
 )
 def test_missing_shards(present: list[str], index: dict[str, str] | None, message: str) -> None:
     with pytest.raises(DamagedError, match=message):
-        shard_files(present, index, "model.safetensors.index.json" if index else None)
+        pick_weight_files(present, index, "model.safetensors.index.json" if index else None)
 
 
 def test_shards_of_two_sets_and_beside_the_index() -> None:
@@ -67,16 +61,16 @@ def test_shards_of_two_sets_and_beside_the_index() -> None:
         "a-00002-of-00002.safetensors",
         "b-00001-of-00001.safetensors",
     ]
-    assert shard_files(complete, None, None) == (tuple(complete), [])
-    shards, notes = shard_files([*complete, "extra.safetensors"], dict.fromkeys("xyz", complete[0]), "i.json")
-    assert shards == (complete[0],) and len(notes) == 3
+    assert pick_weight_files(complete, None, None) == WeightFiles(tuple(complete))
+    found = pick_weight_files([*complete, "extra.safetensors"], dict.fromkeys("xyz", complete[0]), "i.json")
+    assert found.shards == (complete[0],) and len(found.notes) == 3 == len(found.left)
 
 
 def test_no_weights_and_pickled_ones() -> None:
     with pytest.raises(UsageError, match=r"no \*\.safetensors"):
-        shard_files(["config.json"], None, None)
+        pick_weight_files(["config.json"], None, None)
     with pytest.raises(UsageError, match="never opened"):
-        shard_files(["config.json", "pytorch_model.bin"], None, None)
+        pick_weight_files(["config.json", "pytorch_model.bin"], None, None)
 
 
 def test_index() -> None:

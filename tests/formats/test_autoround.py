@@ -96,8 +96,8 @@ def test_gptq_tensors_under_an_awq_label_are_refused(tmp_path):
     [
         ({"packing_format": "auto_round:fake"}, "packing_format 'auto_round:fake' is fake quantization"),
         ({"packing_format": "auto_round:mlx"}, "packing_format 'auto_round:mlx' is Apple MLX's layout"),
-        ({"rotation_config": {"type": "hadamard"}}, "an online rotation ('rotation_config')"),
-        ({"spinquant_config": {"r1": True}}, "an online rotation ('spinquant_config')"),
+        ({"rotation_config": {"type": "hadamard"}}, "the config asks for 'rotation_config'"),
+        ({"spinquant_config": {"r1": True}}, "the config asks for 'spinquant_config'"),
     ],
 )
 def test_what_is_no_quantized_storage_is_refused_by_name(tmp_path, keys, reason):

@@ -105,7 +105,11 @@ def test_experts(tmp_path):
         ({"backend": "llm-awq"}, {"qweight": (4, 64), "scales": (2, 16)}, "the tensors are in llm-awq's int16 packing"),
         ({}, {"qweight": (64, 4), "scales": (2, 16)}, "is 8-bit AWQ, whose order no known writer defines"),
         ({}, {"qweight": (4, 32), "scales": (2, 16)}, "is neither GPTQ's nor AWQ's packing (a kernel's own order?)"),
-        ({"rotation_config": {"a": 1}}, {"qweight": (64, 2), "scales": (2, 16)}, "an online rotation"),
+        (
+            {"rotation_config": {"a": 1}},
+            {"qweight": (64, 2), "scales": (2, 16)},
+            "the config asks for 'rotation_config'",
+        ),
     ],
 )
 def test_other_packings_are_refused_by_name(tmp_path, config, shapes, reason):

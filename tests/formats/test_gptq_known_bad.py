@@ -169,7 +169,7 @@ def test_damage_is_named(tmp_path, change, message):
         ),
         ({"checkpoint_format": "bitblas"}, "checkpoint_format 'bitblas' is not known"),
         ({"is_marlin_format": True}, "the tensors are in Marlin's tile order (is_marlin_format)"),
-        ({"rotation": "hadamard"}, "the config asks for an online rotation ('rotation')"),
+        ({"rotation": "hadamard"}, "the config asks for 'rotation'"),
         ({"pack_dtype": "int64"}, "pack_dtype is 'int64'; only int32 words are known"),
     ],
 )

@@ -40,7 +40,7 @@ def check_supported(checkpoint: Checkpoint) -> None:
     """Refuse what changes the meaning of every tensor.
 
     Raises:
-        UnsupportedError: sparse or transformed weights.
+        UnsupportedError: sparse weights.
     """
     config = checkpoint.quantization
     fmt = str(config.get("format") or "")
@@ -48,9 +48,6 @@ def check_supported(checkpoint: Checkpoint) -> None:
     sparse = isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense")
     if fmt in _SPARSE_FORMATS or sparse:
         raise UnsupportedError("2:4 or bitmask sparse weights have no XPU kernel")
-    transforms = config.get("transform_config")
-    if isinstance(transforms, Mapping) and transforms.get("config_groups"):
-        raise UnsupportedError("the config asks for online transforms (transform_config), which no kernel here applies")
 
 
 def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:

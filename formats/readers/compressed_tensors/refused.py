@@ -21,7 +21,8 @@ class Refused:
 
     def claims(self, parts: Parts) -> bool:
         sparse = "compressed" in parts and "bitmask" in parts
-        return sparse or ("weight_scale" in parts and "weight" in parts and parts["weight"].dtype in FLOATS)
+        fake = "weight_scale" in parts and "weight" in parts and parts["weight"].dtype in FLOATS
+        return sparse or (fake and "weight_packed" not in parts)
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
         check_supported(checkpoint)

@@ -1,0 +1,214 @@
+"""What lies beside the tensors that readers have used: passed on, dropped with a note, or the reason for a refusal.
+
+A module is a closed world. Whatever stands below the name of a quantized module and was used by no reader changes what
+the module computes, as far as anyone can tell: `pre_quant_scale` of ModelOpt's AWQ, `proj_down` of SVDQuant, the
+matrix of an online rotation, the next one. It is a refusal that names it, unless it is known to change nothing here:
+
+    bias                                    an ordinary tensor of the layer
+    k_scale, v_scale, ...                   scales of the KV cache, which engines take from the file
+    input_scale, activation_scale, ...      static scales of activations, where kernels quantize none, or per token
+    weight beside qweight                   what the codes were made from; engines read the codes
+
+Outside quantized modules, everything passes byte for byte but what is plainly packed, or a factor by its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from xpuquant.formats.dtypes import FLOATS
+from xpuquant.formats.readers.base import STACKS, Parts
+from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.weights.base import Weight
+
+PLAIN = frozenset({"F16", "BF16", "F32", "F64"})
+
+_KV_CACHE = re.compile(r"(?:[kvqp]|kv|prob)_(?:scale(?:_inv)?|zero_point)")
+_KV_LAYERS = ("k_proj", "v_proj", "q_proj", "qkv_proj", "kv_b_proj", "k_b_proj", "v_b_proj", "query_key_value")
+_OF_OUTPUTS = ("output_scale", "output_zero_point")
+
+ACTIVATION_ENDS = (
+    "input_scale",
+    "input_zero_point",
+    "input_global_scale",
+    "input_scale_ub",
+    "activation_scale",
+    "input_scale_inv",
+    *_OF_OUTPUTS,
+)
+"""Ends of static scales of activations. A layer that is not quantized does not quantize its activations either."""
+
+_NOTHING = (*ACTIVATION_ENDS, "weight_shape")
+_BIASES = ("bias", *(f"{part}_bias" for part in STACKS))
+
+_FACTORS = re.compile(
+    r"(?:.*[._])?(?:pre_quant_scale|smooth(?:ing)?_?(?:quant_?)?(?:scale|factor)s?|act\.scales|act_scales|online_had\w*"
+    r"|had_k|had_rem_dim|hadamard\w*|(?:input|output|online|weight)_rotation\w*|rotation_mat(?:rix)?|spin_?quant\w*"
+    r"|quarot\w*)(?:\..*)?",
+    re.I,
+)
+"""Tensors that are a factor of activations by their names, wherever they stand."""
+
+_LORA = re.compile(r"(?:.*\.)?lora_(?:embedding_)?[AB](?:\..*)?")
+_WITH_LORA = ("phi4",)
+"""Beginnings of model_types whose architecture has LoRA matrices (Phi-4-multimodal: one set for each kind of input)."""
+
+_PACKED = frozenset({"I8", "U8", "I16", "U16", "U32"})
+_TABLES = re.compile(r"(?:.*[._])?(?:bias|masked_bias|\w*mask\w*|\w*_ids?|\w*ind(?:ex|ices)\w*|\w*table\w*|\w*2eid)")
+"""Integer tensors that models have: masks, positions, routing tables."""
+
+_SCALING = re.compile(
+    r"(?:w?scales?|s|scale_\w+|\w+_scales?|zeros?|\w*zero_points?|qzeros|absmax|codebooks?|workspace)"
+)
+
+
+@dataclass
+class Sorted:
+    """Tensors that belong to no weight, sorted out.
+
+    passed    written as they are, in file order
+    refused   module → reason
+    notes     what was dropped
+    """
+
+    passed: list[Tensor] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def is_plain(parts: Parts) -> bool:
+    """Whether a module is a float weight with static scales of activations left over beside it."""
+    left = {suffix: tensor for suffix, tensor in parts.items() if not suffix.endswith(_NOTHING)}
+    named = {"weight", *STACKS, *_BIASES}
+    return bool(left) and left.keys() <= named and all(tensor.dtype in PLAIN for tensor in left.values())
+
+
+def sort_leftovers(
+    model_type: str, rest: Iterable[Tensor], quantized: Mapping[str, Sequence[Weight]], refused: Mapping[str, str]
+) -> Sorted:
+    """What becomes of tensors that no weight has used.
+
+    Args:
+        model_type: as config.json says.
+        rest: those tensors, in file order.
+        quantized: module → the weights that its reader made of it.
+        refused: modules that are refused already: what is below them needs no word.
+    """
+    found = Sorted()
+    dropped: dict[str, list[str]] = {}
+    stacks = {name for name, weights in quantized.items() if any(weight.name != name for weight in weights)}
+    beside: dict[str, list[Tensor]] = {}
+    for tensor in rest:
+        owner = _owner(tensor.name, quantized, stacks, refused)
+        if owner is not None:
+            if owner in refused or _passes(owner, tensor.name[len(owner) + 1 :]):
+                found.passed.append(tensor)
+            elif (why := _droppable(tensor, tensor.name[len(owner) + 1 :], quantized[owner])) is not None:
+                dropped.setdefault(why, []).append(tensor.name)
+            else:
+                found.refused.setdefault(owner, _unread(owner, tensor))
+            continue
+        if tensor.name.rpartition(".")[2].endswith(_NOTHING):
+            beside.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
+        found.passed.append(tensor)
+    _check_unquantized(model_type, found, dropped, beside, refused)
+    for why, names in dropped.items():
+        also = f" and {len(names) - 1} more" if names[1:] else ""
+        found.notes.append(f"{names[0]}{also}: dropped; {why}")
+    return found
+
+
+def _owner(
+    name: str, quantized: Mapping[str, Sequence[Weight]], stacks: set[str], refused: Mapping[str, str]
+) -> str | None:
+    """The quantized module that a tensor stands in: its parent, or any module above it that is one linear."""
+    owner, _, _ = name.rpartition(".")
+    parent = owner
+    while owner:
+        if owner in refused or (owner in quantized and (owner == parent or owner not in stacks)):
+            return owner
+        owner, _, _ = owner.rpartition(".")
+    return None
+
+
+def _passes(owner: str, suffix: str) -> bool:
+    return (
+        suffix in _BIASES
+        or _KV_CACHE.fullmatch(suffix) is not None
+        or (suffix in _OF_OUTPUTS and owner.endswith(_KV_LAYERS))
+    )
+
+
+def _droppable(tensor: Tensor, suffix: str, weights: Sequence[Weight]) -> str | None:
+    if suffix.endswith(ACTIVATION_ENDS) and "." not in suffix:
+        return "static scales of activations, which kernels here quantize per token or not at all"
+    if suffix == "weight_shape":
+        return "the shapes of the tensors say it"
+    shape = (weights[0].N, weights[0].K)
+    if suffix == "weight" and tensor.dtype in PLAIN and tensor.shape in (shape, shape[::-1]):
+        return "an unquantized copy beside the codes, which loaders do not read"
+    return None
+
+
+def _unread(owner: str, tensor: Tensor) -> str:
+    suffix = tensor.name[len(owner) + 1 :]
+    shown = f"{suffix} {tensor.dtype} {list(tensor.shape)}"
+    if _FACTORS.fullmatch(suffix):
+        return f"its input is multiplied by {shown} at run time, which no kernel here does"
+    return f"{shown} beside its weight is read by no format here: it may change what the module computes"
+
+
+def _check_unquantized(
+    model_type: str,
+    found: Sorted,
+    dropped: dict[str, list[str]],
+    beside: Mapping[str, Sequence[Tensor]],
+    refused: Mapping[str, str],
+) -> None:
+    """Drop what is left over beside float weights, and refuse what is no plain tensor of a model."""
+    siblings: dict[str, dict[str, Tensor]] = {}
+    for tensor in found.passed:
+        prefix, _, suffix = tensor.name.rpartition(".")
+        siblings.setdefault(prefix, {})[suffix] = tensor
+    gone: set[str] = set()
+    for prefix, tensors in beside.items():
+        if prefix not in refused and is_plain(siblings[prefix]):
+            why = "left over beside a weight that is not quantized"
+            dropped.setdefault(why, []).extend(tensor.name for tensor in tensors)
+            gone |= {tensor.name for tensor in tensors}
+    for tensor in found.passed:
+        prefix = tensor.name.rpartition(".")[0]
+        if prefix in refused:
+            continue
+        if _FACTORS.fullmatch(tensor.name):
+            found.refused.setdefault(prefix, factor_reason(tensor))
+        elif _LORA.fullmatch(tensor.name) and not model_type.startswith(_WITH_LORA):
+            found.refused.setdefault(prefix, "a LoRA adapter inside the checkpoint; merge it into the weights first")
+        elif _is_packed(tensor, siblings[prefix]):
+            shown = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(siblings[prefix].items()))
+            found.refused.setdefault(prefix, f"no known format has these tensors: {shown}")
+    found.passed = [tensor for tensor in found.passed if tensor.name not in gone]
+
+
+def factor_reason(tensor: Tensor) -> str:
+    """Why a model with this factor of activations is refused."""
+    shown = f"{tensor.name.rpartition('.')[2]} {tensor.dtype} {list(tensor.shape)}"
+    if tensor.name.endswith("act.scales"):
+        return f"the activation is divided by {shown} at run time (AutoAWQ's ScaledActivation), which no loader does"
+    return f"activations are multiplied by {shown} at run time, which no kernel here does"
+
+
+def _is_packed(tensor: Tensor, siblings: Parts) -> bool:
+    """Whether an unused tensor is somebody's quantized weight: of a dtype that models do not have, or integers beside
+    scales."""
+    if len(tensor.shape) < 2 or tensor.dtype in FLOATS or _TABLES.fullmatch(tensor.name.rpartition(".")[2]):
+        return False
+    if tensor.dtype[0] == "F" and tensor.dtype not in PLAIN:
+        return True
+    own = tensor.name.rpartition(".")[2]
+    if any(f"{own}{end}" in siblings for end in ("_scale", "_scales", "_scale_inv")):
+        return True
+    scaled = any(_SCALING.fullmatch(suffix) for suffix in siblings)
+    return tensor.dtype in _PACKED or (scaled and tensor.dtype == "I32" and "weight" not in siblings)
