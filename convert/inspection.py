@@ -70,5 +70,5 @@ def inspect_source(source: Source, options: Options, ranks: Sequence[int] = RANK
         survey.refused,
         dict(decisions),
         {n: problems(planned, n) for n in ranks},
-        (*checkpoint.notes, *reading.notes),
+        (*checkpoint.notes, *survey.reading.notes),
     )

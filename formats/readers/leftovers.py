@@ -187,7 +187,7 @@ def _check_unquantized(
         elif _LORA.fullmatch(tensor.name) and not model_type.startswith(_WITH_LORA):
             found.refused.setdefault(prefix, "a LoRA adapter inside the checkpoint; merge it into the weights first")
         elif _is_packed(tensor, siblings[prefix]):
-            shown = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(siblings[prefix].items()))
+            shown = f"{tensor.name} {tensor.dtype} {list(tensor.shape)}"
             found.refused.setdefault(prefix, f"no known format has these tensors: {shown}")
     found.passed = [tensor for tensor in found.passed if tensor.name not in gone]
 

@@ -67,7 +67,7 @@ def read(checkpoint: Checkpoint) -> Reading:
                 quantized[name] = (
                     reader.read(checkpoint, name, parts)
                     if codes is None
-                    else read_stack(reader, checkpoint, name, parts, codes)
+                    else list(read_stack(reader, checkpoint, name, parts, codes))
                 )
         except UnsupportedError as error:
             refused[name] = str(error)
