@@ -151,7 +151,7 @@ def _module(planned: PlannedModule) -> ModuleOutcome:
         conversion.name,
         kind_of(planned.source),
         None if scheme is None else scheme.label(),
-        None if scheme is None else layouts_by_name()[scheme.layout].kernel,
+        None if scheme is None else layouts_by_name()[scheme.layout].kernel_of(scheme),
         planned.nbytes,
         tuple(conversion.facts),
     )

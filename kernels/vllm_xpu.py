@@ -1,8 +1,8 @@
 """The kernels vLLM runs on an Intel GPU: the operators of vllm-xpu-kernels, called as serving calls them.
 
 Linears are oneDNN matmuls; experts go through the CUTLASS grouped GEMM that `XpuFusedMoe` calls for each of its two
-projections, here with one expert. The calls are those of `xpuquant.xpu_ops`, which serves with them; only the
-activations of MX layouts differ, where this backend adds up several terms (`kernels/activation_terms.py`).
+projections, here with one expert. The calls are those of `xpuquant.xpu_ops`, which serves with them. Where a linear's
+operator takes quantized activations only, this backend adds up several terms (`kernels/activation_terms.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xpuquant import xpu_ops
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.activation_terms import mx_terms
+from xpuquant.kernels.activation_terms import fp8_terms, mx_terms
 from xpuquant.kernels.base import Array, Layer
 
 if TYPE_CHECKING:
@@ -113,14 +113,23 @@ def _products(layer: Layer, x: Array, device: str) -> Iterator[torch.Tensor]:
     bias = stored.pop("bias", None)
     if scheme.experts:
         yield xpu_ops.expert_linear(scheme, stored["weight"], stored["weight_scale"], bias, a)
-    elif scheme.layout in ("mxfp4_linear", "mxfp8_linear"):
-        four_bit = scheme.layout == "mxfp4_linear"
-        for codes, exponents in mx_terms(x, "F4" if four_bit else scheme.weight_dtype):
-            term, term_scale = to_torch(codes, device), to_torch(exponents, device).view(torch.float8_e8m0fnu)
-            term = term.view(torch.float4_e2m1fn_x2) if four_bit else term
-            yield xpu_ops.mx_linear(scheme, stored, term, term_scale, a.dtype, bias)
+    elif xpu_ops.rounds_activations(scheme, stored):
+        for codes, scales in _terms(scheme, x):
+            term, term_scale = to_torch(codes, device), to_torch(scales, device)
+            if scheme.layout == "mxfp4_linear":
+                term = term.view(torch.float4_e2m1fn_x2)
+            if scheme.layout != "fp8_linear":
+                term_scale = term_scale.view(torch.float8_e8m0fnu)
+            yield xpu_ops.rounded_linear(scheme, stored, term, term_scale, a.dtype, bias)
             bias = None  # once, with the first term
     else:
         if scheme.act_order:
             a = a.index_select(-1, stored["g_idx"])
         yield xpu_ops.linear(scheme, stored, a, bias)
+
+
+def _terms(scheme: Scheme, x: Array) -> Iterator[tuple[Array, Array]]:
+    """Codes and scales that add up to x, in the groups of the weight."""
+    if scheme.layout == "fp8_linear":
+        return fp8_terms(x, scheme.group_size, scheme.weight_dtype)
+    return mx_terms(x, "F4" if scheme.layout == "mxfp4_linear" else scheme.weight_dtype)

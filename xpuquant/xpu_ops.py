@@ -3,8 +3,9 @@
 What serves (the vLLM plugin, the modules for Transformers) and what verifies (`kernels/vllm_xpu.py`) call the
 functions below, so that a verified call is the call that serves. All of them take the stored bytes as they are.
 
-Sources: vLLM 0.32 `model_executor/kernels/linear/*/xpu.py` for how each operator is called, vllm-xpu-kernels 0.1.16
-`csrc/xpu/` for what it checks, and its `fused_moe_interface.py` for the experts. Torch is imported inside functions
+Sources: vLLM 0.32 and 0.33 `model_executor/kernels/linear/*/xpu.py` and `_xpu_ops.py` for how each operator is called,
+vllm-xpu-kernels `csrc/xpu/` for what it checks, the `fused_moe_interface.py` of each wheel for the experts, and
+`xpu_releases.py` for what differs between releases. Torch is imported inside functions
 only: `kernels` lists its backends without it.
 
 Notation: activations x `[M, K]`, weight `[N, K]`, g = group size.
@@ -13,6 +14,7 @@ Notation: activations x `[M, K]`, weight `[N, K]`, g = group size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from xpuquant.errors import EnvironmentFault
@@ -40,21 +42,25 @@ def check_kernels() -> None:
         )
 
 
-def operators() -> Any:
-    """The operators' namespace `torch.ops._xpu_C`, loaded. vLLM has loaded it; Transformers does not.
+def operators(library: str = "_xpu_C") -> Any:
+    """The namespace `torch.ops._xpu_C` or `torch.ops._C`, loaded. vLLM has loaded both; Transformers does not.
 
     Raises:
         EnvironmentFault: vllm-xpu-kernels is missing, too old, or built for another torch.
     """
     import torch
 
-    if not hasattr(torch.ops._xpu_C, "int4_gemm_w4a16"):
+    namespace = getattr(torch.ops, library)
+    if not hasattr(namespace, _ALWAYS_IN[library]):
         check_kernels()
         try:
-            import vllm_xpu_kernels._xpu_C  # noqa: F401
+            import_module(f"vllm_xpu_kernels.{library}")
         except ImportError as error:
             raise EnvironmentFault(f"vllm-xpu-kernels does not load with torch {torch.__version__}: {error}") from None
-    return torch.ops._xpu_C
+    return namespace
+
+
+_ALWAYS_IN = {"_xpu_C": "int4_gemm_w4a16", "_C": "per_token_group_quant_mxfp4"}
 
 
 def linear(
@@ -65,23 +71,14 @@ def linear(
     Args:
         scheme: how the linear is stored.
         tensors: suffix → stored tensor; int4 scales in the dtype of x.
-        x: bfloat16 or float16; where the scheme is act-order, with its columns permuted already. MX layouts
-            quantize it to MX blocks of the weight's element type, as stock vLLM does.
+        x: bfloat16 or float16; where the scheme is act-order, with its columns permuted already.
         bias: `[N]` in the dtype of x.
     """
     if scheme.layout == "int4_linear":
         return _int4_linear(tensors, x, bias)
-    if scheme.layout == "mxfp4_linear":
-        from vllm.model_executor.layers.quantization.utils.mxfp4_utils import xpu_mxfp4_quantize
-
-        x4, x_scale = xpu_mxfp4_quantize(x)
-        return mx_linear(scheme, tensors, x4, x_scale, x.dtype, bias)
-    if scheme.layout == "mxfp8_linear":
-        from vllm.model_executor.layers.quantization.utils.mxfp8_utils import xpu_mxfp8_quantize
-
-        x8, x_scale = xpu_mxfp8_quantize(x, tensors["weight"].dtype)
-        return mx_linear(scheme, tensors, x8, x_scale, x.dtype, bias)
-    return _fp8_linear(scheme, tensors, x, bias)
+    if rounds_activations(scheme, tensors):
+        return rounded_linear(scheme, tensors, *_round_activations(scheme, tensors, x), x.dtype, bias)
+    return _fp8_linear(tensors, x, bias)
 
 
 def _int4_linear(tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -94,19 +91,52 @@ def _int4_linear(tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: tor
     return operators().int4_gemm_w4a16(x, qweight.t(), bias, scales, zeros, group, None)  # type: ignore[no-any-return]
 
 
-def _fp8_linear(
-    scheme: Scheme, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _fp8_linear(tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Scales per tensor or channel, or one row of blocks, which is a scale per channel once it is spread."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
-    # The operator reads one row of N scales as one per channel, several rows as blocks.
-    if scheme.granularity == "block" and scale.shape[0] == 1:
-        scale = scale.repeat_interleave(weight.shape[0] // scale.shape[1], dim=1)
-    elif scheme.granularity == "channel":
+    if scale.numel() > 1:
         scale = scale.reshape(1, -1)
+        scale = scale.repeat_interleave(weight.shape[0] // scale.shape[1], dim=1)
     return operators().fp8_gemm_w8a16(x, weight.t(), scale, bias)  # type: ignore[no-any-return]
 
 
-def mx_linear(
+def rounds_activations(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a linear's operator takes quantized activations only: MX layouts, and FP8 in blocks.
+
+    `fp8_gemm_w8a16` takes blocks too, but square ones only before 0.1.16.1 (others silently wrong), and stock vLLM
+    never calls it with any. `fp8_gemm` takes the blocks that the checkpoint has, in every release; it is what stock
+    vLLM calls, with activations quantized per token and group of K, as checkpoints with blocks want them.
+    """
+    if scheme.layout in ("mxfp4_linear", "mxfp8_linear"):
+        return True
+    # A single column of activation scales is read as one scale per token, and the weight's as one per channel.
+    return scheme.granularity == "block" and tensors["weight_scale"].shape[0] > 1
+
+
+def _round_activations(
+    scheme: Scheme, tensors: Mapping[str, torch.Tensor], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of x for `rounded_linear`, by the wheel's own quantizers, called as stock vLLM calls them."""
+    import torch
+
+    x = x.contiguous()
+    M, K = x.shape
+    least = 1e-10
+    group = K // tensors["weight_scale"].shape[0]
+    scale = torch.empty((M, K // group), dtype=torch.float32, device=x.device)
+    if scheme.layout == "mxfp4_linear":
+        codes = torch.empty((M, K // 2), dtype=torch.uint8, device=x.device)
+        operators("_C").per_token_group_quant_mxfp4(x, codes, scale, group, least)
+        return codes.view(torch.float4_e2m1fn_x2), scale.to(torch.float8_e8m0fnu)
+    powers = scheme.layout == "mxfp8_linear"
+    codes = torch.empty((M, K), dtype=tensors["weight"].dtype, device=x.device)
+    largest = torch.finfo(codes.dtype).max
+    quantize = operators("_C").per_token_group_fp8_quant
+    quantize(x, codes, scale, group, least, -largest, largest, powers, False, False)
+    return codes, scale.to(torch.float8_e8m0fnu) if powers else scale
+
+
+def rounded_linear(
     scheme: Scheme,
     tensors: Mapping[str, torch.Tensor],
     x: torch.Tensor,
@@ -114,21 +144,23 @@ def mx_linear(
     dtype: torch.dtype,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`x · Wᵀ (+ bias)` of an MX layout, `[M, N]`.
+    """`x · Wᵀ (+ bias)` with activations that are quantized already, `[M, N]`.
 
     Args:
-        scheme: `mxfp4_linear` or `mxfp8_linear`.
+        scheme: one that `rounds_activations`.
         tensors: suffix → stored tensor.
-        x: activations in MX blocks: FP8 `[M, K]` of the weight's type, or `float4_e2m1fn_x2` `[M, K/2]`.
-        x_scale: their `float8_e8m0fnu` scales `[M, K/32]`.
+        x: FP8 `[M, K]` of the weight's type, or `float4_e2m1fn_x2` `[M, K/2]`.
+        x_scale: its scales `[M, K/g]`, g as the weight's: `float8_e8m0fnu` in MX layouts, else float32.
         dtype: of the result and of bias.
     """
     import torch
 
-    weight, scale = tensors["weight"], tensors["weight_scale"].view(torch.float8_e8m0fnu)
+    weight, scale = tensors["weight"], tensors["weight_scale"]
     if scheme.layout == "mxfp4_linear":
-        packed = weight.view(torch.float4_e2m1fn_x2).t()
+        packed, scale = weight.view(torch.float4_e2m1fn_x2).t(), scale.view(torch.float8_e8m0fnu)
         return operators().fp4_gemm(x, packed, x_scale, scale, dtype, bias)  # type: ignore[no-any-return]
+    if scheme.layout == "mxfp8_linear":
+        scale = scale.view(torch.float8_e8m0fnu)
     return operators().fp8_gemm(x, weight.t(), dtype, x_scale, scale, bias)  # type: ignore[no-any-return]
 
 

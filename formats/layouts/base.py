@@ -149,12 +149,16 @@ class Layout(ABC):
 
     name    as it stands in config.json
     family  which `--layout` it belongs to
-    kernel  the XPU kernel that reads it, as plans and cards name it
+    kernel  the XPU kernel that reads it, as plans and cards name it; see `kernel_of`
     """
 
     name: str
     family: str
     kernel: str
+
+    def kernel_of(self, scheme: Scheme) -> str:
+        """The XPU kernel that reads a module stored so."""
+        return self.kernel
 
     @abstractmethod
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:

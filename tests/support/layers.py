@@ -75,19 +75,22 @@ def fp8(
     experts: bool = False,
     dtype: Any = ml_dtypes.float8_e4m3fn,
     block: int = 128,
+    rows: int | None = None,
     bias: bool = False,
     seed: int = 0,
 ) -> tuple[Layer, Array]:
+    """`block`: columns of a block; `rows`: its rows, where they are not as many."""
+    rows = rows or block
     rng = np.random.default_rng(seed)
     codes = rng.normal(scale=60, size=(N, K)).astype(dtype)
-    shape = {"tensor": (1,), "channel": (N,), "block": (K // block, N // block)}[granularity]
+    shape = {"tensor": (1,), "channel": (N,), "block": (K // block, N // rows)}[granularity]
     scales = rng.uniform(1e-4, 1e-3, shape).astype(np.float32)
     wide: Array = scales.astype(np.float64)
     if granularity == "channel":
         wide = wide[:, None]
     elif granularity == "block":
-        wide = np.kron(wide, np.ones((block, block))).T
-    sizes: dict[str, Any] = {"group_size": block, "block_n": block} if granularity == "block" else {}
+        wide = np.kron(wide, np.ones((block, rows))).T
+    sizes: dict[str, Any] = {"group_size": block, "block_n": rows} if granularity == "block" else {}
     scheme = Scheme("fp8_experts" if experts else "fp8_linear", granularity, scale_dtype="F32", **sizes)
     stored = np.ascontiguousarray(codes.T) if experts else codes
     tensors: dict[str, Array] = {"weight": stored, "weight_scale": scales}

@@ -29,7 +29,10 @@ _CODES = "F8_E4M3"
 
 class CtFp8(CtLayout):
     name = "ct_fp8"
-    kernel = "fp8_gemm_w8a16 / fp8_gemm"
+    kernel = "fp8_gemm_w8a16"
+
+    def kernel_of(self, scheme: Scheme) -> str:
+        return "fp8_gemm" if scheme.granularity == "block" else self.kernel
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, CtLinear) or not isinstance(module.weight, FloatWeight):

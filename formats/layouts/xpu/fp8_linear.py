@@ -4,8 +4,8 @@
     P.weight_scale  F32 [1], [N], or [K/128, N/n] where blocks have n rows (`block_n` of the scheme)
     P.input_scale   F32 [1]  where the checkpoint quantizes activations statically
 
-The kernels (`fp8_gemm`, `fp8_gemm_w8a16`, vllm-xpu-kernels csrc/xpu/onednn) take `weight.t()`, and want float32 scales
-that are contiguous as they lie here; a square contiguous weight is read as `[N, K]`, so it is stored so.
+The kernels (`fp8_gemm` for blocks, else `fp8_gemm_w8a16`, vllm-xpu-kernels csrc/xpu/onednn) take `weight.t()`, and want
+float32 scales that are contiguous as they lie here; a square contiguous weight is read as `[N, K]`, so it is stored so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ BLOCK_ROWS = 16
 class Fp8Linear(Layout):
     name = "fp8_linear"
     family = "xpu"
-    kernel = "fp8_gemm_w8a16 / fp8_gemm"
+    kernel = "fp8_gemm_w8a16"
+
+    def kernel_of(self, scheme: Scheme) -> str:
+        return "fp8_gemm" if scheme.granularity == "block" else self.kernel
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, Linear) or not isinstance(module.weight, FloatWeight):
