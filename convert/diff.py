@@ -16,6 +16,7 @@ from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.sources.repo_files import list_files, read_json
 from xpuquant.conversion.sources.shard_reader import ShardReader
 from xpuquant.conversion.sources.weight_files import index_file, parse_index, pick_weight_files
+from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, UsageError
 from xpuquant.formats.checkpoint import Slice, whole
 from xpuquant.formats.dtypes import BITS
@@ -73,13 +74,13 @@ class Tensors:
         if path.is_dir():
             names = list_files(path)
             index_name = index_file(names)
-            index = None if index_name is None else parse_index(read_json(path / index_name), index_name)
+            index = None if index_name is None else parse_index(read_json(Tree(path), index_name), index_name)
             folder, shards = path, pick_weight_files(names, index, index_name).shards
-        elif path.is_file():
-            folder, shards = path.parent, (path.name,)
+        elif path.exists():
+            folder, shards = path.resolve().parent, (path.resolve().name,)
         else:
             raise UsageError(f"{path}: no such file or folder")
-        self.reader = ShardReader(folder, shards)
+        self.reader = ShardReader(Tree(folder), shards)
         self.tensors: dict[str, Tensor] = {}
         for shard in shards:
             for name, tensor in self.reader.header(shard).items():

@@ -101,7 +101,7 @@ def parse_header(header: bytes, file: str, file_size: int) -> dict[str, Tensor]:
     data_start = PREFIX_BYTES + len(header)
     with _collector_paused():
         entries = _load_json(header, file)
-        entries.pop(METADATA_KEY, None)
+        _check_metadata(entries.pop(METADATA_KEY, {}), file)
         # Popped, so that a million entries do not stay beside a million tensors.
         tensors = [_tensor(name, entries.pop(name), file, data_start) for name in list(entries)]
         tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
@@ -180,6 +180,17 @@ def _load_json(header: bytes, file: str) -> dict[str, Any]:
     if not isinstance(entries, dict):
         _damaged(file, "has a header that is not a JSON object")
     return entries
+
+
+def _check_metadata(metadata: Any, file: str) -> None:
+    """Text to text, as the reference implementation wants it (`HashMap<String, String>`): loaders stop at any other."""
+    if metadata is None:
+        return
+    if type(metadata) is not dict:
+        _damaged(file, f"has a {METADATA_KEY} that is no object: {shown(metadata)}")
+    for name, value in metadata.items():
+        if type(value) is not str:
+            _damaged(file, f"has a {METADATA_KEY} with {shown(name)} that is no text: {shown(value)}")
 
 
 def _tensor(name: str, entry: Any, file: str, data_start: int) -> Tensor:

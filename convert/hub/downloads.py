@@ -8,8 +8,9 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
+
+from xpuquant.conversion.tree import Tree
 
 
 class FileProgress:
@@ -56,21 +57,21 @@ class FileProgress:
 class Downloads:
     """Downloads files, a few at a time, in the order asked for."""
 
-    def __init__(self, download: Callable[[str], Path], at_once: int) -> None:
+    def __init__(self, download: Callable[[str], Tree], at_once: int) -> None:
         self._download = download
-        self._waiting: queue.SimpleQueue[tuple[str, Future[Path]]] = queue.SimpleQueue()
-        self._futures: dict[str, Future[Path]] = {}
+        self._waiting: queue.SimpleQueue[tuple[str, Future[Tree]]] = queue.SimpleQueue()
+        self._futures: dict[str, Future[Tree]] = {}
         self._lock = threading.Lock()
         for number in range(at_once):
             threading.Thread(target=self._work, name=f"download-{number}", daemon=True).start()
 
-    def start(self, name: str) -> Future[Path]:
+    def start(self, name: str) -> Future[Tree]:
         """Begin to download a file; where it lies, once it is here. A download that failed is begun again."""
         with self._lock:
             known = self._futures.get(name)
             if known is not None and not (known.done() and known.exception() is not None):
                 return known
-            future: Future[Path] = Future()
+            future: Future[Tree] = Future()
             self._futures[name] = future
         self._waiting.put((name, future))
         return future

@@ -15,7 +15,6 @@ branch (`Target.stage`); the final commit copies them from there. A staging bran
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -23,13 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xpuquant.conversion.hub.blobs import Blob, git_digest
 from xpuquant.conversion.hub.client import WAITS, connect, explain, is_transient, status_of
-from xpuquant.conversion.hub.target import MAIN, Blob, Destination, Target
+from xpuquant.conversion.hub.target import MAIN, Destination, Target
 from xpuquant.conversion.progress import Progress, Reporter
 from xpuquant.conversion.repo.card_merge import CARD, merge, rename
 from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
-from xpuquant.conversion.sources.repo_files import list_files, read_json
+from xpuquant.conversion.sources.repo_files import list_files, read_json, read_text
+from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, VerificationError, XpuquantError
 
 COMMIT_MESSAGE = "Convert for Intel GPUs with xpuquant"
@@ -85,12 +86,13 @@ def push(
         VerificationError: the Hub holds other bytes than were sent.
     """
     names = local_files(folder)
-    reporter.phase("push", sum((folder / name).stat().st_size for name in names))
-    blobs = hash_files(folder, names)
+    tree = Tree(folder)
+    reporter.phase("push", sum(tree.size(name) for name in names))
+    blobs = hash_files(tree, names)
     target = Target(connect(token, endpoint), to.repo_id)
     target.create(to.private)
     target.open(to.branch or MAIN, to.pr)
-    return publish_repo(target, folder, blobs, {}, reporter.advance)
+    return publish_repo(target, tree, blobs, {}, reporter.advance)
 
 
 def local_files(folder: Path) -> list[str]:
@@ -101,7 +103,7 @@ def local_files(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    if (folder / STAGING).exists():
+    if Tree(folder).holds_anything(STAGING):
         raise UsageError(f"{folder}: holds an unfinished conversion; finish it first: convert again")
     names = list_files(folder)
     for needed in ("config.json", PROVENANCE):
@@ -110,36 +112,36 @@ def local_files(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: (not name.endswith(_WEIGHTS), name == "config.json", name))
 
 
-def hash_files(folder: Path, names: Iterable[str]) -> dict[str, Blob]:
+def hash_files(tree: Tree, names: Iterable[str]) -> dict[str, Blob]:
     """Name → blob, of local files.
 
     Raises:
-        DamagedError: a shard is not the one that the conversion wrote. EnvironmentFault: unreadable files.
+        DamagedError: a shard is not the one that the conversion wrote; a record that is none.
+        EnvironmentFault: unreadable files.
     """
-    shards = read_json(folder / PROVENANCE).get("shards", {})
+    shards = read_json(tree, PROVENANCE).get("shards", {})
+    if not isinstance(shards, dict) or not all(isinstance(entry, dict) for entry in shards.values()):
+        raise DamagedError(f"{tree.path / PROVENANCE}: lists no shards; convert again")
     blobs: dict[str, Blob] = {}
     for name in names:
-        blobs[name] = blob = _blob(folder / name)
+        blobs[name] = blob = _blob(tree, name)
         recorded = shards.get(name, {}).get("sha256", blob.sha256)
         if recorded != blob.sha256:
-            raise DamagedError(f"{folder / name} is not what the conversion wrote; convert it again")
+            raise DamagedError(f"{tree.path / name} is not what the conversion wrote; convert it again")
     return blobs
 
 
-def _blob(path: Path) -> Blob:
-    sha256, git = hash_file(path), None
+def _blob(tree: Tree, name: str) -> Blob:
+    sha256 = hash_file(tree, name)
     try:
-        nbytes = path.stat().st_size
-        if path.suffix != _WEIGHTS:
-            with path.open("rb") as file:
-                git = hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % nbytes)).hexdigest()
+        git = None if name.endswith(_WEIGHTS) else git_digest(tree, name)
+        return Blob(tree.size(name), sha256, git)
     except OSError as error:
-        raise EnvironmentFault(f"{path}: cannot be read ({error.strerror})") from error
-    return Blob(nbytes, sha256, git)
+        raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
 
 
 def publish_repo(
-    target: Target, folder: Path, wanted: dict[str, Blob], staged: Mapping[str, Finished], report: Progress
+    target: Target, tree: Tree, wanted: dict[str, Blob], staged: Mapping[str, Finished], report: Progress
 ) -> Pushed:
     """Bring files of a folder, and shards from the staging branch, to the target's revision in one commit.
 
@@ -151,14 +153,14 @@ def publish_repo(
     Raises: as `push`.
     """
     wanted = wanted | {name: Blob(shard.nbytes, shard.sha256, None) for name, shard in staged.items()}
-    uploads = _Uploads(target, folder, set(staged), report)
+    uploads = _Uploads(target, tree, set(staged), report)
     removed: set[str] = set()
     fault: Exception | None = None
     # Compare, change, compare again: the last comparison is the check, however the change before it ended.
     for wait in (0.0, *WAITS, None):
         head = target.head()
         remote = target.files(head)
-        notes = _merge_card(target, folder, wanted, head if CARD in remote else None)
+        notes = _merge_card(target, tree, wanted, head if CARD in remote else None)
         missing = [name for name, blob in wanted.items() if name not in remote or not blob.is_same(remote[name])]
         stale = sorted(name for name in remote if _STALE.fullmatch(name) and name not in wanted)
         if not missing and not stale:
@@ -193,11 +195,11 @@ class _Uploads:
     reported  names whose bytes were reported as progress
     """
 
-    def __init__(self, target: Target, folder: Path, staged: set[str], report: Progress) -> None:
+    def __init__(self, target: Target, tree: Tree, staged: set[str], report: Progress) -> None:
         self.sent: dict[str, int] = {}
         self.reported: set[str] = set()
         self._target = target
-        self._folder = folder
+        self._tree = tree
         self._staged = staged
         self._report = report
         self._uploaded: dict[str, Any] = {}
@@ -233,28 +235,34 @@ class _Uploads:
         if name in self._staged:
             return CommitOperationCopy(name, name, src_revision=self._target.staging)
         if nbytes < _LARGE_BYTES and not name.endswith(_WEIGHTS):
-            return CommitOperationAdd(name, self._folder / name)
+            return CommitOperationAdd(name, self._path(name))
         if name not in self._uploaded:
-            operation = CommitOperationAdd(name, self._folder / name)
+            operation = CommitOperationAdd(name, self._path(name))
             self._target.upload(operation)
             self._uploaded[name] = operation
             self.reported.add(name)
             self._report(nbytes)
         return self._uploaded[name]
 
+    def _path(self, name: str) -> Path:
+        """A file for the client, which opens paths by itself: looked at once more, and compared after the commit."""
+        self._tree.size(name)
+        return self._tree.path / name
 
-def _merge_card(target: Target, folder: Path, wanted: dict[str, Blob], remote: str | None) -> tuple[str, ...]:
+
+def _merge_card(target: Target, tree: Tree, wanted: dict[str, Blob], remote: str | None) -> tuple[str, ...]:
     """Bring the folder's card in line with the one at commit `remote`, so that no edit is lost; returns remarks."""
     if CARD not in wanted:
         return ()
-    path = folder / CARD
-    ours = path.read_text(encoding="utf-8")
+    ours = read_text(tree, CARD)
+    if ours is None:
+        raise DamagedError(f"{tree.path / CARD}: is no card that can be read; convert again")
     theirs = None if remote is None else target.text(CARD, remote)
     text, remark = merge(rename(ours, target.repo_id), theirs)
     if remark is not None:
         del wanted[CARD]
         return (remark,)
     if text != ours:
-        path.write_text(text, encoding="utf-8")
-        wanted[CARD] = _blob(path)
+        tree.write(CARD, text.encode())
+        wanted[CARD] = _blob(tree, CARD)
     return ()

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xpuquant.conversion.hub.blobs import Blob
 from xpuquant.conversion.hub.client import retried, status_of
 from xpuquant.conversion.repo.journal import Finished
+from xpuquant.conversion.sources.repo_files import read_text
+from xpuquant.conversion.tree import Tree
 from xpuquant.errors import Argument, EnvironmentFault, UsageError, shown
 
 if TYPE_CHECKING:
@@ -74,25 +77,6 @@ class Destination:
                 Argument("pr", True),
                 ")",
             )
-
-
-@dataclass(frozen=True)
-class Blob:
-    """The identity of a file's content.
-
-    sha256  None for a file on the Hub that is no LFS object
-    git     git blob id (a sha1); None for local weights, which are LFS objects always
-    """
-
-    nbytes: int
-    sha256: str | None
-    git: str | None
-
-    def is_same(self, remote: Blob) -> bool:
-        """Whether a local file has the content of a remote one."""
-        if remote.sha256 is not None:
-            return self.sha256 == remote.sha256
-        return self.git is not None and self.git == remote.git
 
 
 class Target:
@@ -162,7 +146,10 @@ class Target:
     def text(self, path: str, revision: str) -> str:
         """The text of a small file."""
         file = self._retried(lambda: self.api.hf_hub_download(self.repo_id, path, revision=revision))
-        return Path(file).read_text(encoding="utf-8")
+        text = read_text(Tree(Path(file).parents[path.count("/")]), path)
+        if text is None:
+            raise EnvironmentFault(f"{self.repo_id}: {path} there is too large to be read")
+        return text
 
     def upload(self, operation: Any) -> None:
         """Upload a large file, for a commit that will name it. Raises what the client raises."""
@@ -188,20 +175,21 @@ class Target:
             if name in there and there[name].nbytes == nbytes
         }
 
-    def stage(self, path: Path, shard: Finished) -> None:
+    def stage(self, tree: Tree, name: str, shard: Finished) -> None:
         """Commit one shard to the staging branch. The first commit there removes what came with the branch, so that
         nobody can load a mixture from it."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         def commit() -> None:
             there = self.files(self.head(self.staging))
-            if CONFIG not in there and path.name in there and there[path.name].sha256 == shard.sha256:
+            if CONFIG not in there and name in there and there[name].sha256 == shard.sha256:
                 return  # committed by an attempt whose answer was lost
-            operations: list[Any] = [CommitOperationAdd(path.name, path)]
+            tree.size(name)  # a file still: the client opens paths by itself
+            operations: list[Any] = [CommitOperationAdd(name, tree.path / name)]
             if CONFIG in there:
-                others = there.keys() - {path.name, ".gitattributes"}
-                operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(others)]
-            self.api.create_commit(self.repo_id, operations, revision=self.staging, commit_message=f"Stage {path.name}")
+                others = there.keys() - {name, ".gitattributes"}
+                operations += [CommitOperationDelete(other, is_folder=False) for other in sorted(others)]
+            self.api.create_commit(self.repo_id, operations, revision=self.staging, commit_message=f"Stage {name}")
 
         self._retried(commit)
 

@@ -6,10 +6,7 @@ The shards are there already. config.json is written last, when the staging fold
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from xpuquant import __version__
@@ -23,7 +20,9 @@ from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.quantization import without_quantization
+from xpuquant.conversion.sources.repo_files import read_text
 from xpuquant.conversion.sources.weight_files import INDEX
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import EnvironmentFault
 
@@ -64,54 +63,42 @@ def stage_repo(
     command: str,
 ) -> tuple[list[str], bytes]:
     """Write everything but shards and config.json into the staging folder; returns the names, and config.json."""
-    folder, out = staging.folder, staging.out
+    tree, out = staging.files, staging.out
     try:
         for name in source.extra_files:
-            source.copy_file(name, folder / name)
+            source.copy_file(name, tree)
+        source.check_unchanged()
         files = list(source.extra_files)
         if len(plan.shards) > 1:
-            write_json(folder / INDEX, plan.index())
+            tree.write(INDEX, json_bytes(plan.index()))
             files.append(INDEX)
         config = json_bytes(output_config(plan, source))
-        hashes = {name: hash_file(folder / name) or "" for name in files}
+        hashes = {name: hash_file(tree, name) or "" for name in files}
         record = provenance_record(plan, source, shards, hashes, config, PRODUCER, verdict)
-        write_bytes(folder / PROVENANCE, seal(json_bytes(record)))
+        tree.write(PROVENANCE, seal(json_bytes(record)))
         if verdict is not None:
-            files += write_reports(folder, verdict)
-        write_card(folder, gather(plan, source, verdict, command, out.resolve().name))
+            files += write_reports(tree, verdict)
+        write_card(staging, gather(plan, source, verdict, command, out.resolve().name))
         files += [CARD, PROVENANCE]
     except OSError as error:
         raise EnvironmentFault(f"{error.filename or out}: cannot be written ({error.strerror})") from error
     return files, config
 
 
-def keep_card(out: Path, folder: Path) -> None:
+def keep_card(staging: Staging) -> None:
     """Set an earlier conversion's card aside: what people wrote into it goes into the new one."""
-    if (out / CARD).exists() and (out / PROVENANCE).exists():
-        shutil.copyfile(out / CARD, folder.parent / _EARLIER_CARD)
+    out = Tree(staging.out)
+    if out.holds(CARD) and out.holds(PROVENANCE):
+        staging.tree.copy_from(out, CARD, _EARLIER_CARD)
 
 
-def write_card(folder: Path, facts: CardFacts) -> None:
+def write_card(staging: Staging, facts: CardFacts) -> None:
     """README.md of the output."""
-    earlier = folder.parent / _EARLIER_CARD
-    theirs = earlier.read_text(encoding="utf-8", errors="replace") if earlier.exists() else None
+    theirs = read_text(staging.tree, _EARLIER_CARD)
     text, _ = merge(render(facts), theirs)
-    write_bytes(folder / CARD, text.encode())
+    staging.files.write(CARD, text.encode())
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     """JSON as the ecosystem writes it: two spaces, a final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write and flush; the staging folder makes it atomic."""
-    write_bytes(path, json_bytes(value))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write and flush."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from pathlib import Path
 
 from xpuquant.conversion.progress import Progress
+from xpuquant.conversion.tree import Tree
 from xpuquant.errors import EnvironmentFault
 
 _CHUNK_BYTES = 4 << 20
@@ -15,17 +16,17 @@ UNSEALED = "0" * 64
 """What a JSON object holds as its first field, `sha256`, until it is sealed."""
 
 
-def hash_file(path: Path, progress: Progress | None = None) -> str | None:
+def hash_file(tree: Tree, name: str, progress: Progress | None = None) -> str | None:
     """sha256 of a file, in hex; None where there is no such file.
 
     Args:
         progress: told the bytes of each chunk that was read.
 
     Raises:
-        EnvironmentFault: it cannot be read.
+        EnvironmentFault: it cannot be read. DamagedError, UsageError: it is no file, see `Tree`.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(tree.open(name), "rb") as file:
             if progress is None:
                 return hashlib.file_digest(file, "sha256").hexdigest()
             digest = hashlib.sha256()
@@ -36,7 +37,7 @@ def hash_file(path: Path, progress: Progress | None = None) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise EnvironmentFault(f"{path}: cannot be read ({error.strerror})") from error
+        raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
 
 
 def seal(content: bytes) -> bytes:

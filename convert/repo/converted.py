@@ -9,6 +9,7 @@ from typing import Any
 from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.sources.repo_files import find_files
 from xpuquant.conversion.sources.shard_reader import ShardReader
+from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, UsageError
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.layouts.base import Layout, Stored
@@ -26,9 +27,8 @@ class Repo:
     plain    name → tensor, of those that belong to no quantized module
     """
 
-    def __init__(self, folder: Path, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.reader = ShardReader(folder, shards)
+    def __init__(self, tree: Tree, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
+        self.reader = ShardReader(tree, shards)
         self.tensors: dict[str, Tensor] = {}
         for shard in shards:
             for name, tensor in self.reader.header(shard).items():
@@ -67,9 +67,9 @@ def open_repo(folder: Path) -> Repo:
     found = find_files(folder)
     method = found.quantization.get("quant_method")
     # A portable output says nothing of us in its config: its provenance does.
-    if method != QUANT_METHOD and not (method == portable.FAMILY and (folder / PROVENANCE).exists()):
+    if method != QUANT_METHOD and not (method == portable.FAMILY and Tree(folder).holds(PROVENANCE)):
         raise UsageError(f"{folder}: was not converted by xpuquant (quant_method is {method!r})")
-    repo = Repo(folder, found.shards, found.quantization)
+    repo = Repo(Tree(folder), found.shards, found.quantization)
     for name, shard in (found.index or {}).items():
         held = repo.tensors.get(name)
         if held is None or held.file != shard:

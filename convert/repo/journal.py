@@ -1,6 +1,8 @@
 """The journal of a conversion: which shards are complete. A JSON object a line, appended and flushed to the disk.
 
     {"plan": "<digest>", "options": {...}}                     first: what is being converted
+    {"source": "<name>", "host": "<name>", "size": 123, "mtime_ns": 1, "ctime_ns": 1, "inode": 1}
+                                                               one per shard of a source here: which file it was
     {"shard": "<name>", "sha256": "<hex>", "nbytes": 123}      one per finished shard
 
 A whole conversion keeps one journal, each part of one (`runs/parts.py`) its own. A journal ends where a line is not
@@ -15,16 +17,18 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from xpuquant.conversion.options import Options
-from xpuquant.errors import UsageError
+from xpuquant.conversion.tree import Identity, Tree, wrong_name
+from xpuquant.errors import Argument, UsageError
 
 STAGING = ".xpuquant"
 PROVENANCE = "xpuquant.json"
 _LONGEST_LINE = 4096
-_LONGEST_NAME = 255
+_MAX_BYTES = 64 << 20
+"""Of a journal: 10^5 shards."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,76 +46,117 @@ class Record:
 
     plan      digest of the plan and the source, see `Plan.digest`
     finished  shard's name → what it is
+    sources   (machine, source's shard) → which file it was, seen from there
     """
 
     plan: str
     options: Options
     finished: Mapping[str, Finished]
+    sources: Mapping[tuple[str, str], Identity]
 
 
 class JournalFile:
     """One journal on the disk. Whoever reads or writes it holds its lock (`repo/staging.py`)."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, tree: Tree, name: str) -> None:
+        self._tree = tree
+        self._name = name
 
     def read(self) -> Record | None:
         """What it says, after its unsound end is cut off; None where it is absent or says nothing.
 
         Raises:
-            OSError: it cannot be read, or is a link.
+            OSError: it cannot be read. UsageError, DamagedError: it is a link, or no regular file.
         """
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = self._tree.update(self._name, os.O_RDWR)
         except FileNotFoundError:
             return None
         opening: tuple[str, Options] | None = None
         finished: dict[str, Finished] = {}
+        sources: dict[tuple[str, str], Identity] = {}
         length = 0
         with os.fdopen(fd, "rb") as file:
-            while text := file.readline(_LONGEST_LINE):
+            while length < _MAX_BYTES and (text := file.readline(_LONGEST_LINE)):
                 line = _parse(text)
                 if opening is None:
                     opening = _opening(line)
                     if opening is None:
                         break
-                else:
-                    entry = _entry(line)
-                    if entry is None:
-                        break
+                elif (entry := _entry(line)) is not None:
                     finished[entry[0]] = entry[1]
+                elif (source := _source(line)) is not None:
+                    sources[source[0]] = source[1]
+                else:
+                    break
                 length += len(text)
             if length != os.fstat(fd).st_size:
-                os.truncate(fd, length)
-        return None if opening is None else Record(*opening, finished)
+                os.ftruncate(fd, length)
+        return None if opening is None else Record(*opening, finished, sources)
 
     def opening(self) -> tuple[str, Options] | None:
         """Plan and options of its first line, which whoever holds its lock may be writing; None where it has none.
 
         Raises:
-            OSError: it cannot be read, or is a link.
+            OSError: it cannot be read. UsageError, DamagedError: it is a link, or no regular file.
         """
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = self._tree.update(self._name, os.O_RDONLY)
         except FileNotFoundError:
             return None
         with os.fdopen(fd, "rb") as file:
             return _opening(_parse(file.readline(_LONGEST_LINE)))
 
-    def begin(self, plan: str, options: Options) -> None:
-        """Write the first line."""
+    def drop(self) -> None:
+        """Remove it."""
+        self._tree.remove(self._name)
+
+    def begin(self, plan: str, options: Options, sources: Mapping[str, Identity]) -> None:
+        """Write the first line, and those on the source's shards."""
         self._append({"plan": plan, "options": options.as_dict()})
+        self.note_sources(sources)
+
+    def note_sources(self, sources: Mapping[str, Identity]) -> None:
+        """Note which files the source's shards are, seen from here."""
+        host = os.uname().nodename
+        lines = [{"source": name, "host": host, **identity._asdict()} for name, identity in sources.items()]
+        if lines:
+            self._append(*lines)
 
     def append(self, shard: str, finished: Finished) -> None:
         """Note a complete shard. Thread-safe."""
         self._append({"shard": shard, "sha256": finished.sha256, "nbytes": finished.nbytes})
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    def _append(self, *lines: Mapping[str, Any]) -> None:
+        fd = self._tree.update(self._name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         with os.fdopen(fd, "ab") as file:
-            file.write((json.dumps(line) + "\n").encode())
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(fd)
+
+
+def is_seen_from_here(record: Record) -> bool:
+    """Whether a journal says which files the source's shards are, seen from this machine."""
+    return any(host == os.uname().nodename for host, _ in record.sources)
+
+
+def check_sources(record: Record, sources: Mapping[str, Identity]) -> None:
+    """Whether the source is still the files that a journal was begun with. A plan knows their sizes and times; what
+    tells a replaced file whose time was set back, its inode, means something on the same machine only: elsewhere the
+    same storage may number them otherwise.
+
+    Raises:
+        UsageError: a shard is another file.
+    """
+    host = os.uname().nodename
+    for name, identity in sources.items():
+        before = record.sources.get((host, name))
+        if before is not None and before != identity:
+            raise UsageError(
+                f"{name} of the source changed since the conversion was begun ({before.difference(identity)}); "
+                "choose another folder, or start over with ",
+                Argument("force", True),
+            )
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -136,22 +181,14 @@ def _entry(line: Mapping[str, Any]) -> tuple[str, Finished] | None:
     shard, sha256, nbytes = line.get("shard"), line.get("sha256"), line.get("nbytes")
     if not isinstance(shard, str) or not isinstance(sha256, str) or type(nbytes) is not int:
         return None
-    if not _is_file_name(shard) or _SHA256.fullmatch(sha256) is None or nbytes < 0:
+    if wrong_name(shard) is not None or "/" in shard or _SHA256.fullmatch(sha256) is None or nbytes < 0:
         return None
     return shard, Finished(sha256, nbytes)
 
 
-def _is_file_name(name: str) -> bool:
-    """Whether a file of that name can lie in a folder. Halves of surrogate pairs and NUL are not printable."""
-    if not name.isprintable() or "/" in name or name in ("", ".", ".."):
-        return False
-    return len(name.encode()) <= _LONGEST_NAME
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _source(line: Mapping[str, Any]) -> tuple[tuple[str, str], Identity] | None:
+    name, host = line.get("source"), line.get("host")
+    numbers = [number for field in Identity._fields if type(number := line.get(field)) is int]
+    if not isinstance(name, str) or not isinstance(host, str) or len(numbers) != len(Identity._fields):
+        return None
+    return (host, name), Identity(*numbers)

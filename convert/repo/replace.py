@@ -1,15 +1,21 @@
-"""Removing an earlier conversion from OUT: what it wrote, by name, and nothing else.
+"""Removing an earlier conversion from OUT: what it wrote, and nothing else.
 
-OUT may be more than a conversion by now: a git clone, notes, a LoRA adapter beside the model.
+OUT may be more than a conversion by now: a git clone, notes, a LoRA adapter beside the model. And its record may be a
+stranger's: so besides the names that every conversion writes, it can only have files removed that it knows by their
+sha256, and none of a tool's folders.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.repo.journal import PROVENANCE
+from xpuquant.conversion.tree import Tree, is_hidden, wrong_name
+from xpuquant.errors import DamagedError, UsageError
 
 _WRITTEN = (
     "README.md",
@@ -19,41 +25,50 @@ _WRITTEN = (
     "verify.svg",
     "model.safetensors.index.json",
 )
-_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+"""Names of the shards that conversions write."""
+
+_MAX_RECORD_BYTES = 128 << 20
 
 
 def clear_output(out: Path) -> None:
-    """Remove an earlier conversion (recognised by its provenance file): config.json first, the provenance last."""
-    record = out / PROVENANCE
-    if not record.exists():
+    """Remove an earlier conversion (recognised by its provenance file): config.json first, the provenance last. A file
+    that was changed since stays."""
+    tree = Tree(out)
+    if not tree.holds(PROVENANCE):
         return
-    (out / "config.json").unlink(missing_ok=True)
-    names = {*_WRITTEN, *_recorded(record), *(p.name for p in out.iterdir() if _SHARD.fullmatch(p.name))}
-    folders: set[Path] = set()
-    for name in sorted(names - {"config.json", PROVENANCE}):
-        path = out / name
-        # Through a link lies somebody else's folder.
-        if not path.parent.resolve().is_relative_to(out.resolve()) or path.is_dir():
+    tree.remove("config.json")
+    for name in (*_WRITTEN, *(name for name in tree.names() if SHARD.fullmatch(name))):
+        if not tree.is_folder(name):
+            tree.remove(name)
+    folders: set[str] = set()
+    for name, sha256 in sorted(_recorded(tree).items()):
+        if not _is_recorded(tree, name, sha256):
             continue
-        path.unlink(missing_ok=True)
-        folders |= {out / parent for parent in PurePosixPath(name).parents if parent.parts}
+        tree.remove(name)
+        folders |= {str(parent) for parent in PurePosixPath(name).parents if parent.parts}
     for folder in sorted(folders, reverse=True):
-        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-            folder.rmdir()
-    record.unlink()
+        tree.remove_empty(folder)
+    tree.remove(PROVENANCE)
 
 
-def _recorded(path: Path) -> set[str]:
-    """The files a provenance file lists, as far as they are paths below its folder."""
+def _is_recorded(tree: Tree, name: str, sha256: str) -> bool:
+    """Whether a file is there, no link leads to it, and it is as it was recorded."""
     try:
-        record = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return set()
-    tables = [record.get(key) for key in ("shards", "files")] if isinstance(record, dict) else []
-    names = {name for table in tables if isinstance(table, dict) for name in table}
-    return {name for name in names if _is_below(name)}
+        return tree.holds(name) and hash_file(tree, name) == sha256
+    except (UsageError, DamagedError):  # a link on the way: through it lies somebody else's folder
+        return False
 
 
-def _is_below(name: str) -> bool:
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+def _recorded(tree: Tree) -> Mapping[str, str]:
+    """Path → sha256 of the copied files that a provenance file lists, as far as they may be ours."""
+    try:
+        record = json.loads(tree.read(PROVENANCE, _MAX_RECORD_BYTES))
+    except (ValueError, RecursionError, DamagedError):
+        return {}
+    files = record.get("files") if isinstance(record, dict) else None
+    return {
+        name: str(sha256)
+        for name, sha256 in (files.items() if isinstance(files, dict) else ())
+        if wrong_name(name) is None and not is_hidden(name) and name != PROVENANCE
+    }

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -27,34 +27,45 @@ from xpuquant.conversion.repo.journal import (
     Finished,
     JournalFile,
     Record,
-    sync,
+    check_sources,
+    is_seen_from_here,
 )
+from xpuquant.conversion.repo.replace import SHARD
+from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.errors import Argument, EnvironmentFault, UsageError
 
 LOCK = "lock"
+_CONFIG = "config.json.new"
 _FILES = "files"
 _JOURNAL = "journal.jsonl"
-_JOURNALS = "*.jsonl"
+_JOURNALS = ".jsonl"
 
 
 class Staging:
     """The staging folder of one output, held alone. Use as a context manager: it holds the lock.
 
-    folder  where the output's files are made. Nothing else lies in it: a source may have a file of any name.
+    files  where the output's files are made. Nothing else lies in it: a source may have a file of any name.
+    tree   the staging folder: what is only known until the end lies beside them
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._staging = out / STAGING
-        self.folder = staged_files(out)
-        self._journal = JournalFile(self._staging / _JOURNAL)
+        self._out = Tree(out)
+        self.tree = self._out.below(STAGING)
+        self.files = staged_files(out)
+        self._journal = JournalFile(self.tree, _JOURNAL)
         self._lock_fd: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of `files`, for messages."""
+        return self.files.path
 
     def __enter__(self) -> Staging:
         busy = f"{self.out}: another conversion is writing there; wait for it or choose another"
         try:
-            self._lock_fd = take_lock(self._staging / LOCK, busy)
-            make_folder(self.folder)
+            self._lock_fd = take_lock(self.tree, LOCK, busy)
+            self.files.make()
         except BaseException as error:
             self._release()
             if isinstance(error, OSError):
@@ -66,9 +77,10 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if not any(self._staging.glob(_JOURNALS)):
+            if not journals(self.tree):
                 # Finished, or refused before anything was noted.
-                shutil.rmtree(self._staging, ignore_errors=True)
+                with suppress(OSError):
+                    self._out.drop(STAGING)
         finally:
             self._release()
 
@@ -79,17 +91,21 @@ class Staging:
 
     def records(self) -> dict[str, Record]:
         """Journal's file name → what it says, of the conversion's journal and its parts'."""
-        found = {path.name: JournalFile(path).read() for path in sorted(self._staging.glob(_JOURNALS))}
+        found = {name: JournalFile(self.tree, name).read() for name in journals(self.tree)}
         return {name: record for name, record in found.items() if record is not None}
 
-    def begin(self, digest: str, options: Options, force: bool) -> dict[str, Finished]:
+    def begin(
+        self, digest: str, options: Options, force: bool, sources: Mapping[str, Identity] = {}
+    ) -> dict[str, Finished]:
         """Start or resume; returns the shards that need not be made again.
 
         Args:
             digest: of the plan and the source.
+            sources: which files the source's shards are.
 
         Raises:
-            UsageError: the folder holds an unfinished conversion of something else, or by now a finished one.
+            UsageError: the folder holds an unfinished conversion of something else, or by now a finished one; a shard
+                of the source was replaced since.
         """
         _check(self.out, force)
         records = self.records()
@@ -106,20 +122,26 @@ class Staging:
                     Argument("force", True),
                 )
             records = {}
+        if force:
+            records = {name: record for name, record in records.items() if _is_same_source(record, sources)}
+        else:
+            for record in records.values():
+                check_sources(record, sources)
         if not records:
             self._clear()
-        elif (self.out / PROVENANCE).exists():
+        elif self._out.holds_anything(PROVENANCE):
             # Stopped while publishing: unload the half-published repo before its shards are taken back.
-            (self.out / "config.json").unlink(missing_ok=True)
+            self._out.remove("config.json")
         if _JOURNAL not in records:
-            self._journal.begin(digest, options)
-        done: dict[str, Finished] = {}
-        for name, finished in [entry for record in records.values() for entry in record.finished.items()]:
-            if not (self.folder / name).exists() and (self.out / name).exists():
-                (self.out / name).replace(self.folder / name)
-            if hash_file(self.folder / name) == finished.sha256:
-                done[name] = finished
-        return done
+            self._journal.begin(digest, options, sources)
+        elif not is_seen_from_here(records[_JOURNAL]):
+            self._journal.note_sources(sources)
+        entries = [entry for record in records.values() for entry in record.finished.items()]
+        for name, _ in entries:
+            # A journal may be a stranger's: what is no shard of ours is not taken out of OUT.
+            if SHARD.fullmatch(name) and not self.files.holds_anything(name) and self._out.holds(name):
+                self._out.move(name, self.files)
+        return still_there(self.files, entries)
 
     def finish(self, shard: str, finished: Finished) -> None:
         """Note a complete shard."""
@@ -134,50 +156,61 @@ class Staging:
         """
         ordered = sorted(files, key=lambda name: name != PROVENANCE)
         for name in ordered:
-            sync(self.folder / name)
+            self.files.sync(name)
         for name in ordered:
-            target = self.out / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).replace(target)
-        for folder in {(self.out / name).parent for name in ordered}:
-            sync(folder)
-        staged = self._staging / "config.json.new"
-        staged.write_bytes(config)
-        sync(staged)
-        staged.replace(self.out / "config.json")
-        sync(self.out)
+            self.files.move(name, self._out)
+        for folder in sorted({name.rpartition("/")[0] for name in ordered}):
+            (self._out.below(folder) if folder else self._out).sync()
+        self.tree.write(_CONFIG, config)
+        self.tree.move(_CONFIG, self._out, "config.json")
+        self._out.sync()
         # The journals go first: without them, what is left of the staging folder claims nothing.
         self._drop_journals()
-        shutil.rmtree(self._staging)
+        self._out.drop(STAGING)
+
+    def drop(self) -> None:
+        """Remove the staging folder, with all that is in it."""
+        self._out.drop(STAGING)
 
     def _clear(self) -> None:
         self._drop_journals()
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
+        self.tree.drop(_FILES)
+        self.files.make()
 
     def _drop_journals(self) -> None:
-        for path in self._staging.glob(_JOURNALS):
-            path.unlink()
+        for name in journals(self.tree):
+            self.tree.remove(name)
 
 
-def staged_files(out: Path) -> Path:
+def staged_files(out: Path) -> Tree:
     """The folder in which an output's files are made."""
-    return out / STAGING / _FILES
+    return Tree(out).below(STAGING).below(_FILES)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder below OUT, unless it is there.
-
-    Raises:
-        UsageError: it is a link: what is written there would land elsewhere. OSError: it cannot be made.
-    """
-    if path.is_symlink():
-        raise UsageError(f"{path}: is a link; remove it")
-    path.mkdir(parents=True, exist_ok=True)
+def journals(staging: Tree) -> list[str]:
+    """The journals that lie in a staging folder."""
+    return [name for name in staging.names() if name.endswith(_JOURNALS)]
 
 
-def take_lock(path: Path, busy: str, *, shared: bool = False) -> int:
-    """Lock a file below a staging folder, which is made where it is not there.
+def still_there(files: Tree, noted: Iterable[tuple[str, Finished]]) -> dict[str, Finished]:
+    """The shards that are still what a journal says. What lies in their places and is no file, is not."""
+    done: dict[str, Finished] = {}
+    for name, finished in noted:
+        if files.holds(name) and files.size(name) == finished.nbytes and hash_file(files, name) == finished.sha256:
+            done[name] = finished
+    return done
+
+
+def _is_same_source(record: Record, sources: Mapping[str, Identity]) -> bool:
+    try:
+        check_sources(record, sources)
+    except UsageError:
+        return False
+    return True
+
+
+def take_lock(staging: Tree, name: str, busy: str, *, shared: bool = False) -> int:
+    """Lock a file of a staging folder, which is made where it is not there.
 
     Args:
         busy: what to say where somebody else holds it.
@@ -191,14 +224,14 @@ def take_lock(path: Path, busy: str, *, shared: bool = False) -> int:
         OSError: the folder cannot be written.
     """
     while True:
-        make_folder(path.parent)
+        staging.make()
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            fd = staging.update(name, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             continue  # a run that has just finished took the folder away
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), path.stat()):
+            if os.fstat(fd).st_ino == staging.identity(name).inode:
                 return fd
         except BlockingIOError:
             os.close(fd)
@@ -221,7 +254,8 @@ def check_output(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"{out}: exists and is not a folder")
-    if (out / STAGING).exists() and (out / PROVENANCE).exists() and not any((out / STAGING).glob(_JOURNALS)):
+    tree = Tree(out)
+    if tree.holds_anything(STAGING) and tree.holds_anything(PROVENANCE) and not journals(tree.below(STAGING)):
         # Left by a run that was stopped while it cleaned up after itself.
         with Staging(out):
             pass
@@ -229,10 +263,11 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def _check(out: Path, force: bool) -> None:
-    names = {entry.name for entry in out.iterdir()}
-    if not names - {STAGING} or any((out / STAGING).glob(_JOURNALS)):
+    tree = Tree(out)
+    names = set(tree.names())
+    if not names - {STAGING} or journals(tree.below(STAGING)):
         return
-    if PROVENANCE not in names:
+    if not tree.holds(PROVENANCE):
         raise UsageError(f"{out}: exists and was not written by xpuquant; choose another folder")
     if not force:
         raise UsageError(f"{out}: already holds a converted model; to convert again, pass ", Argument("force", True))

@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from xpuquant.conversion.repo.checksums import UNSEALED, seal
@@ -21,6 +20,7 @@ from xpuquant.conversion.report.heatmap import heat_map
 from xpuquant.conversion.report.markdown import render_markdown
 from xpuquant.conversion.report.page import render_page
 from xpuquant.conversion.report.sentences import by_rounding, total_rounding
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.agreement import BINS, ROWS
 from xpuquant.conversion.verify.expected import SEED
 from xpuquant.conversion.verify.integrity import VERDICT
@@ -28,7 +28,7 @@ from xpuquant.conversion.verify.verdict import Agreement, Checked, Claim, Verdic
 from xpuquant.formats.dtypes import numpy_dtype
 
 
-def write_reports(folder: Path, verdict: Verdict) -> list[str]:
+def write_reports(tree: Tree, verdict: Verdict) -> list[str]:
     """Write the four files; returns their names.
 
     Raises:
@@ -44,7 +44,7 @@ def write_reports(folder: Path, verdict: Verdict) -> list[str]:
     data = {"sha256": UNSEALED, **as_data(verdict), "reports": hashes}
     contents[VERDICT] = seal((json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
     for name, content in contents.items():
-        (folder / name).write_bytes(content)
+        tree.write(name, content)
     return list(contents)
 
 

@@ -11,6 +11,7 @@ from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.runs.local import downloaded
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.integrity import weigh
 from xpuquant.conversion.verify.run import converted_from, select, verify
 from xpuquant.conversion.verify.verdict import Verdict
@@ -56,8 +57,9 @@ def verify_folder(
     verdict = verify(out, opened, chosen, every=every, jobs=jobs or default_jobs(), progress=reporter.advance)
     if report is not None:
         try:
-            report.mkdir(parents=True, exist_ok=True)
-            write_reports(report, verdict)
+            tree = Tree(report)
+            tree.make()
+            write_reports(tree, verdict)
         except OSError as error:
             raise EnvironmentFault(f"{report}: cannot be written ({error.strerror})") from error
     return verdict

@@ -10,18 +10,20 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import read_json
+from xpuquant.conversion.tree import Tree
 
 
 def is_finished(out: Path) -> bool:
     """Whether a folder holds a finished conversion: nothing is staged there any more."""
-    return not (out / STAGING).exists() and (out / PROVENANCE).exists() and (out / "config.json").exists()
+    tree = Tree(out)
+    return out.is_dir() and not tree.holds_anything(STAGING) and tree.holds(PROVENANCE) and tree.holds("config.json")
 
 
 def converted_shards(out: Path, source: Source, options: Options) -> dict[str, Finished] | None:
     """The shards of a folder that is the finished conversion of a source with these options; None of any other."""
     if not is_finished(out):
         return None
-    record = read_json(out / PROVENANCE)
+    record = read_json(Tree(out), PROVENANCE)
     return recorded_shards(record) if is_conversion(record, source, options) else None
 
 
@@ -40,9 +42,9 @@ def recorded_shards(record: Mapping[str, Any]) -> dict[str, Finished]:
     shards = record.get("shards")
     entries = shards.items() if isinstance(shards, dict) else ()
     return {
-        name: Finished(str(entry.get("sha256")), int(entry.get("bytes", 0)))
+        name: Finished(str(entry.get("sha256")), entry["bytes"])
         for name, entry in entries
-        if isinstance(entry, dict)
+        if isinstance(entry, dict) and type(entry.get("bytes")) is int
     }
 
 
@@ -52,4 +54,4 @@ def recorded_options(out: Path) -> Options:
     Raises:
         UsageError, DamagedError: its provenance cannot be read.
     """
-    return Options.from_dict(read_json(out / PROVENANCE).get("options"))
+    return Options.from_dict(read_json(Tree(out), PROVENANCE).get("options"))

@@ -13,8 +13,8 @@ same command skips what either holds. The verdict on each segment is kept beside
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.finished import is_conversion, recorded_shards
 from xpuquant.conversion.runs.local import check_disk, raise_failures
 from xpuquant.conversion.sizes import size
-from xpuquant.conversion.sources.repo_files import parse_json
+from xpuquant.conversion.sources.repo_files import parse_json, read_json
 from xpuquant.conversion.sources.streamed import StreamedSource
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.exactness import claim_of
@@ -96,7 +96,7 @@ def peak_disk(plan: Plan, source: StreamedSource, dropping: bool) -> int:
     kept = peak = 0
     for i, segment in enumerate(cut):
         here |= set(segment.sources) | set(_next_source(cut, i))
-        held = sum(source.remote.sizes[name] for name in here if not source.is_cached(name))
+        held = sum(source.remote.blobs[name].nbytes for name in here if not source.is_cached(name))
         peak = max(peak, held + kept + segment.nbytes)
         kept += 0 if dropping else segment.nbytes
         here = {name for name in here if last[name] > i}
@@ -145,7 +145,7 @@ def convert_streaming(
     digest = plan.digest(source.fingerprint())
     with Staging(out) as staging:
         done = staging.begin(digest, options, force)
-        keep_card(out, staging.folder)
+        keep_card(staging)
         clear_output(out)
         work = _Work(plan, source, staging, target, jobs, verify, done)
         work.open_staging_branch(digest)
@@ -157,11 +157,11 @@ def convert_streaming(
         if target is None:
             staging.publish([*(shard.name for shard in plan.shards), *files], config)
             return result
-        (staging.folder / CONFIG).write_bytes(config)
-        small = hash_files(staging.folder, [*files, CONFIG])
-        pushed = publish_repo(target, staging.folder, small, shards, lambda nbytes: None)
-        shutil.rmtree(staging.folder.parent)
-    if not any(out.iterdir()):
+        staging.files.write(CONFIG, config)
+        small = hash_files(staging.files, [*files, CONFIG])
+        pushed = publish_repo(target, staging.files, small, shards, lambda nbytes: None)
+        staging.drop()
+    with suppress(OSError):  # it holds something else
         out.rmdir()
     return replace(result, out=None, pushed=pushed)
 
@@ -205,11 +205,15 @@ class _Work:
         self._target = target
         self._jobs = jobs
         self._verify = verify
-        self._verdicts = staging.folder.parent / _VERDICTS
-        self._verdicts.mkdir(exist_ok=True)
-        folder = staging.folder.parent / _SOURCE
-        folder.mkdir(exist_ok=True)
-        source.keep_in(folder)
+        self._verdicts = staging.tree.below(_VERDICTS)
+        self._verdicts.make()
+        downloads = staging.tree.below(_SOURCE)
+        downloads.make()
+        if downloads.has_links():
+            # The client makes none there, and would follow one.
+            staging.tree.drop(_SOURCE)
+            downloads.make()
+        source.keep_in(downloads)
         self._done = done
         self._staged: dict[str, Finished] = {}
 
@@ -221,8 +225,8 @@ class _Work:
 
     def held(self) -> int:
         """Bytes that an earlier run left here."""
-        kept = [path for path in self._staging.folder.parent.rglob("*.safetensors*") if path.is_file()]
-        return sum(path.stat().st_size for path in kept)
+        tree = self._staging.tree
+        return sum(tree.size(file.name) for file in tree.files(hidden=True) if ".safetensors" in file.name)
 
     def run(self, reporter: Reporter, name: str) -> tuple[dict[str, Finished], Verdict | None]:
         """Make, check and stage every segment; returns all shards, and the verdict on them."""
@@ -255,10 +259,10 @@ class _Work:
 
     def _check(self, segment: Segment, name: str, reporter: Reporter) -> Verdict:
         """The verdict on a segment; from the earlier run that staged it, where parts of it are no longer here."""
-        noted = self._verdicts / f"{segment.shards[0].name}.json"
+        noted = f"{segment.shards[0].name}.json"
         if any(shard.name in self._staged for shard in segment.shards):
-            if noted.exists():
-                return Verdict.from_json(json.loads(noted.read_text()))
+            if self._verdicts.holds(noted):
+                return Verdict.from_json(read_json(self._verdicts, noted))
             return Verdict(
                 name,
                 PRODUCER,
@@ -266,7 +270,7 @@ class _Work:
             )
         plan = replace(self._plan, modules=segment.modules, passed=segment.passed, shards=segment.shards)
         repo = Repo(
-            self._staging.folder,
+            self._staging.files,
             tuple(shard.name for shard in segment.shards),
             plan.quantization_config(PRODUCER),
         )
@@ -275,18 +279,17 @@ class _Work:
             verdict = verify_staged(Origin(plan, self._source), check, name, PRODUCER)
         finally:
             repo.reader.close()
-        raise_failures(verdict, self._staging.folder)
-        noted.write_text(json.dumps(verdict.to_json()))
+        raise_failures(verdict, self._staging.files)
+        self._verdicts.write(noted, json.dumps(verdict.to_json()).encode())
         return verdict
 
     def _stage(self, shard: Shard, reporter: Reporter) -> Finished:
         if self._target is None:
             return self._done[shard.name]
         if shard.name not in self._staged:
-            path = self._staging.folder / shard.name
-            self._target.stage(path, self._done[shard.name])
+            self._target.stage(self._staging.files, shard.name, self._done[shard.name])
             self._staged[shard.name] = self._done[shard.name]
-            path.unlink()
+            self._staging.files.remove(shard.name)
             reporter.advance(shard.nbytes)
         return self._staged[shard.name]
 

@@ -23,6 +23,7 @@ from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.run import verify_staged
 from xpuquant.conversion.verify.verdict import Verdict
@@ -82,8 +83,8 @@ def convert_checkpoint(
     check_output(out, force)
     plan = make_plan(source.checkpoint, options)
     with Staging(out) as staging:
-        done = staging.begin(plan.digest(source.fingerprint()), options, force)
-        keep_card(out, staging.folder)
+        done = staging.begin(plan.digest(source.fingerprint()), options, force, source.identities())
+        keep_card(staging)
         clear_output(out)
         check_disk(out, plan.write_bytes - sum(finished.nbytes for finished in done.values()))
         reporter.phase("convert", plan.write_bytes)
@@ -98,7 +99,7 @@ def convert_checkpoint(
         )
         verdict = None
         if verify:
-            verdict = check_staged(plan, source, staging.folder, out.resolve().name, jobs, reporter)
+            verdict = check_staged(plan, source, staging.files, out.resolve().name, jobs, reporter)
         write_repo(plan, source, staging, shards, verdict, command)
     return Converted(summary(plan, source), out, shards, verdict)
 
@@ -142,28 +143,28 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
-def check_staged(plan: Plan, source: Source, folder: Path, name: str, jobs: int, reporter: Reporter) -> Verdict:
+def check_staged(plan: Plan, source: Source, staged: Tree, name: str, jobs: int, reporter: Reporter) -> Verdict:
     """Check the staged shards against the source.
 
     Raises:
         VerificationError: something differs; `verify.json` in the staging folder has all of it.
     """
     reporter.phase("verify", sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors))
-    repo = Repo(folder, tuple(shard.name for shard in plan.shards), plan.quantization_config(PRODUCER))
+    repo = Repo(staged, tuple(shard.name for shard in plan.shards), plan.quantization_config(PRODUCER))
     try:
         check = Check(repo, jobs=jobs, progress=reporter.advance)
         verdict = verify_staged(Origin(plan, source), check, name, PRODUCER)
     finally:
         repo.reader.close()
     source.check_unchanged()
-    raise_failures(verdict, folder)
+    raise_failures(verdict, staged)
     return verdict
 
 
-def raise_failures(verdict: Verdict, folder: Path) -> None:
-    """Raises VerificationError where something failed; the reports in `folder` have all of it."""
+def raise_failures(verdict: Verdict, staged: Tree) -> None:
+    """Raises VerificationError where something failed; the reports beside the shards have all of it."""
     if not verdict.passed:
-        write_reports(folder, verdict)
+        write_reports(staged, verdict)
         first, *more = (f"{finding.where}: {finding.what}" for finding in verdict.failing)
-        also = f" (and {len(more)} more in {folder / 'verify.json'})" if more else ""
+        also = f" (and {len(more)} more in {staged.path / 'verify.json'})" if more else ""
         raise VerificationError(f"verification failed: {first}{also}; the output was not published")

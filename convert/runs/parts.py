@@ -25,11 +25,11 @@ from xpuquant.conversion.options import Options, contrast
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Reporter
-from xpuquant.conversion.repo.checksums import hash_file
-from xpuquant.conversion.repo.journal import STAGING, Finished, JournalFile, Record, sync
-from xpuquant.conversion.repo.staging import LOCK, Staging, check_output, make_folder, staged_files, take_lock
+from xpuquant.conversion.repo.journal import STAGING, Finished, JournalFile, Record, check_sources, is_seen_from_here
+from xpuquant.conversion.repo.staging import LOCK, Staging, check_output, journals, staged_files, still_there, take_lock
 from xpuquant.conversion.results import PartConverted
 from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError
 
@@ -51,6 +51,11 @@ class Part:
     def journal(self) -> str:
         """File name of its journal."""
         return f"part-{self.index:05}-of-{self.count:05}.jsonl"
+
+    @property
+    def lock(self) -> str:
+        """File name of the lock on it."""
+        return f"part-{self.index:05}-of-{self.count:05}.lock"
 
 
 def parse_part(text: str) -> Part:
@@ -81,25 +86,25 @@ def share(plan: Plan, part: Part) -> tuple[Shard, ...]:
 class PartStaging:
     """The staging folder as one part sees it. Use as a context manager: it holds the locks.
 
-    folder  where the shards are made, beside those of the other parts
+    files  where the shards are made, beside those of the other parts
     """
 
     def __init__(self, out: Path, part: Part) -> None:
         self.out = out
-        self.folder = staged_files(out)
+        self.files = staged_files(out)
+        self._tree = Tree(out).below(STAGING)
         self._part = part
-        self._journal = JournalFile(out / STAGING / part.journal)
+        self._journal = JournalFile(self._tree, part.journal)
         self._locks: list[int] = []
 
     def __enter__(self) -> PartStaging:
         check_output(self.out, force=False)
-        staging = self.out / STAGING
         others = f"{self.out}: a conversion or `finish` is at work there; wait for it to end"
         twin = f"{self.out}: part {self._part} is being converted already; wait for it to end"
         try:
-            self._locks.append(take_lock(staging / LOCK, others, shared=True))
-            self._locks.append(take_lock(self._journal.path.with_suffix(".lock"), twin))
-            make_folder(self.folder)
+            self._locks.append(take_lock(self._tree, LOCK, others, shared=True))
+            self._locks.append(take_lock(self._tree, self._part.lock, twin))
+            self.files.make()
         except BaseException as error:
             self.__exit__()
             if isinstance(error, OSError):
@@ -112,7 +117,7 @@ class PartStaging:
             os.close(fd)
         self._locks.clear()
 
-    def begin(self, digest: str, options: Options) -> dict[str, Finished]:
+    def begin(self, digest: str, options: Options, sources: Mapping[str, Identity]) -> dict[str, Finished]:
         """Start or resume; returns the shards that an earlier run of this part finished, hashed again.
 
         Raises:
@@ -121,24 +126,27 @@ class PartStaging:
         record = self._journal.read()
         self._check_others(digest, options)
         if record is None:
-            self._journal.begin(digest, options)
+            self._journal.begin(digest, options, sources)
             try:
                 self._check_others(digest, options)  # one that began at the same time
             except UsageError:
-                self._journal.path.unlink()
+                self._journal.drop()
                 raise
             return {}
-        return {name: f for name, f in record.finished.items() if hash_file(self.folder / name) == f.sha256}
+        check_sources(record, sources)
+        if not is_seen_from_here(record):
+            self._journal.note_sources(sources)
+        return still_there(self.files, record.finished.items())
 
     def _check_others(self, digest: str, options: Options) -> None:
-        for path in sorted(self._journal.path.parent.glob("*.jsonl")):
-            opening = JournalFile(path).opening()
+        for name in journals(self._tree):
+            opening = JournalFile(self._tree, name).opening()
             if opening is not None and opening[0] != digest:
-                raise _other_conversion(self.out, path.name, opening[1], options)
+                raise _other_conversion(self.out, name, opening[1], options)
 
     def finish(self, shard: str, finished: Finished) -> None:
         """Note a complete shard."""
-        sync(self.folder / shard)  # another machine will read it
+        self.files.sync(shard)  # another machine will read it
         self._journal.append(shard, finished)
 
 
@@ -153,7 +161,7 @@ def make_part(
     mine = plan.part(share(plan, part))
     reporter.phase("convert", mine.write_bytes)
     with PartStaging(out, part) as staging:
-        done = staging.begin(plan.digest(source.fingerprint()), options)
+        done = staging.begin(plan.digest(source.fingerprint()), options, source.identities())
         finished = execute_plan(mine, source, staging, jobs, done, reporter.advance)
     return PartConverted(str(part), source.name, out, finished, len(plan.shards), mine.write_bytes)
 
@@ -225,7 +233,7 @@ def _listed(parts: Sequence[Part]) -> str:
 
 
 def _records(out: Path) -> dict[str, Record]:
-    if not (out / STAGING).is_dir():
+    if not Tree(out).is_folder(STAGING):
         return {}
     with Staging(out) as staging:
         return staging.records()

@@ -25,11 +25,12 @@ from typing import Any
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.journal import Finished, sync
-from xpuquant.conversion.repo.staging import Staging
+from xpuquant.conversion.repo.journal import STAGING, Finished
+from xpuquant.conversion.repo.staging import Staging, staged_files
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.open import open_source
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError
 
@@ -47,7 +48,7 @@ class Assignment:
     source    as the driver's is named; `revision` is the commit of one from the Hub
     folder    where the driver reads it; None where it reads from the Hub itself
     digest    of the driver's plan and source
-    target    where finished shards go
+    out       the output folder, in whose staging folder finished shards go
     jobs      threads of one task
     """
 
@@ -56,22 +57,24 @@ class Assignment:
     folder: Path | None
     options: Options
     digest: str
-    target: Path
+    out: Path
     jobs: int
 
 
 class _Attempt:
     """A folder of its own for one attempt at one shard; the driver keeps the journal."""
 
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self.folder = target.parent / f"attempt-{os.getpid()}-{uuid.uuid4().hex}"
-        self.folder.mkdir()
+    def __init__(self, out: Path) -> None:
+        self._target = staged_files(out)
+        self._staging = Tree(out).below(STAGING)
+        self._name = f"attempt-{os.getpid()}-{uuid.uuid4().hex}"
+        self.files = self._staging.below(self._name)
+        self.files.make()
 
     def finish(self, shard: str, finished: Finished) -> None:
-        sync(self.folder / shard)  # another machine will read it
-        (self.folder / shard).replace(self._target / shard)
-        self.folder.rmdir()
+        self.files.sync(shard)  # another machine will read it
+        self.files.move(shard, self._target)
+        self._staging.remove_empty(self._name)
 
 
 def execute_on_ray(
@@ -102,7 +105,7 @@ def execute_on_ray(
         source.folder.resolve() if isinstance(source, LocalSource) else None,
         plan.options,
         plan.digest(source.fingerprint()),
-        staging.folder.resolve(),
+        staging.out.resolve(),
         jobs,
     )
     finished = dict(done)
@@ -130,7 +133,7 @@ def write_shard(assignment: Assignment, name: str) -> Finished:
     """Make one shard; runs on a worker."""
     source, plan = _planned(assignment)
     part = plan.part([shard for shard in plan.shards if shard.name == name])
-    return execute_plan(part, source, _Attempt(assignment.target), assignment.jobs, {}, _silent)[name]
+    return execute_plan(part, source, _Attempt(assignment.out), assignment.jobs, {}, _silent)[name]
 
 
 @cache

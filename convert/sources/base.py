@@ -2,19 +2,20 @@
 
 What flows: opening a source reads config, index and headers, never weights, and makes the `Checkpoint` that readers
 see. Conversion and verification then read slices through `read_into`, from any thread. Nothing is ever written,
-unpickled or executed. A shard that changes while it is read is noticed by `check_unchanged`.
+unpickled or executed. A file that changes while it is read, a shard or one that is copied, is noticed by
+`check_unchanged`; between a run and the one that resumes it, by `identities`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from xpuquant.conversion.sources.repo_files import FoundFiles
+from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.errors import DamagedError, UsageError, one_line
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array
 from xpuquant.formats.safetensors import Tensor
@@ -55,20 +56,24 @@ class Source(Protocol):
         """Fill `out` (flat uint8, `box.nbytes` long) with the bytes of a slice."""
         ...
 
-    def copy_file(self, name: str, target: Path) -> None:
-        """Copy one of `extra_files`."""
+    def copy_file(self, name: str, into: Tree) -> None:
+        """Copy one of `extra_files`, under its name."""
         ...
 
     def read_text(self, name: str) -> str | None:
-        """A small text file, for the card; None where there is none of that name."""
+        """A small text file, for the card; None where there is none of that name, or it is too large to be read."""
         ...
 
     def fingerprint(self) -> str:
         """Text that is equal for equal content, as far as can be told without reading the weights."""
         ...
 
+    def identities(self) -> Mapping[str, Identity]:
+        """Shard → which file it is; empty where a commit says what is in it."""
+        ...
+
     def check_unchanged(self) -> None:
-        """Raises DamagedError if a shard is no longer the file that was opened."""
+        """Raises DamagedError if a shard, or a file to copy, is no longer the file that was there at the start."""
         ...
 
 

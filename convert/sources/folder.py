@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from xpuquant.conversion.sources.base import checkpoint_of
-from xpuquant.conversion.sources.repo_files import find_files
-from xpuquant.conversion.sources.shard_reader import ShardReader
+from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, find_files, read_text
+from xpuquant.conversion.sources.shard_reader import ShardReader, check_same
+from xpuquant.conversion.tree import Identity, Tree
+from xpuquant.errors import EnvironmentFault, UsageError
 from xpuquant.formats.checkpoint import Array, Slice
 
 
@@ -25,28 +26,45 @@ class LocalSource:
         found = find_files(folder)
         self.extra_files = found.extra
         self.left_files: Mapping[str, str] = found.left
-        self._shards = ShardReader(folder, found.shards)
+        self._tree = Tree(folder)
+        self._shards = ShardReader(self._tree, found.shards)
+        self._watched = {name: self._identity(name) for name in ("config.json", *found.extra)}
+        self._check_sizes()
         self.checkpoint = checkpoint_of(found, map(self._shards.header, found.shards), self._shards.peek)
         self.nbytes = self._shards.nbytes
 
     def read_into(self, box: Slice, out: Array) -> None:
         self._shards.read_into(box, out)
 
-    def copy_file(self, name: str, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Content only: the mode follows the umask, and a link of the Hub cache becomes a file.
-        shutil.copyfile(self.folder / name, target)
+    def copy_file(self, name: str, into: Tree) -> None:
+        into.copy_from(self._tree, name)
 
     def read_text(self, name: str) -> str | None:
-        try:
-            return (self.folder / name).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
+        return read_text(self._tree, name)
 
     def fingerprint(self) -> str:
         # The configs too: they decide what the tensors mean.
         configs = json.dumps([self.checkpoint.config, self.checkpoint.quantization], sort_keys=True)
         return hashlib.sha256((self._shards.fingerprint() + configs).encode()).hexdigest()
 
+    def identities(self) -> Mapping[str, Identity]:
+        return self._shards.identities
+
     def check_unchanged(self) -> None:
         self._shards.check_unchanged()
+        for name, identity in self._watched.items():
+            check_same(self._tree, name, identity, self._identity(name))
+
+    def _identity(self, name: str) -> Identity:
+        try:
+            return self._tree.identity(name)
+        except OSError as error:
+            raise EnvironmentFault(f"{self.folder / name}: cannot be read ({error.strerror})") from error
+
+    def _check_sizes(self) -> None:
+        for name, identity in self._watched.items():
+            if identity.size > MAX_COPIED_BYTES:
+                raise UsageError(
+                    f"{self.folder / name}: has {identity.size} bytes, more than any file that a loader reads beside "
+                    "the weights; move it away"
+                )

@@ -7,28 +7,45 @@ over a `CachedSource` on it. (`streamed.py` has the source that never holds all 
 
 What survives a fault: huggingface_hub resumes partial downloads and keeps finished ones, so the same command carries
 on. Everything is asked for at the resolved commit: a push to the repository in between changes nothing.
+
+What is trusted: the commit, and the Hub's list of its files with sha256 (large files) or git's sha1 (small ones). Every
+file that is downloaded, or that the cache holds, is compared with it; one that differs is removed and fetched once
+more. Ranges cannot be compared by themselves: `inspect` and `--dry-run` take headers as they come; a conversion reads
+them again from files that were compared (`streamed.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xpuquant.conversion.hub.blobs import Blob, blob_named, mismatch
 from xpuquant.conversion.hub.client import connect, is_offline, retried
 from xpuquant.conversion.hub.downloads import Downloads, FileProgress
 from xpuquant.conversion.hub.ranges import Ranges
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.sources.base import checkpoint_of, read_slice
 from xpuquant.conversion.sources.folder import LocalSource
-from xpuquant.conversion.sources.repo_files import FoundFiles, sort_files
-from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError
+from xpuquant.conversion.sources.repo_files import (
+    MAX_COPIED_BYTES,
+    FoundFiles,
+    is_parsed,
+    json_limit,
+    list_files,
+    read_text,
+    sort_files,
+)
+from xpuquant.conversion.tree import Identity, Tree, wrong_name
+from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError, shown
 from xpuquant.formats.checkpoint import Array, Slice, whole
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
 
@@ -51,9 +68,9 @@ def is_repo_id(name: str) -> bool:
 def _checked(name: str) -> str:
     """`name`, if a file may be made here under it. The Hub has no other names; a server that claims to be the Hub
     might."""
-    path = PurePosixPath(name)
-    if not name.isprintable() or path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name:
-        raise DamagedError(f"{name!r} is no name of a file in a repository")
+    wrong = wrong_name(name) or ("has backslashes in its name" if "\\" in name else None)
+    if wrong is not None:
+        raise DamagedError(f"{shown(name)} {wrong}: a file of a repository that cannot be kept here")
     return name
 
 
@@ -61,7 +78,7 @@ class Remote:
     """One repository at one commit, to read from.
 
     commit  its id
-    sizes   file → bytes
+    blobs   file → what the Hub says that it is
     """
 
     def __init__(self, api: HfApi, repo_id: str, revision: str | None) -> None:
@@ -70,20 +87,45 @@ class Remote:
         self._revision = revision
         info = retried(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), repo_id)
         self.commit = str(info.sha)
-        self.sizes = {_checked(file.rfilename): int(file.size or 0) for file in info.siblings or ()}
+        self.blobs = {
+            _checked(file.rfilename): Blob(int(file.size or 0), file.lfs.sha256 if file.lfs else None, file.blob_id)
+            for file in info.siblings or ()
+        }
         self._ranges = Ranges(api, repo_id, self.commit)
+        self._answered: dict[str, list[tuple[int, int, bytes]]] = {}
 
-    def download(self, name: str, folder: Path | None = None, progress: Progress = lambda nbytes: None) -> Path:
-        """A whole file, in the client's cache or below `folder`. Resumes, and costs nothing when it is there."""
-        counted = FileProgress(self.sizes[name], progress)
-        path = retried(
-            lambda: self.api.hf_hub_download(
-                self.repo_id, name, revision=self.commit, local_dir=folder, tqdm_class=counted.bar()
-            ),
-            self.repo_id,
-        )
-        counted.finish()
-        return Path(path)
+    def download(self, name: str, folder: Path | None = None, progress: Progress = lambda nbytes: None) -> Tree:
+        """A whole file, in the client's cache or below `folder`; returns the tree that holds it. Resumes, and costs a
+        reading when it is there.
+
+        Raises:
+            DamagedError: what came is not what the Hub says it has, and was not the second time either.
+        """
+        counted = FileProgress(self.blobs[name].nbytes, progress)
+        for _attempt in (1, 2):
+            path = Path(
+                retried(
+                    lambda: self.api.hf_hub_download(
+                        self.repo_id, name, revision=self.commit, local_dir=folder, tqdm_class=counted.bar()
+                    ),
+                    self.repo_id,
+                )
+            )
+            tree = Tree(path.parents[name.count("/")])
+            differs = mismatch(tree, name, self.blobs[name])
+            if differs is None:
+                counted.finish()
+                return tree
+            # Its name in the cache says what it is not: nobody may find it there.
+            tree.discard(name)
+        raise DamagedError(f"{self.repo_id}: {name} {differs}; twice, so removed here: run the same command again")
+
+    def cached(self, name: str) -> Tree | None:
+        """The tree of the client's cache that holds a file as the Hub has it; None where there is none."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo_id, name, revision=self.commit)
+        return Tree(Path(found).parents[name.count("/")]) if isinstance(found, str) else None
 
     def remember(self) -> None:
         """Note in the cache which commit the revision was, so that it is found there offline."""
@@ -93,8 +135,28 @@ class Remote:
         )
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """Bytes `begin:end` of a file."""
-        return retried(lambda: self._ranges.read(name, begin, end), self.repo_id)
+        """Bytes `begin:end` of a file, as a server says; see `check_answers`."""
+        data = retried(lambda: self._ranges.read(name, begin, end), self.repo_id)
+        self._answered.setdefault(name, []).append((begin, end, hashlib.sha256(data).digest()))
+        return data
+
+    def check_answers(self, name: str, tree: Tree) -> None:
+        """Compare the ranges of a file that were read so far with the whole file, which is the one that the Hub lists.
+
+        Raises:
+            DamagedError: a server answered with other bytes. OSError
+        """
+        answered = self._answered.pop(name, [])
+        if not answered:
+            return
+        with os.fdopen(tree.open(name), "rb") as file:
+            for begin, end, digest in answered:
+                file.seek(begin)
+                if hashlib.sha256(file.read(end - begin)).digest() != digest:
+                    raise DamagedError(
+                        f"{self.repo_id}: bytes {begin} to {end} of {name} came other than they are in the file; "
+                        "run the same command again"
+                    )
 
     def header(self, name: str) -> dict[str, Tensor]:
         """Name → tensor of a shard.
@@ -102,7 +164,7 @@ class Remote:
         Raises:
             DamagedError: not a sound safetensors file.
         """
-        nbytes = self.sizes[name]
+        nbytes = self.blobs[name].nbytes
         start = self.read(name, 0, min(nbytes, _HEADER_GUESS_BYTES))
         length = header_length(start[:PREFIX_BYTES], name, nbytes)
         end = PREFIX_BYTES + length
@@ -122,7 +184,7 @@ class HubSource:
         self.found = self._find()
         self.extra_files = self.found.extra
         self.left_files: Mapping[str, str] = self.found.left
-        self.nbytes = sum(remote.sizes[shard] for shard in self.found.shards)
+        self.nbytes = sum(remote.blobs[shard].nbytes for shard in self.found.shards)
         with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
             self.checkpoint = checkpoint_of(self.found, pool.map(remote.header, self.found.shards), self.peek)
 
@@ -141,20 +203,24 @@ class HubSource:
             out[position : position + length] = np.frombuffer(data, np.uint8)
             position += length
 
-    def copy_file(self, name: str, target: Path) -> None:
+    def copy_file(self, name: str, into: Tree) -> None:
         """Copy one of `extra_files`."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.remote.download(name), target)
+        into.copy_from(self.remote.download(name), name)
 
     def read_text(self, name: str) -> str | None:
-        """A small text file of the repository; None where it has none of that name."""
-        if name not in self.remote.sizes:
+        """A small text file of the repository; None where it has none of that name, or it is too large to be read."""
+        blob = self.remote.blobs.get(name)
+        if blob is None or blob.nbytes > json_limit(name):
             return None
-        return self.remote.download(name).read_text(encoding="utf-8", errors="replace")
+        return read_text(self.remote.download(name), name)
 
     def fingerprint(self) -> str:
         """The commit names the content."""
         return f"{self.name}@{self.revision}"
+
+    def identities(self) -> Mapping[str, Identity]:
+        """The commit names the content."""
+        return {}
 
     def check_unchanged(self) -> None:
         """A commit cannot change."""
@@ -172,28 +238,40 @@ class HubSource:
         downloads = Downloads(lambda shard: self.remote.download(shard, None, progress), _DOWNLOADS_AT_ONCE)
         running = [downloads.start(shard) for shard in self.found.shards]
         for future in running:
-            folder = future.result().parent
+            folder = future.result().path
         for name in self.found.extra:
             self.remote.download(name)
         self.remote.remember()
         return CachedSource(folder, self.name, self.remote.commit, self)
 
     def _find(self) -> FoundFiles:
-        names = sorted(self.remote.sizes)
+        names = sorted(self.remote.blobs)
         try:
             if "config.json" not in names:
                 raise UsageError("has no config.json; is it a model?")
+            self._check_sizes(names)
             return sort_files(names, self.remote.download)
         except UsageError as error:
             raise UsageError(f"{self.name}: {error}") from None
 
-    def _check_disk(self) -> None:
-        from huggingface_hub import constants, try_to_load_from_cache
+    def _check_sizes(self, names: Iterable[str]) -> None:
+        """Before anything is downloaded."""
+        for name in names:
+            nbytes = self.remote.blobs[name].nbytes
+            if is_parsed(name) and nbytes > json_limit(name):
+                limit = json_limit(name) >> 20
+                raise DamagedError(f"{self.name}: {name} is too large for a JSON config (more than {limit} MiB)")
 
+    def _check_disk(self) -> None:
+        from huggingface_hub import constants
+
+        for name in self.found.extra:
+            if self.remote.blobs[name].nbytes > MAX_COPIED_BYTES:
+                raise UsageError(f"{self.name}: {name} is too large for a file that a loader reads beside the weights")
         needed = sum(
-            self.remote.sizes[shard]
-            for shard in self.found.shards
-            if not isinstance(try_to_load_from_cache(self.name, shard, revision=self.remote.commit), str)
+            self.remote.blobs[name].nbytes
+            for name in (*self.found.shards, *self.found.extra)
+            if self.remote.cached(name) is None
         )
         place = Path(constants.HF_HUB_CACHE)
         while not place.exists():
@@ -224,6 +302,20 @@ class CachedSource(LocalSource):
         return f"{self.name}@{self.revision}"
 
 
+def check_cache(tree: Tree, repo_id: str) -> None:
+    """Compare the files of a snapshot in the client's cache with their names there, which are the Hub's digests. A
+    cache without links (its file system has none) keeps no such names, and is taken as it is.
+
+    Raises:
+        DamagedError: a file is not what its name says. EnvironmentFault: unreadable.
+    """
+    for name in list_files(tree.path):
+        blob = blob_named(tree.blob(name), tree.size(name))
+        differs = None if blob is None else mismatch(tree, name, blob)
+        if differs is not None:
+            raise DamagedError(f"{repo_id}: {name} in the cache {differs}; download it again: {tree.path / name}")
+
+
 def open_hub(
     repo_id: str, revision: str | None = None, token: str | None = None, stream: bool = False
 ) -> HubSource | CachedSource:
@@ -238,6 +330,7 @@ def open_hub(
         folder = Path(
             retried(lambda: api.snapshot_download(repo_id, revision=revision, local_files_only=True), repo_id)
         )
+        check_cache(Tree(folder), repo_id)
         return CachedSource(folder, repo_id, folder.name)
     if stream:
         from xpuquant.conversion.sources.streamed import StreamedSource

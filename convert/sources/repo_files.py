@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from xpuquant.conversion.sources.quantization import (
 )
 from xpuquant.conversion.sources.weight_files import (
     ADAPTER_CONFIG,
+    INDEX,
     PICKLED,
     WeightFiles,
     index_file,
@@ -24,17 +24,26 @@ from xpuquant.conversion.sources.weight_files import (
     parse_index,
     pick_weight_files,
 )
+from xpuquant.conversion.tree import Listed, Tree, is_hidden
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 _MAX_CONFIG_BYTES = 32 << 20
 _MAX_INDEX_BYTES = 128 << 20  # about 10^6 tensors, as for a header
 _MAX_CONTAINERS = 2_000_000  # an empty list is 3 bytes of text, 64 of memory
 _MAX_DEPTH = 100
-_MAX_FILES = 100_000
+MAX_COPIED_BYTES = 16 << 30
+"""Of a file that is copied. No loader reads one of a hundredth of that beside the weights; a sparse file of a terabyte
+costs its sender nothing."""
+
+_MAX_TEXT_BYTES = 4 << 20
+"""Of a text file that is read for the card. The longest cards of the Hub have some hundred kilobytes."""
+
 _OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", ".npz", ".mlmodel")
 _PICKLED_INDEX = re.compile(r"[\w.-]+\.(?:bin|h5|msgpack)\.index(?:\.[\w-]+)?\.json")
-_SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".xpuquant"}
 _WEIGHT_FOLDERS = {"original", "metal"}
+_WRITTEN_ANEW = ("README.md", "xpuquant.json", "verify.json", "verify.md", "verify.html", "verify.svg")
+_WRITTEN = (*_WRITTEN_ANEW, "config.json", INDEX)
+_OUR_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -62,109 +71,96 @@ def find_files(folder: Path) -> FoundFiles:
         UsageError: no config.json, no safetensors weights.
         DamagedError: a JSON file that is not one, an index that points outside the folder or at a missing shard.
     """
-    names = list_files(folder)
-    if "config.json" not in names:
+    tree = Tree(folder)
+    listed = _listed(tree)
+    if not any(file.name == "config.json" for file in listed):
         raise UsageError(f"{folder}: has no config.json; is it a model folder?")
-    return sort_files(names, lambda name: folder / name)
+    return sort_files([file.name for file in listed], lambda name: tree, {file.name: file.means for file in listed})
 
 
-def sort_files(names: Sequence[str], locate: Callable[[str], Path]) -> FoundFiles:
+def sort_files(
+    names: Sequence[str], locate: Callable[[str], Tree], means: Mapping[str, str] | None = None
+) -> FoundFiles:
     """Sort out a repo's files by their names and the content of its configs and index.
 
     Args:
         names: every file, `config.json` among them.
-        locate: where a file of that name can be read here.
+        locate: the tree in which a file of that name can be read here.
+        means: name → path of the file that is read under it, where links have been looked at.
 
     Raises: as `find_files`.
     """
-    config = read_json(locate("config.json"))
-    others = {name: read_json(locate(name)) for name in QUANTIZATION_FILES if name in names}
+    config = read_json(locate("config.json"), "config.json")
+    others = {name: read_json(locate(name), name) for name in QUANTIZATION_FILES if name in names}
     quantization, notes = quantization_config(config, others)
     index_name = index_file(names)
-    index = None if index_name is None else parse_index(read_json(locate(index_name)), index_name)
+    index = None if index_name is None else parse_index(read_json(locate(index_name), index_name), index_name)
     named = config.get("transformers_weights")
     weights = pick_weight_files(names, index, index_name, named if isinstance(named, str) else None)
-    extra, left = extra_files(names, weights, _dense_folders(names, locate))
+    extra, left = extra_files(names, weights, _dense_folders(names, locate), means or {})
     return FoundFiles(config, quantization, weights.shards, weights.index, extra, left, (*notes, *weights.notes))
 
 
-def _dense_folders(names: Sequence[str], locate: Callable[[str], Path]) -> frozenset[str]:
+def _dense_folders(names: Sequence[str], locate: Callable[[str], Tree]) -> frozenset[str]:
     """Folders of a Sentence Transformers model's further modules (`2_Dense/model.safetensors`): parts of the model
     that are no part of its Transformers checkpoint. `modules.json` lists them."""
     if "modules.json" not in names:
         return frozenset()
     try:
-        modules = json.loads(locate("modules.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        modules = json.loads(locate("modules.json").read("modules.json", _MAX_TEXT_BYTES))
+    except (OSError, ValueError, RecursionError, DamagedError):
         return frozenset()
     listed = modules if isinstance(modules, list) else []
     return frozenset(str(module.get("path")) for module in listed if isinstance(module, dict) and module.get("path"))
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file below a folder, relative POSIX paths, sorted.
+    """Every file below a folder that may belong to a model, relative POSIX paths, sorted.
 
     Raises:
-        UsageError: a link out of the folder (but for the Hub cache's own, which lead from `snapshots/` to the repo's
-            `blobs/`, and since huggingface_hub 2 from there to the `blobs/` that all repos share), or a name that
-            cannot be shown.
+        UsageError: a link that may not be followed (see `Tree`), or a name that cannot be shown.
         EnvironmentFault: a file or folder that cannot be read: said now, not after hours.
     """
-    root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
-    names: list[str] = []
+    return [file.name for file in _listed(Tree(folder))]
+
+
+def _listed(tree: Tree) -> list[Listed]:
     try:
-        pending = [folder]
-        while pending:
-            for entry in sorted(pending.pop().iterdir()):
-                if not entry.name.isprintable():
-                    raise UsageError(f"{entry}: has control characters in its name; rename it")
-                if entry.is_symlink():
-                    _check_link(entry, allowed)
-                elif entry.is_dir():
-                    if entry.name not in _SKIPPED_FOLDERS:
-                        pending.append(entry)
-                    continue
-                # Neither sockets nor pipes nor devices.
-                if entry.is_file():
-                    names.append(entry.relative_to(folder).as_posix())
-                    if not os.access(entry, os.R_OK, effective_ids=True):
-                        raise EnvironmentFault(f"{entry}: cannot be read (Permission denied)")
-                    if len(names) > _MAX_FILES:
-                        raise UsageError(f"{folder}: holds more than {_MAX_FILES} files; is it a model folder?")
+        return tree.files()
     except OSError as error:
         raise EnvironmentFault(f"{error.filename}: cannot be read ({error.strerror})") from error
-    return sorted(names)
 
 
-def _check_link(link: Path, allowed: Iterable[Path]) -> None:
-    try:
-        target = link.resolve(strict=True)
-    except (FileNotFoundError, RuntimeError):
-        raise UsageError(f"{link}: is a link that leads nowhere; copy the file in instead") from None
-    if not any(target.is_relative_to(folder) for folder in allowed):
-        raise UsageError(f"{link}: is a link out of the folder; copy the file in instead")
-    if target.is_dir():
-        raise UsageError(f"{link}: is a link to a folder; copy the folder in instead")
+def is_parsed(name: str) -> bool:
+    """Whether a file of that name may be read while planning."""
+    return name in ("config.json", *QUANTIZATION_FILES) or (is_index(name) and "/" not in name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a config or an index.
+def json_limit(name: str) -> int:
+    """Bytes that a JSON file of that name may have."""
+    return _MAX_INDEX_BYTES if is_index(PurePosixPath(name).name) else _MAX_CONFIG_BYTES
+
+
+def read_json(tree: Tree, name: str) -> dict[str, Any]:
+    """The JSON object in a config, an index or a record.
 
     Raises:
-        DamagedError: not JSON, not an object, or too large for what it is. EnvironmentFault: unreadable.
+        DamagedError: not JSON, not an object, no regular file, or too large for what it is.
+        EnvironmentFault: unreadable.
     """
-    limit = _MAX_INDEX_BYTES if is_index(path.name) else _MAX_CONFIG_BYTES
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        data = tree.read(name, json_limit(name))
     except OSError as error:
-        raise EnvironmentFault(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > limit:
-        raise DamagedError(f"{path.name}: is too large for a JSON config (more than {limit >> 20} MiB)")
-    return parse_json(data, path.name)
+        raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
+    return parse_json(data, PurePosixPath(name).name)
+
+
+def read_text(tree: Tree, name: str) -> str | None:
+    """A small text file; None where there is none that can be read."""
+    try:
+        return tree.read(name, _MAX_TEXT_BYTES).decode("utf-8", "replace")
+    except (OSError, DamagedError, UsageError):
+        return None
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
@@ -196,13 +192,20 @@ def _check_depth(value: Any) -> None:
 
 
 def extra_files(
-    names: Iterable[str], weights: WeightFiles, kept: frozenset[str] = frozenset()
+    names: Iterable[str],
+    weights: WeightFiles,
+    kept: frozenset[str] = frozenset(),
+    means: Mapping[str, str] = {},
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """(files to copy, file → reason for those that are not). Nothing is forgotten by an allow-list.
 
     Args:
         weights: what the checkpoint consists of.
         kept: folders whose weights are copied as they are.
+        means: name → path of the file that a link leads to: weights are not copied under another name either.
+
+    Raises:
+        UsageError: a folder that has the name of a file which the conversion writes.
     """
     mine = {*weights.shards, weights.index_name, "config.json"}
     copied: list[str] = []
@@ -211,25 +214,30 @@ def extra_files(
     for name in names:
         if name in mine:
             continue
-        path = PurePosixPath(name)
+        first, below, _ = name.partition("/")
+        if below and (first in _WRITTEN or _OUR_SHARD.fullmatch(first)):
+            raise UsageError(f"{first}: is a folder, and the conversion writes a file of that name; rename it")
+        path, target = PurePosixPath(name), PurePosixPath(means.get(name, name))
         if name in weights.left:
             left[name] = weights.left[name]
         elif path.suffix == ".safetensors" and path.parent.as_posix() in kept:
             copied.append(name)
-        elif path.suffix == ".safetensors" or is_index(name):
+        elif ".safetensors" in (path.suffix, target.suffix) or is_index(name):
             left[name] = "weights outside the index"
         elif path.name == ADAPTER_CONFIG:
             left[name] = "describes an adapter"
-        elif path.suffix in PICKLED or path.suffix in _OTHER_WEIGHTS or path.parts[0] in _WEIGHT_FOLDERS:
+        elif {path.suffix, target.suffix} & {*PICKLED, *_OTHER_WEIGHTS} or path.parts[0] in _WEIGHT_FOLDERS:
             left[name] = "weights of another format"
         elif _PICKLED_INDEX.fullmatch(name) or (mistral and name == "params.json"):
             left[name] = "describes weights that are left out"
         elif describes_quantization(name):
             left[name] = "describes the source's quantization"
-        elif name in ("README.md", "xpuquant.json", "verify.json", "verify.md", "verify.html", "verify.svg"):
+        elif name in _WRITTEN_ANEW:
             left[name] = "written anew"
         elif name in (".gitattributes", ".gitignore"):
             left[name] = "belongs to the source's repository"
+        elif is_hidden(name):
+            left[name] = "hidden: no loader reads it"
         else:
             copied.append(name)
     return tuple(copied), left

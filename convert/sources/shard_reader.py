@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import threading
 import weakref
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
+from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.errors import DamagedError, EnvironmentFault
 from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
 
 _MAX_OPEN_SHARDS = 256
+_OTHER_DESCRIPTORS = 16
+"""What a process has open besides: its streams, locks, outputs, the modules it imports."""
+
 _MAX_PEEK_BYTES = 1 << 28
 
 
 class ShardReader:
     """The shards of one folder. They are read by position, never mapped: a file that is cut short while it is read
-    is an error here, not a SIGBUS."""
+    is an error here, not a SIGBUS.
 
-    def __init__(self, folder: Path, shards: Iterable[str]) -> None:
-        self._paths = {shard: folder / shard for shard in shards}
-        self._stats = {shard: self._stat(shard) for shard in self._paths}
+    identities  shard → which file it was when it was first looked at
+    """
+
+    def __init__(self, tree: Tree, shards: Iterable[str]) -> None:
+        self._tree = tree
+        self.identities = {shard: self._identity(shard) for shard in shards}
         self._open: dict[str, int] = {}
+        self._keep = _most_kept()
         # Descriptors are numbers: nobody closes them for us.
         weakref.finalize(self, _close_all, self._open)
         self._lock = threading.Lock()
@@ -34,7 +42,7 @@ class ShardReader:
     @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
-        return sum(stat[0] for stat in self._stats.values())
+        return sum(identity.size for identity in self.identities.values())
 
     def header(self, shard: str) -> dict[str, Tensor]:
         """Name → tensor of one shard.
@@ -42,13 +50,13 @@ class ShardReader:
         Raises:
             DamagedError: not a sound safetensors file. EnvironmentFault: unreadable.
         """
-        size = self._stats[shard][0]
+        size = self.identities[shard].size
         try:
-            with self._paths[shard].open("rb") as file:
+            with os.fdopen(self._tree.open(shard), "rb") as file:
                 length = header_length(file.read(PREFIX_BYTES), shard, size)
                 header = file.read(length)
         except OSError as error:
-            raise EnvironmentFault(f"{self._paths[shard]}: cannot be read ({error.strerror})") from error
+            raise self._unreadable(shard, error) from error
         return parse_header(header, shard, size)
 
     def read(self, box: Slice) -> Array:
@@ -77,7 +85,7 @@ class ShardReader:
                     position += got
                     offset += got
         except OSError as error:
-            raise EnvironmentFault(f"{self._paths[shard]}: cannot be read ({error.strerror})") from error
+            raise self._unreadable(shard, error) from error
         finally:
             if not keep:
                 os.close(fd)
@@ -89,29 +97,28 @@ class ShardReader:
     def fingerprint(self) -> str:
         """Identifies the files by name, size and time of change."""
         digest = hashlib.sha256()
-        for shard, (size, changed, *_) in self._stats.items():
-            digest.update(f"{shard} {size} {changed}\n".encode())
+        for shard, identity in self.identities.items():
+            digest.update(f"{shard} {identity.size} {identity.mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:
         """Raises DamagedError if a shard is no longer the file that was opened."""
-        for shard, stat in self._stats.items():
-            if self._stat(shard) != stat:
-                raise DamagedError(f"{self._paths[shard]} changed while it was being read; start again")
+        for shard, identity in self.identities.items():
+            check_same(self._tree, shard, identity, self._identity(shard))
 
     def close(self) -> None:
         """Close every descriptor."""
         with self._lock:
             _close_all(self._open)
 
-    def _stat(self, shard: str) -> tuple[int, int, int, int]:
-        """Size, time of the last change, and what tells a change whose time was set back: that of the inode, and the
-        inode itself."""
+    def _identity(self, shard: str) -> Identity:
         try:
-            stat = self._paths[shard].stat()
+            return self._tree.identity(shard)
         except OSError as error:
-            raise EnvironmentFault(f"{self._paths[shard]}: cannot be read ({error.strerror})") from error
-        return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+            raise self._unreadable(shard, error) from error
+
+    def _unreadable(self, shard: str, error: OSError) -> EnvironmentFault:
+        return EnvironmentFault(f"{self._tree.path / shard}: cannot be read ({error.strerror})")
 
     def _descriptor(self, shard: str) -> tuple[int, bool]:
         """An open descriptor, and whether it stays open (repos of thousands of shards reopen)."""
@@ -119,13 +126,29 @@ class ShardReader:
             if shard in self._open:
                 return self._open[shard], True
             try:
-                fd = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+                fd = self._tree.open(shard)
             except OSError as error:
-                raise EnvironmentFault(f"{self._paths[shard]}: cannot be read ({error.strerror})") from error
-            if len(self._open) < _MAX_OPEN_SHARDS:
+                raise self._unreadable(shard, error) from error
+            if len(self._open) < self._keep:
                 self._open[shard] = fd
                 return fd, True
             return fd, False
+
+
+def check_same(tree: Tree, name: str, before: Identity, now: Identity) -> None:
+    """Raises DamagedError if a file is no longer the one that it was."""
+    if before != now:
+        raise DamagedError(
+            f"{tree.path / name} changed while it was being read ({before.difference(now)}); start again"
+        )
+
+
+def _most_kept() -> int:
+    """Shards that are kept open: a source and its output together may take half of what the process may open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _MAX_OPEN_SHARDS
+    return max(0, min(_MAX_OPEN_SHARDS, (limit - _OTHER_DESCRIPTORS) // 4))
 
 
 def _close_all(descriptors: dict[str, int]) -> None:

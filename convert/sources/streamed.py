@@ -2,20 +2,21 @@
 
 What flows: the small tensors that decide the plan (column orders, zero points) are read by range requests, many at
 once. Then whole shards are downloaded into a folder of the conversion's own, each when it is first read or a little
-ahead, and deleted by `release`. A shard that the client's cache already holds is read there and stays there.
+ahead, and deleted by `release`. A shard that the client's cache already holds is read there and stays there. Each is
+compared with the Hub's sha256, and then the ranges of it that the plan was made from with the shard itself.
 """
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from xpuquant.conversion.hub.downloads import Downloads
 from xpuquant.conversion.sources.hub import HubSource, Remote
 from xpuquant.conversion.sources.shard_reader import ShardReader
+from xpuquant.conversion.tree import Tree
 from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
 from xpuquant.formats.safetensors import Tensor
 
@@ -33,13 +34,13 @@ class StreamedSource(HubSource):
         self._suffixes_read: set[str] = set()
         self._lock = threading.Lock()
         self._readers: dict[str, ShardReader] = {}
-        self._folder: Path | None = None
+        self._tree: Tree | None = None
         self._downloads = Downloads(self._download, at_once=2)
         super().__init__(remote)
 
-    def keep_in(self, folder: Path) -> None:
-        """Download shards into `folder`. Comes before the first read of a tensor."""
-        self._folder = folder
+    def keep_in(self, tree: Tree) -> None:
+        """Download shards into a folder. Comes before the first read of a tensor."""
+        self._tree = tree
 
     def peek(self, tensor: Tensor) -> Array | None:
         """Any small tensor: a conversion looks at the values, whatever the config says."""
@@ -71,30 +72,28 @@ class StreamedSource(HubSource):
         if reader is not None:
             reader.close()
         self._downloads.forget(shard)
-        if self._folder is not None:
-            (self._folder / shard).unlink(missing_ok=True)
+        if self._tree is not None:
+            self._tree.remove(shard)
 
     def is_cached(self, shard: str) -> bool:
         """Whether the client's cache holds a shard."""
-        return self._cached(shard) is not None
+        return self.remote.cached(shard) is not None
 
-    def _cached(self, shard: str) -> Path | None:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(self.name, shard, revision=self.remote.commit)
-        return Path(found) if isinstance(found, str) else None
-
-    def _download(self, shard: str) -> Path:
-        return self._cached(shard) or self.remote.download(shard, self._folder)
+    def _download(self, shard: str) -> Tree:
+        # The client finds what the cache holds, where it is asked for no other folder.
+        elsewhere = None if self._tree is None or self.is_cached(shard) else self._tree.path
+        tree = self.remote.download(shard, elsewhere)
+        self.remote.check_answers(shard, tree)
+        return tree
 
     def _reader(self, shard: str) -> ShardReader:
         with self._lock:
             reader = self._readers.get(shard)
         if reader is not None:
             return reader
-        path = self._downloads.start(shard).result()
+        tree = self._downloads.start(shard).result()
         with self._lock:
-            return self._readers.setdefault(shard, ShardReader(path.parent, [shard]))
+            return self._readers.setdefault(shard, ShardReader(tree, [shard]))
 
     def _fetch_values(self, tensors: list[Tensor]) -> None:
         def fetch(tensor: Tensor) -> tuple[str, bytes]:

@@ -17,7 +17,8 @@ from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.checksums import hash_file, is_sealed
 from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
-from xpuquant.conversion.sources.repo_files import list_files, parse_json
+from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.exactness import run_all
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
@@ -52,7 +53,8 @@ class Integrity:
 
 def weigh(folder: Path) -> int:
     """Bytes that `check_integrity` will hash, for the progress bar."""
-    return sum((folder / name).stat().st_size for name in list_files(folder) if name not in UNPROTECTED)
+    tree = Tree(folder)
+    return sum(tree.size(name) for name in list_files(folder) if name not in UNPROTECTED)
 
 
 def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
@@ -71,11 +73,13 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
     except DamagedError as error:
         return Integrity((*found, _wrong(PROVENANCE, str(error))), None, None, 0)
     progress(len(content))
-    present = list_files(folder)
-    calls = [partial(_file, folder, name, sha256, progress) for name, sha256 in listed.items()]
+    tree, present = Tree(folder), list_files(folder)
+    there = set(present)
+    calls = [partial(_file, tree, name, sha256, progress) for name, sha256 in listed.items() if name in there]
+    found += [_wrong(name, "is missing") for name in listed if name not in there]
     found += [finding for finding in run_all(jobs, calls) if finding is not None]
     found += _unlisted(present, listed)
-    found += _reports(folder, present, progress)
+    found += _reports(tree, present, progress)
     repo: Repo | None = None
     try:
         repo = open_repo(folder)
@@ -95,10 +99,11 @@ def _wrong(where: str, what: str) -> Finding:
 def _provenance(folder: Path) -> bytes:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
+    tree = Tree(folder)
     try:
-        return (folder / PROVENANCE).read_bytes()
+        return tree.read(PROVENANCE, json_limit(PROVENANCE))
     except FileNotFoundError:
-        if (folder / STAGING).exists():
+        if tree.holds_anything(STAGING):
             raise UsageError(f"{folder}: is an unfinished conversion; run the same convert command again") from None
         raise UsageError(f"{folder}: has no {PROVENANCE}; it was not converted by xpuquant") from None
     except OSError as error:
@@ -150,8 +155,8 @@ def _check_types(record: Mapping[str, Any]) -> None:
         raise DamagedError("has a field of a type that no conversion writes")
 
 
-def _file(folder: Path, name: str, sha256: str, progress: Progress) -> Finding | None:
-    found = hash_file(folder / name, progress)
+def _file(tree: Tree, name: str, sha256: str, progress: Progress) -> Finding | None:
+    found = hash_file(tree, name, progress)
     if found is None:
         return _wrong(name, "is missing")
     if found != sha256:
@@ -159,13 +164,13 @@ def _file(folder: Path, name: str, sha256: str, progress: Progress) -> Finding |
     return None
 
 
-def _reports(folder: Path, present: list[str], progress: Progress) -> list[Finding]:
+def _reports(tree: Tree, present: list[str], progress: Progress) -> list[Finding]:
     """verify.json is sealed and holds the sha256 of the other reports. They are no part of the model: one that was
     deleted is none, one that was changed is a failure."""
     found: list[Finding] = []
     hashes: Mapping[str, Any] = {}
     if VERDICT in present:
-        content = (folder / VERDICT).read_bytes()
+        content = tree.read(VERDICT, json_limit(VERDICT))
         progress(len(content))
         if not is_sealed(content):
             return [_wrong(VERDICT, "is not as it was written: its own sha256 differs")]
@@ -177,7 +182,7 @@ def _reports(folder: Path, present: list[str], progress: Progress) -> list[Findi
             return [_wrong(VERDICT, "lists no reports")]
     for name in REPORTS:
         if name in present:
-            wrong = _file(folder, name, str(hashes.get(name, "")), progress)
+            wrong = _file(tree, name, str(hashes.get(name, "")), progress)
             found += [wrong] if wrong is not None else []
     return found
 

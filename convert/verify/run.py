@@ -23,6 +23,7 @@ from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.sources.repo_files import read_json
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.agreement import check_kernels
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.exactness import check_exact, check_recorded, find_matrix, matrices_by_role
@@ -66,7 +67,7 @@ def select(names: Sequence[str]) -> list[Backend]:
 def converted_from(folder: Path) -> tuple[Options, str | None, str | None]:
     """(options, source's name, its commit) of a conversion, as far as they can be read: before they are checked."""
     try:
-        record = read_json(folder / PROVENANCE)
+        record = read_json(Tree(folder), PROVENANCE)
         source = record["source"]
         return Options.from_dict(record["options"]), source["name"], source["revision"]
     except (XpuquantError, KeyError, TypeError):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 from xpuquant.conversion.plan.plan import Plan
@@ -19,6 +18,7 @@ from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.read_ahead import Stopped, Workers
 from xpuquant.conversion.write.shard_writer import ShardWriter
 
@@ -27,7 +27,7 @@ class ShardStore(Protocol):
     """Where shards are made and noted: the staging folder of a conversion, as a whole or as one part sees it."""
 
     @property
-    def folder(self) -> Path:
+    def files(self) -> Tree:
         """Folder the files are written in."""
         ...
 
@@ -69,8 +69,7 @@ def execute_plan(
 
         def write(shard: Shard) -> tuple[str, Finished]:
             with workers.slot():
-                path = staging.folder / shard.name
-                result = ShardWriter(shard, source, path, workers, progress, read_again).run()
+                result = ShardWriter(shard, source, staging.files, workers, progress, read_again).run()
             source.check_unchanged()
             staging.finish(shard.name, result)
             return shard.name, result

@@ -19,12 +19,12 @@ import queue
 import threading
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 
+from xpuquant.conversion.tree import Tree
 from xpuquant.formats.checkpoint import Array
 
 _WRITE_BYTES = 128 << 10
@@ -55,8 +55,8 @@ class OutputFile(Protocol):
         ...
 
 
-def create(path: Path, nbytes: int, read_again: bool) -> OutputFile:
-    """Make a file, in place of one that is there.
+def create(tree: Tree, name: str, nbytes: int, read_again: bool) -> OutputFile:
+    """Make a file, in place of what is there.
 
     Args:
         nbytes: its size.
@@ -66,14 +66,16 @@ def create(path: Path, nbytes: int, read_again: bool) -> OutputFile:
         OSError
     """
     direct = getattr(os, "O_DIRECT", None)
-    return CachedFile(path, nbytes) if read_again or direct is None else DirectFile(path, nbytes, direct)
+    if read_again or direct is None:
+        return CachedFile(tree, name, nbytes)
+    return DirectFile(tree, name, nbytes, direct)
 
 
 class CachedFile:
     """Writes through the page cache."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self._fd = _open(path, nbytes)
+    def __init__(self, tree: Tree, name: str, nbytes: int) -> None:
+        self._fd = _open(tree, name, nbytes)
         self._end = self._flushed = 0
 
     def __enter__(self) -> CachedFile:
@@ -96,13 +98,13 @@ class CachedFile:
 class DirectFile:
     """Writes past the page cache, in a thread of its own."""
 
-    def __init__(self, path: Path, nbytes: int, flag: int) -> None:
+    def __init__(self, tree: Tree, name: str, nbytes: int, flag: int) -> None:
         try:
-            self._fd = _open(path, nbytes, flag)
+            self._fd = _open(tree, name, nbytes, flag)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._fd = _open(path, nbytes)
+            self._fd = _open(tree, name, nbytes)
         self._flag = flag
         self._nbytes = nbytes
         self._begin = 0  # of the block that is being filled, in the file
@@ -174,8 +176,8 @@ class DirectFile:
             _write(self._fd, data.data, offset)
 
 
-def _open(path: Path, nbytes: int, flag: int = 0) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | flag, 0o666)
+def _open(tree: Tree, name: str, nbytes: int, flag: int = 0) -> int:
+    fd = tree.create(name, flag)
     try:
         os.ftruncate(fd, nbytes)
     except OSError:

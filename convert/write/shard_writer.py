@@ -21,7 +21,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.output_files import create
 from xpuquant.conversion.write.read_ahead import TASKS_AHEAD, TASKS_AT_ONCE, ChunkQueue, Stopped, Task, Workers
 from xpuquant.errors import EnvironmentFault
@@ -64,14 +64,14 @@ class ShardWriter:
         self,
         shard: Shard,
         source: Source,
-        path: Path,
+        tree: Tree,
         workers: Workers,
         progress: Progress,
         read_again: bool = True,
     ) -> None:
         self._shard = shard
         self._source = source
-        self._path = path
+        self._tree = tree
         self._workers = workers
         self._progress = progress
         self._read_again = read_again
@@ -88,7 +88,7 @@ class ShardWriter:
         shard = self._shard
         digest = hashlib.sha256(shard.header)
         try:
-            with create(self._path, shard.nbytes, self._read_again) as file:
+            with create(self._tree, shard.name, shard.nbytes, self._read_again) as file:
                 file.append(np.frombuffer(shard.header, np.uint8))
                 self._progress(len(shard.header))
                 for chunk in self._chunks():
@@ -96,7 +96,7 @@ class ShardWriter:
                     file.append(chunk)
                     self._progress(chunk.size)
         except OSError as error:
-            raise EnvironmentFault(f"{self._path}: cannot be written ({error.strerror})") from error
+            raise EnvironmentFault(f"{self._tree.path / shard.name}: cannot be written ({error.strerror})") from error
         return Finished(digest.hexdigest(), shard.nbytes)
 
     def _chunks(self) -> Iterator[Array]:

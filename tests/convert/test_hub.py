@@ -15,7 +15,9 @@ import pytest
 from support.checkpoints import FIXTURES
 from support.hub.process import Hub, contents
 
+from xpuquant import api
 from xpuquant.conversion.hub.publish import Pushed
+from xpuquant.conversion.hub.ranges import Ranges
 from xpuquant.conversion.hub.target import Destination
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
@@ -203,7 +205,7 @@ def test_refusals_are_one_line_with_the_fix(
         open_hub(SOURCE)
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/../../b", "a\\b", "a\x1b[2J"])
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/../../b", "a\\b", "a\x1b[2J", "x" * 300])
 def test_a_server_cannot_name_files_elsewhere(hub: Hub, client: str, model: Path, name: str) -> None:
     store = hub.store
     repo = store.repo(SOURCE)
@@ -211,7 +213,7 @@ def test_a_server_cannot_name_files_elsewhere(hub: Hub, client: str, model: Path
     commit.files[name] = store.add_regular(b"x")
     repo.refs["main"] = store.add_commit(repo, commit)
     store.save(repo)
-    with pytest.raises(DamagedError, match="is no name of a file"):
+    with pytest.raises(DamagedError, match="cannot be kept here"):
         open_hub(SOURCE)
 
 
@@ -229,6 +231,86 @@ def test_a_server_cannot_name_files_elsewhere(hub: Hub, client: str, model: Path
 def test_names_that_are_no_repository(name: str, options: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         open_source(name, **options)  # type: ignore[arg-type]
+
+
+# What comes is what the Hub says
+
+
+LFS = pytest.mark.parametrize("client", ["lfs"], indirect=True)
+"""What is spoilt is what goes over LFS."""
+
+
+def spoil(hub: Hub, name: str) -> Path:
+    """One flipped bit in what the server sends of a file; returns where its bytes lie."""
+    commit = hub.store.commit(repo := hub.store.repo(SOURCE), repo.refs["main"])
+    path = hub.store.content(commit.files[name])
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+@LFS
+@pytest.mark.parametrize("name", ["model-00003-of-00008.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_flipped_bit_is_noticed(
+    hub: Hub, client: str, model: Path, name: str, streamed: bool, tmp_path: Path
+) -> None:
+    spoil(hub, name)
+    with pytest.raises(DamagedError, match=rf"{SOURCE}: {name} has (sha256|git sha1) \w+…, the Hub says \w+…"):
+        api.convert(SOURCE, tmp_path / "out", stream=streamed)
+    assert not (tmp_path / "out" / "config.json").exists()
+    # What was wrong is not kept: the same command goes on.
+    spoil(hub, name)
+    api.convert(SOURCE, tmp_path / "out", stream=streamed)
+    assert api.verify(tmp_path / "out", source=model).passed
+
+
+@LFS
+def test_a_wrong_answer_to_a_range_is_noticed(
+    hub: Hub, client: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of a streamed conversion is made from ranges, which nothing vouches for until the shard is here."""
+    real = Ranges.read
+
+    def flipping(self: Ranges, name: str, begin: int, end: int) -> bytes:
+        data = bytearray(real(self, name, begin, end))
+        if begin > 0:  # a column order, not a header
+            data[:4], data[4:8] = data[4:8], data[:4]
+        return bytes(data)
+
+    monkeypatch.setattr(Ranges, "read", flipping)
+    with pytest.raises(DamagedError, match="came other than they are in the file"):
+        api.convert(SOURCE, tmp_path / "out", stream=True)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@LFS
+def test_a_bit_that_flipped_in_the_cache_is_noticed_offline(
+    hub: Hub, client: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    fetched = open_hub(SOURCE)
+    assert isinstance(fetched, HubSource)
+    path = fetched.fetch(lambda nbytes: None).folder / "model-00002-of-00008.safetensors"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    open_hub(SOURCE)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.resolve().chmod(0o644)
+    path.resolve().write_bytes(data)
+    with pytest.raises(DamagedError, match=r"model-00002.* in the cache has sha256 \w+…, the Hub says"):
+        open_hub(SOURCE)
+
+
+@LFS
+def test_a_config_beyond_the_limit_is_not_downloaded(hub: Hub, client: str, model: Path) -> None:
+    (model / "config.json").write_bytes((model / "config.json").read_bytes() + b" " * (33 << 20))
+    hub.seed("producer/large", model)
+    with pytest.raises(DamagedError, match=r"config\.json is too large for a JSON config"):
+        open_hub("producer/large")
+    assert not any("config.json" in request.path for request in hub.requests())
 
 
 # Streaming

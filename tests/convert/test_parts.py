@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import xpuquant
 from xpuquant.conversion.cli.app import run
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
-from xpuquant.conversion.repo.journal import JournalFile
+from xpuquant.conversion.repo.journal import STAGING, JournalFile
 from xpuquant.conversion.runs.parts import Part, parse_part, share
 from xpuquant.conversion.sources.open import open_source
+from xpuquant.conversion.tree import Identity
 from xpuquant.errors import UsageError
 
 pytest_plugins = "support.hub.fixtures"
@@ -120,9 +122,9 @@ def test_parts_that_begin_together_do_not_mix(tmp_path: Path, monkeypatch: pytes
     out = tmp_path / "out"
     begin = JournalFile.begin
 
-    def beside(self: JournalFile, plan: str, options: Options) -> None:
-        begin(JournalFile(self.path.with_name(Part(2, 2).journal)), "another", Options(scale_dtype="float32"))
-        begin(self, plan, options)
+    def beside(self: JournalFile, plan: str, options: Options, sources: Mapping[str, Identity]) -> None:
+        begin(JournalFile(self._tree, Part(2, 2).journal), "another", Options(scale_dtype="float32"), {})
+        begin(self, plan, options, sources)
 
     monkeypatch.setattr(JournalFile, "begin", beside)
     assert convert(out, "--part", "1/2") == 2
@@ -421,7 +423,7 @@ def test_a_node_that_does_not_see_the_download(
     (tmp_path / "t").mkdir()
     first = plan.shards[0]
     finished = write_shard(assignment, first.name)
-    content = (tmp_path / "t" / first.name).read_bytes()
+    content = (tmp_path / "t" / STAGING / "files" / first.name).read_bytes()
     assert finished.sha256 == hashlib.sha256(content).hexdigest() == wanted[first.name]
     needed = {part.tensor.file for t in first.tensors for piece in t.pieces for part in piece.inputs}
     shards = {path.name for path in source.glob("*.safetensors")}

@@ -16,7 +16,8 @@ from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.quantization import quantization_config
 from xpuquant.conversion.sources.repo_files import extra_files, find_files, list_files, parse_json
 from xpuquant.conversion.sources.weight_files import WeightFiles, parse_index, pick_weight_files
-from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
+from xpuquant.conversion.tree import Tree
+from xpuquant.errors import DamagedError, UsageError
 
 
 def test_everything_but_weights_and_our_own_files_is_copied() -> None:
@@ -161,13 +162,18 @@ class TestChecksums:
         path = tmp_path / "shard"
         path.write_bytes(bytes(range(256)) * 40_000)
         told: list[int] = []
-        assert hash_file(path, told.append) == hash_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (
+            hash_file(Tree(tmp_path), "shard", told.append)
+            == hash_file(Tree(tmp_path), "shard")
+            == hashlib.sha256(path.read_bytes()).hexdigest()
+        )
         assert sum(told) == path.stat().st_size and len(told) > 1
 
     def test_no_file_has_none_and_no_folder_any(self, tmp_path: Path) -> None:
-        assert hash_file(tmp_path / "nothing") is None
-        with pytest.raises(EnvironmentFault, match="cannot be read"):
-            hash_file(tmp_path)
+        assert hash_file(Tree(tmp_path), "nothing") is None
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(DamagedError, match="is a folder, not a file"):
+            hash_file(Tree(tmp_path), "folder")
 
     def test_a_sealed_file_tells_any_change(self) -> None:
         sealed = seal(b'{"sha256": "' + b"0" * 64 + b'", "files": {"a": "b"}}')
@@ -182,7 +188,7 @@ EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 def test_only_what_was_recorded_is_cleared(tmp_path: Path) -> None:
     record = {
         "shards": {"model.safetensors": {}},
-        "files": {"sub/a.txt": "", "../x": "", "/etc/x": "", "config.json": ""},
+        "files": {"sub/a.txt": EMPTY, "sub/mine.txt": "", "../x": EMPTY, "/etc/x": EMPTY, "config.json": ""},
     }
     for name in (
         "model.safetensors",

@@ -19,6 +19,7 @@ from xpuquant.conversion.report.heatmap import heat_map, table_of
 from xpuquant.conversion.report.markdown import render_markdown
 from xpuquant.conversion.report.reports import as_data, write_reports
 from xpuquant.conversion.report.sentences import exactness, in_one_line
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.verdict import Agreement, Checked, Claim, Finding, Health, Rounding, Verdict
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -103,7 +104,7 @@ class Page(HTMLParser):
 
 
 def test_four_files_that_agree(tmp_path):
-    names = write_reports(tmp_path, verdict())
+    names = write_reports(Tree(tmp_path), verdict())
     assert sorted(names) == ["verify.html", "verify.json", "verify.md", "verify.svg"]
     content = (tmp_path / "verify.json").read_bytes()
     assert is_sealed(content)
@@ -115,7 +116,7 @@ def test_four_files_that_agree(tmp_path):
 def test_the_same_verdict_makes_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_reports(tmp_path / name, verdict())
+        write_reports(Tree(tmp_path / name), verdict())
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -129,7 +130,7 @@ def test_json_has_no_infinities():
 
 @pytest.mark.parametrize("made", [verdict(), verdict(broken=False), nasty(), Verdict("r", "")])
 def test_page_loads_and_runs_nothing_foreign(made, tmp_path):
-    write_reports(tmp_path, made)
+    write_reports(Tree(tmp_path), made)
     page = Page((tmp_path / "verify.html").read_text())
     assert [tag for tag, _ in page.tags].count("script") == 1
     for tag, attributes in page.tags:
@@ -143,7 +144,7 @@ def test_page_loads_and_runs_nothing_foreign(made, tmp_path):
 
 
 def test_names_from_strangers_stay_text(tmp_path):
-    write_reports(tmp_path, nasty())
+    write_reports(Tree(tmp_path), nasty())
     for name in ("verify.html", "verify.svg", "verify.md"):
         text = (tmp_path / name).read_text()
         assert "<img" not in text and 'alert("x")</script>' not in text and "\x1b" not in text
@@ -271,7 +272,7 @@ def contrast(a: str, b: str) -> float:
 def test_in_a_real_browser(scheme, layers, width, tmp_path: Path):
     """Sorting works, labels are readable and do not overlap, in light (1) and dark (0)."""
     assert CHROMIUM is not None
-    write_reports(tmp_path, verdict(layers))
+    write_reports(Tree(tmp_path), verdict(layers))
     page = tmp_path / "probe.html"
     page.write_text((tmp_path / "verify.html").read_text().replace("</body>", PROBE + "</body>"))
     command = [

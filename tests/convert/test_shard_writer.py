@@ -20,6 +20,7 @@ from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.folder import LocalSource
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write import output_files, shard_writer
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.conversion.write.output_files import CachedFile, DirectFile, OutputFile
@@ -53,8 +54,8 @@ def test_pieces_may_be_cut_anywhere(name: str, tmp_path: Path, monkeypatch: pyte
     assert shards(folder, tmp_path / "ahead", jobs=4, read_again=False) == whole
 
 
-def direct(path: Path, nbytes: int) -> DirectFile:
-    return DirectFile(path, nbytes, os.O_DIRECT)
+def direct(tree: Tree, name: str, nbytes: int) -> DirectFile:
+    return DirectFile(tree, name, nbytes, os.O_DIRECT)
 
 
 @pytest.mark.parametrize("create", [CachedFile, direct])
@@ -68,7 +69,7 @@ def test_what_was_appended_is_there(
     path = tmp_path / "shard"
     path.write_bytes(b"of an earlier run" * 10_000)
     begin = 0
-    with create(path, data.size) as file:
+    with create(Tree(tmp_path), "shard", data.size) as file:
         for size in sizes:
             part = data[begin : begin + size].copy()
             file.append(part)
@@ -88,20 +89,20 @@ class TestDirect:
         monkeypatch.setattr(output_files, "_BLOCK_BYTES", BLOCK)
 
     def test_the_page_cache_is_passed(self, tmp_path: Path) -> None:
-        file = direct(tmp_path / "shard", 5 * BLOCK)
+        file = direct(Tree(tmp_path), "shard", 5 * BLOCK)
         assert fcntl.fcntl(file._fd, fcntl.F_GETFL) & os.O_DIRECT
         filled(file, 5 * BLOCK)
 
     def test_a_file_system_that_refuses_to_open(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         real = os.open
 
-        def refusing(path: Any, flags: int, *rest: Any) -> int:
+        def refusing(path: Any, flags: int, *rest: Any, **options: Any) -> int:
             if flags & os.O_DIRECT:
                 raise OSError(errno.EINVAL, "no such thing here")
-            return real(path, flags, *rest)
+            return real(path, flags, *rest, **options)
 
         monkeypatch.setattr(os, "open", refusing)
-        filled(direct(tmp_path / "shard", 3 * BLOCK + 5), 3 * BLOCK + 5)
+        filled(direct(Tree(tmp_path), "shard", 3 * BLOCK + 5), 3 * BLOCK + 5)
         assert (tmp_path / "shard").read_bytes() == bytes(range(256)) * (3 * BLOCK // 256) + bytes(range(5))
 
     def test_a_file_system_that_refuses_to_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +114,7 @@ class TestDirect:
             return real(fd, data, offset)
 
         monkeypatch.setattr(os, "pwrite", refusing)
-        filled(direct(tmp_path / "shard", 2 * BLOCK + 1), 2 * BLOCK + 1)
+        filled(direct(Tree(tmp_path), "shard", 2 * BLOCK + 1), 2 * BLOCK + 1)
         assert (tmp_path / "shard").read_bytes() == bytes(range(256)) * (2 * BLOCK // 256) + bytes(1)
 
     @pytest.mark.parametrize("at", [1, 3, 5])
@@ -135,7 +136,7 @@ class TestDirect:
 
     def test_an_error_of_the_caller_ends_the_thread(self, tmp_path: Path) -> None:
         before = threading.active_count()
-        with pytest.raises(ZeroDivisionError), direct(tmp_path / "shard", 9 * BLOCK) as file:
+        with pytest.raises(ZeroDivisionError), direct(Tree(tmp_path), "shard", 9 * BLOCK) as file:
             for _ in range(7):
                 file.append(np.zeros(BLOCK, np.uint8))
             raise ZeroDivisionError

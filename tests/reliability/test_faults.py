@@ -72,7 +72,7 @@ def room(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def finishes(source: Path, out: Path, expected: dict[str, str]) -> None:
+def finishes(source: Path, out: Path, expected: dict[str, str], *options: str) -> None:
     """What is there is whole, or cannot be loaded; and the same command again ends with the expected bytes."""
     if loadable(out):
         held = {name: digest for name, digest in complete(out).items() if not name.startswith(".xpuquant/")}
@@ -82,7 +82,7 @@ def finishes(source: Path, out: Path, expected: dict[str, str]) -> None:
         "faults: bytes compared with an undisturbed run",
         sum(p.stat().st_size for p in out.rglob("*") if p.is_file()),
     )
-    code, _, error = command(*arguments(source, out))
+    code, _, error = command(*arguments(source, out), *options)
     assert code == 0 or (code == 2 and "already holds a converted model" in error and loadable(out)), error
     assert complete(out) == expected
 
@@ -335,8 +335,34 @@ class TestSource:
         assert code in (3, 4) and error.count("\n") == 1, (code, error)
         assert not loadable(tmp_path / "out")
         count("faults: sources changed while read")
+        # Size and time are as they were, but nobody can know the bytes to be: not mixed with what was made before.
         shutil.copy2(kept, shard)
-        finishes(source, tmp_path / "out", expected)
+        code, _, error = command(*arguments(source, tmp_path / "out"))
+        assert code == 2 and "model.safetensors of the source changed since the conversion was begun" in error
+        assert not loadable(tmp_path / "out")
+        finishes(source, tmp_path / "out", expected, "--force")
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json"])
+    def test_a_copied_file_that_changes_is_named(
+        self, name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In place, with its time set back: all that a copy shows is in the inode."""
+        from xpuquant.conversion.sources.folder import LocalSource
+
+        read = LocalSource.read_into
+
+        def reading(self: LocalSource, part: Any, out: Any) -> None:
+            path = source / name
+            status = path.stat()
+            path.write_bytes(path.read_bytes()[:-1] + b" ")
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+            read(self, part, out)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalSource, "read_into", reading)
+            code, _, error = command(*arguments(source, tmp_path / "out"))
+        assert code == 3 and f"{name} changed while it was being read (time of the inode)" in error
+        assert not loadable(tmp_path / "out")
 
     @pytest.mark.parametrize("when", [0, 1, 2**33, -(2**31)])
     def test_files_of_any_time(self, when: int, source: Path, expected: dict[str, str], tmp_path: Path) -> None:

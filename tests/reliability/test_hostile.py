@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import pickle
@@ -156,9 +157,10 @@ class TestLinks:
         blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
         load(GPTQ).write(snapshot)
         blobs.mkdir()
-        for i, path in enumerate(sorted(snapshot.iterdir())):
-            path.rename(blobs / str(i))
-            path.symlink_to(Path("../../blobs") / str(i))
+        for path in sorted(snapshot.iterdir()):
+            name = hashlib.sha256(path.read_bytes()).hexdigest()
+            path.rename(blobs / name)
+            path.symlink_to(Path("../../blobs") / name)
         assert command("convert", str(snapshot), str(tmp_path / "out"))[0] == 0
         assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 

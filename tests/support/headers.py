@@ -55,6 +55,10 @@ BAD_HEADERS: dict[str, tuple[bytes, int, str]] = {
         6,
         "overlaps",
     ),
+    **{
+        f"metadata: {said}": (b'{"__metadata__":' + said.encode() + b"}", 0, "__metadata__")
+        for said in ("[]", "7", '"x"', "true", '{"a":1}', '{"a":null}', '{"a":["b"]}', '{"a":{}}')
+    },
     "the same bytes twice": (
         b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}',
         4,

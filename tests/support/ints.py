@@ -269,7 +269,7 @@ def convert(source: Source, out: Path, **options: Any) -> Converted:
     plan = make_plan(source.checkpoint, Options(**options))
     with Staging(out) as staging:
         execute_plan(plan, source, staging, 2, {}, lambda nbytes: None)
-    repo = Repo(staging.folder, tuple(shard.name for shard in plan.shards), plan.quantization_config("tests"))
+    repo = Repo(staging.files, tuple(shard.name for shard in plan.shards), plan.quantization_config("tests"))
     verdicts, _ = check_exact(Origin(plan, source), Check(repo, jobs=2))
     for checked in verdicts:
         assert checked.error is None, f"{checked.name}: {checked.error}"

@@ -1,0 +1,78 @@
+"""What the Hub says a file is, and whether a file here is that.
+
+The tree of a commit lists every file: with its size, and its sha256 where it is a large one (an LFS object), or git's
+sha1 of it where it is not. The commit names the tree, and so the content: whatever a server, a proxy or a disk between
+there and here did, shows as a difference. The client itself compares sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from xpuquant.conversion.tree import Tree
+from xpuquant.errors import EnvironmentFault
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """The identity of a file's content.
+
+    sha256  None for a file on the Hub that is no LFS object
+    git     git blob id (a sha1); None for local weights, which are LFS objects always
+    """
+
+    nbytes: int
+    sha256: str | None
+    git: str | None
+
+    def is_same(self, remote: Blob) -> bool:
+        """Whether a local file has the content of a remote one."""
+        if remote.sha256 is not None:
+            return self.sha256 == remote.sha256
+        return self.git is not None and self.git == remote.git
+
+
+def mismatch(tree: Tree, name: str, blob: Blob) -> str | None:
+    """How a file here differs from what the Hub says that it is; None where it does not.
+
+    Raises:
+        EnvironmentFault: it cannot be read.
+    """
+    try:
+        nbytes = tree.size(name)
+        if nbytes != blob.nbytes:
+            return f"has {nbytes} bytes, the Hub says {blob.nbytes}"
+        kind, stated = ("sha256", blob.sha256) if blob.sha256 is not None else ("git sha1", blob.git)
+        if stated is None:
+            return None
+        found = _digest(tree, name, nbytes, kind)
+    except OSError as error:
+        raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
+    return None if found == stated else f"has {kind} {found[:12]}…, the Hub says {stated[:12]}…"
+
+
+def blob_named(name: str, nbytes: int) -> Blob | None:
+    """What a file of the client's cache is by its name there, which is the Hub's digest of it; None by any other."""
+    if _SHA256.fullmatch(name):
+        return Blob(nbytes, name, None)
+    return Blob(nbytes, None, name) if _SHA1.fullmatch(name) else None
+
+
+def git_digest(tree: Tree, name: str) -> str:
+    """git's sha1 of a file. Raises OSError."""
+    return _digest(tree, name, tree.size(name), "git sha1")
+
+
+def _digest(tree: Tree, name: str, nbytes: int, kind: str) -> str:
+    def begun() -> Any:
+        return hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % nbytes)
+
+    with os.fdopen(tree.open(name), "rb") as file:
+        return hashlib.file_digest(file, begun).hexdigest()
