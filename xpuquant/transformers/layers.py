@@ -7,10 +7,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from xpuquant import layers
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
+
+
+def quantized(scheme: Scheme, module: nn.Module) -> nn.Module:
+    """What takes the place of a module of the model.
+
+    Raises:
+        UnsupportedError: nothing does.
+    """
+    if scheme.experts:
+        return XpuquantExperts(scheme, module)
+    if isinstance(module, nn.Linear | Conv1D):
+        return XpuquantLinear(scheme, module)
+    weight = module._parameters.get("weight")
+    reads_it_stored = "weight" in layers.linear_tensors(scheme, 1, 1)
+    if isinstance(module, nn.Embedding) or weight is None or weight.ndim != 2 or reads_it_stored:
+        raise UnsupportedError(f"a {type(module).__name__} cannot be loaded as {scheme.label()}: not a linear")
+    return XpuquantRouter.take_over(scheme, module)
 
 
 class Quantized(nn.Module):
@@ -32,16 +50,38 @@ class Quantized(nn.Module):
         return self.scheme.label()
 
 
-class XpuquantLinear(Quantized):
-    """Instead of an `nn.Linear`."""
+class Decoding(Quantized):
+    """A quantized matrix `[N, K]`, whose `weight` is there for code of models that asks for it (GPT-2 does when it
+    initializes, T5 for its dtype): decoded anew each time, where it is not stored under that name."""
 
-    def __init__(self, scheme: Scheme, linear: nn.Module) -> None:
+    def _hold(self, scheme: Scheme, N: int, K: int, dtype: torch.dtype) -> None:
+        self.scheme, self.decoded_dtype = scheme, dtype
+        self._create(layers.linear_tensors(scheme, N, K))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "weight" or "weight" in self.wanted:
+                raise
+        stored = self._stored()
+        decoded = layers.dequantize(self.scheme, stored, self.decoded_dtype)
+        if not self.scheme.act_order:
+            return decoded
+        columns = torch.empty_like(decoded)
+        columns[:, stored["g_idx"].long()] = decoded
+        return columns
+
+
+class XpuquantLinear(Decoding):
+    """Instead of an `nn.Linear`, or of GPT-2's `Conv1D`, which is one with its weight turned."""
+
+    def __init__(self, scheme: Scheme, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
-        if not isinstance(linear, nn.Linear):
-            raise UnsupportedError(f"a {type(linear).__name__} cannot be loaded as {scheme.label()}: not a linear")
-        self.scheme = scheme
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._create(layers.linear_tensors(scheme, linear.out_features, linear.in_features))
+        turned = isinstance(linear, Conv1D)
+        K, N = (linear.nx, linear.nf) if turned else (linear.in_features, linear.out_features)
+        self.in_features, self.out_features = int(K), int(N)  # type: ignore[arg-type]
+        self._hold(scheme, self.out_features, self.in_features, linear.weight.dtype)
         self.register_parameter("bias", linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,6 +89,22 @@ class XpuquantLinear(Quantized):
 
     def extra_repr(self) -> str:
         return f"{self.out_features}x{self.in_features}, {super().extra_repr()}"
+
+
+class XpuquantRouter(Decoding):
+    """Instead of a module that multiplies with its `weight` `[N, K]` in its own way: it goes on doing so, with the
+    decoded one. Some producers quantize routers (vLLM's pull request 17829)."""
+
+    @classmethod
+    def take_over(cls, scheme: Scheme, module: nn.Module) -> nn.Module:
+        """The module itself, as a class of its own, with the stored tensors in the place of its weight."""
+        weight = module._parameters.pop("weight")
+        assert weight is not None, "`quantized` has looked"
+        module.__class__ = type(type(module).__name__, (cls, type(module)), {})
+        assert isinstance(module, XpuquantRouter)
+        N, K = weight.shape
+        module._hold(scheme, N, K, weight.dtype)
+        return module
 
 
 class XpuquantExperts(Quantized):

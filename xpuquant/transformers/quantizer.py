@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from xpuquant.errors import DamagedError, UnsupportedError, one_line
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
-from xpuquant.transformers.layers import Quantized, XpuquantExperts, XpuquantLinear
+from xpuquant.transformers.layers import Quantized, XpuquantExperts, quantized
 
 _FIX = "convert again, or download the repo again"
 
@@ -65,16 +65,16 @@ class XpuquantQuantizer(HfQuantizer):
             name = stored
             for renaming in renamings:
                 name, _ = renaming.rename_source_key(name)
+            name = _found_as(model, name)
             try:
                 module = model.get_submodule(name)
             except AttributeError:
-                if _unused(model, stored):
+                if _unused(model, stored) or _belongs_to_another_head(model, name):
                     continue
                 raise UnsupportedError(
                     f"{one_line(stored)} is quantized in the repo, but {type(model).__name__} has no such module"
                 ) from None
-            replacement = XpuquantExperts if scheme.experts else XpuquantLinear
-            model.set_submodule(name, replacement(scheme, module))
+            model.set_submodule(name, quantized(scheme, module))
             _untie(model, name)
         self.other_experts = any(
             hasattr(m, "gate_up_proj")
@@ -139,6 +139,29 @@ def _keep_decays(model: Any) -> None:
     float32, and its exponent is then a decay over the whole context.
     """
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "A_log"}
+
+
+def _found_as(model: Any, name: str) -> str:
+    """A module's name in this model. Repos of a base model (`layers.0...`, as embedding models are published) load into
+    classes with a head, which keep it in `model.`, and the other way round: Transformers adds or takes that prefix."""
+    prefix = f"{model.base_model_prefix}."
+    candidates = (name.removeprefix(prefix), prefix + name)
+    return next((other for other in candidates if other != name and _has(model, other)), name)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _belongs_to_another_head(model: nn.Module, name: str) -> bool:
+    """Whether a module is beside what the model's class has: a language model's head, in the class without one.
+    Transformers lists its tensors among those that it did not use, as of the unquantized model."""
+    top = name.partition(".")[0]
+    return top not in dict(model.named_children()) and top != getattr(model, "base_model_prefix", "")
 
 
 def _unused(model: nn.Module, name: str) -> bool:
