@@ -36,6 +36,7 @@ MARKERS = {
     "reliability/test_fuzz.py": "slow",
     "reliability/test_injected_faults.py": "slow",
     "convert/test_scale.py": "slow",
+    "convert/test_full_size.py": "slow",
     "convert/test_convert.py::TestInterruption": "slow",
     "convert/test_hub.py::test_a_stream_that_stops_anywhere_goes_on": "slow",
     "convert/test_hub.py::test_faults_while_reading": "slow",

@@ -211,13 +211,21 @@ def group_runs(weight: IntWeight) -> list[tuple[int, int]]:
     return [(int(groups[start]), int(length)) for start, length in zip(starts, lengths, strict=True)]
 
 
+def _run_lengths(weight: IntWeight) -> Iterable[int]:
+    """The columns of each run, without repetition where groups are in order: a plan asks this of every matrix."""
+    if weight.groups_of is not None:
+        return (length for _, length in group_runs(weight))
+    full, last = divmod(weight.K, weight.group_size)
+    return [weight.group_size] * (full > 0) + [last] * (last > 0)
+
+
 def common_group_size(weights: Iterable[IntWeight], sizes: Sequence[int] | None = None) -> int | None:
     """The coarsest group size that is exact for every weight, of those a kernel has, or None.
 
     Args:
         sizes: the sizes the kernel has; None for any multiple of 32.
     """
-    common = math.gcd(*(length for weight in weights for _, length in group_runs(weight)))
+    common = math.gcd(*(length for weight in weights for length in _run_lengths(weight)))
     if sizes is None:
         return common if common % GROUP_MULTIPLE == 0 else None
     return max((size for size in sizes if common % size == 0), default=None)
@@ -225,6 +233,8 @@ def common_group_size(weights: Iterable[IntWeight], sizes: Sequence[int] | None 
 
 def divide_groups(weight: IntWeight, size: int) -> Regrouping:
     """The weight's groups cut into groups of `size` columns, which divides each of them."""
+    if weight.groups_of is None and size == weight.group_size and weight.K % size == 0:
+        return Regrouping(size, None)
     source = [group for group, length in group_runs(weight) for _ in range(length // size)]
     identity = source == list(range(weight.groups))
     return Regrouping(size, None if identity else tuple(source))
