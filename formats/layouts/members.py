@@ -39,9 +39,9 @@ def unquantized_members(checkpoint: Checkpoint, weights: Iterable[Weight]) -> di
     found: dict[str, set[Place]] = {}
     for tensor in checkpoint.tensors.values() if stacks else ():
         name = tensor.name.removesuffix(".weight")
-        if tensor.dtype not in FLOATS or name == tensor.name or name in taken:
+        # A stack of all experts in one tensor, or the matrix of one. Fused stacks are parameters, without `weight`.
+        if tensor.dtype not in FLOATS or name in taken or (name == tensor.name and len(tensor.shape) != 3):
             continue
-        # A stack of all experts in one tensor, or the matrix of one.
         members = range(tensor.shape[0]) if len(tensor.shape) == 3 else ()
         for member in (stacked_experts(name, e) for e in members) if members else (name,):
             expert = expert_of(member) if member is not None else None

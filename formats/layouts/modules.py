@@ -177,7 +177,9 @@ def _stack(
         shapes = {(weight.N, weight.K) for weight in weights[role]}
         if len(shapes) > 1:
             raise DamagedError(f"{name}: {role} matrices of different shapes {sorted(shapes)}")
-    _check_shapes(name, {role: members[0] for role, members in weights.items()})
+    first = {role: members[0] for role, members in weights.items()}
+    _check_shapes(name, first)
+    _check_upright(checkpoint, name, first)
     biases = {role: slices for role in weights if (slices := _biases(checkpoint, weights[role]))}
     biases = biases or _stacked_biases(checkpoint, name, weights)
     if biases and set(biases) not in (set(weights), {"gate_up", "down"}):
@@ -205,6 +207,17 @@ def _check_shapes(name: str, first: Mapping[str, Weight]) -> None:
             )
         raise DamagedError(
             f"{name}: {role} is {[weight.N, weight.K]} and down {[down.N, down.K]}; they do not belong together"
+        )
+
+
+def _check_upright(checkpoint: Checkpoint, name: str, first: Mapping[str, Weight]) -> None:
+    """Raises UnsupportedError where stacks are `[E, K, N]`: gate, up and down then feed each other as well, and only
+    the width of the model tells."""
+    hidden, upper = checkpoint.text_config.get("hidden_size"), next(iter(first.values()))
+    if upper.stack and upper.N == hidden != upper.K and "gate" in first:
+        raise UnsupportedError(
+            f"{name}: gate is {[upper.N, upper.K]} in a model of width {hidden}: the stacks are transposed, and their "
+            "scales along the wrong axis"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from xpuquant.errors import DamagedError
+from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.safetensors import Tensor
@@ -55,6 +55,13 @@ def float_scale(scale: Tensor, dtypes: Sequence[str] = FLOATS) -> Tensor:
     if scale.dtype not in dtypes:
         raise DamagedError(f"{scale.name} is {scale.dtype}, want one of {', '.join(dtypes)}")
     return scale
+
+
+def both_quantized(parts: Parts) -> None:
+    """Raises UnsupportedError where one of the two stacks of a layer's experts stayed float."""
+    for part in STACKS:
+        if part in parts and parts[part].dtype in FLOATS:
+            raise UnsupportedError(f"the experts of a layer share one format; unquantized: {part} of every expert")
 
 
 def need(parts: Parts, suffix: str, name: str, *, dtype: str | None = None, dims: int | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.readers.base import STACKS, Parts, float_scale, need
+from xpuquant.formats.readers.base import STACKS, Parts, both_quantized, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.readers.fp8 import SCALE_DTYPES, block_size
 from xpuquant.formats.safetensors import Tensor
@@ -35,6 +35,7 @@ class Fp8Fused:
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
         check_supported(checkpoint)
+        both_quantized(parts)
         stacks = [need(parts, part, name, dims=3) for part in STACKS]
         transposed = is_transposed(name, *stacks)
         weights: list[Weight] = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Checkpoint, rows
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.readers.base import STACKS, Parts, need
+from xpuquant.formats.readers.base import STACKS, Parts, both_quantized, need
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import E8M0, MX_GROUP, FloatWeight, view
 
@@ -28,6 +28,7 @@ class GptOss:
         return any(f"{part}_blocks" in parts for part in STACKS)
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
+        both_quantized(parts)
         weights: list[Weight] = []
         for part in STACKS:
             blocks = need(parts, f"{part}_blocks", name, dtype="U8", dims=4)

@@ -172,7 +172,7 @@ PUBLISHED = (
     Published(NEMOTRON_3_NANO, "fp8 tensor", only=r".*\.(experts\.\d+|shared_experts)\..*|.*mixer\.(in|out)_proj"),
     Published(QWEN3_NEXT, "fp8 block", r".*\.linear_attn\.in_proj_ba"),
     Published(GLM_45_AIR, "fp8 channel"),
-    Published(GLM_45_AIR, "awq int4"),
+    Published(GLM_45_AIR, "awq int4", r"model\.layers\.0\..*"),
     Published(LLAMA4_SCOUT, "int4 group 128", r".*(vision_model|multi_modal_projector).*|.*self_attn.*"),
     Published(GPT_OSS_120B, "gpt-oss mxfp4"),
     Published(QWEN35_122B, "awq int4", f"{_LINEAR_ATTENTION}|{_ATTENTION}|{_SHARED}"),

@@ -208,6 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="words of names; all where none is given")
     parser.add_argument("--plan", type=Path, help="plan this folder and print the row")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "models.md", help="the file to rewrite")
     given = parser.parse_args()
     if given.plan:
         print(json.dumps(asdict(planned(given.plan))))
@@ -218,7 +219,7 @@ def main() -> None:
     if given.names:
         print(text)
     else:
-        insert(ROOT / "docs" / "models.md", "models", text)
+        insert(given.page, "models", text)
     if over:
         raise SystemExit(f"planned in more than {SECONDS} s or {BYTES >> 20} MiB: {', '.join(over)}")
 

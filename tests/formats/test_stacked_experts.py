@@ -179,6 +179,39 @@ def test_experts_without_a_gate_are_named_so(tmp_path):
     assert "experts without a gate" in message and "backbone.layers.1.mixer.experts" in message
 
 
+def test_transposed_stacks_are_refused(tmp_path):
+    """Three stacks `[E, K, N]` feed each other as three `[E, N, K]` do: the width of the model tells them apart."""
+    shapes = {"gate": (H, I), "up": (H, I), "down": (I, H)}
+    weights = {(e, role): block(*shape, seed=e) for e in range(E) for role, shape in shapes.items()}
+    pico = Pico(deepseek_config(), stacked(weights, blocks, STEP), config={"hidden_size": H})
+    assert f"gate is [{H}, {I}] in a model of width {H}: the stacks are transposed" in refusal(tmp_path, pico)
+
+
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj"])
+def test_fused_stacks_of_which_one_is_not_quantized(tmp_path, part):
+    """FP8 and gpt-oss alike."""
+    shape = (E, H, 2 * I) if part == "gate_up_proj" else (E, I, H)
+    _, plain = channels(expert_weights(lambda N, K, seed: channel(N, K, seed), H, I, E), None)
+    (name,) = {tensor.rpartition(".")[0] for tensor in plain}
+    modules, _ = channels(expert_weights(lambda N, K, seed: channel(N, K, seed), H, I, E), None)
+    modules[name] = {key: array for key, array in modules[name].items() if not key.startswith(part)}
+    unquantized = {f"{name}.{part}": np.ones(shape, ml_dtypes.bfloat16)}
+    message = refusal(tmp_path / "fp8", Pico({"quant_method": "fp8"}, modules, unquantized))
+    assert f"unquantized: {part} of every expert" in message
+    other = "down_proj" if part == "gate_up_proj" else "gate_up_proj"
+    native = {f"{other}_blocks": np.zeros((E, H, 4, 16), np.uint8), f"{other}_scales": np.zeros((E, H, 4), np.uint8)}
+    message = refusal(tmp_path / "oss", Pico({"quant_method": "mxfp4"}, {name: native}, unquantized))
+    assert f"unquantized: {part} of every expert" in message
+
+
+def test_a_fused_float_stack_beside_experts_one_by_one(tmp_path):
+    name = "model.layers.0.mlp.experts"
+    modules = {f"{name}.{e}.down_proj": blocks(block(H, I, seed=e)) for e in range(E)}
+    plain = {f"{name}.gate_up_proj": np.ones((E, 2 * I, H), ml_dtypes.bfloat16)}
+    message = refusal(tmp_path, Pico(deepseek_config(), modules, plain))
+    assert f"unquantized: gate_up of every expert: {name}" in message
+
+
 def test_stacks_of_unknown_names_are_refused(tmp_path):
     weights = expert_weights(block, H, I, E)
     (tensors,) = stacked(weights, blocks, {"a": ("down",)}).values()

@@ -76,6 +76,16 @@ def test_names_of_a_class_with_a_head_in_one_without(family: str, tmp_path: Path
     agree(pair.converted, pair.plain, "AutoModel")
 
 
+def test_names_of_no_part_of_the_model_are_refused(tmp_path: Path) -> None:
+    """Transformers would go on with random weights, after a warning."""
+    pair = pair_of("llama", tmp_path)
+    rename(pair.converted, lambda name: f"nobody.{name}")
+    with pytest.raises(
+        UnsupportedError, match="LlamaForCausalLM has none of the quantized modules of the repo, such as"
+    ):
+        answer(pair.converted)
+
+
 def test_another_head(tmp_path: Path) -> None:
     pair = pair_of("qwen3", tmp_path, others={"lm_head": SCHEMES["int4"]})
     model = transformers.AutoModelForTokenClassification.from_pretrained(pair.converted, dtype=torch.float32)

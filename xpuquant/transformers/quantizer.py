@@ -61,6 +61,7 @@ class XpuquantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Raises UnsupportedError where a module of the config is not in the model."""
         renamings = [r for r in _conversions(model) if isinstance(r, WeightRenaming)]
+        found = False
         for stored, scheme in self.quantization_config.modules.items():
             name = stored
             for renaming in renamings:
@@ -75,7 +76,12 @@ class XpuquantQuantizer(HfQuantizer):
                     f"{one_line(stored)} is quantized in the repo, but {type(model).__name__} has no such module"
                 ) from None
             model.set_submodule(name, quantized(scheme, module))
+            found = True
             _untie(model, name)
+        if self.quantization_config.modules and not found:
+            raise UnsupportedError(
+                f"{type(model).__name__} has none of the quantized modules of the repo, such as {one_line(stored)}"
+            )
         self.other_experts = any(
             hasattr(m, "gate_up_proj")
             and getattr(m.gate_up_proj, "ndim", 0) == 3
