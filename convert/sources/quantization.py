@@ -65,6 +65,10 @@ def quantization_config(
     merged = _inside(config, notes)
     for name, content in others.items():
         other = _flattened(content)
+        if not _describe_one(merged, other):
+            said = merged["quant_method"]
+            notes.append(one_line(f"{name} describes another quantization than config.json ({said!r}): ignored"))
+            continue
         for key in ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format"):
             if key in merged and key in other and merged[key] != other[key]:
                 notes.append(one_line(f"config.json says {key}={merged[key]!r}, {name} says {other[key]!r}"))
@@ -146,11 +150,25 @@ def _flattened(content: Mapping[str, Any]) -> dict[str, Any]:
     return dict(content)
 
 
+_INTEGERS = ("gptq", "awq", "round")
+
+
+def _describe_one(merged: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a file beside config.json is of the same quantization: folders are quantized again, and keep old files.
+    Files of GPTQ, AWQ and AutoRound are often written by one for another."""
+    said = str(merged.get("quant_method") or "").lower()
+    if not said or not other:
+        return True
+    theirs = str(other.get("quant_method") or _implied_method(other, True)).lower()
+    families = [[name for name in _INTEGERS if name in method] or [method[:8]] for method in (said, theirs)]
+    return families[0] == families[1] or all(family[0] in _INTEGERS for family in families)
+
+
 def _implied_method(merged: Mapping[str, Any], from_file: bool) -> str:
-    if "config_groups" in merged:
-        return "compressed-tensors"
     if "quant_algo" in merged:
         return "modelopt"
+    if "config_groups" in merged:
+        return "compressed-tensors"
     if not from_file:
         return ""
     return "awq" if "zero_point" in merged or str(merged.get("version")).lower() == "gemm" else "gptq"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -62,6 +63,12 @@ def both_quantized(parts: Parts) -> None:
     for part in STACKS:
         if part in parts and parts[part].dtype in FLOATS:
             raise UnsupportedError(f"the experts of a layer share one format; unquantized: {part} of every expert")
+
+
+def check_static(scale: Tensor) -> None:
+    """Raises UnsupportedError for a scale of activations that is more than one number: a factor of each column."""
+    if math.prod(scale.shape) != 1:
+        raise UnsupportedError(f"{scale.name} is {scale.dtype} {list(scale.shape)}, want one static scale per tensor")
 
 
 def need(parts: Parts, suffix: str, name: str, *, dtype: str | None = None, dims: int | None = None) -> Tensor:

@@ -6,18 +6,24 @@ matrix of an online rotation, the next one. It is a refusal that names it, unles
 
     bias                                    an ordinary tensor of the layer
     k_scale, v_scale, ...                   scales of the KV cache, which engines take from the file
-    input_scale, activation_scale, ...      static scales of activations, where kernels quantize none, or per token
+    input_scale, activation_scale, ...      static scales of activations, one number each, where kernels quantize none
+                                            or per token; one for each column would be a factor of its own
     weight beside qweight                   what the codes were made from; engines read the codes
+
+The same holds for what wraps one: AutoRound's SVDQuant has `q_proj.residual_linear`, quantized, beside `q_proj.smooth`,
+`q_proj.lora_down` and `q_proj.lora_up`.
 
 Outside quantized modules, everything passes byte for byte but what is plainly packed, or a factor by its name.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from xpuquant.formats.architecture import layer_of
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.readers.base import STACKS, Parts
 from xpuquant.formats.safetensors import Tensor
@@ -80,7 +86,8 @@ class Sorted:
 
 def is_plain(parts: Parts) -> bool:
     """Whether a module is a float weight with static scales of activations left over beside it."""
-    left = {suffix: tensor for suffix, tensor in parts.items() if not suffix.endswith(_NOTHING)}
+    experts = next((parts[stack].shape[0] for stack in STACKS if stack in parts and parts[stack].shape), 1)
+    left = {suffix: tensor for suffix, tensor in parts.items() if not _means_nothing(suffix, tensor, experts)}
     named = {"weight", *STACKS, *_BIASES}
     return bool(left) and left.keys() <= named and all(tensor.dtype in PLAIN for tensor in left.values())
 
@@ -99,6 +106,7 @@ def sort_leftovers(
     found = Sorted()
     dropped: dict[str, list[str]] = {}
     stacks = {name for name, weights in quantized.items() if any(weight.name != name for weight in weights)}
+    wrapped = {name.rpartition(".")[0]: name for name in quantized if name not in stacks and _is_wrapped(name)}
     beside: dict[str, list[Tensor]] = {}
     for tensor in rest:
         owner = _owner(tensor.name, quantized, stacks, refused)
@@ -110,6 +118,10 @@ def sort_leftovers(
             else:
                 found.refused.setdefault(owner, _unread(owner, tensor))
             continue
+        wrapper = next((above for above in _above(tensor.name) if above in wrapped), None)
+        if wrapper is not None and not _is_expected(tensor.name[len(wrapper) + 1 :], model_type):
+            inner = wrapped[wrapper]
+            found.refused.setdefault(inner, _unread(wrapper, tensor))
         if tensor.name.rpartition(".")[2].endswith(_NOTHING):
             beside.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
         found.passed.append(tensor)
@@ -120,16 +132,38 @@ def sort_leftovers(
     return found
 
 
+def _is_wrapped(name: str) -> bool:
+    """Whether a module is the part of a layer that holds its weight, beside other parts."""
+    parent, _, leaf = name.rpartition(".")
+    known = layer_of(parent)
+    return known != layer_of("") and not known.embedding and layer_of(leaf) == layer_of("") and not leaf.isdigit()
+
+
+def _is_expected(suffix: str, model_type: str) -> bool:
+    return suffix in _BIASES or (_LORA.fullmatch(suffix) is not None and model_type.startswith(_WITH_LORA))
+
+
+def _means_nothing(suffix: str, tensor: Tensor, experts: int) -> bool:
+    """Whether a tensor is a static scale of activations (of a layer, or of each of its experts), or a shape."""
+    if suffix == "weight_shape":
+        return True
+    return suffix.endswith(ACTIVATION_ENDS) and math.prod(tensor.shape) in (1, experts)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The modules that a tensor stands in, the nearest first."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
 def _owner(
     name: str, quantized: Mapping[str, Sequence[Weight]], stacks: set[str], refused: Mapping[str, str]
 ) -> str | None:
     """The quantized module that a tensor stands in: its parent, or any module above it that is one linear."""
-    owner, _, _ = name.rpartition(".")
-    parent = owner
-    while owner:
+    parent = name.rpartition(".")[0]
+    for owner in _above(name):
         if owner in refused or (owner in quantized and (owner == parent or owner not in stacks)):
             return owner
-        owner, _, _ = owner.rpartition(".")
     return None
 
 
@@ -142,7 +176,7 @@ def _passes(owner: str, suffix: str) -> bool:
 
 
 def _droppable(tensor: Tensor, suffix: str, weights: Sequence[Weight]) -> str | None:
-    if suffix.endswith(ACTIVATION_ENDS) and "." not in suffix:
+    if "." not in suffix and _means_nothing(suffix, tensor, len(weights)) and suffix != "weight_shape":
         return "static scales of activations, which kernels here quantize per token or not at all"
     if suffix == "weight_shape":
         return "the shapes of the tensors say it"

@@ -17,7 +17,7 @@ import numpy as np
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Checkpoint, whole
-from xpuquant.formats.readers.base import Parts, need
+from xpuquant.formats.readers.base import Parts, check_static, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Arrays, DecodedRecipe, Recipe, Weight
@@ -82,6 +82,9 @@ class Nvfp4:
         scale = need(parts, "weight_scale", name, dtype="F8_E4M3", dims=2)
         divides = "weight_global_scale" in parts
         overall = need(parts, "weight_global_scale" if divides else "weight_scale_2", name, dtype="F32")
+        for suffix in ("input_global_scale", "input_scale"):
+            if suffix in parts:
+                check_static(parts[suffix])
         N, K = stored.shape[0], 2 * stored.shape[1]
         if scale.shape != (N, -(-K // GROUP)) or overall.shape not in ((), (1,)):
             raise DamagedError(f"{scale.name} has shape {list(scale.shape)}; NVFP4 of {[N, K]} needs {[N, K // GROUP]}")

@@ -76,7 +76,7 @@ def online_transform(checkpoint: Checkpoint) -> str | None:
     """Why no module of a checkpoint can be converted: its config names arithmetic that no kernel here applies."""
     named = next(_named(checkpoint.quantization, ""), None)
     if named is None:
-        named = next((key for key in _top(checkpoint.config) if not _is_none(checkpoint.config[key])), None)
+        named = next(_of_parts(checkpoint.config, ""), None)
     if named is None:
         return None
     return one_line(
@@ -91,8 +91,13 @@ def unknown_keys(checkpoint: Checkpoint) -> list[str]:
     return [f"quantization config: {shown(key)} is not known here, and is ignored" for key in unknown]
 
 
-def _top(config: Mapping[str, Any]) -> list[str]:
-    return [key for key in config if _OF_THE_MODEL.fullmatch(key)]
+def _of_parts(config: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Dotted keys of config.json and its parts that name a transform."""
+    for key, value in config.items():
+        if _OF_THE_MODEL.fullmatch(key) and not _is_none(value):
+            yield f"{place}{key}"
+        elif isinstance(value, Mapping) and key not in ("quantization_config", "compression_config"):
+            yield from _of_parts(value, f"{place}{key}.")
 
 
 def _named(table: Mapping[str, Any], place: str, by_module: bool = False) -> Iterator[str]:

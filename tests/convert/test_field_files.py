@@ -323,6 +323,15 @@ def test_files_that_describe_the_sources_quantization_stay_behind(tmp_path: Path
     assert source.extra_files == ("generation_config.json",) and set(files) <= set(source.left_files)
 
 
+def test_a_file_of_an_earlier_quantization_is_ignored(tmp_path: Path) -> None:
+    """A folder that was quantized again: the file beside config.json is the one before's."""
+    files = {"model.safetensors": FP8_TENSORS, "quantize_config.json": {"bits": 3, "group_size": 16, "desc_act": True}}
+    source = open_source(str(folder_of(tmp_path / "in", files, {"quant_method": "fp8"})))
+    assert source.checkpoint.quantization == {"quant_method": "fp8"}
+    assert "quantize_config.json describes another quantization than config.json" in source.checkpoint.notes[0]
+    assert "quantize_config.json" in source.left_files
+
+
 def test_parts_that_disagree_are_named(tmp_path: Path) -> None:
     parts = {
         "thinker_config": {"quantization_config": gptq_config(bits=4)},

@@ -129,9 +129,12 @@ def test_a_config_that_names_a_transform_is_refused(
 
 @pytest.mark.parametrize("key", ["rotation_config", "online_rotation", "hadamard", "transform_config", "spinquant"])
 def test_a_transform_named_by_config_json_itself_is_refused(key: str, tmp_path: Path) -> None:
+    """intel/auto-round algorithms/transforms/spinquant/serialize.py writes there, too."""
     config, tensors = KINDS["gptq"]
     checkpoint = Pico(config, {DOWN: tensors}, config={key: {"r4": True}})
-    assert f"the config asks for '{key}'" in refusal(tmp_path / "in", checkpoint)
+    assert f"the config asks for '{key}'" in refusal(tmp_path / "a", checkpoint)
+    checkpoint = Pico(config, {DOWN: tensors}, config={"text_config": {key: "random"}})
+    assert f"the config asks for 'text_config.{key}'" in refusal(tmp_path / "b", checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +191,11 @@ BESIDE: list[tuple[str, str, Array]] = [
     ("fp8", "weight_scale_2", ones(dtype=np.float32)),
     # GPTQModel's permutations of other kernels.
     ("gptq", "q_perm", np.arange(64, dtype=np.int16)),
+    # A static scale is one number; one for each column is a smoothing factor by another name.
+    ("packed", "input_scale", ones(64)),
+    ("nvfp4", "input_scale", ones(64, dtype=np.float32)),
+    # BitNet and others: a norm inside the linear (microsoft/BitNet).
+    ("gptq", "norm.weight", ones(64)),
     # Nobody writes these yet.
     ("gptq", "correction", ones(16)),
     ("awq", "outliers.values", ones(16, 2)),
@@ -267,6 +275,14 @@ def test_plain_tensors_of_models_pass(tmp_path: Path) -> None:
         assert np.array_equal(converted.array(name), array)
 
 
+@pytest.mark.parametrize("beside", ["smooth", "lora_down.weight", "lora_up.weight", "proj_down", "rotation.weight"])
+def test_what_wraps_a_quantized_module_is_refused_by_name(beside: str, tmp_path: Path) -> None:
+    """intel/auto-round algorithms/transforms/svdquant/wrapper.py: a quantized residual, smoothed and corrected."""
+    checkpoint = Pico(gptq_config(), {f"{Q}.residual_linear": gptq(WEIGHT)}, {f"{Q}.{beside}": ones(64)})
+    message = refusal(tmp_path, checkpoint)
+    assert f"{beside} F16 [64] beside its weight" in message and f"{Q}.residual_linear" in message
+
+
 def test_lora_that_an_architecture_has_passes(tmp_path: Path) -> None:
     """microsoft/Phi-4-multimodal-instruct: `base_layer` and a set of LoRA matrices for each kind of input."""
     base, lora = f"{DOWN}.base_layer", f"{DOWN}.lora_A.speech.weight"
@@ -308,15 +324,16 @@ def test_a_weight_of_another_shape_beside_the_codes_is_refused(tmp_path: Path) -
 def test_leftovers_beside_a_float_weight_are_dropped_with_a_note(suffix: str, tmp_path: Path) -> None:
     """sgl-project/sglang#19000, vllm-project/vllm#43892: a module that was excluded keeps a scale."""
     config, tensors = KINDS["fp8"]
-    head: Tensors = {"weight": ones(32, 64, dtype=BF16), suffix: ones(2, dtype=np.float32)}
+    beside = np.array([32, 64]) if suffix == "weight_shape" else ones(1, dtype=np.float32)
+    head: Tensors = {"weight": ones(32, 64, dtype=BF16), suffix: beside}
     converted = convert(Pico(config, {DOWN: tensors, "lm_head": head}).write(tmp_path / "in"), tmp_path / "out")
     assert [tensor.name for tensor in converted.plan.passed] == ["lm_head.weight"]
     assert converted.plan.notes == (f"lm_head.{suffix}: dropped; left over beside a weight that is not quantized",)
 
 
-@pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_inv", "scales", "qzeros"])
+@pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_inv", "scales", "qzeros", "input_scale"])
 def test_a_scale_of_the_weight_itself_beside_a_float_weight_is_refused(suffix: str, tmp_path: Path) -> None:
-    """Whether the weight has been multiplied by it already cannot be told."""
+    """Whether the weight has been multiplied by it already cannot be told; nor what a scale for each column is for."""
     config, tensors = KINDS["fp8"]
     head: Tensors = {"weight": ones(32, 64, dtype=BF16), suffix: ones(32, 1, dtype=np.float32)}
     assert "lm_head" in refusal(tmp_path, Pico(config, {DOWN: tensors, "lm_head": head}))

@@ -17,7 +17,7 @@ import numpy as np
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Array, Checkpoint, Slice, rows
 from xpuquant.formats.packing.plain import pack_nibbles
-from xpuquant.formats.readers.base import Parts, float_scale, need
+from xpuquant.formats.readers.base import Parts, check_static, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported, weight_args
 from xpuquant.formats.readers.compressed_tensors.packed import ScaledInts, groups_fit, measure_zero_points
 from xpuquant.formats.safetensors import Tensor
@@ -78,6 +78,8 @@ class IntQuantized:
         group_size = args.group_size or K
         symmetric, fact = measure_zero_points(checkpoint, args, N, -(-K // group_size), False, zero_point)
         facts = [f"{args.bits}-bit codes stored as bytes, from the config", fact]
+        for suffix in _ACTIVATION_SUFFIXES & parts.keys():
+            check_static(parts[suffix])
         if _ACTIVATION_SUFFIXES & parts.keys():
             facts.append("static activation scales dropped: XPU kernels quantize activations per token")
         return [
