@@ -103,8 +103,11 @@ def is_mxfp8(parts: Parts) -> bool:
 
 
 def fp8_weight(parts: Parts, name: str) -> Tensor:
-    """`P.weight`, an fp8 type that kernels know."""
-    weight = need(parts, "weight", name, dims=2)
+    """`P.weight`, an fp8 type that kernels know, a matrix."""
+    weight = need(parts, "weight", name)
+    if len(weight.shape) > 2:
+        raise UnsupportedError(f"{weight.name} {list(weight.shape)} is no matrix (a convolution?): no XPU kernel")
+    need(parts, "weight", name, dims=2)
     if weight.dtype not in ELEMENTS:
         raise UnsupportedError(f"{weight.dtype} has no XPU kernel (want {' or '.join(ELEMENTS)})")
     return weight

@@ -24,7 +24,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from xpuquant.formats.architecture import layer_of
-from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.readers.base import STACKS, Parts
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
@@ -49,13 +48,15 @@ ACTIVATION_ENDS = (
 _NOTHING = (*ACTIVATION_ENDS, "weight_shape")
 _BIASES = ("bias", *(f"{part}_bias" for part in STACKS))
 
-_FACTORS = re.compile(
-    r"(?:.*[._])?(?:pre_quant_scale|smooth(?:ing)?_?(?:quant_?)?(?:scale|factor)s?|act\.scales|act_scales|online_had\w*"
-    r"|had_k|had_rem_dim|hadamard\w*|(?:input|output|online|weight)_rotation\w*|rotation_mat(?:rix)?|spin_?quant\w*"
-    r"|quarot\w*)(?:\..*)?",
-    re.I,
+_FACTOR_ENDS = re.compile(r"(?:.*[._])?(?:pre_quant_scale|act\.scales|act_scales?|had_(?:k|matrix|rem_dim))", re.I)
+_FACTOR_WORDS = frozenset(
+    {
+        *("smooth", "smoothing", "smoothquant", "rotate", "rotation", "rotations", "rot", "had", "hadamard"),
+        *("spinquant", "quarot", "flatquant"),
+    }
 )
-"""Tensors that are a factor of activations by their names, wherever they stand."""
+_NUMBERED_ROTATION = re.compile(r"(?:.*[._])?R[1-4](?:[._].*)?")
+"""SpinQuant's names of its four rotations."""
 
 _LORA = re.compile(r"(?:.*\.)?lora_(?:embedding_)?[AB](?:\..*)?")
 _WITH_LORA = ("phi4",)
@@ -122,6 +123,7 @@ def sort_leftovers(
         if wrapper is not None and not _is_expected(tensor.name[len(wrapper) + 1 :], model_type):
             inner = wrapped[wrapper]
             found.refused.setdefault(inner, _unread(wrapper, tensor))
+            continue
         if tensor.name.rpartition(".")[2].endswith(_NOTHING):
             beside.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
         found.passed.append(tensor)
@@ -189,9 +191,18 @@ def _droppable(tensor: Tensor, suffix: str, weights: Sequence[Weight]) -> str | 
 def _unread(owner: str, tensor: Tensor) -> str:
     suffix = tensor.name[len(owner) + 1 :]
     shown = f"{suffix} {tensor.dtype} {list(tensor.shape)}"
-    if _FACTORS.fullmatch(suffix):
+    if _is_factor(suffix):
         return f"its input is multiplied by {shown} at run time, which no kernel here does"
     return f"{shown} beside its weight is read by no format here: it may change what the module computes"
+
+
+def unknown_beside(name: str, parts: Parts, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """A tensor of a module that its reader has not been shown, because no format has its name."""
+    for tensor in tensors.values():
+        owner, _, suffix = tensor.name.rpartition(".")
+        if owner == name and suffix not in parts and not _passes(name, suffix):
+            return tensor
+    return None
 
 
 def _check_unquantized(
@@ -216,7 +227,7 @@ def _check_unquantized(
         prefix = tensor.name.rpartition(".")[0]
         if prefix in refused:
             continue
-        if _FACTORS.fullmatch(tensor.name):
+        if _is_factor(tensor.name):
             found.refused.setdefault(prefix, factor_reason(tensor))
         elif _LORA.fullmatch(tensor.name) and not model_type.startswith(_WITH_LORA):
             found.refused.setdefault(prefix, "a LoRA adapter inside the checkpoint; merge it into the weights first")
@@ -228,21 +239,32 @@ def _check_unquantized(
 
 def factor_reason(tensor: Tensor) -> str:
     """Why a model with this factor of activations is refused."""
-    shown = f"{tensor.name.rpartition('.')[2]} {tensor.dtype} {list(tensor.shape)}"
+    shown = f"{tensor.name} {tensor.dtype} {list(tensor.shape)}"
     if tensor.name.endswith("act.scales"):
         return f"the activation is divided by {shown} at run time (AutoAWQ's ScaledActivation), which no loader does"
     return f"activations are multiplied by {shown} at run time, which no kernel here does"
 
 
+def _is_factor(name: str) -> bool:
+    """Whether a tensor is a factor of activations by its name, wherever it stands."""
+    last = ".".join(name.rsplit(".", 2)[-2:])
+    words = set(re.split(r"[._]", last.lower()))
+    return bool(words & _FACTOR_WORDS or _FACTOR_ENDS.fullmatch(name) or _NUMBERED_ROTATION.fullmatch(last))
+
+
 def _is_packed(tensor: Tensor, siblings: Parts) -> bool:
     """Whether an unused tensor is somebody's quantized weight: of a dtype that models do not have, or integers beside
     scales."""
-    if len(tensor.shape) < 2 or tensor.dtype in FLOATS or _TABLES.fullmatch(tensor.name.rpartition(".")[2]):
+    if len(tensor.shape) < 2 or tensor.dtype in PLAIN:
         return False
-    if tensor.dtype[0] == "F" and tensor.dtype not in PLAIN:
+    if tensor.dtype[0] == "F":
         return True
+    if _TABLES.fullmatch(tensor.name.rpartition(".")[2]):
+        return False
     own = tensor.name.rpartition(".")[2]
     if any(f"{own}{end}" in siblings for end in ("_scale", "_scales", "_scale_inv")):
         return True
     scaled = any(_SCALING.fullmatch(suffix) for suffix in siblings)
-    return tensor.dtype in _PACKED or (scaled and tensor.dtype == "I32" and "weight" not in siblings)
+    floats = any(other.dtype in PLAIN for suffix, other in siblings.items() if suffix not in _BIASES)
+    integers = tensor.dtype in ("I32", "I64") and "weight" not in siblings
+    return tensor.dtype in _PACKED or (integers and (scaled or floats))

@@ -15,7 +15,7 @@ from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.readers import READERS
 from xpuquant.formats.readers.base import Parts
-from xpuquant.formats.readers.leftovers import PLAIN, factor_reason, is_plain, sort_leftovers
+from xpuquant.formats.readers.leftovers import PLAIN, factor_reason, is_plain, sort_leftovers, unknown_beside
 from xpuquant.formats.readers.stacked import codes_of_stack, expert_parts, read_stack
 from xpuquant.formats.readers.transforms import online_transform, unknown_keys
 from xpuquant.formats.safetensors import Tensor
@@ -71,6 +71,12 @@ def read(checkpoint: Checkpoint) -> Reading:
                 )
         except UnsupportedError as error:
             refused[name] = str(error)
+        except DamagedError:
+            # What a format misses may be there under a name that it does not have.
+            other = unknown_beside(name, parts, checkpoint.tensors)
+            if other is None:
+                raise
+            refused[name] = f"no known format has these tensors: {other.name} {other.dtype} {list(other.shape)}"
     weights = [weight for found in quantized.values() for weight in found]
     used = {tensor.name for weight in weights for tensor in weight.tensors}
     unused = (tensor for tensor in checkpoint.tensors.values() if tensor.name not in used)

@@ -223,6 +223,12 @@ def test_what_no_reader_claims_inside_a_module_is_refused_by_name(
         ("model.layers.0.self_attn.online_had.weight", "at run time"),
         ("model.layers.0.mlp.smooth_scale", "at run time"),
         ("model.rotation_matrix", "at run time"),
+        # facebookresearch/SpinQuant, spcl/QuaRot, and forks: matrices of attention and of the model.
+        ("model.layers.0.self_attn.R3", "at run time"),
+        ("model.R1.weight", "at run time"),
+        ("model.layers.0.self_attn.k_rotate.weight", "at run time"),
+        ("model.layers.0.mlp.had.weight", "at run time"),
+        ("model.layers.0.self_attn.smooth", "at run time"),
         # PEFT models that were saved unmerged (huggingface/peft, `base_model.model.`).
         ("model.layers.0.mlp.up_proj.lora_A.default.weight", "a LoRA adapter inside the checkpoint"),
     ],
@@ -242,6 +248,19 @@ def test_factors_outside_quantized_modules_are_refused_by_name(name: str, said: 
         ({"W_q": np.zeros((8, 64), np.uint8), "meta": ones(4)}, "W_q U8"),
         # facebookresearch/fbgemm and others: fp8 under a name of its own.
         ({"weight_fp8": np.zeros((16, 64), np.uint8).view(FP8["e4m3"])}, "weight_fp8 F8_E4M3"),
+        ({"table": np.zeros((16, 64), np.uint8).view(FP8["e4m3"])}, "table F8_E4M3"),
+        # turboderp's EXL2 and EXL3, Cornell-RelaxML/quip-sharp, pytorch/ao, bitsandbytes, HF EETQ, GGUF in safetensors.
+        (
+            {"q_weight": np.zeros((8, 16), np.int32), "q_scale_max": ones(2), "q_perm": np.zeros(64, np.int16)},
+            "q_weight",
+        ),
+        ({"trellis": np.zeros((4, 1, 64), np.int16), "suh": ones(64), "svh": ones(16)}, "trellis I16"),
+        ({"Qidxs": np.zeros((16, 8), np.int64), "SU": ones(64), "SV": ones(16)}, "Qidxs I64"),
+        ({"weight:qdata": np.zeros((16, 64), np.int8), "weight:scale": ones(16)}, "weight:qdata I8"),
+        ({"weight": np.zeros((512, 1), np.uint8), "weight.absmax": ones(16)}, "weight U8"),
+        ({"weight": np.zeros((64, 16), np.int8), "weight_scales": ones(16)}, "weight I8"),
+        # mistralai/Ministral-3-*: `qscale_weight` of Mistral's own names.
+        ({"weight": fp8_tensors()["weight"], "qscale_weight": ones(1, dtype=np.float32)}, "qscale_weight F32"),
     ],
 )
 def test_weights_of_unknown_formats_do_not_pass(suffixes: Tensors, listed: str, tmp_path: Path) -> None:
@@ -259,6 +278,8 @@ PASSED: Tensors = {
     "model.layers.0.self_attn.kv_scale": ones(1, dtype=np.float32),
     # Tables of models: openai-community/gpt2's mask, BERT's positions, DeepSeek-V4's routing.
     "h.0.attn.bias": np.zeros((1, 1, 8, 8), np.uint8),
+    "h.0.attn.causal": np.zeros((8, 8), np.bool_),
+    "h.0.attn.slopes": ones(8),
     "embeddings.position_ids": np.arange(8, dtype=np.int64)[None],
     "layers.0.ffn.gate.tid2eid": np.zeros((32, 2), np.int32),
     "layers.0.ffn.gate.weight": ones(4, 64),
@@ -280,7 +301,7 @@ def test_what_wraps_a_quantized_module_is_refused_by_name(beside: str, tmp_path:
     """intel/auto-round algorithms/transforms/svdquant/wrapper.py: a quantized residual, smoothed and corrected."""
     checkpoint = Pico(gptq_config(), {f"{Q}.residual_linear": gptq(WEIGHT)}, {f"{Q}.{beside}": ones(64)})
     message = refusal(tmp_path, checkpoint)
-    assert f"{beside} F16 [64] beside its weight" in message and f"{Q}.residual_linear" in message
+    assert f"{beside} F16 [64]" in message and "1 modules" in message and f"{Q}.residual_linear" in message
 
 
 def test_lora_that_an_architecture_has_passes(tmp_path: Path) -> None:
@@ -314,6 +335,13 @@ def test_leftovers_in_a_quantized_module_are_dropped_with_a_note(
     (note,) = converted.plan.notes
     assert f"{DOWN}.{next(iter(beside))}: dropped; {why}" in note and not converted.plan.passed
     assert f"{DOWN}.{next(iter(beside))}" not in converted.repo.tensors or "weight" in beside or kind == "fp8"
+
+
+def test_convolutions_in_fp8_are_refused_and_not_called_damaged(tmp_path: Path) -> None:
+    config, tensors = KINDS["fp8"]
+    conv: Tensors = {"weight": np.zeros((16, 3, 4, 4), np.uint8).view(FP8["e4m3"]), "weight_scale": ones(1)}
+    message = refusal(tmp_path, Pico(config, {DOWN: tensors, "visual.patch_embed.proj": conv}))
+    assert "visual.patch_embed.proj.weight [16, 3, 4, 4] is no matrix" in message
 
 
 def test_a_weight_of_another_shape_beside_the_codes_is_refused(tmp_path: Path) -> None:
