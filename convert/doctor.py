@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from xpuquant.errors import one_line
+from xpuquant.errors import EnvironmentFault, one_line
 from xpuquant.kernels import backends
+from xpuquant.xpu_releases import FAULTS, PACKAGE, check_release, release_of
 
 PACKAGES = (
     "xpuquant",
@@ -69,8 +70,23 @@ def examine() -> Diagnosis:
             "torch sees no Intel GPU: install its XPU build, "
             "pip install torch --index-url https://download.pytorch.org/whl/xpu"
         )
+    found = versions()
+    remarks += _kernel_release(found[PACKAGE])
     system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
-    return Diagnosis([_backend(name) for name in backends()], versions(), devices, remarks, system)
+    return Diagnosis([_backend(name) for name in backends()], found, devices, remarks, system)
+
+
+def _kernel_release(version: str | None) -> list[str]:
+    """What is worth knowing of the installed vllm-xpu-kernels: whether it is served with, and what it gets wrong."""
+    if version is None:
+        return []
+    try:
+        check_release(version)
+    except EnvironmentFault as error:
+        return [str(error)]
+    release = release_of(version)
+    faults = [f"its {fault.operator} {fault.text}: {fault.answer}" for fault in FAULTS if fault.in_release(release)]
+    return [f"{PACKAGE} {version} is one that xpuquant serves with", *faults]
 
 
 def versions() -> dict[str, str | None]:

@@ -66,7 +66,7 @@ def inspect_source(source: Source, options: Options, ranks: Sequence[int] = RANK
         checkpoint.method,
         tuple(sorted({weight.format for weight in weights})),
         len(checkpoint.tensors),
-        module_outcomes(planned),
+        module_outcomes(planned, checkpoint.config),
         survey.refused,
         dict(decisions),
         {n: problems(planned, n) for n in ranks},

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.formats.layouts import layouts_by_name
+from xpuquant.formats.scheme import Scheme
+from xpuquant.xpu_releases import operators_of, since
 
 if TYPE_CHECKING:
     from xpuquant.conversion.hub.publish import Pushed
@@ -53,6 +55,7 @@ class ModuleOutcome:
     source     what it was, e.g. `GPTQ int4 g128`
     scheme     what it is stored as, e.g. `int4_linear g128`; None where it is dequantized to bf16
     kernel     the XPU kernel that reads it; None where it is dequantized
+    releases   of vllm-xpu-kernels that serve it, e.g. `0.1.15.1 and later`; None where that is stock vLLM's affair
     nbytes     bytes it is stored in
     decisions  what was decided from its tensors
     """
@@ -61,6 +64,7 @@ class ModuleOutcome:
     source: str
     scheme: str | None
     kernel: str | None
+    releases: str | None
     nbytes: int
     decisions: tuple[str, ...]
 
@@ -140,18 +144,38 @@ def source_info(source: Source) -> SourceInfo:
     return SourceInfo(source.name, source.revision, source.nbytes)
 
 
-def module_outcomes(modules: Iterable[PlannedModule]) -> tuple[ModuleOutcome, ...]:
-    """Planned modules as data."""
-    return tuple(_module(module) for module in modules)
+def module_outcomes(modules: Iterable[PlannedModule], config: Mapping[str, Any]) -> tuple[ModuleOutcome, ...]:
+    """Planned modules of a model with that config.json, as data."""
+    top_k = _experts_per_token(config)
+    return tuple(_module(module, top_k) for module in modules)
 
 
-def _module(planned: PlannedModule) -> ModuleOutcome:
+def _experts_per_token(config: Mapping[str, Any]) -> int | None:
+    """As config.json says, or its part for the language model; None where neither does."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts"):
+            if type(part.get(key)) is int:
+                number: int = part[key]
+                return number
+    return None
+
+
+def _releases(scheme: Scheme, top_k: int | None) -> str | None:
+    if not operators_of(scheme):
+        return None
+    oldest = since(scheme, top_k)
+    return f"none gathers {top_k} experts per token" if oldest is None else f"{oldest} and later"
+
+
+def _module(planned: PlannedModule, top_k: int | None) -> ModuleOutcome:
     conversion, scheme = planned.conversion, planned.conversion.scheme
     return ModuleOutcome(
         conversion.name,
         kind_of(planned.source),
         None if scheme is None else scheme.label(),
         None if scheme is None else layouts_by_name()[scheme.layout].kernel_of(scheme),
+        None if scheme is None else _releases(scheme, top_k),
         planned.nbytes,
         tuple(conversion.facts),
     )
@@ -162,7 +186,7 @@ def summary(plan: Plan, source: Source) -> Planned:
     return Planned(
         source_info(source),
         plan.options,
-        module_outcomes(plan.modules),
+        module_outcomes(plan.modules, source.checkpoint.config),
         tuple(TensorInfo(t.name, t.dtype, t.shape, t.nbytes) for t in plan.passed),
         tuple(
             ShardInfo(

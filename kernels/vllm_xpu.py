@@ -30,7 +30,7 @@ _EXPERT_GROUPS = (32, 64, 128, 256)
 @cache
 def _missing() -> str | None:
     try:
-        xpu_ops.check_kernels()
+        xpu_ops.installed()
         if find_spec("torch") is None:
             raise EnvironmentFault("torch is not installed: pip install an XPU build of torch")
         import torch

@@ -25,7 +25,6 @@ ALLOWED = {
     "linear": "x W^T: what a layer computes, and the operator that computes it",
     "supported": "whether a foreign library can be used: oneDNN, vLLM",
     "explain": "an error as one line: of any command, of the Hub",
-    "check_kernels": "whether kernels agree, in verification; whether they are there, when serving",
     "gated": "act(gate) * up: as serving computes it, as the shipped operator does",
     "gather": "what a card says; the shipped operator of that name",
     "Module": "a module of a model; of SPIR-V code",

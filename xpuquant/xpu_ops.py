@@ -13,33 +13,35 @@ Notation: activations x `[M, K]`, weight `[N, K]`, g = group size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from xpuquant.errors import EnvironmentFault
+from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.scheme import Scheme
+from xpuquant.xpu_releases import PACKAGE, Release, check_release, refusal_of_experts, release_of, served
 
 if TYPE_CHECKING:
     import torch
 
-# Before 0.1.15 the grouped GEMM read an uninitialised counter.
-OLDEST_KERNELS = (0, 1, 15)
 
+def installed() -> Release:
+    """The installed vllm-xpu-kernels.
 
-def check_kernels() -> None:
-    """Raise EnvironmentFault, in one line, where vllm-xpu-kernels is missing or too old."""
+    Raises:
+        EnvironmentFault: in one line, where it is missing or not one that is served with.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
-    wanted = ".".join(map(str, OLDEST_KERNELS))
     try:
-        found = version("vllm-xpu-kernels")
+        found = version(PACKAGE)
     except PackageNotFoundError:
-        raise EnvironmentFault(f"vllm-xpu-kernels is not installed: pip install 'vllm-xpu-kernels>={wanted}'") from None
-    if tuple(int(part) for part in found.split("+")[0].split(".")[:3] if part.isdecimal()) < OLDEST_KERNELS:
-        raise EnvironmentFault(
-            f"vllm-xpu-kernels {found} is too old for xpuquant: pip install 'vllm-xpu-kernels>={wanted}'"
-        )
+        found = None
+    check_release(found)
+    assert found is not None, "refused above"
+    # Of a build from a checkout nothing is on record: it is taken for the newest release.
+    return served()[-1] if ".dev" in found else release_of(found)
 
 
 def operators(library: str = "_xpu_C") -> Any:
@@ -52,7 +54,7 @@ def operators(library: str = "_xpu_C") -> Any:
 
     namespace = getattr(torch.ops, library)
     if not hasattr(namespace, _ALWAYS_IN[library]):
-        check_kernels()
+        installed()
         try:
             import_module(f"vllm_xpu_kernels.{library}")
         except ImportError as error:
@@ -209,6 +211,25 @@ def _kernel_view(scheme: Scheme, weight: torch.Tensor) -> torch.Tensor:
     return weight.view(four_bit[scheme.layout]) if scheme.layout in four_bit else weight
 
 
+def check_experts(scheme: Scheme, top_k: int, activation: str, limit: float | None = None) -> Release:
+    """The installed release, where this GPU and that release compute the experts; for what is meant see `fused_moe`.
+
+    Raises:
+        EnvironmentFault: another GPU, or no fitting vllm-xpu-kernels.
+        UnsupportedError: in one line, what would fail at the first forward.
+    """
+    release = installed()
+    if not (operators().is_xe2_arch() or operators().is_xe3_arch()):
+        raise EnvironmentFault(
+            "experts are computed on Intel GPUs of the generations Xe2 and Xe3 only (Arc B-series): "
+            "the kernels for others are given no scales"
+        )
+    reason = refusal_of_experts(release, scheme, top_k, activation, limit, os.environ)
+    if reason is not None:
+        raise UnsupportedError(reason)
+    return release
+
+
 def fused_moe(
     scheme: Scheme,
     tensors: Mapping[str, torch.Tensor],
@@ -232,7 +253,13 @@ def fused_moe(
     Its constructor takes uint8 for "int4, still unsigned" and converts every expert at the first forward;
     its C++ side takes int8 for "int4". The stored nibbles are signed already: the attribute says that the
     conversion was done, and the int8 views are handed over after construction.
+
+    Raises:
+        EnvironmentFault, UnsupportedError: see `check_experts`; or the installed release takes int4 otherwise.
     """
+    import torch
+
+    release = check_experts(scheme, top_k, activation, limit)
     from vllm_xpu_kernels.fused_moe_interface import XpuFusedMoe
 
     w13, w2 = tensors["gate_up_proj"].data, tensors["down_proj"].data
@@ -256,5 +283,25 @@ def fused_moe(
         gemm1_clamp_limit=limit,
     )
     if scheme.layout == "int4_experts":
+        if not (moe.is_int4 and moe.w13 is w13 and moe.w2 is w2 and w13.dtype == torch.uint8):
+            raise EnvironmentFault(f"{PACKAGE} {release.version} takes int4 experts otherwise than this xpuquant knows")
         moe.w13, moe.w2 = _kernel_view(scheme, w13), _kernel_view(scheme, w2)
     return moe
+
+
+def run_experts(moe: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The routed sum `[M, H]` in the dtype of x, by what `fused_moe` made.
+
+    Args:
+        x: `[M, H]`, contiguous.
+        weights: routing weights, float32 `[M, k]`.
+        ids: experts `[M, k]`; negative: none, which the kernel takes for expert 0.
+    """
+    import torch
+
+    nobody = ids < 0
+    # Rows of padding hold whatever was there before; 0.1.16 sets them to zero itself.
+    x = x.masked_fill(nobody.all(dim=1, keepdim=True), 0)
+    out = torch.empty_like(x)
+    moe.apply(output=out, hidden_states=x, topk_weights=weights.masked_fill(nobody, 0), topk_ids=ids)
+    return out

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xpuquant.errors import EnvironmentFault
 from xpuquant.formats.scheme import Scheme
 
 PACKAGE = "vllm-xpu-kernels"
@@ -140,3 +141,90 @@ def operators_of(scheme: Scheme) -> tuple[str, ...]:
         "mxfp4_linear": ("per_token_group_quant_mxfp4", "fp4_gemm"),
         "mxfp8_linear": ("per_token_group_fp8_quant", "fp8_gemm"),
     }.get(scheme.layout, ())
+
+
+def since(scheme: Scheme, top_k: int | None = None) -> str | None:
+    """The oldest release that serves a module stored so, and all after it do; None: none does, or it is not ours.
+
+    Args:
+        top_k: experts per token, of a stack of experts.
+    """
+    operators = operators_of(scheme)
+    fit = [
+        bool(operators)
+        and all(operator in release.operators for operator in operators)
+        and (top_k is None or not scheme.experts or top_k in release.top_k)
+        for release in served()
+    ]
+    if not fit[-1]:
+        return None
+    first = max((i + 1 for i, fits in enumerate(fit) if not fits), default=0)
+    return served()[first].version
+
+
+def check_release(version: str | None) -> None:
+    """Raise EnvironmentFault, in one line, where vllm-xpu-kernels is missing (None) or not one that is served with."""
+    least, most = (".".join(map(str, bound)) for bound in (OLDEST_RELEASE, BEYOND_RELEASES))
+    fix = f"pip install '{PACKAGE}>={least},<{most}'"
+    if version is None:
+        raise EnvironmentFault(f"{PACKAGE} is not installed: {fix}")
+    # A build from a checkout calls itself 0.1.dev…: whoever runs one knows what it is.
+    if ".dev" in version:
+        return
+    if number(version)[:3] < OLDEST_RELEASE:
+        raise EnvironmentFault(f"{PACKAGE} {version} is too old for xpuquant: {fix}")
+    if number(version)[:3] >= BEYOND_RELEASES:
+        raise EnvironmentFault(
+            f"{PACKAGE} {version} is newer than this xpuquant knows: {fix} or pip install -U xpuquant"
+        )
+
+
+_GATES = ("silu", "gelu", "gelu_tanh", "swigluoai")
+"""What both `XpuFusedMoe` and `layers.gated` compute, by vLLM's names."""
+
+
+def refusal_of_experts(
+    release: Release,
+    scheme: Scheme,
+    top_k: int,
+    activation: str,
+    limit: float | None,
+    environment: Mapping[str, str],
+) -> str | None:
+    """What would fail, or be silently wrong, at the first forward of a stack of experts; None where nothing would.
+
+    Args:
+        release: that is installed.
+        top_k: experts per token.
+        activation: vLLM's name.
+        limit: where gate and up are clamped; None: nowhere.
+        environment: of the process.
+    """
+    if top_k not in release.top_k:
+        better = since(scheme, top_k)
+        fix = f"; {better} does" if better is not None else ""
+        return f"{PACKAGE} {release.version} gathers {_listed(release.top_k)} experts per token, not {top_k}{fix}"
+    if activation not in _GATES or activation not in release.activations:
+        return f"no XPU kernel computes '{activation}' experts: {', '.join(_GATES)}"
+    if (activation == "swigluoai") != scheme.interleaved:
+        rows = "alternate gate and up" if scheme.interleaved else "are all gate, then all up"
+        return f"the kernel of '{activation}' reads other rows than the stored ones, which {rows}"
+    if limit and scheme.interleaved:
+        return f"gate and up that alternate cannot be clamped at {limit}: the kernel would clamp the wrong rows"
+    for switch, is_on in (
+        ("VLLM_XPU_FUSED_MOE_USE_REF", scheme.layout in ("int4_experts", "mxfp8_experts")),
+        ("VLLM_XPU_FUSED_MOE_NATIVE_MXFP8", scheme.layout == "mxfp8_experts"),
+    ):
+        value = environment.get(switch, "").strip().upper()
+        off = value in ("0", "OFF", "FALSE", "NO", "N")
+        chosen = value in ("1", "ON", "TRUE", "YES", "Y") if switch.endswith("REF") else off
+        if is_on and chosen and switch in release.switches:
+            return (
+                f"{switch}={environment[switch]} chooses code that reads other experts than {scheme.layout}: unset it"
+            )
+    return None
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}"

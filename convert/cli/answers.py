@@ -248,13 +248,14 @@ def diagnosed(diagnosis: Diagnosis) -> Answer:
 
 def modules_table(modules: Iterable[ModuleOutcome]) -> TextTable:
     """Modules per scheme: what they were, what they become, which kernel will run them."""
-    rows: dict[tuple[str, str, str], list[ModuleOutcome]] = {}
+    rows: dict[tuple[str, str, str, str], list[ModuleOutcome]] = {}
     for module in modules:
-        key = (module.source, module.scheme or "bf16 (dequantized)", module.kernel or "bf16 matmul")
+        stored = module.scheme or "bf16 (dequantized)"
+        key = (module.source, stored, module.kernel or "bf16 matmul", module.releases or "any")
         rows.setdefault(key, []).append(module)
     return TextTable(
         "modules",
-        ("source", "stored as", "XPU kernel", "modules", "size"),
+        ("source", "stored as", "XPU kernel", "vllm-xpu-kernels", "modules", "size"),
         [(*key, str(len(members)), size(sum(member.nbytes for member in members))) for key, members in rows.items()],
     )
 
@@ -301,6 +302,7 @@ def _module_data(module: ModuleOutcome) -> dict[str, Any]:
         "source": module.source,
         "scheme": module.scheme,
         "kernel": module.kernel,
+        "releases": module.releases,
         "bytes": module.nbytes,
         "decisions": list(module.decisions),
     }

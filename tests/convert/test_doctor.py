@@ -46,3 +46,19 @@ def test_intel_gpus_are_found_by_their_driver_s_nodes(vendor, expected, tmp_path
     (tmp_path / "renderD128" / "device" / "vendor").write_text(f"{vendor}\n")
     devices, _ = doctor._render_nodes(tmp_path)
     assert len(devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("0.1.15.4", ["serves with", "fp8_gemm_w8a16 takes blocks for square", "gives rows without an expert"]),
+        ("0.1.16.2", ["serves with"]),
+        ("0.1.14.1", ["too old"]),
+        ("0.1.17.1", ["newer than this xpuquant knows"]),
+        (None, []),
+    ],
+)
+def test_it_says_what_is_known_of_the_installed_kernels(version, said):
+    remarks = doctor._kernel_release(version)
+    assert len(remarks) == len(said)
+    assert all(words in remark for words, remark in zip(said, remarks, strict=True))

@@ -12,17 +12,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support import xpu_stand_ins
+from support import released_wheels, xpu_stand_ins
 from support.models import EXPERTS, PACK, SCHEMES
 
 from xpuquant import layers
 from xpuquant import xpu_ops as xpu
-from xpuquant.xpu_releases import Release, served
+from xpuquant.errors import EnvironmentFault, UnsupportedError
+from xpuquant.formats.scheme import Scheme
+from xpuquant.xpu_releases import Release, check_release, refusal_of_experts, release_of, served, since
 
 N, K = 256, 384
 
@@ -126,37 +128,137 @@ def test_a_linear_compiles_whole(name: str, release: Release) -> None:
         assert torch.equal(compiled(scheme, tensors, x, None), xpu.linear(scheme, tensors, x, None))
 
 
-class Constructor:
-    """Of `XpuFusedMoe`: what it keeps and what it would convert at the first forward."""
+@pytest.fixture
+def wheel(release: Release, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Release:
+    """The wheel's own Python, over the stand-ins."""
+    root = released_wheels.python_of(release, tmp_path_factory.getbasetemp() / "wheels")
+    for name in [name for name in sys.modules if name.startswith("vllm_xpu_kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name, module in released_wheels.package_without_libraries(root).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(xpu, "check_experts", lambda *_: release)
+    return release
 
-    def __init__(self, **arguments: Any) -> None:
-        w13 = arguments["w13"]
-        assert w13.is_contiguous() and arguments["w2"].is_contiguous()
-        self.is_int4 = w13.dtype == torch.uint8
-        self.converts = self.is_int4 and not hasattr(w13, "xpu_fused_moe")
-        self.w13, self.w2 = w13, arguments["w2"]
-        self.arguments = arguments
+
+ROUTES = torch.tensor([[0, 1], [3, 2], [1, 3], [-1, -1], [2, 0]])
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("name", EXPERTS)
-def test_experts_are_handed_over_as_stored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheel_s_own_experts_compute_what_is_stored(name: str, wheel: Release) -> None:
+    """`XpuFusedMoe` of each release, from its constructor to the routed sum; a row of padding gives zeros."""
     E, H, I = 4, 256, 128
     scheme = EXPERTS[name]
-    interface = ModuleType("vllm_xpu_kernels.fused_moe_interface")
-    interface.XpuFusedMoe = Constructor  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm_xpu_kernels", ModuleType("vllm_xpu_kernels"))
-    monkeypatch.setitem(sys.modules, "vllm_xpu_kernels.fused_moe_interface", interface)
-    tensors = {
-        n: torch.zeros(stored.shape).to(stored.dtype) for n, stored in layers.expert_tensors(scheme, E, H, I).items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    torch.manual_seed(3)
+    for part, (N, K) in {"gate_up_proj": (2 * I, H), "down_proj": (H, I)}.items():
+        stacked = [PACK[scheme.layout](torch.randn(N, K).bfloat16() / 8, scheme)[0] for _ in range(E)]
+        for suffix in stacked[0]:
+            stack = torch.stack([one[suffix] for one in stacked])
+            tensors[part + suffix] = stack.reshape(E) if stack.shape == (E, 1) else stack
+    if scheme.layout == "int4_experts":
+        tensors |= {n: t.bfloat16() for n, t in tensors.items() if n.endswith("_scale")}
+    before = {n: (t.data_ptr(), t.clone().view(torch.uint8)) for n, t in tensors.items()}
     moe = xpu.fused_moe(scheme, tensors, top_k=2, activation="silu")
-    assert not moe.converts, "the first forward must copy nothing"
     for part, held in (("gate_up_proj", moe.w13), ("down_proj", moe.w2)):
-        assert held.data_ptr() == tensors[part].data_ptr()
-        assert held.dtype == {
-            "int4_experts": torch.int8,  # what the C++ takes for int4
-            "mxfp4_experts": torch.float4_e2m1fn_x2,
-        }.get(scheme.layout, torch.float8_e5m2 if "e5m2" in name else torch.float8_e4m3fn)
-    assert moe.arguments["w13_scales"].data_ptr() == tensors["gate_up_proj_scale"].data_ptr()
-    assert moe.arguments["num_experts"] == E
-    assert moe.is_int4 == (scheme.layout == "int4_experts"), "the constructor takes uint8 for int4"
+        assert held.data_ptr() == before[part][0], "nothing is copied"
+    x = torch.randn(len(ROUTES), H).bfloat16()
+    x[3] = torch.nan  # what padding holds
+    weights = torch.rand(ROUTES.shape)
+    out = xpu.run_experts(moe, x, weights, ROUTES.int())
+    known = x.nan_to_num()
+
+    def gate(gate_up: torch.Tensor) -> torch.Tensor:
+        return layers.gated("silu", gate_up, interleaved=False)
+
+    wanted = layers.experts(scheme, tensors, known, weights, ROUTES, gate).float()
+    assert (out.float() - wanted).norm() < 2**-6 * wanted.norm()
+    assert not out[3].any()
+    assert all(torch.equal(t.view(torch.uint8), before[n][1]) for n, t in tensors.items()), "nothing is converted"
+
+
+@pytest.mark.network
+def test_another_way_to_take_int4_is_noticed(wheel: Release, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_xpu_kernels import fused_moe_interface
+
+    class Moved(fused_moe_interface.XpuFusedMoe):  # type: ignore[misc]
+        w13: torch.Tensor
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.w13 = self.w13.clone()
+
+    monkeypatch.setattr(fused_moe_interface, "XpuFusedMoe", Moved)
+    scheme = EXPERTS["int4"]
+    tensors = {n: torch.zeros(s.shape).to(s.dtype) for n, s in layers.expert_tensors(scheme, 4, 256, 128).items()}
+    with pytest.raises(EnvironmentFault, match=f"{wheel.version} takes int4 experts otherwise"):
+        xpu.fused_moe(scheme, tensors, top_k=2, activation="silu")
+
+
+INTERLEAVED = replace(EXPERTS["mxfp4"], interleaved=True)
+NEW, OLD = served()[-1], release_of("0.1.15.4")
+REFUSED = [
+    (OLD, EXPERTS["int4"], 12, "silu", None, {}, "1, 2, 4, 6, 7, 8, 10 or 16 experts per token, not 12; 0.1.16.1 does"),
+    (NEW, EXPERTS["int4"], 5, "silu", None, {}, "10, 12 or 16 experts per token, not 5"),
+    (NEW, EXPERTS["int4"], 8, "swigluoai_uninterleave", None, {}, "computes 'swigluoai_uninterleave' experts"),
+    (NEW, EXPERTS["int4"], 8, "situ", None, {}, "computes 'situ' experts"),
+    (NEW, EXPERTS["int4"], 8, "swigluoai", None, {}, "reads other rows than the stored ones, which are all gate"),
+    (NEW, INTERLEAVED, 8, "silu", None, {}, "reads other rows than the stored ones, which alternate"),
+    (NEW, INTERLEAVED, 8, "swigluoai", 7.0, {}, "cannot be clamped at 7.0"),
+    (NEW, EXPERTS["int4"], 8, "silu", None, {"VLLM_XPU_FUSED_MOE_USE_REF": "1"}, "USE_REF=1 chooses code"),
+    (NEW, EXPERTS["mxfp8"], 8, "silu", None, {"VLLM_XPU_FUSED_MOE_NATIVE_MXFP8": "off"}, "NATIVE_MXFP8=off chooses"),
+]
+
+
+@pytest.mark.parametrize(("release", "scheme", "k", "gate", "limit", "environment", "said"), REFUSED)
+def test_what_would_fail_at_the_first_forward_is_said_before(
+    release: Release, scheme: Scheme, k: int, gate: str, limit: float | None, environment: dict[str, str], said: str
+) -> None:
+    reason = refusal_of_experts(release, scheme, k, gate, limit, environment)
+    assert said in (reason or "") and "\n" not in (reason or "")
+
+
+def test_what_the_kernels_take_is_not_refused() -> None:
+    for release in served():
+        assert refusal_of_experts(release, EXPERTS["int4"], 8, "silu", 7.0, {}) is None
+        assert refusal_of_experts(release, INTERLEAVED, 4, "swigluoai", None, {}) is None
+        # The reference code reads these layouts as they are stored.
+        assert (
+            refusal_of_experts(release, EXPERTS["mxfp4"], 8, "silu", None, {"VLLM_XPU_FUSED_MOE_USE_REF": "1"}) is None
+        )
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [(None, "is not installed"), ("0.1.14.1", "is too old"), ("0.1.17.1", "is newer than this xpuquant knows")],
+)
+def test_releases_that_are_not_served_with_are_refused(version: str | None, said: str) -> None:
+    with pytest.raises(EnvironmentFault, match=said) as error:
+        check_release(version)
+    assert "pip install 'vllm-xpu-kernels>=0.1.15,<0.1.17'" in str(error.value)
+
+
+@pytest.mark.parametrize("version", ["0.1.15.4", "0.1.16.2+xpu", "0.1.16.9", "0.1.dev3+gabc"])
+def test_releases_that_are_served_with(version: str) -> None:
+    check_release(version)
+
+
+def test_gpus_of_other_generations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xpu, "installed", lambda: NEW)
+    for xe2, xe3 in ((False, False), (True, False), (False, True)):
+        arch = SimpleNamespace(is_xe2_arch=lambda xe2=xe2: xe2, is_xe3_arch=lambda xe3=xe3: xe3)
+        monkeypatch.setattr(xpu, "operators", lambda arch=arch: arch)
+        if xe2 or xe3:
+            assert xpu.check_experts(EXPERTS["int4"], 8, "silu") is NEW
+            with pytest.raises(UnsupportedError, match="not 5"):
+                xpu.check_experts(EXPERTS["int4"], 5, "silu")
+        else:
+            with pytest.raises(EnvironmentFault, match="Xe2 and Xe3"):
+                xpu.check_experts(EXPERTS["int4"], 8, "silu")
+
+
+def test_since_when_a_layout_is_served() -> None:
+    assert since(EXPERTS["int4"]) == since(SCHEMES["fp8-block"]) == "0.1.15.1"
+    assert since(EXPERTS["int4"], 12) == "0.1.16.1"
+    assert since(EXPERTS["int4"], 5) is None
+    assert since(Scheme("ct_int4")) is None

@@ -19,7 +19,11 @@ import support.layers as hand
 from xpuquant.xpu_releases import Release
 
 Array = hand.Array
-LIBRARY = {"per_token_group_fp8_quant": "_C", "per_token_group_quant_mxfp4": "_C"}
+LIBRARY = {
+    **dict.fromkeys(("per_token_group_fp8_quant", "per_token_group_quant_mxfp4"), "_C"),
+    **dict.fromkeys(("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "swigluoai_and_mul"), "_C"),
+    **dict.fromkeys(("remap_hidden_states", "moe_gather"), "_moe_C"),
+}
 """Operator → namespace, where it is not `_xpu_C`."""
 
 
@@ -116,29 +120,97 @@ def cutlass_grouped_gemm_interface(
     K: int,
     num_experts: int,
 ) -> torch.Tensor:
-    assert ptr_A.is_contiguous() and ptr_B.is_contiguous() and ptr_B_scale.is_contiguous()
-    assert rows_per_expert.dtype == torch.int32 and rows_per_expert.tolist() == [len(ptr_A)]
-    assert num_experts == 1 == len(ptr_B) and N % 8 == 0
-    if ptr_B.dtype in (torch.int8, torch.float4_e2m1fn_x2):
-        assert ptr_B_scale.dim() == 3 and ptr_B_scale.shape[1] == N and ptr_A.shape[1] == 2 * ptr_B.shape[2]
-        size = K // ptr_B_scale.shape[2]
-        if ptr_B.dtype == torch.int8:
-            assert ptr_B_scale.dtype == ptr_A.dtype  # its pointer is read as A's
-            values, scales = (nibbles(as_stored(ptr_B)) ^ 8) - 8, wide(ptr_B_scale)
-        else:
-            values, scales = e2m1(ptr_B), e8m0(ptr_B_scale)
-        weight = (values * np.repeat(scales, size, axis=2))[0]
-    else:
-        assert tuple(ptr_B.shape) == (1, K, N)
-        weight = wide(ptr_B)[0].T
-        if ptr_B_scale.dtype == torch.uint8:
-            weight = weight * np.repeat(e8m0(ptr_B_scale)[0], 32, axis=1)
-        elif ptr_B_scale.dim() == 1:
-            weight = weight * wide(ptr_B_scale)[0]
-        else:
-            weight = weight * np.kron(wide(ptr_B_scale)[0], np.ones((128, 128))).T
-    ptr_D.copy_(finish(wide(ptr_A) @ weight.T, ptr_bias, ptr_A.dtype))
+    assert ptr_A.is_contiguous() and ptr_B.is_contiguous() and ptr_B_scale.is_contiguous() and ptr_A_scale is None
+    assert rows_per_expert.dtype == torch.int32 and num_experts == len(ptr_B) == len(rows_per_expert) and N % 8 == 0
+    assert ptr_A.shape[1] == K and ptr_D.shape[1] == N
+    start = 0
+    for expert, rows in enumerate(rows_per_expert.tolist()):
+        part = slice(start, start + rows)
+        start += rows
+        weight = _expert(ptr_B[expert], ptr_B_scale[expert], N, K, ptr_A.dtype)
+        ptr_D[part] = finish(wide(ptr_A[part]) @ weight.T, None if ptr_bias is None else ptr_bias[expert], ptr_A.dtype)
     return ptr_D.clone()
+
+
+def _expert(stored: torch.Tensor, scale: torch.Tensor, N: int, K: int, dtype: torch.dtype) -> Array:
+    """One expert of the grouped GEMM, `[N, K]`, by the dtype that says what its bytes are."""
+    if stored.dtype in (torch.int8, torch.float4_e2m1fn_x2):
+        assert scale.dim() == 2 and len(scale) == N and stored.shape == (N, K // 2)
+        if stored.dtype == torch.int8:
+            assert scale.dtype == dtype  # its pointer is read as A's
+            values, scales = (nibbles(as_stored(stored)) ^ 8) - 8, wide(scale)
+        else:
+            values, scales = e2m1(stored), e8m0(scale)
+        return values * np.repeat(scales, K // scales.shape[1], axis=1)
+    assert tuple(stored.shape) == (K, N)
+    weight = wide(stored).T
+    if scale.dtype == torch.uint8:
+        return weight * np.repeat(e8m0(scale), 32, axis=1)
+    return weight * (wide(scale) if scale.dim() == 0 else np.kron(wide(scale), np.ones((128, 128))).T)
+
+
+def remap_hidden_states(
+    hidden_states: Any,
+    hidden_states_scales: Any,
+    remapped_hidden_states: Any,
+    remapped_hidden_states_scales: Any,
+    expert_map: Any,
+    rows_per_expert: Any,
+    unpermuted_row_to_permuted_row: Any,
+    topk_ids: Any,
+    total_experts_num: int,
+    local_experts_num: int,
+) -> None:
+    """Rows by expert; those of experts elsewhere are left out, and a negative expert is taken for the first."""
+    ids = topk_ids.clamp(min=0)
+    local = ids if expert_map is None else expert_map[ids.long()]
+    place = 0
+    unpermuted_row_to_permuted_row.fill_(-1)
+    for expert in range(local_experts_num):
+        for row, slot in (local == expert).nonzero().tolist():
+            remapped_hidden_states[place] = hidden_states[row]
+            unpermuted_row_to_permuted_row[row, slot] = place
+            rows_per_expert[expert] += 1
+            place += 1
+
+
+def moe_gather(
+    output: Any,
+    moe_output: Any,
+    topk_weights: Any,
+    unpermuted_row_to_permuted_row: Any,
+    num_experts: int,
+    *,
+    release: Any,
+) -> None:
+    assert topk_weights.dtype == torch.float32
+    if topk_weights.shape[1] not in release.top_k:
+        raise RuntimeError(f"error: not support TOPK={topk_weights.shape[1]}")
+    output.zero_()
+    for row, places in enumerate(unpermuted_row_to_permuted_row.tolist()):
+        total = sum(
+            moe_output[place].double() * topk_weights[row, slot].double()
+            for slot, place in enumerate(places)
+            if place >= 0
+        )
+        output[row] = total
+
+
+def _gate(name: str) -> Callable[..., None]:
+    def activate(out: Any, gate_up: Any, *_: float) -> None:
+        """gate and up as halves; `swigluoai` reads them alternating."""
+        x = gate_up.double()
+        gate, up = (x[:, ::2], x[:, 1::2]) if name == "swigluoai" else x.chunk(2, dim=-1)
+        if name == "swigluoai":
+            gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
+            out.copy_(gate * torch.sigmoid(1.702 * gate) * up)
+        elif name == "silu":
+            out.copy_(torch.nn.functional.silu(gate) * up)
+        else:
+            out.copy_(torch.nn.functional.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none") * up)
+
+    activate.__name__ = f"{name}_and_mul"
+    return activate
 
 
 def per_token_group_fp8_quant(
@@ -188,6 +260,9 @@ STAND_INS: tuple[Callable[..., Any], ...] = (
     cutlass_grouped_gemm_interface,
     per_token_group_fp8_quant,
     per_token_group_quant_mxfp4,
+    remap_hidden_states,
+    moe_gather,
+    *map(_gate, ("silu", "gelu", "gelu_tanh", "swigluoai")),
 )
 
 
@@ -203,13 +278,14 @@ FAKES: dict[str, Callable[..., Any]] = {
 @contextmanager
 def registered(release: Release) -> Iterator[None]:
     """The operators of that release, in this process, for tensors on the CPU."""
-    libraries = {name: torch.library.Library(name, "FRAGMENT") for name in ("_xpu_C", "_C")}
+    libraries = {name: torch.library.Library(name, "FRAGMENT") for name in ("_xpu_C", "_C", "_moe_C")}
     try:
         for stand_in in STAND_INS:
             name = stand_in.__name__
             library = libraries[LIBRARY.get(name, "_xpu_C")]
             library.define(release.operators[name])
-            library.impl(name, partial(stand_in, release=release) if name == "fp8_gemm_w8a16" else stand_in, "CPU")
+            known = partial(stand_in, release=release) if name in ("fp8_gemm_w8a16", "moe_gather") else stand_in
+            library.impl(name, known, "CPU")
             if name in FAKES:
                 torch.library.register_fake(f"_xpu_C::{name}", FAKES[name], lib=library)
         yield

@@ -134,7 +134,11 @@ class XpuquantExperts(Quantized):
         if self.scheme.interleaved:
             return "swigluoai"
         name = type(self.act_fn).__name__.lower()
-        return "silu" if "silu" in name else "gelu_tanh" if "tanh" in name else "gelu"
+        if "silu" in name:
+            return "silu"
+        if "gelu" in name and "quick" not in name:
+            return "gelu_tanh" if "tanh" in name or "pytorch" in name else "gelu"
+        return name
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -144,17 +148,15 @@ class XpuquantExperts(Quantized):
         ids = torch.where(top_k_index < self.num_experts, top_k_index, -1)
         if hidden_states.device.type != "xpu":
             return layers.experts(self.scheme, tensors, hidden_states, top_k_weights, ids, self._gate)
-        if self._kernel is None:
-            from xpuquant.xpu_ops import fused_moe
+        from xpuquant.xpu_ops import fused_moe, run_experts
 
+        if self._kernel is None:
             # The grouped GEMM reads scales and biases as the activations' dtype.
             for name, tensor in tensors.items():
                 if name.endswith("_bias") or (name.endswith("_scale") and self.scheme.layout == "int4_experts"):
                     tensor.data = tensor.data.to(hidden_states.dtype)
             self._kernel = fused_moe(self.scheme, tensors, ids.shape[1], self.activation)
-        out = torch.empty_like(hidden_states)
-        self._kernel.apply(output=out, hidden_states=hidden_states, topk_weights=top_k_weights, topk_ids=ids)
-        return out
+        return run_experts(self._kernel, hidden_states, top_k_weights, ids)
 
     def _halves(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

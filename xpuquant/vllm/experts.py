@@ -10,10 +10,12 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from xpuquant import layers
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.scheme import Scheme
+from xpuquant.xpu_ops import check_experts, fused_moe, run_experts
 
 
 class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -39,6 +41,11 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         unpadded = extra.get("unpadded_hidden_size") or H
         if unpadded != H or getattr(layer, "apply_router_weight_on_input", False):
             raise UnsupportedError(f"{self.prefix}: padded hidden sizes and router weights on the input have no kernel")
+        if current_platform.is_xpu():
+            try:
+                check_experts(scheme, self.moe.experts_per_token, layer.activation.value, layer.swiglu_limit)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{self.prefix}: {error}") from None
         for step in {scheme.group_size, scheme.block_n} - {0}:
             if I % step:
                 raise UnsupportedError(
@@ -138,8 +145,6 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             return layers.experts(self.scheme, tensors, x, topk_weights, ids, gate)
         moe = self.moe
         if self.kernel is None:
-            from xpuquant.xpu_ops import fused_moe
-
             self.kernel = fused_moe(
                 self.scheme,
                 tensors,
@@ -154,9 +159,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             # -1 (a padding row's route) must become an expert that another rank owns.
             elsewhere = layer.global_num_experts - 1 if moe.ep_rank == 0 else 0
             topk_ids = torch.where(topk_ids < 0, elsewhere, topk_ids)
-        out = torch.empty_like(x)
-        self.kernel.apply(output=out, hidden_states=x, topk_weights=topk_weights, topk_ids=topk_ids)
-        return out
+        return run_experts(self.kernel, x, topk_weights, topk_ids)
 
 
 _STACKS = ("gate_up_proj", "down_proj")

@@ -25,7 +25,8 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
 from xpuquant.xpu_ops import eight
 
-SHARDS = {"q": 0, "k": 1, "v": 2}
+SHARDS = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
+"""vLLM's name of a member of a fused attention projection → its place. The last two are a lightning indexer's."""
 
 
 @register_weight_loader_v2_supported_method

@@ -64,8 +64,9 @@ class XpuquantMembersMethod(LinearMethodBase):  # type: ignore[misc]
                 param.weight_loader(param, loaded)
             else:
                 # k and v heads that are fewer than the ranks are held by several.
-                replicas = layer.num_kv_head_replicas if shard in ("k", "v") else 1
-                param.tp_rank = layer.tp_rank // replicas
+                replicas = layer.num_kv_head_replicas if shard in ("k", "v", "index_q") else 1
+                everywhere = shard == "index_k" or (shard == "index_q" and getattr(layer, "replicate_index_q", False))
+                param.tp_rank = 0 if everywhere else layer.tp_rank // replicas
                 param.load_column_parallel_weight(loaded.reshape(1) if loaded.ndim == 0 else loaded)
             param.filled = True
 

@@ -41,6 +41,6 @@ def check() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_xpu():
-        from xpuquant.xpu_ops import check_kernels
+        from xpuquant.xpu_ops import installed
 
-        check_kernels()
+        installed()

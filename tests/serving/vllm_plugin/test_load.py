@@ -255,7 +255,7 @@ def test_names_the_wrong_vllm(version: str, tmp_path: Path, load: Any, monkeypat
 def test_names_the_wrong_kernels(version: str | None, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
-    from xpuquant.xpu_ops import check_kernels
+    from xpuquant.xpu_ops import installed
 
     def found(name: str) -> str:
         if version is None:
@@ -264,7 +264,7 @@ def test_names_the_wrong_kernels(version: str | None, complaint: str, monkeypatc
 
     monkeypatch.setattr(metadata, "version", found)
     with pytest.raises(EnvironmentFault, match=complaint):
-        check_kernels()
+        installed()
 
 
 HEADS = {
