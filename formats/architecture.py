@@ -27,6 +27,7 @@ class LayerKind:
     fed_by     the layers beside it whose out_features are its in_features; the first that exists decides
     block      `attention` or `mlp`: whose config key says whether it has a bias
     along_k    engines split it over several GPUs along K; all others along N
+    whole      engines do not split it: each GPU has all of it
     embedding  a table of rows to look up, not a matrix to multiply with
     """
 
@@ -37,6 +38,7 @@ class LayerKind:
     block: str = ""
     along_k: bool = False
     embedding: bool = False
+    whole: bool = False
 
 
 _HIDDEN = "hidden_size"
@@ -47,8 +49,8 @@ LAYERS: Mapping[str, LayerKind] = {
     "v_proj": LayerKind(fused="qkv_proj", K=_HIDDEN, block="attention"),
     "qkv_proj": LayerKind(K=_HIDDEN),
     "o_proj": LayerKind(block="attention", along_k=True),
-    "q_a_proj": LayerKind(fused="fused_qkv_a_proj", K=_HIDDEN),
-    "kv_a_proj_with_mqa": LayerKind(fused="fused_qkv_a_proj", K=_HIDDEN),
+    "q_a_proj": LayerKind(fused="fused_qkv_a_proj", K=_HIDDEN, whole=True),
+    "kv_a_proj_with_mqa": LayerKind(fused="fused_qkv_a_proj", K=_HIDDEN, whole=True),
     "q_b_proj": LayerKind(K="q_lora_rank"),
     "kv_b_proj": LayerKind(K="kv_lora_rank"),
     "in_proj_qkv": LayerKind(K=_HIDDEN),

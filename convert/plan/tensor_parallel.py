@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from xpuquant.conversion.plan.survey import PlannedModule
-from xpuquant.formats.architecture import splits_along_k
+from xpuquant.formats.architecture import layer_of, splits_along_k
 from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts
 from xpuquant.formats.scheme import Scheme
 
@@ -19,7 +19,7 @@ _WORD = 8
 def split_problem(planned: PlannedModule, ranks: int) -> str | None:
     """Why a module cannot be split over `ranks` GPUs, or None."""
     scheme = planned.conversion.scheme
-    if scheme is None or isinstance(planned.source, LooseExperts):
+    if scheme is None or isinstance(planned.source, LooseExperts) or layer_of(planned.conversion.name).whole:
         return None
     if isinstance(planned.source, ExpertStack):
         upper, down = (planned.source.weights[role][0] for role in (next(iter(planned.source.weights)), "down"))

@@ -115,13 +115,18 @@ LLAMA_8B = Model(
     {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
 )
-GLM_45_AIR = Model("GLM-4.5-Air", "Glm4MoeConfig", DEFAULTS.format("Glm4MoeConfig"))
+GLM_45_AIR = Model(
+    "GLM-4.5-Air",
+    "Glm4MoeConfig",
+    f"{DEFAULTS.format('Glm4MoeConfig')}; heads of 128: zyzshishui/slime scripts/models/glm4.5-355B-A32B.sh",
+    {"head_dim": 128},
+)
 GLM_47_FLASH = Model("GLM-4.7-Flash", "Glm4MoeLiteConfig", DEFAULTS.format("Glm4MoeLiteConfig"))
 MINIMAX_M2 = Model("MiniMax-M2", "MiniMaxM2Config", DEFAULTS.format("MiniMaxM2Config"))
 STEP = Model(
     "Step-3.5-Flash",
     "Step3p7Config",
-    f"{DEFAULTS.format('Step3p7Config')}, its language part, names as of vllm/model_executor/models/step3p5.py",
+    f"{DEFAULTS.format('Step3p7Config')}; whether g_proj is quantized was not found: it is left alone here",
     head="AutoModelForImageTextToText",
 )
 MISTRAL_SMALL = Model(
@@ -176,7 +181,7 @@ PUBLISHED = (
     Published(LLAMA4_SCOUT, "int4 group 128", r".*(vision_model|multi_modal_projector).*|.*self_attn.*"),
     Published(GPT_OSS_120B, "gpt-oss mxfp4"),
     Published(QWEN35_122B, "awq int4", f"{_LINEAR_ATTENTION}|{_ATTENTION}|{_SHARED}"),
-    Published(STEP, "fp8 block", r".*(vision_model|vit_large_projector).*"),
+    Published(STEP, "fp8 block", r".*(vision_model|vit_large_projector).*|.*\.g_proj"),
     Published(MINIMAX_M2, "fp8 block"),
     Published(DEEPSEEK_V3, "awq int4"),
     Published(DEEPSEEK_V3, "fp8 block"),

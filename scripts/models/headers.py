@@ -47,13 +47,28 @@ def shapes(model: Model) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int
 def entries(published: Published, names: dict[str, tuple[str, tuple[int, ...]]]) -> Iterator[Entry]:
     """Every tensor of the quantized checkpoint."""
     scheme = SCHEMES[published.scheme]
-    for name, (dtype, shape) in names.items():
+    for name, (dtype, shape) in apart(names, scheme).items():
         module = name.removesuffix(".weight")
         parts = list(_quantized(scheme, published, module, shape))
         if not parts:
             yield name, dtype, shape, None
         for suffix, label, size, content in parts:
             yield f"{module}{suffix}", label, size, content
+
+
+def apart(names: dict[str, Any], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors with fused experts `[E, K, N]` (Llama-4) one by one, as producers of other schemes have them."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (dtype, shape) in names.items():
+        stack, _, part = name.rpartition(".")
+        if scheme.stacks is not None or len(shape) != 3 or part not in ("gate_up_proj", "down_proj"):
+            found[name] = dtype, shape
+            continue
+        E, K, N = shape
+        roles = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+        for expert in range(E):
+            found |= {f"{stack}.{expert}.{role}.weight": (dtype, (N // len(roles), K)) for role in roles}
+    return found
 
 
 def _quantized(scheme: Scheme, published: Published, module: str, shape: tuple[int, ...]) -> Iterator[Any]:

@@ -27,7 +27,7 @@ from models.schemes import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = (1, 2, 4, 8)
-_REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa", "gate", "router", "shared_expert_gate")
+_REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa", "gate", "router", "shared_expert_gate", "g_proj")
 SECONDS, BYTES = 30, 2 << 30
 """What planning the largest may take."""
 

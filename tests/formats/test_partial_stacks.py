@@ -11,6 +11,7 @@ from support.ints import Pico, awq, awq_config, convert, ct_config, gptq, gptq_c
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
+from xpuquant.conversion.plan.survey import survey_modules
 from xpuquant.errors import DamagedError, UnsupportedError
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -143,3 +144,34 @@ def test_asymmetric_and_unquantized(tmp_path):
     """The first reason is enough, and the files are sound."""
     modules, plain = stack(awq, all_roles(2), symmetric=False)
     assert "unquantized: expert 2 of 4" in refusal(tmp_path, Pico(awq_config(), modules, plain))
+
+
+def test_layers_of_two_widths(tmp_path):
+    """https://github.com/vllm-project/vllm/pull/52002: poolside/Laguna-XS-2.1-INT4 has int4 experts in its first layers
+    and int8 in the last. Whatever becomes of int8, it is not the int4 layers' matter."""
+    modules = {}
+    for layer, bits in ((1, 4), (31, 8)):
+        for e in range(E):
+            for role, (N, K) in {"gate": (I, H), "up": (I, H), "down": (H, I)}.items():
+                name = f"model.layers.{layer}.mlp.experts.{e}.{NAMES[role]}"
+                modules[name] = pack_quantized(ints(bits, N=N, K=K, seed=e), zeros="none")
+    config = ct_config()
+    groups = config["config_groups"]
+    eight = {**groups["group_0"]["weights"], "num_bits": 8}
+    groups["group_1"] = {"targets": [r"re:.*layers\.31\..*"], "weights": eight}
+    source = Pico(config, modules).write(tmp_path)
+    survey = survey_modules(source.checkpoint, Options())
+    assert "model.layers.1.mlp.experts" in {planned.conversion.name for planned in survey.planned}
+    assert set(survey.refused) <= {"model.layers.31.mlp.experts"}
+
+
+def test_a_stack_of_two_widths_is_one_matter(tmp_path):
+    """https://github.com/ROCm/vllm/issues/696: Int4-Int8Mix repos have `down_proj` in 8 bits. Converted or refused as a
+    whole, with the matrix named."""
+    modules, _ = stack()
+    for e in range(E):
+        modules[f"{EXPERTS}.{e}.down_proj"] = gptq(ints(8, N=H, K=I, seed=e))
+    pico = Pico(gptq_config(dynamic={r"+:.*down_proj": {"bits": 8}}), modules)
+    survey = survey_modules(pico.write(tmp_path).checkpoint, Options())
+    assert (len(survey.planned), list(survey.refused)) in ((1, []), (0, [EXPERTS]))
+    assert all("down" in reason for reason in survey.refused.values())

@@ -306,3 +306,20 @@ def test_a_layer_dequantized_for_one_expert(tmp_path: Path) -> None:
     options: dict[str, Any] = {"on_unsupported": "dequantize"}
     assert xpuquant.convert(tmp_path / "source", tmp_path / "converted", **options).verdict.passed
     agree(tmp_path / "converted", plain)
+
+
+def test_one_layer_of_experts_left_alone(tmp_path: Path) -> None:
+    """`modules_to_not_convert: ["model.layers.0."]`: https://github.com/sgl-project/sglang/pull/20439."""
+    pair = pair_of("qwen3_moe", tmp_path)
+    stored, plain = (load_file(folder / "model.safetensors") for folder in (pair.converted, pair.plain))
+    stack = "model.layers.0.mlp.experts"
+    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(stack)}
+    kept |= {name: tensor.bfloat16() for name, tensor in plain.items() if name.startswith(stack)}
+    plain |= {name: tensor.float() for name, tensor in kept.items() if name.startswith(stack)}
+    save_file(kept, pair.converted / "model.safetensors", {"format": "pt"})
+    save_file(plain, pair.plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((pair.converted / "config.json").read_text())
+    for scheme in config["quantization_config"]["schemes"]:
+        scheme["modules"] = [n.replace("{0-1}.mlp.experts", "1.mlp.experts") for n in scheme["modules"]]
+    (pair.converted / "config.json").write_text(json.dumps(config))
+    agree(pair.converted, pair.plain)
