@@ -21,7 +21,13 @@ from typing import Any
 from xpuquant.errors import DamagedError, shown
 
 QUANT_METHOD = "xpuquant"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Those that are read. A repo is written in the oldest that has all of its layouts: older releases read what they can,
+and refuse the rest in one line."""
+
+_SINCE_2 = frozenset({"int8_linear", "uint4_experts", "int8_experts"})
+"""Layouts that version 1 does not have."""
+
 MAX_MODULES = 1_000_000
 """Modules that a config may name."""
 
@@ -36,12 +42,14 @@ class Scheme:
     """How one module is stored. Notation: weight `[N, K]` = [out, in].
 
     layout       the on-disk contract, defined in `formats/layouts/`: `int4_linear`, `int4_experts`, `fp8_linear`,
-                 `fp8_experts`, `mxfp4_linear`, `mxfp4_experts`, `mxfp8_linear`, `mxfp8_experts`
+                 `fp8_experts`, `mxfp4_linear`, `mxfp4_experts`, `mxfp8_linear`, `mxfp8_experts`, `int8_linear`,
+                 `uint4_experts`, `int8_experts`
     granularity  what one scale covers: `group` (along K), `tensor`, `channel` (one per n), `block`
     group_size   elements of K per scale (`group`, and the K side of `block`); 0 otherwise
     block_n      rows of N per scale (`block`); 0 otherwise
     scale_dtype  safetensors label of the stored scales (`U8` holds E8M0 exponents)
-    symmetric    False: a `qzeros` tensor holds the true zero points (int4 linear only)
+    symmetric    False: the true zero points are stored too, in `qzeros` (int4 linear) or, for each stack of experts,
+                 in `gate_up_proj_zero_point` and `down_proj_zero_point`. int8 linears have `qzeros` in any case
     act_order    True: a `g_idx` tensor holds the permutation to apply to the activations
     input_scale  True: a static activation scale is stored (fp8 linear only)
     bias         True: experts carry `gate_up_proj_bias` and `down_proj_bias`
@@ -131,6 +139,11 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
+def format_version(schemes: Iterable[Scheme]) -> int:
+    """The version that a repo with these schemes is written in."""
+    return 2 if any(scheme.layout in _SINCE_2 for scheme in schemes) else 1
+
+
 def to_config(modules: Mapping[str, Scheme], producer: str) -> dict[str, Any]:
     """`quantization_config` for `modules` (output module name → scheme)."""
     by_scheme: dict[Scheme, list[str]] = {}
@@ -138,7 +151,7 @@ def to_config(modules: Mapping[str, Scheme], producer: str) -> dict[str, Any]:
         by_scheme.setdefault(scheme, []).append(name)
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(by_scheme),
         "layout": "xpu",
         # vLLM reads `producer` of every quantized model and expects a mapping with a name.
         "producer": {"name": producer},
@@ -163,9 +176,10 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Scheme]:
     if config.get("quant_method") != QUANT_METHOD:
         raise DamagedError(f"quant_method is {config.get('quant_method')!r}, not {QUANT_METHOD!r}")
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise DamagedError(
-            f"the repo has format_version {version!r}, this xpuquant reads {FORMAT_VERSION}: "
+            f"the repo has format_version {version!r}, this xpuquant reads {FORMAT_VERSIONS[0]} to "
+            f"{FORMAT_VERSIONS[-1]}: "
             "pip install -U xpuquant, or convert again"
         )
     modules: dict[str, Scheme] = {}

@@ -1,6 +1,6 @@
 """ARK, the CPU and XPU kernels of auto-round (package `auto-round-lib`, module `auto_round_kernel`).
 
-Its `QuantLinear` takes the stored int4 tensors (transposed words, true zero points) and repacks them into a
+Its `QuantLinear` takes the stored integers (transposed words, true zero points) and repacks them into a
 blob of its own, so the reading of the bits and the arithmetic, float32 on a CPU, are both ARK's
 (`auto_round_kernel/qlinear.py`).
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.base import Array, Layer, fault_of, unsigned_int4
+from xpuquant.kernels.base import Array, Layer, as_planes, fault_of, planes_scheme, unsigned_int4
 
 
 @cache
@@ -34,8 +34,13 @@ def _qlinear() -> Any:
     return qlinear
 
 
+_BITS = {"int4_linear": 4, "int4_experts": 4, "uint4_experts": 4, "int8_experts": 8}
+"""Layouts that it reads, and the width of their codes."""
+
+
 class Ark:
-    """auto-round's CPU kernels. Its XPU kernels read 16-bit scales and no zero points: not used here."""
+    """auto-round's CPU kernels for linears, as another reader of the stored integers. Its XPU kernels for experts are
+    called by `xpu_ops`, and executed by `kernels/shipped/ark.py`."""
 
     name = "ark"
 
@@ -46,10 +51,11 @@ class Ark:
         missing = self.unavailable()
         if missing is not None:
             return missing
-        if scheme.layout.startswith("int4"):
+        scheme, K = planes_scheme(scheme, K)
+        if scheme.layout in _BITS:
             return None
         # Its QuantLinearFP8 accepts FP8 and MXFP8 on a CPU, and leaves the output zero or unwritten.
-        return f"ARK's CPU library computes int4 only, not {scheme.layout}"
+        return f"ARK's CPU library computes integers only, not {scheme.layout}"
 
     def is_fast(self, scheme: Scheme, N: int, K: int) -> bool:
         return False
@@ -67,9 +73,10 @@ class Ark:
         reason = self.refuses(layer.scheme, layer.N, layer.K)
         if reason is not None:
             raise UnsupportedError(reason)
+        layer, x = as_planes(layer, x)
         if layer.scheme.act_order:
             x = x[:, layer.tensors["g_idx"]]
-        module = _int4(layer)
+        module = _integers(layer)
         if "bias" in layer.tensors:
             module.bias = to_torch(layer.tensors["bias"].astype(np.float32))
         module.post_init()
@@ -77,17 +84,32 @@ class Ark:
             return from_torch(module(to_torch(x.astype(np.float32))))
 
 
-def _int4(layer: Layer) -> Any:
+def _integers(layer: Layer) -> Any:
     import torch
 
     from xpuquant.kernels.torch_tensors import to_torch
 
     tensors, scheme = layer.tensors, layer.scheme
-    words, scales = unsigned_int4(layer)
-    size = (4, scheme.group_size, scheme.symmetric, layer.K, layer.N, False)
+    bits = _BITS[scheme.layout]
+    size = (bits, scheme.group_size, scheme.symmetric, layer.K, layer.N, False)
     module = _qlinear().QuantLinear(*size, weight_dtype=torch.float32)
+    if bits == 8:
+        codes = tensors["weight"].view(np.uint8) ^ np.uint8(0x80 if scheme.symmetric else 0)
+        words, scales = np.ascontiguousarray(codes).view(np.int32), tensors["weight_scale"].T
+    else:
+        words, scales = unsigned_int4(layer)
     module.qweight = to_torch(words.T)
     module.scales = to_torch(scales.astype(np.float32))
     if not scheme.symmetric:
-        module.qzeros = to_torch(tensors["qzeros"])
+        module.qzeros = to_torch(_zero_words(layer, bits))
     return module
+
+
+def _zero_words(layer: Layer, bits: int) -> Array:
+    """int32 `[K/g, N * bits / 32]`: true zero points, packed along N."""
+    if not layer.scheme.experts:
+        return layer.tensors["qzeros"]
+    zeros = np.ascontiguousarray(layer.tensors["weight_zero_point"].T)
+    if bits == 4:
+        zeros = np.ascontiguousarray(zeros[:, 0::2] | zeros[:, 1::2] << np.uint8(4))
+    return zeros.view(np.int32)

@@ -17,7 +17,7 @@ import numpy as np
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.base import Array, Layer, fault_of, unsigned_int4
+from xpuquant.kernels.base import Array, Layer, as_planes, fault_of, planes_scheme, unsigned_int4
 
 
 @cache
@@ -62,6 +62,7 @@ class Ipex:
         missing = self.unavailable()
         if missing is not None:
             return missing
+        scheme, K = planes_scheme(scheme, K)
         if scheme.layout not in ("int4_linear", "int4_experts"):
             return f"IPEX has no weight-only kernel for {scheme.layout}"
         if activation != "BF16":
@@ -83,10 +84,11 @@ class Ipex:
 
         from xpuquant.kernels.torch_tensors import from_torch, to_torch
 
-        scheme, tensors = layer.scheme, layer.tensors
-        reason = self.refuses(scheme, layer.N, layer.K, label_of(x.dtype))
+        reason = self.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
         if reason is not None:
             raise UnsupportedError(reason)
+        layer, x = as_planes(layer, x)
+        scheme, tensors = layer.scheme, layer.tensors
         if scheme.act_order:
             x = x[:, tensors["g_idx"]]
         words, scales = unsigned_int4(layer)

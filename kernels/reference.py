@@ -19,23 +19,23 @@ _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
 
 
+_ROWS_FIRST = ("int4_experts", "mxfp4_experts", "uint4_experts", "int8_experts")
+"""Experts whose matrices lie as `[N, K]`; others lie transposed."""
+
+
 def dequantize(layer: Layer) -> Array:
     """float64 `[N, K]`: the weight, with its columns in the source's order.
 
     Every product code × scale is exact in float64. A code or scale that is NaN stays NaN.
     """
     tensors = layer.tensors
-    if layer.scheme.layout == "int4_linear":
+    if layer.scheme.layout in ("int4_linear", "int8_linear"):
         stored = _int4_linear(layer)
     else:
-        weight = tensors["weight"]
-        if weight.dtype != np.uint8:
-            codes = weight.astype(np.float64)
-            codes = codes.T if layer.scheme.experts else codes
-        elif layer.scheme.layout == "int4_experts":
-            codes = (_nibbles(weight) ^ 8).astype(np.float64) - 8
-        else:
-            codes = _E2M1[_nibbles(weight)]
+        codes = _codes(layer.scheme, tensors["weight"])
+        if "weight_zero_point" in tensors:
+            zeros = tensors["weight_zero_point"].astype(np.float64)
+            codes = codes - zeros.repeat(layer.K // zeros.shape[1], axis=1)
         stored = codes * _scales(layer.scheme, layer.N, layer.K, tensors["weight_scale"])
     if "g_idx" not in tensors:
         return stored
@@ -62,13 +62,29 @@ def _nibbles(packed: Array) -> Array:
     return np.stack([octets & 15, octets >> 4], axis=-1).reshape(len(octets), -1)
 
 
+def _codes(scheme: Scheme, weight: Array) -> Array:
+    """float64 `[N, K]`: the stored codes as numbers."""
+    if scheme.layout == "int4_experts":
+        return (_nibbles(weight) ^ 8).astype(np.float64) - 8
+    if scheme.layout == "uint4_experts":
+        return _nibbles(weight).astype(np.float64)
+    if scheme.layout in ("mxfp4_linear", "mxfp4_experts"):
+        values: Array = _E2M1[_nibbles(weight)]
+        return values
+    codes = weight.astype(np.float64)
+    return codes.T if scheme.experts and scheme.layout not in _ROWS_FIRST else codes
+
+
 def _int4_linear(layer: Layer) -> Array:
-    """(nibble − zero point) × scale, `[N, K]` in stored order."""
-    repeats = layer.K // layer.tensors["scales"].shape[0]
+    """(nibble − zero point) × scale, `[N, K]` in stored order; of 8 bits the sum of a group's two planes."""
+    planes = 2 if layer.scheme.layout == "int8_linear" else 1
+    repeats = planes * layer.K // layer.tensors["scales"].shape[0]
     zeros = _nibbles(layer.tensors["qzeros"]) if "qzeros" in layer.tensors else np.array(8)
     zeros = np.repeat(zeros.astype(np.float64), repeats, axis=0) if zeros.ndim else zeros
     scales = np.repeat(layer.tensors["scales"].astype(np.float64), repeats, axis=0)
-    return (_nibbles(layer.tensors["qweight"]) - zeros.T) * scales.T
+    values: Array = (_nibbles(layer.tensors["qweight"]) - zeros.T) * scales.T
+    summed: Array = values.reshape(layer.N, -1, planes, repeats).sum(axis=2)
+    return summed.reshape(layer.N, layer.K)
 
 
 def _scales(scheme: Scheme, N: int, K: int, scale: Array) -> Array:
@@ -83,7 +99,7 @@ def _scales(scheme: Scheme, N: int, K: int, scale: Array) -> Array:
         return values.reshape(N, 1)
     if scheme.granularity == "block":
         return values.repeat(scheme.group_size, axis=0).repeat(scheme.block_n, axis=1)[:K, :N].T
-    rows_are_n = scheme.layout in ("int4_experts", "mxfp4_experts", "mxfp8_experts")
+    rows_are_n = scheme.layout in (*_ROWS_FIRST, "mxfp8_experts")
     return (values if rows_are_n else values.T).repeat(scheme.group_size, axis=1)
 
 

@@ -1,8 +1,9 @@
-"""The kernels vLLM runs on an Intel GPU: the operators of vllm-xpu-kernels, called as serving calls them.
+"""The kernels vLLM runs on an Intel GPU: the operators of vllm-xpu-kernels and ARK, called as serving calls them.
 
 Linears are oneDNN matmuls; experts go through the CUTLASS grouped GEMM that `XpuFusedMoe` calls for each of its two
-projections, here with one expert. The calls are those of `xpuquant.xpu_ops`, which serves with them. Where a linear's
-operator takes quantized activations only, this backend adds up several terms (`kernels/activation_terms.py`).
+projections, or through ARK's, here with one expert. The calls are those of `xpuquant.xpu_ops`, which serves with them.
+Where a linear's operator takes quantized activations only, this backend adds up several terms
+(`kernels/activation_terms.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.activation_terms import fp8_terms, mx_terms
-from xpuquant.kernels.base import Array, Layer
+from xpuquant.kernels.base import Array, Layer, fault_of, planes_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +82,14 @@ class VllmXpu:
 
 def _unfit(scheme: Scheme, N: int, K: int, activation: str) -> str | None:
     """Why no operator takes this layer, by the checks in vllm-xpu-kernels and vLLM's XPU kernel classes."""
+    scheme, K = planes_scheme(scheme, K)
     layout, g = scheme.layout, scheme.group_size
     if activation == "F32":
         return "the XPU operators take 16-bit activations only"
+    if layout in xpu_ops.ARK_LAYOUTS:
+        if (missing := fault_of(xpu_ops.ark)) is not None:
+            return missing
+        return f"ARK's expert kernels need N % 16 == 0, not N={N}" if N % 16 else None
     if scheme.experts and (N % 8 or (layout == "int4_experts" and g not in _EXPERT_GROUPS)):
         return f"the grouped GEMM needs N % 8 == 0 and groups of 32 to 256, not N={N} and {g}"
     if layout == "fp8_experts" and scheme.granularity == "channel":
@@ -107,12 +113,14 @@ def _products(layer: Layer, x: Array, device: str) -> Iterator[torch.Tensor]:
 
     scheme, a = layer.scheme, to_torch(x, device)
     stored = {role: to_torch(array, device) for role, array in layer.tensors.items()}
-    for role in ("bias", "scales", *(["weight_scale"] if scheme.layout == "int4_experts" else [])):
-        if role in stored:
+    for role in stored:
+        part = role.removeprefix("weight")  # of a stack's tensors: `_scale`, `_zero_point`
+        if role in ("bias", "scales") or (scheme.experts and xpu_ops.cast_when_loaded(scheme, part)):
             stored[role] = stored[role].to(a.dtype)  # as the loaders of the serving modules cast them
     bias = stored.pop("bias", None)
     if scheme.experts:
-        yield xpu_ops.expert_linear(scheme, stored["weight"], stored["weight_scale"], bias, a)
+        zeros = stored.get("weight_zero_point")
+        yield xpu_ops.expert_linear(scheme, stored["weight"], stored["weight_scale"], bias, a, zeros)
     elif xpu_ops.rounds_activations(scheme, stored):
         for codes, scales in _terms(scheme, x):
             term, term_scale = to_torch(codes, device), to_torch(scales, device)

@@ -43,10 +43,11 @@ def scale_dtype(scheme: Scheme) -> torch.dtype:
 def linear_tensors(scheme: Scheme, N: int, K: int) -> dict[str, Stored]:
     """Suffix → tensor of one quantized linear (the bias, which stays as it was, is not listed)."""
     scale = scale_dtype(scheme)
-    if scheme.layout == "int4_linear":
-        groups = K // scheme.group_size
-        tensors = {"qweight": Stored((N, K // 8), torch.int32), "scales": Stored((groups, N), scale)}
-        if not scheme.symmetric:
+    if scheme.layout in ("int4_linear", "int8_linear"):
+        planes = 2 if scheme.layout == "int8_linear" else 1
+        groups = planes * (K // scheme.group_size)
+        tensors = {"qweight": Stored((N, planes * K // 8), torch.int32), "scales": Stored((groups, N), scale)}
+        if planes == 2 or not scheme.symmetric:
             tensors["qzeros"] = Stored((groups, N // 8), torch.int32)
         if scheme.act_order:
             tensors["g_idx"] = Stored((K,), torch.int32)
@@ -70,17 +71,21 @@ def linear_tensors(scheme: Scheme, N: int, K: int) -> dict[str, Stored]:
 
 def expert_tensors(scheme: Scheme, E: int, H: int, I: int) -> dict[str, Stored]:
     """Name → tensor of a stack of experts."""
-    packed = scheme.layout in ("int4_experts", "mxfp4_experts")
+    packed = scheme.layout in ("int4_experts", "uint4_experts", "mxfp4_experts")
     tensors: dict[str, Stored] = {}
     for name, N, K in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
         if packed:
             tensors[name] = Stored((E, N, K // 2), torch.uint8)
+        elif scheme.layout == "int8_experts":
+            tensors[name] = Stored((E, N, K), torch.int8 if scheme.symmetric else torch.uint8)
         else:
             tensors[name] = Stored((E, K, N), _FP8[scheme.weight_dtype])
         shape: tuple[int, ...] = (E, N, K // scheme.group_size) if scheme.group_size else (E,)
         if scheme.granularity == "block":
             shape = (E, K // scheme.group_size, N // scheme.block_n)
         tensors[f"{name}_scale"] = Stored(shape, scale_dtype(scheme))
+        if not scheme.symmetric:
+            tensors[f"{name}_zero_point"] = Stored(shape, torch.uint8)
         if scheme.bias:
             tensors[f"{name}_bias"] = Stored((E, N), torch.bfloat16)
     return tensors
@@ -109,24 +114,32 @@ def dequantize(scheme: Scheme, tensors: Mapping[str, torch.Tensor], dtype: torch
 
     Args:
         scheme: how it is stored.
-        tensors: suffix → stored tensor; for an expert `weight` and `weight_scale`, its slices of the
-            stacked tensors.
+        tensors: suffix → stored tensor; for an expert `weight`, `weight_scale` and `weight_zero_point`, its slices
+            of the stacked tensors.
         dtype: of the result; computed in float32 and rounded once.
     """
     layout = scheme.layout
-    if layout == "int4_linear":
+    if layout in ("int4_linear", "int8_linear"):
         codes = _nibbles(tensors["qweight"]).to(torch.int8)
         groups = tensors["scales"].shape[0]
         N, K = codes.shape
         zeros: torch.Tensor | int = 8
-        if not scheme.symmetric:
+        if layout == "int8_linear" or not scheme.symmetric:
             zeros = _nibbles(tensors["qzeros"]).to(torch.int8).t().unsqueeze(-1)
-        values = (codes.view(N, groups, K // groups) - zeros).view(N, K)
-        return _grouped(values, tensors["scales"]).to(dtype)
+        wide = _grouped((codes.view(N, groups, K // groups) - zeros).view(N, K), tensors["scales"])
+        if layout == "int8_linear":  # of each group the high nibbles, then the low ones
+            wide = wide.view(N, groups // 2, 2, K // groups).sum(2).view(N, K // 2)
+        return wide.to(dtype)
     weight, scale = tensors["weight"], tensors["weight_scale"]
     if layout == "int4_experts":
         signed = (_nibbles(weight) ^ 8).to(torch.int8) - 8
         return _grouped(signed, scale.t()).to(dtype)
+    if layout in ("uint4_experts", "int8_experts"):
+        values = (_nibbles(weight) if layout == "uint4_experts" else weight).float()
+        if not scheme.symmetric:
+            N, groups = scale.shape
+            values = (values.view(N, groups, -1) - tensors["weight_zero_point"].float().unsqueeze(-1)).view(N, -1)
+        return _grouped(values, scale.t()).to(dtype)
     if layout in ("mxfp4_linear", "mxfp4_experts"):
         values = torch.tensor(_E2M1, device=weight.device)[_nibbles(weight).int()]
         return _grouped(values, _powers(scale if layout == "mxfp4_linear" else scale.t())).to(dtype)
@@ -207,6 +220,7 @@ def experts(
 def _expert_linear(
     scheme: Scheme, tensors: Mapping[str, torch.Tensor], name: str, expert: int, x: torch.Tensor
 ) -> torch.Tensor:
-    stored = {"weight": tensors[name][expert], "weight_scale": tensors[f"{name}_scale"][expert]}
+    parts = {"weight": "", "weight_scale": "_scale", "weight_zero_point": "_zero_point"}
+    stored = {role: tensors[name + part][expert] for role, part in parts.items() if name + part in tensors}
     bias = tensors.get(f"{name}_bias")
     return F.linear(x, dequantize(scheme, stored, x.dtype), None if bias is None else bias[expert].to(x.dtype))

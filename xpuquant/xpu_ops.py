@@ -1,4 +1,4 @@
-"""Every call into vllm-xpu-kernels: the one module that names its operators and `XpuFusedMoe`.
+"""Every call into vllm-xpu-kernels and into ARK: the one module that names their operators.
 
 What serves (the vLLM plugin, the modules for Transformers) and what verifies (`kernels/vllm_xpu.py`) call the
 functions below, so that a verified call is the call that serves. All of them take the stored bytes as they are.
@@ -76,7 +76,11 @@ def linear(
         x: bfloat16 or float16; where the scheme is act-order, with its columns permuted already.
         bias: `[N]` in the dtype of x.
     """
-    if scheme.layout == "int4_linear":
+    if scheme.layout == "int8_linear":
+        # Two planes of nibbles: each group of the activations meets the high ones, then the low ones.
+        g = 2 * x.shape[1] // tensors["scales"].shape[0]
+        x = x.reshape(x.shape[0], -1, 1, g).expand(-1, -1, 2, -1).reshape(x.shape[0], 2 * x.shape[1])
+    if scheme.layout in ("int4_linear", "int8_linear"):
         return _int4_linear(tensors, x, bias)
     if rounds_activations(scheme, tensors):
         return rounded_linear(scheme, tensors, *_round_activations(scheme, tensors, x), x.dtype, bias)
@@ -179,24 +183,33 @@ def eight(device: torch.device) -> torch.Tensor:
 
 
 def expert_linear(
-    scheme: Scheme, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+    scheme: Scheme,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    zeros: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x · Wᵀ (+ bias)` of one expert, `[M, N]`: the grouped GEMM that `XpuFusedMoe` calls for both projections.
+    """`x · Wᵀ (+ bias)` of one expert, `[M, N]`: the grouped GEMM that `XpuFusedMoe` calls for both projections, or
+    ARK's.
 
     Args:
         scheme: how the stack is stored.
-        weight: the expert's slice of the stack, `[N, K/2]` (four bits) or `[K, N]`.
-        scale: its slice of the scales; of int4 in the dtype of x.
+        weight: the expert's slice of the stack, `[N, K/2]` (four bits), `[N, K]` (ARK's) or `[K, N]`.
+        scale: its slice of the scales; of integers in the dtype of x.
         bias: `[N]` in the dtype of x.
         x: bfloat16 or float16.
+        zeros: its slice of the zero points, in the dtype of x.
     """
     import torch
 
+    rows = torch.tensor([len(x)], dtype=torch.int32, device=x.device)
+    if scheme.layout in ARK_LAYOUTS:
+        return ark_gemm(scheme, weight[None], scale[None], None if zeros is None else zeros[None], x, rows)
     weight, scale = _kernel_view(scheme, weight[None]), scale[None]
     if scheme.granularity == "tensor":
         scale = scale.reshape(1)
     N = weight.shape[1] if scheme.layout in ("int4_experts", "mxfp4_experts") else weight.shape[2]
-    rows = torch.tensor([len(x)], dtype=torch.int32, device=x.device)
     out = torch.empty((len(x), N), dtype=x.dtype, device=x.device)
     stacked = None if bias is None else bias[None]
     operators().cutlass_grouped_gemm_interface(x, None, weight, scale, stacked, out, rows, N, x.shape[1], 1)
@@ -227,7 +240,154 @@ def check_experts(scheme: Scheme, top_k: int, activation: str, limit: float | No
     reason = refusal_of_experts(release, scheme, top_k, activation, limit, os.environ)
     if reason is not None:
         raise UnsupportedError(reason)
+    if scheme.layout in ARK_LAYOUTS:
+        ark()
     return release
+
+
+OLDEST_ARK = (0, 16)
+"""The first auto-round-lib whose expert kernels take zero points."""
+
+ARK_LAYOUTS = ("uint4_experts", "int8_experts")
+"""Layouts that ARK computes, the rest being those of vllm-xpu-kernels."""
+
+
+def cast_when_loaded(scheme: Scheme, name: str) -> bool:
+    """Whether the kernel of a stack reads its tensor `name` as the activations' dtype, whatever it is stored in: what
+    the grouped GEMM does to biases and int4 scales, and ARK to scales and zero points."""
+    if name.endswith(("_bias", "_zero_point")):
+        return True
+    return name.endswith("_scale") and scheme.layout in ("int4_experts", *ARK_LAYOUTS)
+
+
+def ark() -> Any:
+    """ARK's module, with its library for XPU. vLLM on XPU requires it.
+
+    Raises:
+        EnvironmentFault: auto-round-lib is missing, too old, or its XPU library does not load.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    wanted = ".".join(map(str, OLDEST_ARK))
+    try:
+        found = version("auto-round-lib")
+        import auto_round_kernel
+    except (PackageNotFoundError, ImportError):
+        raise EnvironmentFault(f"auto-round-lib is not installed: pip install 'auto-round-lib>={wanted}'") from None
+    if tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdecimal()) < OLDEST_ARK:
+        raise EnvironmentFault(f"auto-round-lib {found} is too old: pip install 'auto-round-lib>={wanted}'")
+    if getattr(auto_round_kernel, "xpu_lib", None) is None:
+        raise EnvironmentFault(
+            f"the XPU library of auto-round-lib {found} does not load: it needs an XPU build of torch"
+        )
+    return auto_round_kernel
+
+
+def ark_gemm(
+    scheme: Scheme,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zeros: torch.Tensor | None,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """Each row times the matrix of its expert, `[M, N]`: `moe_gemm_decode` for few rows, `moe_gemm_prefill` for many.
+
+    Args:
+        scheme: how the stack is stored.
+        weight: `[E, N, K/2]` or `[E, N, K]`.
+        scale: `[E, N, K/g]` in the dtype of x.
+        zeros: likewise; None where the scheme is symmetric.
+        x: `[M, K]` bfloat16 or float16, the rows of one expert after those of the one before.
+        rows: int32 `[E]`, rows of each expert.
+    """
+    import torch
+
+    return ark().moe(  # type: ignore[no-any-return]
+        x,
+        weight.view(torch.uint8),  # int8 too: without zero points its bytes are read as signed
+        rows,
+        scales=scale,
+        zeros=zeros,
+        weight_bits=4 if scheme.layout == "uint4_experts" else 8,
+        group_size=scheme.group_size,
+        asym=not scheme.symmetric,
+    )
+
+
+class ArkMoe:
+    """Routed experts in ARK's kernels, with the calls around them that `XpuFusedMoe` makes, whose `apply` this has.
+
+    As in vLLM 0.33 `model_executor/layers/quantization/inc/schemes/inc_wna16_moe.py`, which does it for symmetric int4.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        tensors: Mapping[str, torch.Tensor],
+        activation: str,
+        limit: float | None,
+        expert_map: torch.Tensor | None,
+    ) -> None:
+        """As `fused_moe`; scales and zero points in the dtype of the activations."""
+        import vllm_xpu_kernels.fused_moe_interface  # noqa: F401 - registers the operators below
+
+        self.scheme = scheme
+        self.tensors = dict(tensors)
+        self.activation = activation
+        self.limit = limit
+        self.expert_map = expert_map
+        self.experts = tensors["down_proj"].shape[0]
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> None:
+        """Fill `output [M, H]` with the routed sum over this rank's experts."""
+        import torch
+
+        (M, H), top_k = hidden_states.shape, topk_ids.shape[1]
+        if not M:
+            return
+        device = hidden_states.device
+        gathered = torch.empty((M * top_k, H), dtype=hidden_states.dtype, device=device)
+        rows = torch.zeros(self.experts, dtype=torch.int32, device=device)
+        places = torch.empty((M, top_k), dtype=torch.int32, device=device)
+        torch.ops._moe_C.remap_hidden_states(
+            hidden_states=hidden_states,
+            hidden_states_scales=None,
+            remapped_hidden_states=gathered,
+            remapped_hidden_states_scales=None,
+            expert_map=self.expert_map,
+            rows_per_expert=rows,
+            unpermuted_row_to_permuted_row=places,
+            topk_ids=topk_ids,
+            total_experts_num=self.experts if self.expert_map is None else self.expert_map.shape[0],
+            local_experts_num=self.experts,
+        )
+        out = self._gemm("down_proj", self._activated(self._gemm("gate_up_proj", gathered, rows)), rows)
+        torch.ops._moe_C.moe_gather(output, out, topk_weights, places, self.experts)
+
+    def _gemm(self, name: str, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        tensors = self.tensors
+        return ark_gemm(
+            self.scheme, tensors[name], tensors[f"{name}_scale"], tensors.get(f"{name}_zero_point"), x, rows
+        )
+
+    def _activated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`[m, 2I]` → `[m, I]`, by the operators that `XpuFusedMoe` uses."""
+        import torch
+
+        I = gate_up.shape[1] // 2
+        if self.limit:
+            gate_up[:, :I].clamp_(max=self.limit)
+            gate_up[:, I:].clamp_(-self.limit, self.limit)
+        out = gate_up.new_empty((len(gate_up), I))
+        getattr(torch.ops._C, f"{self.activation}_and_mul")(out, gate_up)
+        return out
 
 
 def fused_moe(
@@ -240,7 +400,7 @@ def fused_moe(
     ep_size: int = 1,
     expert_map: torch.Tensor | None = None,
 ) -> Any:
-    """An `XpuFusedMoe` over the stored tensors, with nothing converted or copied.
+    """An `XpuFusedMoe`, or for ARK's layouts an `ArkMoe`, over the stored tensors, with nothing converted or copied.
 
     Args:
         tensors: the names of `layers.expert_tensors`.
@@ -260,6 +420,8 @@ def fused_moe(
     import torch
 
     release = check_experts(scheme, top_k, activation, limit)
+    if scheme.layout in ARK_LAYOUTS:
+        return ArkMoe(scheme, tensors, activation, limit, expert_map)
     from vllm_xpu_kernels.fused_moe_interface import XpuFusedMoe
 
     w13, w2 = tensors["gate_up_proj"].data, tensors["down_proj"].data

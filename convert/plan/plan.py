@@ -21,7 +21,7 @@ from xpuquant.formats.layouts.compressed_tensors import config as ct_config
 from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear
 from xpuquant.formats.layouts.modules import ExpertStack
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.scheme import FORMAT_VERSION, to_config
+from xpuquant.formats.scheme import format_version, to_config
 from xpuquant.formats.weights.parts import BiasRows
 
 
@@ -51,6 +51,11 @@ class Plan:
     @property
     def dequantized(self) -> tuple[PlannedModule, ...]:
         return tuple(module for module in self.modules if module.conversion.scheme is None)
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version of the contract that has all of its layouts."""
+        return format_version(m.conversion.scheme for m in self.modules if m.conversion.scheme is not None)
 
     @property
     def split_biases(self) -> dict[str, BiasRows]:
@@ -88,7 +93,7 @@ class Plan:
         """Identifies plan and source: two runs with equal digests write equal bytes."""
         summary = {
             "producer": __version__,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "options": self.options.as_dict(),
             "source": fingerprint,
             "shards": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in self.shards},

@@ -77,14 +77,17 @@ def survey_modules(checkpoint: Checkpoint, options: Options) -> Survey:
 
 
 def _offer(module: Module, options: Options) -> Conversion | Refusal:
-    """The answer of the one layout for this kind of module."""
+    """The first layout that takes the module, in the order in which they are listed; else the first one's reason."""
     if isinstance(module, LooseExperts):
         return Refusal(module.reason)
+    refusal: Refusal | None = None
     for layout in layouts_by_name(options.layout).values():
-        if (offer := layout.offer(module, options.scale_dtype)) is not None:
+        offer = layout.offer(module, options.scale_dtype)
+        if isinstance(offer, Conversion):
             return offer
+        refusal = refusal or offer
     without = "compressed-tensors layout" if options.layout == FAMILY else "XPU kernel"
-    return Refusal(f"{kind_of(module)} has no {without}")
+    return refusal or Refusal(f"{kind_of(module)} has no {without}")
 
 
 def refusal(refused: Mapping[str, str], dequantizable: bool, layout: str) -> UnsupportedError:

@@ -38,7 +38,8 @@ def problems(modules: Iterable[PlannedModule], ranks: int) -> dict[str, str]:
 
 
 def _along_n(scheme: Scheme, N: int, ranks: int) -> str | None:
-    unit = scheme.block_n if scheme.granularity == "block" else _WORD if not scheme.symmetric else 1
+    words = not scheme.symmetric or scheme.layout == "int8_linear"
+    unit = scheme.block_n if scheme.granularity == "block" else _WORD if words else 1
     if N % (ranks * max(unit, 1)):
         return (
             f"N={N} does not split into {ranks} parts of whole {unit}s"
@@ -51,8 +52,8 @@ def _along_n(scheme: Scheme, N: int, ranks: int) -> str | None:
 def _along_k(scheme: Scheme, K: int, ranks: int) -> str | None:
     if scheme.act_order:
         return "the act-order permutation of K crosses ranks"
-    unit = scheme.group_size if scheme.group_size and scheme.group_size < K else _WORD
-    if scheme.group_size == K:
+    unit = scheme.group_size or _WORD
+    if scheme.group_size == K and scheme.layout != "int8_linear":
         return None if K % (ranks * _WORD) == 0 else f"K={K} does not split by {ranks}"
     if K % (ranks * unit):
         return f"K={K} does not split into {ranks} parts of whole groups of {unit}"

@@ -16,7 +16,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.digests import KIND
 from xpuquant.conversion.verify.run import sizes
 from xpuquant.conversion.verify.verdict import Checked, Verdict
-from xpuquant.formats.scheme import FORMAT_VERSION, compact
+from xpuquant.formats.scheme import compact
 
 
 def provenance_record(
@@ -35,7 +35,7 @@ def provenance_record(
     return {
         "sha256": UNSEALED,
         "producer": producer,
-        "format_version": FORMAT_VERSION,
+        "format_version": plan.format_version,
         "source": {
             "name": source.name.rstrip("/").rpartition("/")[2] if source.revision is None else source.name,
             "revision": source.revision,

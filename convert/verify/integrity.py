@@ -23,7 +23,7 @@ from xpuquant.conversion.verify.exactness import run_all
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
 from xpuquant.formats.guard import guarded
-from xpuquant.formats.scheme import FORMAT_VERSION, expand
+from xpuquant.formats.scheme import FORMAT_VERSIONS, expand
 
 UNPROTECTED = ("README.md", ".gitattributes", ".gitignore")
 """Files that may differ: the card, which is edited, and what hosting adds."""
@@ -112,8 +112,10 @@ def _provenance(folder: Path) -> bytes:
 
 def _listed_files(record: Mapping[str, Any]) -> dict[str, str]:
     """file → sha256. Raises DamagedError where xpuquant.json does not list them."""
-    if record.get("format_version") != FORMAT_VERSION:
-        raise DamagedError(f"has format_version {record.get('format_version')!r}, this xpuquant reads {FORMAT_VERSION}")
+    version = record.get("format_version")
+    if version not in FORMAT_VERSIONS:
+        known = f"{FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}"
+        raise DamagedError(f"has format_version {version!r}, this xpuquant reads {known}")
     _check_types(record)
     shards, files = record.get("shards"), record.get("files")
     if not isinstance(shards, dict) or not isinstance(files, dict) or not shards:

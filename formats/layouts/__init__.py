@@ -10,16 +10,21 @@ from xpuquant.formats.layouts.base import Layout
 from xpuquant.formats.layouts.compressed_tensors.fp8 import CtFp8
 from xpuquant.formats.layouts.compressed_tensors.int4 import CtInt4
 from xpuquant.formats.layouts.compressed_tensors.mx import CT_MXFP4, CT_MXFP8
+from xpuquant.formats.layouts.xpu.ark_experts import Int8Experts, Uint4Experts
 from xpuquant.formats.layouts.xpu.fp8_experts import Fp8Experts
 from xpuquant.formats.layouts.xpu.fp8_linear import Fp8Linear
 from xpuquant.formats.layouts.xpu.int4_experts import Int4Experts
 from xpuquant.formats.layouts.xpu.int4_linear import Int4Linear
+from xpuquant.formats.layouts.xpu.int8_linear import Int8Linear
 from xpuquant.formats.layouts.xpu.mx_experts import Mxfp4Experts, Mxfp8Experts
 from xpuquant.formats.layouts.xpu.mx_linear import MXFP4_LINEAR, MXFP8_LINEAR
 
 LAYOUTS: tuple[Layout, ...] = (
     Int4Linear(),
+    Int8Linear(),
     Int4Experts(),
+    Uint4Experts(),
+    Int8Experts(),
     Fp8Linear(),
     Fp8Experts(),
     MXFP4_LINEAR,

@@ -17,7 +17,7 @@ from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, SIGN_FLIP, pack_nib
 from xpuquant.formats.weights.base import CACHED_CODES, ROWS_MULTIPLE, Arrays, Weight, all_inputs, deal, row_blocks
 from xpuquant.formats.weights.decoded import to_bf16
 from xpuquant.formats.weights.floats import FP8_BLOCK, FloatWeight
-from xpuquant.formats.weights.integers import WORD_ZERO, IntWeight, Regrouping
+from xpuquant.formats.weights.integers import OCTET_ZERO, WORD_ZERO, IntWeight, Regrouping
 from xpuquant.formats.weights.parts import BiasRows, FloatRows
 
 LINE_BYTES = 64
@@ -107,6 +107,64 @@ class FillZeroPoints(Filler):
         inputs = self.weight.zeros(0, self.weight.N).inputs if self.weight.has_zero_points else ()
         words = -(-self.weight.N // NIBBLES_PER_WORD) * (self.weight.K // self.groups.size)
         return Piece(inputs, 4 * words, self)
+
+
+@dataclass(frozen=True)
+class FillOctets(Filler):
+    """`[stop - start, K]` u8 codes of rows `start:stop`; two's complement (u8 XOR 128) where `signed`."""
+
+    weight: IntWeight
+    start: int
+    stop: int
+    signed: bool
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        octets = out.reshape(-1, self.weight.K)
+        self.weight.octets(self.start, self.stop).build(arrays, octets)
+        if self.signed:
+            np.bitwise_xor(octets, np.uint8(OCTET_ZERO), out=octets)
+
+    def piece(self) -> Piece:
+        inputs = self.weight.octets(self.start, self.stop).inputs
+        return Piece(inputs, (self.stop - self.start) * self.weight.K, self)
+
+    def cut(self, piece: Piece, limit: int) -> Iterator[Piece]:
+        """The rows in blocks."""
+        for first, last in row_blocks(self.stop - self.start, self.weight.K, ROWS_MULTIPLE, limit):
+            yield replace(self, start=self.start + first, stop=self.start + last).piece()
+
+
+def octet_pieces(weight: IntWeight, signed: bool) -> tuple[Piece, ...]:
+    """`[N, K]` octets of a whole weight, in blocks of rows."""
+    blocks = row_blocks(weight.N, weight.K, ROWS_MULTIPLE)
+    return tuple(FillOctets(weight, start, stop, signed).piece() for start, stop in blocks)
+
+
+@dataclass(frozen=True)
+class FillZeroOctets(Filler):
+    """uint8 `[N, K/g]`: true zero points, one to a byte.
+
+    octets  those of `octets`, 128 where it needs none; otherwise those of `words`, 8 where it needs none
+    """
+
+    weight: IntWeight
+    groups: Regrouping
+    octets: bool
+
+    @property
+    def _stored(self) -> bool:
+        return self.weight.has_octet_zeros if self.octets else self.weight.has_zero_points
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        target = out.reshape(self.weight.N, -1)
+        if self._stored:
+            target[...] = self.groups.rows(self.weight.zeros(0, self.weight.N).build(arrays)).T
+        else:
+            target[...] = OCTET_ZERO if self.octets else WORD_ZERO
+
+    def piece(self) -> Piece:
+        inputs = self.weight.zeros(0, self.weight.N).inputs if self._stored else ()
+        return Piece(inputs, self.weight.N * (self.weight.K // self.groups.size), self)
 
 
 @dataclass(frozen=True)

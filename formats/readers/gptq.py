@@ -69,6 +69,19 @@ class GptqWeight(SourceInts):
 
         return Recipe((self._columns(self.qweight, start, stop),), fill)
 
+    def wide_codes(self, start: int, stop: int) -> FillRecipe:
+        def fill(arrays: Arrays, out: Array) -> None:
+            from xpuquant.formats.packing.convert_loops import transpose_words
+
+            packed = self._pick(arrays[0], start, stop).view(np.uint32)
+            if self.bits == 8:
+                transpose_words(packed[: self.K // 4], out.view(np.uint32))
+                return
+            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+                out[first:last] = self._unpacked(packed[:, first:last])
+
+        return Recipe((self._columns(self.qweight, start, stop),), fill)
+
     def scales(self) -> ArrayRecipe:
         return Recipe((whole(self.scale),), lambda arrays: self._pick(arrays[0], 0, self.N))
 

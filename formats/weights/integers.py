@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xpuquant.formats.checkpoint import Array
-from xpuquant.formats.packing.plain import NIBBLE_ONES, NIBBLES_PER_WORD
+from xpuquant.formats.packing.plain import NIBBLE_ONES, NIBBLES_PER_WORD, unpack_nibbles
 from xpuquant.formats.weights.base import (
     ROWS_MULTIPLE,
     ArrayRecipe,
@@ -34,6 +34,9 @@ GROUP_MULTIPLE = 32
 
 WORD_ZERO = 8
 """Zero point of u4 words that have no zero points of their own."""
+
+OCTET_ZERO = 128
+"""Zero point of u8 octets that have no zero points of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,11 @@ class IntWeight(Weight):
         return not self.symmetric and not self.widened
 
     @property
+    def has_octet_zeros(self) -> bool:
+        """Whether the octets need zero points beside them; otherwise each is 128. q - z of fewer bits fits a byte."""
+        return not self.symmetric and self.bits == 8
+
+    @property
     def verbatim(self) -> bool:
         """The single input of `words` already is the words, so its bytes can be copied."""
         return False
@@ -98,6 +106,14 @@ class IntWeight(Weight):
 
         A value is `nibble - zero`, with zero 8 where symmetric, and where the source has fewer than 4 bits (its codes
         are widened to q - z + 8).
+        """
+
+    @abstractmethod
+    def octets(self, start: int, stop: int) -> FillRecipe:
+        """Fills uint8 `[n, K]` with u8 codes of rows `start:stop` in the stored order, for any width.
+
+        A value is `octet - zero`, with zero 128 unless `has_octet_zeros`: codes of fewer than 8 bits are widened to
+        q - z + 128.
         """
 
     @abstractmethod
@@ -134,6 +150,35 @@ class SourceInts(IntWeight):
                 permute_nibbles(out, order)
             if shift is not None:
                 add_by_column(out, shift.build(*for_shift), self._word_groups(order))
+
+        return Recipe(all_inputs(recipes), fill)
+
+    def wide_codes(self, start: int, stop: int) -> FillRecipe:
+        """Fills uint8 `[n, K]` with the codes of rows `start:stop` as they are, in source order. Only for more than 4
+        bits."""
+        raise NotImplementedError(f"{self.format} has no codes of {self.bits} bits")
+
+    def octets(self, start: int, stop: int) -> FillRecipe:
+        zeros = None if self.symmetric or self.bits == 8 else self.zeros(start, stop)
+        codes = self.wide_codes(start, stop) if self.bits > 4 else self.codes(start, stop)
+        recipes = (codes,) if zeros is None else (codes, zeros)
+
+        def fill(arrays: Arrays, out: Array) -> None:
+            for_codes, *for_zeros = deal(recipes, arrays)
+            if self.bits > 4:
+                codes.build(for_codes, out)
+            else:
+                words = np.empty((stop - start, self.K // NIBBLES_PER_WORD), np.uint32)
+                codes.build(for_codes, words)
+                out[...] = unpack_nibbles(words.view(np.uint8))
+            if zeros is not None:
+                # A zero point of fewer than 8 bits is below 128, so nothing wraps around.
+                shift = OCTET_ZERO - zeros.build(*for_zeros).T
+                out += shift[:, column_groups(self)]
+            elif self.bits < 8:
+                out += np.uint8(OCTET_ZERO - (1 << (self.bits - 1)))
+            if (order := self.order) is not None:
+                out[...] = out[:, order]
 
         return Recipe(all_inputs(recipes), fill)
 

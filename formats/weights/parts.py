@@ -26,7 +26,7 @@ from xpuquant.formats.weights.base import (
 )
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.floats import FloatWeight
-from xpuquant.formats.weights.integers import WORD_ZERO, IntWeight
+from xpuquant.formats.weights.integers import OCTET_ZERO, WORD_ZERO, IntWeight
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,13 @@ class JoinedIntRows(JoinedRows, IntWeight):
 
     def words(self, start: int, stop: int) -> FillRecipe:
         windows = _windows(self.members, start, stop)
-        recipes = [
-            member.words(window.start, window.stop) for member, window in zip(self.members, windows, strict=True)
-        ]
+        each = zip(self.members, windows, strict=True)
+        return _filled(windows, [member.words(window.start, window.stop) for member, window in each])
 
-        def fill(arrays: Arrays, out: Array) -> None:
-            for window, recipe, mine in zip(windows, recipes, deal(recipes, arrays), strict=True):
-                if not window.empty:
-                    recipe.build(mine, out[window.place])
-
-        return Recipe(all_inputs(recipes), fill)
+    def octets(self, start: int, stop: int) -> FillRecipe:
+        windows = _windows(self.members, start, stop)
+        each = zip(self.members, windows, strict=True)
+        return _filled(windows, [member.octets(window.start, window.stop) for member, window in each])
 
     def scales(self) -> ArrayRecipe:
         return _side_by_side([member.scales() for member in self.members])
@@ -117,7 +114,26 @@ class JoinedIntRows(JoinedRows, IntWeight):
     def zeros(self, start: int, stop: int) -> ArrayRecipe:
         windows = _windows(self.members, start, stop)
         each = zip(self.members, windows, strict=True)
-        return _side_by_side([_word_zeros(member, window.start, window.stop) for member, window in each])
+        return _side_by_side([self._zeros_of(member, window.start, window.stop) for member, window in each])
+
+    def _zeros_of(self, member: IntWeight, start: int, stop: int) -> ArrayRecipe:
+        """`zeros`, and 8 or 128 for a member that needs none beside one that does."""
+        needed = member.has_octet_zeros if self.bits == 8 else member.has_zero_points
+        if needed:
+            return member.zeros(start, stop)
+        zero = OCTET_ZERO if self.bits == 8 else WORD_ZERO
+        return Recipe((), lambda arrays: np.full((member.groups, stop - start), zero, np.uint8))
+
+
+def _filled(windows: list[Window], recipes: list[FillRecipe]) -> FillRecipe:
+    """The rows of joined matrices, each filled by its own."""
+
+    def fill(arrays: Arrays, out: Array) -> None:
+        for window, recipe, mine in zip(windows, recipes, deal(recipes, arrays), strict=True):
+            if not window.empty:
+                recipe.build(mine, out[window.place])
+
+    return Recipe(all_inputs(recipes), fill)
 
 
 def _side_by_side(recipes: list[ArrayRecipe]) -> ArrayRecipe:
@@ -128,13 +144,6 @@ def _side_by_side(recipes: list[ArrayRecipe]) -> ArrayRecipe:
         return np.concatenate([recipe.build(mine) for recipe, mine in each], axis=1)
 
     return Recipe(all_inputs(recipes), build)
-
-
-def _word_zeros(weight: IntWeight, start: int, stop: int) -> ArrayRecipe:
-    """`zeros`, and 8 for a weight whose words need none beside one whose words do."""
-    if weight.has_zero_points:
-        return weight.zeros(start, stop)
-    return Recipe((), lambda arrays: np.full((weight.groups, stop - start), WORD_ZERO, np.uint8))
 
 
 def join_rows(name: str, first: Weight, second: Weight, fact: str) -> Weight:
@@ -191,6 +200,17 @@ class IntRows(IntWeight):
 
         def fill(arrays: Arrays, out: Array) -> None:
             wide = np.empty((last - first, self.K // NIBBLES_PER_WORD), np.uint32)
+            recipe.build(arrays, wide)
+            out[...] = wide[:: self.stride.step]
+
+        return Recipe(recipe.inputs, fill)
+
+    def octets(self, start: int, stop: int) -> FillRecipe:
+        first, last = self.stride.window(start, stop)
+        recipe = self.fused.octets(first, last)
+
+        def fill(arrays: Arrays, out: Array) -> None:
+            wide = np.empty((last - first, self.K), np.uint8)
             recipe.build(arrays, wide)
             out[...] = wide[:: self.stride.step]
 

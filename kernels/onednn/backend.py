@@ -18,13 +18,15 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of, numpy_dtype
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.activation_terms import mx_terms
-from xpuquant.kernels.base import Array, Layer, fault_of
+from xpuquant.kernels.base import Array, Layer, as_planes, fault_of, planes_scheme
 from xpuquant.kernels.onednn import api
 from xpuquant.kernels.onednn.api import BIAS, SCALES, SRC, WEIGHTS, ZERO_POINTS, Matmul, Quantization, Shape
 
 _ELEMENTS = {
     "int4_linear": "U4",
     "int4_experts": "S4",
+    "uint4_experts": "U4",
+    "int8_experts": "I8",
     "fp8_linear": "F8_E4M3",
     "fp8_experts": "F8_E4M3",
     "mxfp8_linear": "F8_E4M3",
@@ -33,7 +35,8 @@ _ELEMENTS = {
     "mxfp4_experts": "F4",
 }
 _TRANSPOSED = ("fp8_experts", "mxfp8_experts")  # stored [K, N]
-_SCALES_BY_ROW = ("int4_experts", "mxfp4_experts", "mxfp8_experts")  # stored [N, K/g]
+_SCALES_BY_ROW = ("int4_experts", "uint4_experts", "int8_experts", "mxfp4_experts", "mxfp8_experts")  # stored [N, K/g]
+_INTEGERS = ("U4", "S4", "U8", "I8")
 
 
 def _weight_scales(scheme: Scheme, N: int, K: int) -> tuple[Quantization, Shape]:
@@ -46,13 +49,20 @@ def _weight_scales(scheme: Scheme, N: int, K: int) -> tuple[Quantization, Shape]
     return Quantization(dtype, 3, (k, n)), Shape.rows(dtype, K // k, N // n)
 
 
+def _element(scheme: Scheme) -> str:
+    """The weights' type that is usual for a layout."""
+    unsigned = scheme.layout == "int8_experts" and not scheme.symmetric
+    return "U8" if unsigned else _ELEMENTS[scheme.layout]
+
+
 def _zero_points(scheme: Scheme, N: int, K: int) -> tuple[Quantization, Shape] | None:
-    if scheme.layout != "int4_linear":
-        return None
-    if scheme.symmetric:
-        return Quantization("I8"), Shape.rows("I8", 1)
     g = scheme.group_size
-    return Quantization("U4", 3, (g, 1)), Shape.rows("U4", K // g, N)
+    if not scheme.symmetric:
+        stored = "U8" if scheme.experts else "U4"
+        return Quantization(stored, 3, (g, 1)), Shape.rows(stored, K // g, N)
+    if scheme.layout == "int4_linear":
+        return Quantization("I8"), Shape.rows("I8", 1)
+    return None
 
 
 def _activation_scales(scheme: Scheme) -> tuple[str, Quantization] | None:
@@ -68,7 +78,7 @@ def _matmul(
     scheme: Scheme, N: int, K: int, M: int, activation: str, *, element: str | None = None, bias: bool = False
 ) -> Matmul:
     """The XPU op's matmul for one layer. `element`: the weights' type where it is not the layout's usual."""
-    element = element or _ELEMENTS[scheme.layout]
+    element = element or _element(scheme)
     scales = [(WEIGHTS, _weight_scales(scheme, N, K)[0])]
     quantized = _activation_scales(scheme)
     if quantized is not None:
@@ -81,7 +91,7 @@ def _matmul(
         bias=Shape.rows(activation, 1, N) if bias else None,
         scales=tuple(scales),
         zero_points=((WEIGHTS, zeros[0]),) if zeros else (),
-        fpmath=activation if element in ("U4", "S4") else None,
+        fpmath=activation if element in _INTEGERS else None,
     )
 
 
@@ -116,12 +126,13 @@ class OneDNN:
 
         Asks the library, so the answer is that of this processor: docs/kernels.md has what several said.
         """
+        scheme, K = planes_scheme(scheme, K)
         if scheme.layout not in _ELEMENTS:
             return f"no oneDNN description of layout {scheme.layout}"
         missing = self.unavailable()
         if missing is not None:
             return missing
-        if scheme.layout.startswith("int4") and scheme.group_size % 32:
+        if _element(scheme) in _INTEGERS and scheme.group_size % 32:
             # oneDNN 3.13 accepts groups of 48 on a CPU and computes garbage.
             return f"the XPU operators take groups in multiples of 32, not of {scheme.group_size}"
         matmul = _matmul(scheme, N, K, 8, activation)
@@ -136,6 +147,7 @@ class OneDNN:
 
     def implementation(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str:
         """oneDNN's name for the code it chose, as in its log. Raises UnsupportedError where refused."""
+        scheme, K = planes_scheme(scheme, K)
         return api.implementation(_matmul(_as_run(scheme, N, K, activation), N, K, 8, activation))
 
     def is_fast(self, scheme: Scheme, N: int, K: int) -> bool:
@@ -151,6 +163,7 @@ class OneDNN:
             UnsupportedError: oneDNN has no such matmul on this device; the reason.
             DamagedError: a tensor has another size than the scheme says.
         """
+        layer, x = as_planes(layer, x)
         scheme, N, K = layer.scheme, layer.N, layer.K
         if scheme.act_order:
             x = x[:, layer.tensors["g_idx"]]
@@ -195,6 +208,11 @@ def _parameters(layer: Layer, scheme: Scheme) -> dict[int, tuple[Shape, Array]]:
     arguments = {SCALES | WEIGHTS: (_weight_scales(scheme, layer.N, layer.K)[1], scale)}
     zeros = _zero_points(scheme, layer.N, layer.K)
     if zeros is not None:
-        stored = layer.tensors["qzeros"] if not scheme.symmetric else np.array([8], np.int8)
-        arguments[ZERO_POINTS | WEIGHTS] = (zeros[1], stored)
+        arguments[ZERO_POINTS | WEIGHTS] = (zeros[1], _stored_zeros(layer))
     return arguments
+
+
+def _stored_zeros(layer: Layer) -> Array:
+    if layer.scheme.symmetric:
+        return np.array([8], np.int8)
+    return layer.tensors["weight_zero_point"].T if layer.scheme.experts else layer.tensors["qzeros"]

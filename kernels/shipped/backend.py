@@ -1,9 +1,12 @@
-"""The grouped GEMM of a released vllm-xpu-kernels wheel on the CPU, as a backend: experts only.
+"""The grouped GEMM of a released vllm-xpu-kernels wheel on the CPU, as a backend: experts only. Of ARK's layouts, the
+kernel of auto-round-lib that prefill widens a stack with; the product of what it returns is numpy's.
 
 Linears are left out: in the wheel they are calls of oneDNN, which makes machine code for a GPU when it is called.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +14,14 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.base import Array, Layer
-from xpuquant.kernels.shipped import device, operators, wheel
+from xpuquant.kernels.shipped import ark, device, operators, wheel
 
 _GROUPS = (32, 64, 128, 256)
 # Rows to a call: the host takes its smallest tile for so many, and each tile is a kernel to build.
 _ROWS = {"int4_experts": 4, "mxfp4_experts": 4}
 _ROWS_OF_FP8 = 8
+_BITS = {"uint4_experts": 4, "int8_experts": 8}
+"""Layouts that ARK's kernels read, and the width of their codes."""
 
 
 class Shipped:
@@ -40,6 +45,12 @@ class Shipped:
             )
         if activation == "F32":
             return "the grouped GEMM takes 16-bit activations only"
+        if scheme.layout in _BITS:
+            if not wheel.found("auto_round_lib"):
+                return f"no auto-round-lib wheel in {wheel.folder()}: scripts/lanes/shipped downloads it"
+            if N % 16 or (_BITS[scheme.layout] == 4 and scheme.group_size % 2):
+                return f"ARK's expert kernels need N % 16 == 0, not N={N}"
+            return None
         if scheme.granularity == "channel":
             return "the grouped GEMM has no channel scales"
         if N % 8 or (scheme.layout == "int4_experts" and scheme.group_size not in _GROUPS):
@@ -63,6 +74,8 @@ class Shipped:
         reason = self.refuses(scheme, layer.N, layer.K, label_of(x.dtype))
         if reason is not None:
             raise UnsupportedError(reason)
+        if scheme.layout in _BITS:
+            return x.astype(np.float32) @ _widened(layer, x.dtype)
         released = wheel.found()[-1]
         weight, scale, bias = tensors["weight"][None], tensors["weight_scale"], tensors.get("bias")
         if scheme.layout == "int4_experts":
@@ -75,3 +88,18 @@ class Shipped:
             operators.grouped_gemm(released, scheme, part, weight, scale, np.array([len(part)]), bias) for part in parts
         ]
         return np.concatenate(run).astype(np.float32)
+
+
+def _widened(layer: Layer, dtype: np.dtype[Any]) -> Array:
+    """What prefill multiplies activations of this dtype with: float32 `[K, N]`."""
+    tensors, released = layer.tensors, wheel.found("auto_round_lib")[-1]
+    zeros = tensors.get("weight_zero_point")
+    stack = ark.widen(
+        released,
+        tensors["weight"].view(np.uint8)[None],
+        tensors["weight_scale"].astype(dtype)[None],
+        None if zeros is None else zeros.astype(dtype)[None],
+        _BITS[layer.scheme.layout],
+    )
+    wide: Array = stack[0].astype(np.float32)
+    return wide

@@ -110,13 +110,13 @@ class TestScalesThatDoNotFit:
 
     def test_a_dequantized_value_that_becomes_infinite_fails(self, tmp_path):
         source = tmp_path / "source"
-        shutil.copytree(FIXTURES / "llmcompressor-llama-w8a8", source)
+        shutil.copytree(FIXTURES / "llmcompressor-llama-fp8-block-ragged", source)
         repo = inject.Repo(source)
-        name = next(name for name in repo.places if name.endswith("q_proj.weight_scale"))
+        name = next(name for name in repo.places if name.endswith("down_proj.weight_scale"))
         scales = repo.read(name).view(DTYPES[repo.places[name][3]])
         scales[...] = 3e38
         repo.write(name, scales.view(np.uint8))
-        with pytest.raises(VerificationError, match=r"q_proj\.weight, rows .* does not fit bf16"):
+        with pytest.raises(VerificationError, match=r"down_proj\.weight, rows .* does not fit bf16"):
             converted(source, tmp_path / "out", on_unsupported="dequantize")
 
 
@@ -168,7 +168,7 @@ class TestWhatIsSaid:
 
     def test_dequantized_matrices_are_counted_apart(self, tmp_path):
         verdict = converted(
-            FIXTURES / "llmcompressor-llama-w8a8", tmp_path / "out", on_unsupported="dequantize"
+            FIXTURES / "llmcompressor-llama-nvfp4a16", tmp_path / "out", on_unsupported="dequantize"
         ).verdict
         assert verdict is not None
         said = exactness(verdict)

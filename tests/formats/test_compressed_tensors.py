@@ -236,21 +236,6 @@ def test_fake_quantized_weights_are_refused_by_name(tmp_path):
     assert "fake-quantized: the weight is stored as F16 beside its scale (quantization_status 'frozen')" in message
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("pack", ["pack_quantized", "int8 zero points", "unpacked"])
-def test_8_bits_are_refused_or_dequantized(tmp_path, symmetric, pack):
-    weight = ints(8, symmetric=symmetric)
-    tensors = {
-        "pack_quantized": pack_quantized(weight),
-        "int8 zero points": pack_quantized(weight, zeros="int8"),
-        "unpacked": unpacked(weight, zeros=not symmetric),
-    }[pack]
-    checkpoint = Pico(ct_config(8, symmetric=symmetric), {DOWN: tensors})
-    assert "8-bit integers have no XPU kernel" in refusal(tmp_path, checkpoint)
-    out = convert(checkpoint.write(tmp_path / "b"), tmp_path / "out", on_unsupported="dequantize")
-    assert np.allclose(out.array(f"{DOWN}.weight").astype(np.float64), weight.values, rtol=2**-8)
-
-
 # Damage.
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.ints import DOWN, Ints, convert, gptq, gptq_checkpoint, gptq_converted, ints, refusal, stream, words
+from support.ints import DOWN, Ints, gptq, gptq_checkpoint, gptq_converted, ints, refusal, stream, words
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.readers.gptq_zeros import true_zeros
@@ -80,15 +80,6 @@ def test_narrow_codes_become_symmetric_whatever_their_zero_points(tmp_path, bits
 def test_planar_3_bit_converts_exactly(tmp_path_factory, symmetric, act_order, blocks, seed):
     weight = ints(3, 32, 32 * blocks, 32, symmetric=symmetric, act_order=act_order, seed=seed)
     gptq_converted(tmp_path_factory.mktemp("gptq"), weight, gptq(weight, planar=True), checkpoint_format="gptq_p")
-
-
-@pytest.mark.parametrize("bits", [5, 6, 7])
-def test_planar_widths_are_read_but_no_kernel_takes_them(tmp_path, bits):
-    weight = ints(bits, N=32, symmetric=False)
-    checkpoint = gptq_checkpoint(weight, gptq(weight, planar=True), checkpoint_format="gptq_p")
-    assert f"{bits}-bit integers have no XPU kernel" in refusal(tmp_path, checkpoint)
-    out = convert(checkpoint.write(tmp_path / "b"), tmp_path / "out", on_unsupported="dequantize")
-    assert np.allclose(out.array(f"{DOWN}.weight").astype(np.float64), weight.values, rtol=2**-8)
 
 
 def test_a_cut_planar_block_is_damage(tmp_path):

@@ -55,4 +55,4 @@ def test_fp8_is_refused_because_ark_leaves_the_output_unwritten():
     x = hand.activations(8, 256, "F32")
     y = np.nan_to_num(from_torch(module(to_torch(x))))
     assert hand.error(y, hand.expected(weight, x, layer)) > 0.5, "ARK computes FP8 now: offer it"
-    assert "int4 only" in (BACKEND.refuses(layer.scheme, 96, 256) or "")
+    assert "integers only" in (BACKEND.refuses(layer.scheme, 96, 256) or "")

@@ -8,12 +8,14 @@ passes, by running it against stand-ins that are registered under those schemas 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import support.layers as hand
 
+from xpuquant import xpu_ops
 from xpuquant.kernels.base import Layer, tolerance
 from xpuquant.kernels.vllm_xpu import VllmXpu
 from xpuquant.xpu_releases import Release, served
@@ -60,6 +62,9 @@ def backend(release, monkeypatch) -> VllmXpu:
     on_cpu = VllmXpu()
     monkeypatch.setattr(on_cpu, "_device", "cpu")
     monkeypatch.setattr(on_cpu, "unavailable", lambda: None)
+    from support.ark import moe
+
+    monkeypatch.setattr(xpu_ops, "ark", lambda: SimpleNamespace(moe=moe))
     return on_cpu
 
 

@@ -24,7 +24,7 @@ PROMPT = torch.tensor([[1, 17, 33, 250, 99, 4, 311, 8, 5, 5, 400, 12]])
 CASES = [
     *(("llama", scheme, None) for scheme in SCHEMES),
     *((family, "int4", "int4" if family in MOE else None) for family in FAMILIES[1:]),
-    *(("qwen3_moe", experts, experts) for experts in EXPERTS if experts != "int4"),
+    *(("qwen3_moe", experts if experts in SCHEMES else "int4", experts) for experts in EXPERTS if experts != "int4"),
     ("gpt_oss", "mxfp4", "mxfp4"),
     ("gpt_oss", "mxfp8", "fp8-block"),
     ("mixtral", "fp8-tensor", "mxfp8"),
@@ -65,7 +65,7 @@ def test_saves_what_it_loaded(case: tuple[str, str, str | None], tmp_path: Path)
     after = load_file(tmp_path / "again" / "model.safetensors")
     assert set(after) == set(before)
     quantized = ("qweight", "scales", "qzeros", "g_idx", "weight_scale", "input_scale")
-    stacks = ("gate_up_proj", "down_proj", "gate_up_proj_scale", "down_proj_scale")
+    stacks = tuple(part + end for part in ("gate_up_proj", "down_proj") for end in ("", "_scale", "_zero_point"))
     stored = [n for n, t in before.items() if n.endswith((*quantized, *stacks)) or t.dtype.itemsize == 1]
     assert len(stored) >= 10
     for name in stored:

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support import released_wheels, xpu_stand_ins
+from support.ark import moe
 from support.models import EXPERTS, PACK, SCHEMES
 
 from xpuquant import layers
@@ -33,6 +34,7 @@ N, K = 256, 384
 NAMESPACES = {"_C", "_moe_C", "_xpu_C", "vllm_xpu_kernels", "fused_moe_interface"}
 OPERATORS = {
     *("int4_gemm_w4a16", "int4_gemm_w4a8", "fp8_gemm_w8a16", "fp8_gemm", "fp4_gemm", "XpuFusedMoe"),
+    *("remap_hidden_states", "moe_gather", "moe_gemm_prefill", "moe_gemm_decode"),
     *("cutlass_grouped_gemm", "cutlass_grouped_gemm_interface", "xpu_fused_moe"),
 }
 
@@ -144,7 +146,7 @@ ROUTES = torch.tensor([[0, 1], [3, 2], [1, 3], [-1, -1], [2, 0]])
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", [name for name in EXPERTS if EXPERTS[name].layout not in xpu.ARK_LAYOUTS])
 def test_the_wheel_s_own_experts_compute_what_is_stored(name: str, wheel: Release) -> None:
     """`XpuFusedMoe` of each release, from its constructor to the routed sum; a row of padding gives zeros."""
     E, H, I = 4, 256, 128
@@ -262,3 +264,78 @@ def test_since_when_a_layout_is_served() -> None:
     assert since(EXPERTS["int4"], 12) == "0.1.16.1"
     assert since(EXPERTS["int4"], 5) is None
     assert since(Scheme("ct_int4")) is None
+
+
+def remap_hidden_states(
+    *,
+    hidden_states: torch.Tensor,
+    hidden_states_scales: None,
+    remapped_hidden_states: torch.Tensor,
+    remapped_hidden_states_scales: None,
+    expert_map: torch.Tensor | None,
+    rows_per_expert: torch.Tensor,
+    unpermuted_row_to_permuted_row: torch.Tensor,
+    topk_ids: torch.Tensor,
+    total_experts_num: int,
+    local_experts_num: int,
+) -> None:
+    """Rows by expert; what is routed to another rank gets none (vllm-xpu-kernels csrc/moe)."""
+    assert rows_per_expert.dtype == unpermuted_row_to_permuted_row.dtype == torch.int32
+    assert rows_per_expert.tolist() == [0] * local_experts_num
+    places = topk_ids if expert_map is None else expert_map[topk_ids]
+    assert len(expert_map) == total_experts_num if expert_map is not None else total_experts_num == local_experts_num
+    remapped_hidden_states.fill_(torch.nan)
+    at = 0
+    for expert in range(local_experts_num):
+        for row, slot in (places == expert).nonzero().tolist():
+            remapped_hidden_states[at] = hidden_states[row]
+            rows_per_expert[expert] += 1
+            unpermuted_row_to_permuted_row[row, slot] = at
+            at += 1
+    unpermuted_row_to_permuted_row[places < 0] = -1
+
+
+def moe_gather(out: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, _: int) -> None:
+    taken = torch.where((places >= 0).unsqueeze(-1), rows[places.clamp(min=0)].float(), 0.0)
+    out.copy_((taken * weights.float().unsqueeze(-1)).sum(1))
+
+
+def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", [name for name in EXPERTS if EXPERTS[name].layout in xpu.ARK_LAYOUTS])
+def test_ark_is_handed_the_stored_experts(name: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routed as `XpuFusedMoe` routes; each rank of an expert parallel group adds its part."""
+    E, H, I = 4, 256, 128
+    scheme = EXPERTS[name]
+    for module in ("vllm_xpu_kernels", "vllm_xpu_kernels.fused_moe_interface"):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    monkeypatch.setattr(xpu, "ark", lambda: SimpleNamespace(moe=moe))
+    monkeypatch.setattr(xpu, "check_experts", lambda *_: NEW)
+    stand_ins = SimpleNamespace(remap_hidden_states=remap_hidden_states, moe_gather=moe_gather)
+    monkeypatch.setattr(torch.ops, "_moe_C", stand_ins, raising=False)
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(silu_and_mul=silu_and_mul), raising=False)
+    torch.manual_seed(3)
+    tensors: dict[str, torch.Tensor] = {}
+    for part, N, K in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
+        packed = [PACK[scheme.layout](torch.randn(N, K).bfloat16() / 8, scheme)[0] for _ in range(E)]
+        tensors |= {part + end: torch.stack([one[end] for one in packed]) for end in packed[0]}
+    assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == {
+        n: (stored.shape, stored.dtype) for n, stored in layers.expert_tensors(scheme, E, H, I).items()
+    }
+    x, weights, ids = torch.randn(6, H).bfloat16(), torch.rand(6, 2), torch.rand(6, E).topk(2).indices
+    gate = lambda both: layers.gated("silu", both, interleaved=False)  # noqa: E731
+    wanted = layers.experts(scheme, tensors, x, weights, ids, gate)
+    total = torch.zeros(6, H)
+    for rank in range(ranks):
+        here = slice(rank * E // ranks, (rank + 1) * E // ranks)
+        mine = {n: t[here].to(x.dtype) if xpu.cast_when_loaded(scheme, n) else t[here] for n, t in tensors.items()}
+        places = torch.full((E,), -1, dtype=torch.int32)
+        places[here] = torch.arange(E // ranks, dtype=torch.int32)
+        expert_map = places if ranks > 1 else None
+        run = xpu.fused_moe(scheme, mine, 2, "silu", ep_rank=rank, ep_size=ranks, expert_map=expert_map)
+        total += xpu.run_experts(run, x, weights, ids).float()
+    torch.testing.assert_close(total, wanted.float(), atol=0.02 * wanted.abs().max().item(), rtol=0)

@@ -54,6 +54,28 @@ def int4_linear(
     return Layer(scheme, N, K, tensors), weight
 
 
+def int8_linear(
+    N: int, K: int, g: int, *, scale: str = "BF16", symmetric: bool = True, act_order: bool = False, seed: int = 0
+) -> tuple[Layer, Array]:
+    """Two planes of nibbles, group by group."""
+    rng = np.random.default_rng(seed)
+    codes, zeros = rng.integers(0, 256, (N, K)), rng.integers(0, 256, (N, K // g))
+    if symmetric:
+        zeros[:] = 128
+    scales = (rng.uniform(0.002, 0.02, (N, K // g)) * rng.choice([-1, 1], (N, K // g))).astype(DTYPES[scale])
+    weight = (codes - np.repeat(zeros, g, axis=1)) * np.repeat(scales.astype(np.float64), g, axis=1)
+    planes = np.concatenate([plane for at in range(0, K, g) for plane in np.divmod(codes[:, at : at + g], 16)], axis=1)
+    rows_of_zeros = np.array([row for group in zeros.T for row in np.divmod(group, 16)])
+    rows_of_scales = np.array([row for group in scales.T for row in (group * DTYPES[scale](16), group)])
+    tensors = {"qweight": pack_words(planes), "scales": rows_of_scales, "qzeros": pack_words(rows_of_zeros)}
+    if act_order:
+        order = rng.permutation(K).astype(np.int32)
+        tensors["g_idx"] = order
+        weight[:, order] = weight.copy()
+    scheme = Scheme("int8_linear", group_size=g, scale_dtype=scale, symmetric=symmetric, act_order=act_order)
+    return Layer(scheme, N, K, tensors), weight
+
+
 def int4_expert(
     N: int, K: int, g: int, *, scale: str = "BF16", bias: bool = False, seed: int = 0
 ) -> tuple[Layer, Array]:
@@ -65,6 +87,24 @@ def int4_expert(
         tensors["bias"] = rng.normal(size=N).astype(DTYPES[scale])
     weight = values * np.repeat(scales.astype(np.float64), g, axis=1)
     return Layer(Scheme("int4_experts", group_size=g, scale_dtype=scale, bias=bias), N, K, tensors), weight
+
+
+def ark_expert(
+    N: int, K: int, g: int, bits: int, *, symmetric: bool = False, scale: str = "BF16", seed: int = 0
+) -> tuple[Layer, Array]:
+    """An expert of `uint4_experts` (4 bits, with zero points) or `int8_experts`."""
+    rng = np.random.default_rng(seed)
+    top = 1 << bits
+    codes = rng.integers(0, top, (N, K))
+    zeros = np.full((N, K // g), top // 2) if symmetric else rng.integers(0, top, (N, K // g))
+    scales = (rng.uniform(0.002, 0.02, (N, K // g)) * rng.choice([-1, 1], (N, K // g))).astype(DTYPES[scale])
+    stored = (codes - top // 2).astype(np.int8) if symmetric else codes.astype(np.uint8)
+    tensors: dict[str, Array] = {"weight": pack_bytes(codes) if bits == 4 else stored, "weight_scale": scales}
+    if not symmetric:
+        tensors["weight_zero_point"] = zeros.astype(np.uint8)
+    weight = (codes - np.repeat(zeros, g, axis=1)) * np.repeat(scales.astype(np.float64), g, axis=1)
+    layout = "uint4_experts" if bits == 4 else "int8_experts"
+    return Layer(Scheme(layout, group_size=g, scale_dtype=scale, symmetric=symmetric), N, K, tensors), weight
 
 
 def fp8(
@@ -147,8 +187,14 @@ _INT4: dict[str, Callable[[str], tuple[Layer, Array]]] = {
     "int4 asym act-order bias": lambda scale: int4_linear(
         96, 256, 64, scale=scale, symmetric=False, act_order=True, bias=True
     ),
+    "int8": lambda scale: int8_linear(96, 256, 64, scale=scale),
+    "int8 asym": lambda scale: int8_linear(96, 256, 32, scale=scale, symmetric=False),
+    "int8 act-order": lambda scale: int8_linear(96, 256, 64, scale=scale, act_order=True),
     "int4 expert": lambda scale: int4_expert(128, 256, 64, scale=scale),
     "int4 expert bias": lambda scale: int4_expert(128, 256, 32, scale=scale, bias=True),
+    "uint4 expert": lambda scale: ark_expert(128, 256, 64, 4, scale=scale),
+    "int8 expert": lambda scale: ark_expert(128, 256, 64, 8, scale=scale, symmetric=True),
+    "int8 expert asym": lambda scale: ark_expert(128, 256, 32, 8, scale=scale),
 }
 _FLOAT: dict[str, Callable[[], tuple[Layer, Array]]] = {
     "fp8 tensor": lambda: fp8(96, 256, "tensor"),

@@ -64,12 +64,59 @@ def int4(weight: torch.Tensor, scheme: Scheme) -> Packed:
     return tensors, plain
 
 
+def int8(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    """Of each group the high nibbles, then the low ones; 16 times the scale, then the scale; zero points alike."""
+    N, K = weight.shape
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(N)) if scheme.act_order else torch.arange(K)
+    groups = grouped(weight[:, order], scheme.group_size)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    if scheme.symmetric:
+        scale = (torch.maximum(high, -low) / 127).bfloat16()
+        zero = torch.full_like(scale, 128.0).float()
+    else:
+        scale = ((high - low) / 255).bfloat16()
+        zero = (-low / scale.float()).round().clamp(0, 255)
+    codes = (groups / scale.float() + zero).round().clamp(0, 255)
+    plain = torch.empty(N, K)
+    plain[:, order] = ((codes - zero) * scale.float()).reshape(N, K)
+    octets, zeros = codes.to(torch.uint8), zero.squeeze(-1).t().to(torch.uint8)
+    by_turns = lambda high, low: torch.stack([high, low], 1).flatten(0, 1)  # noqa: E731
+    scales = scale.squeeze(-1).t()
+    tensors = {
+        "qweight": pack_tensor(torch.stack([octets >> 4, octets & 15], 2).reshape(N, 2 * K)).view(torch.int32),
+        "scales": by_turns(16 * scales, scales).contiguous(),
+        "qzeros": pack_tensor(by_turns(zeros >> 4, zeros & 15)).view(torch.int32),
+    }
+    return tensors | ({"g_idx": order.to(torch.int32)} if scheme.act_order else {}), plain
+
+
 def int4_expert(weight: torch.Tensor, scheme: Scheme) -> Packed:
     groups = grouped(weight, scheme.group_size)
     scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
     codes = (groups / scale.float()).round().clamp(-8, 7)
     signed = pack_tensor((codes.reshape(weight.shape).to(torch.int8) & 15).to(torch.uint8))
     return {"": signed, "_scale": scale.squeeze(-1)}, (codes * scale.float()).reshape(weight.shape)
+
+
+def ark_expert(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    """Rows of unsigned codes with true zero points, a byte each; signed bytes where symmetric."""
+    top = 15 if scheme.layout == "uint4_experts" else 255
+    groups = grouped(weight, scheme.group_size)
+    if scheme.symmetric:
+        scale = (groups.abs().amax(-1, keepdim=True) / (top // 2)).bfloat16()
+        zero = torch.full_like(scale, top // 2 + 1).float()
+    else:
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = ((high - low) / top).bfloat16()
+        zero = (-low / scale.float()).round().clamp(0, top)
+    codes = (groups / scale.float() + zero).round().clamp(0, top)
+    values = ((codes - zero) * scale.float()).reshape(weight.shape)
+    stored = codes.reshape(weight.shape)
+    if scheme.symmetric:
+        return {"": (stored - 128).to(torch.int8), "_scale": scale.squeeze(-1)}, values
+    octets = stored.to(torch.uint8)
+    packed = pack_tensor(octets) if top == 15 else octets
+    return {"": packed, "_scale": scale.squeeze(-1), "_zero_point": zero.squeeze(-1).to(torch.uint8)}, values
 
 
 def _power(groups: torch.Tensor, largest: int) -> torch.Tensor:
@@ -132,7 +179,10 @@ def fp8(weight: torch.Tensor, scheme: Scheme) -> Packed:
 
 PACK: dict[str, Callable[[torch.Tensor, Scheme], Packed]] = {
     "int4_linear": int4,
+    "int8_linear": int8,
     "int4_experts": int4_expert,
+    "uint4_experts": ark_expert,
+    "int8_experts": ark_expert,
     "mxfp4_linear": mxfp4,
     "mxfp4_experts": mxfp4,
     "mxfp8_linear": mxfp8,
@@ -147,6 +197,9 @@ SCHEMES: dict[str, Scheme] = {
     "int4-channel": Scheme("int4_linear", group_size=-1),
     "int4-act-order": Scheme("int4_linear", group_size=32, act_order=True),
     "int4-act-order-asym": Scheme("int4_linear", group_size=32, act_order=True, symmetric=False),
+    "int8": Scheme("int8_linear", group_size=32),
+    "int8-asym": Scheme("int8_linear", group_size=64, symmetric=False),
+    "int8-act-order": Scheme("int8_linear", group_size=32, act_order=True),
     "fp8-tensor": Scheme("fp8_linear", granularity="tensor", scale_dtype="F32", input_scale=True),
     "fp8-channel": Scheme("fp8_linear", granularity="channel", scale_dtype="F32"),
     "fp8-block": Scheme("fp8_linear", granularity="block", group_size=128, block_n=128, scale_dtype="F32"),
@@ -157,6 +210,9 @@ SCHEMES: dict[str, Scheme] = {
 }
 EXPERTS: dict[str, Scheme] = {
     "int4": Scheme("int4_experts", group_size=32),
+    "uint4": Scheme("uint4_experts", group_size=32, symmetric=False),
+    "int8": Scheme("int8_experts", group_size=32),
+    "int8-asym": Scheme("int8_experts", group_size=64, symmetric=False),
     "fp8-tensor": Scheme("fp8_experts", granularity="tensor", scale_dtype="F32"),
     "fp8-block": Scheme("fp8_experts", granularity="block", group_size=128, block_n=128, scale_dtype="F32"),
     "mxfp4": Scheme("mxfp4_experts", group_size=32, scale_dtype="U8"),

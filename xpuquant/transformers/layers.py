@@ -148,12 +148,11 @@ class XpuquantExperts(Quantized):
         ids = torch.where(top_k_index < self.num_experts, top_k_index, -1)
         if hidden_states.device.type != "xpu":
             return layers.experts(self.scheme, tensors, hidden_states, top_k_weights, ids, self._gate)
-        from xpuquant.xpu_ops import fused_moe, run_experts
+        from xpuquant.xpu_ops import cast_when_loaded, fused_moe, run_experts
 
         if self._kernel is None:
-            # The grouped GEMM reads scales and biases as the activations' dtype.
             for name, tensor in tensors.items():
-                if name.endswith("_bias") or (name.endswith("_scale") and self.scheme.layout == "int4_experts"):
+                if cast_when_loaded(self.scheme, name):
                     tensor.data = tensor.data.to(hidden_states.dtype)
             self._kernel = fused_moe(self.scheme, tensors, ids.shape[1], self.activation)
         return run_experts(self._kernel, hidden_states, top_k_weights, ids)

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from xpuquant import layers
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.scheme import Scheme
-from xpuquant.xpu_ops import check_experts, fused_moe, run_experts
+from xpuquant.xpu_ops import cast_when_loaded, check_experts, fused_moe, run_experts
 
 
 class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -54,8 +54,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 )
         for name, stored in layers.expert_tensors(scheme, E, H, I).items():
             dtype = stored.dtype
-            if name.endswith("_bias") or (name.endswith("_scale") and scheme.layout == "int4_experts"):
-                # The grouped GEMM reads scales and biases as the activations' dtype, whatever they are.
+            if cast_when_loaded(scheme, name):
                 dtype = params_dtype
             elif name.endswith("_scale") and dtype.is_floating_point:
                 dtype = torch.float32
@@ -112,8 +111,8 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         first = name.startswith("gate_up_proj")
         if name.endswith("_bias"):
             return 1 if first else None
-        rows_first = self.scheme.layout in ("int4_experts", "mxfp4_experts")
-        if name.endswith("_scale"):
+        rows_first = self.scheme.layout in ("int4_experts", "mxfp4_experts", "uint4_experts", "int8_experts")
+        if name.endswith(("_scale", "_zero_point")):
             if self.scheme.granularity == "tensor":
                 return None
             rows_first = self.scheme.granularity != "block"

@@ -36,6 +36,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, scheme: Scheme, prefix: str) -> None:
         self.scheme = scheme
         self.prefix = prefix
+        self.zero_words = not scheme.symmetric or scheme.layout == "int8_linear"
 
     def create_weights(
         self,
@@ -53,14 +54,15 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.sizes = sizes
         self.gather = scheme.act_order and input_size > K
         # A group as long as the whole K stays one group on every rank.
-        whole = scheme.group_size == input_size and input_size > K
+        # (The planes of int8 lie beside each other within a group: that cannot be cut.)
+        whole = scheme.group_size == input_size and input_size > K and scheme.layout != "int8_linear"
         group = K if whole else scheme.group_size
         if group and K % group:
             raise UnsupportedError(
                 f"{self.prefix}: {K} input features on each rank are no multiple of the group of {group}; "
                 "use a smaller --tensor-parallel-size"
             )
-        step = scheme.block_n or (1 if scheme.symmetric else 8)
+        step = scheme.block_n or (8 if self.zero_words else 1)
         if any(size % step for size in sizes):
             raise UnsupportedError(
                 f"{self.prefix}: {sizes} output features on each rank are no multiple of {step}; "
@@ -124,7 +126,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             part = {"qweight": layer.qweight.data[start : start + size], "g_idx": row}
             part["scales"] = layer.scales.data[:, start : start + size].contiguous()
             part["qzeros"] = layer.qzeros
-            if not self.scheme.symmetric:
+            if self.zero_words:
                 part["qzeros"] = layer.qzeros.data[:, start // 8 : (start + size) // 8].contiguous()
             parts.append(part)
             start += size

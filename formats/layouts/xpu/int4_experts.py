@@ -13,15 +13,20 @@ would otherwise do the XOR itself, into a second copy of every expert (`implemen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
-from xpuquant.formats.layouts.fillers import FillGroupScales, FillInterleaved, FillWords, word_pieces
-from xpuquant.formats.layouts.modules import ExpertStack, Module
+from xpuquant.formats.layouts.int_stacks import (
+    Experts,
+    all_weights,
+    expert_scales,
+    expert_words,
+    int_stack,
+    stacked_scale_dtype,
+)
+from xpuquant.formats.layouts.modules import Module
 from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.layouts.stacks import (
     EXPERT_STACKS,
@@ -33,17 +38,13 @@ from xpuquant.formats.layouts.stacks import (
     stack_suffixes,
     stored_matrices,
 )
-from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, unpack_nibbles
+from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.base import row_blocks
 from xpuquant.formats.weights.decoded import Decoded, even_groups
-from xpuquant.formats.weights.integers import IntWeight, common_group_size, divide_groups
+from xpuquant.formats.weights.integers import common_group_size
 
 GROUP_SIZES = (32, 64, 128, 256)
 """C++ check of the grouped GEMM (vllm-xpu-kernels csrc/xpu/grouped_gemm)."""
-
-Experts = dict[str, list[IntWeight]]
-"""Role → weight of each expert, in order."""
 
 
 class Int4Experts(Layout):
@@ -52,40 +53,42 @@ class Int4Experts(Layout):
     kernel = "grouped GEMM s4"
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
-        if not isinstance(module, ExpertStack) or (experts := _integers(module)) is None:
+        if (integers := int_stack(module)) is None:
+            return None
+        stack, experts = integers
+        weights = all_weights(experts)
+        if any(weight.bits > 4 or weight.has_zero_points for weight in weights):
             return None
         if (reason := _refusal(experts)) is not None:
             return Refusal(reason)
-        weights = [weight for members in experts.values() for weight in members]
         # config.json has one group size per module, and finer groups are exact.
         size = common_group_size(weights, GROUP_SIZES)
         if size is None:
             return Refusal(f"no group size of {list(GROUP_SIZES)} divides the groups of all experts")
-        dtypes = {weight.scale_dtype for weight in weights}
-        # Experts of one tensor have one dtype; float32 holds both others exactly.
-        dtype = scale_dtype or (next(iter(dtypes)) if len(dtypes) == 1 else "F32")
+        dtype = stacked_scale_dtype(experts, scale_dtype)
         tensors: list[OutTensor] = []
-        for name, roles in roles_of_stacks(module):
+        for name, roles in roles_of_stacks(stack):
             words: list[Piece] = []
             scales: list[Piece] = []
-            for expert in range(module.experts):
+            for expert in range(stack.experts):
                 members = [experts[role][expert] for role in roles]
-                words += _word_pieces(members, alternates(module, roles))
-                scales += _scale_pieces(members, alternates(module, roles), size, dtype)
+                words += expert_words(members, alternates(stack, roles), signed=True)
+                scales += expert_scales(members, alternates(stack, roles), size, dtype)
             N, K = sum(weight.N for weight in members), members[0].K
-            shape = (module.experts, N)
-            tensors.append(OutTensor(f"{module.name}.{name}", "U8", (*shape, K // 2), tuple(words)))
-            tensors.append(OutTensor(f"{module.name}.{name}_scale", dtype, (*shape, K // size), tuple(scales)))
-            if module.biases:
-                tensors.append(bias_tensor(module, name))
+            shape = (stack.experts, N)
+            tensors.append(OutTensor(f"{stack.name}.{name}", "U8", (*shape, K // 2), tuple(words)))
+            tensors.append(OutTensor(f"{stack.name}.{name}_scale", dtype, (*shape, K // size), tuple(scales)))
+            if stack.biases:
+                tensors.append(bias_tensor(stack, name))
         scheme = Scheme(
             layout=self.name,
             group_size=size,
             scale_dtype=dtype,
-            bias=bool(module.biases),
-            interleaved=module.interleaved,
+            bias=bool(stack.biases),
+            interleaved=stack.interleaved,
         )
-        return Conversion(module.name, scheme, tuple(tensors), module.facts, rounded(dtypes, scale_dtype))
+        rounded_to = rounded((weight.scale_dtype for weight in weights), scale_dtype)
+        return Conversion(stack.name, scheme, tuple(tensors), stack.facts, rounded_to)
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         return stack_suffixes(scheme)
@@ -116,49 +119,12 @@ class Int4Experts(Layout):
         return arrays | ({"bias": rows(f"{part}_bias")} if stored.scheme.bias else {})
 
 
-def _integers(stack: ExpertStack) -> Experts | None:
-    """The experts of a stack, all of whose matrices are integer weights; None for any other."""
-    experts = {
-        role: [weight for weight in members if isinstance(weight, IntWeight)] for role, members in stack.weights.items()
-    }
-    complete = all(len(members) == len(stack.weights[role]) for role, members in experts.items())
-    return experts if complete else None
-
-
 def _refusal(experts: Experts) -> str | None:
     """Why the kernel cannot take one of the matrices."""
     for role, members in experts.items():
         for weight in members:
-            if weight.bits > 4:
-                return f"{weight.bits}-bit integers have no XPU kernel ({role} of the experts)"
-            if weight.has_zero_points:
-                return "asymmetric experts have no XPU kernel (the grouped GEMM has no zero points)"
             if weight.act_order:
                 return "act-order experts have no XPU kernel (the grouped GEMM has no g_idx)"
             if weight.N % GEMM_N_MULTIPLE or weight.K % GROUP_SIZES[0]:
                 return f"{role} is [{weight.N}, {weight.K}]; the grouped GEMM needs N % 8 == 0, K % 32 == 0"
     return None
-
-
-def _word_pieces(members: Sequence[IntWeight], alternate: bool) -> list[Piece]:
-    """The words of one expert in a stacked tensor; rows of the two members by turns where they `alternate`."""
-    if not alternate:
-        return [piece for weight in members for piece in word_pieces(weight, signed=True)]
-    gate, up = members
-    return [
-        FillInterleaved(
-            FillWords(gate, start, stop, signed=True).piece(),
-            FillWords(up, start, stop, signed=True).piece(),
-            stop - start,
-        ).piece()
-        for start, stop in row_blocks(gate.N, gate.K, NIBBLES_PER_WORD)
-    ]
-
-
-def _scale_pieces(members: Sequence[IntWeight], alternate: bool, size: int, dtype: str) -> list[Piece]:
-    """The scales of one expert in a stacked tensor, in groups of `size` columns."""
-    pieces = [FillGroupScales(each, divide_groups(each, size), dtype, by_row=True).piece() for each in members]
-    if not alternate:
-        return pieces
-    gate, up = pieces
-    return [FillInterleaved(gate, up, members[0].N).piece()]

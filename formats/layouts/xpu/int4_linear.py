@@ -37,10 +37,10 @@ class Int4Linear(Layout):
             return None
         name, weight = module.name, module.weight
         N, K = weight.N, weight.K
+        if weight.bits > 4:
+            return None
         if is_embedding(name):
             return NO_EMBEDDINGS
-        if weight.bits > 4:
-            return Refusal(f"{weight.bits}-bit integers have no XPU kernel")
         if K % GROUP_MULTIPLE:
             return Refusal(f"K={K} is not a multiple of {GROUP_MULTIPLE}")
         groups = regroup(weight)

@@ -81,6 +81,14 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
     return [args for _, _, args in sorted(ranked, key=lambda entry: entry[:2])]
 
 
+def quantizes_activations(checkpoint: Checkpoint) -> bool:
+    """Whether a group of the config has 8-bit integer activations (W8A8)."""
+    groups = checkpoint.quantization.get("config_groups")
+    listed = groups.values() if isinstance(groups, Mapping) else ()
+    activations = [group.get("input_activations") for group in listed if isinstance(group, Mapping)]
+    return any(isinstance(a, Mapping) and a.get("num_bits") == 8 and a.get("type", "int") == "int" for a in activations)
+
+
 def _preset(name: str) -> Mapping[str, Any] | None:
     """Weights of one of the library's named schemes (compressed_tensors/quantization/quant_scheme.py)."""
     upper = name.upper()

@@ -117,6 +117,13 @@ class PackedWeight(ScaledInts):
     def codes(self, start: int, stop: int) -> FillRecipe:
         return Recipe((self.code_rows(start, stop),), self._fill_codes)
 
+    def wide_codes(self, start: int, stop: int) -> FillRecipe:
+        def fill(arrays: Arrays, out: Array) -> None:
+            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+                out[first:last] = self.unpacked(arrays[0][first:last])
+
+        return Recipe((self.code_rows(start, stop),), fill)
+
     def code_rows(self, start: int, stop: int) -> Slice:
         return rows(self.packed, start, stop)
 

@@ -18,7 +18,7 @@ from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import COMPRESSED_TENSORS, Array, Checkpoint, Slice, rows
 from xpuquant.formats.packing.plain import pack_nibbles
 from xpuquant.formats.readers.base import Parts, check_static, float_scale, need
-from xpuquant.formats.readers.compressed_tensors.config import check_supported, weight_args
+from xpuquant.formats.readers.compressed_tensors.config import check_supported, quantizes_activations, weight_args
 from xpuquant.formats.readers.compressed_tensors.packed import ScaledInts, groups_fit, measure_zero_points
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import CACHED_CODES, Arrays, FillRecipe, Recipe, Weight, row_blocks
@@ -34,6 +34,13 @@ class UnpackedWeight(ScaledInts):
 
     def codes(self, start: int, stop: int) -> FillRecipe:
         return Recipe((self.code_rows(start, stop),), self._fill_codes)
+
+    def wide_codes(self, start: int, stop: int) -> FillRecipe:
+        def fill(arrays: Arrays, out: Array) -> None:
+            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+                out[first:last] = self.unpacked(arrays[0][first:last])
+
+        return Recipe((self.code_rows(start, stop),), fill)
 
     def code_rows(self, start: int, stop: int) -> Slice:
         return rows(self.weight, start, stop)
@@ -80,6 +87,8 @@ class IntQuantized:
         facts = [f"{args.bits}-bit codes stored as bytes, from the config", fact]
         for suffix in _ACTIVATION_SUFFIXES & parts.keys():
             check_static(parts[suffix])
+        if args.bits == 8 and quantizes_activations(checkpoint):
+            facts.append("activations stay in 16 bits, where the config quantizes them to 8 (W8A8 becomes W8A16)")
         if _ACTIVATION_SUFFIXES & parts.keys():
             facts.append("static activation scales dropped: XPU kernels quantize activations per token")
         return [

@@ -14,7 +14,7 @@ from support.models import EXPERTS, MOE, SCHEMES, Pair, write
 CASES = [
     *(("llama", scheme, None) for scheme in SCHEMES),
     *((family, "int4", "int4" if family in MOE else None) for family in ("qwen2", "qwen3", "mistral", *MOE)),
-    *(("qwen3_moe", experts, experts) for experts in EXPERTS if experts != "int4"),
+    *(("qwen3_moe", experts if experts in SCHEMES else "int4", experts) for experts in EXPERTS if experts != "int4"),
     ("gpt_oss", "mxfp4", "mxfp4"),
     ("mixtral", "int4-act-order", "mxfp8"),
 ]

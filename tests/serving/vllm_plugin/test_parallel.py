@@ -13,14 +13,23 @@ TENSOR = [
     ("llama", "int4-asym", None),
     ("llama", "int4-channel", None),
     ("llama", "int4-act-order-asym", None),
+    ("llama", "int8-asym", None),
+    ("llama", "int8-act-order", None),
     ("llama", "fp8-tensor", None),
     ("llama", "mxfp8", None),
     ("qwen3_moe", "int4", "int4"),
+    ("qwen3_moe", "int4-asym", "uint4"),
+    ("mixtral", "int4", "int8-asym"),
     ("mixtral", "fp8-channel", "mxfp8"),
     ("mixtral", "mxfp4", "fp8-block"),
     ("gpt_oss", "mxfp4", "mxfp4"),
 ]
-EXPERT = [("qwen3_moe", "int4", "int4"), ("gpt_oss", "mxfp4", "mxfp4")]
+EXPERT = [
+    ("qwen3_moe", "int4", "int4"),
+    ("qwen3_moe", "int4-asym", "uint4"),
+    ("mixtral", "int4", "int8-asym"),
+    ("gpt_oss", "mxfp4", "mxfp4"),
+]
 TOLERANCE = 2e-3
 
 

@@ -1,0 +1,105 @@
+"""What makes the bytes of an 8-bit weight that is stored as two planes of nibbles: see `xpu/int8_linear.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats.checkpoint import Array
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.layouts.base import Filler, Piece
+from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, pack_nibbles
+from xpuquant.formats.weights.base import CACHED_CODES, ROWS_MULTIPLE, Arrays, row_blocks
+from xpuquant.formats.weights.integers import OCTET_ZERO, IntWeight, Regrouping
+
+HIGH = 16
+"""What one step of the high nibble counts."""
+
+
+def _by_turns(high: Array, low: Array) -> Array:
+    """`[2G, ...]`: rows of two `[G, ...]` arrays by turns."""
+    return np.stack([high, low], axis=1).reshape(-1, *high.shape[1:])
+
+
+@dataclass(frozen=True)
+class FillPlanes(Filler):
+    """`[stop - start, 2K/8]` u4 words of rows `start:stop`: of each group the high nibbles, then the low ones."""
+
+    weight: IntWeight
+    size: int
+    start: int
+    stop: int
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        octets = np.empty((self.stop - self.start, self.weight.K), np.uint8)
+        self.weight.octets(self.start, self.stop).build(arrays, octets)
+        words = out.view(np.uint32).reshape(len(octets), -1, 2, self.size // NIBBLES_PER_WORD)
+        for first, last in row_blocks(len(octets), self.weight.K, limit=CACHED_CODES):
+            for plane, nibbles in enumerate((octets[first:last] >> 4, octets[first:last] & 15)):
+                packed = pack_nibbles(nibbles)
+                words[first:last, :, plane] = packed.reshape(len(packed), -1, words.shape[3])
+
+    def piece(self) -> Piece:
+        inputs = self.weight.octets(self.start, self.stop).inputs
+        return Piece(inputs, (self.stop - self.start) * self.weight.K, self)
+
+    def cut(self, piece: Piece, limit: int) -> Iterator[Piece]:
+        """The rows in blocks."""
+        for first, last in row_blocks(self.stop - self.start, self.weight.K, ROWS_MULTIPLE, limit):
+            yield replace(self, start=self.start + first, stop=self.start + last).piece()
+
+
+def plane_pieces(weight: IntWeight, size: int) -> tuple[Piece, ...]:
+    """`[N, 2K/8]` words of a whole weight, in blocks of rows."""
+    blocks = row_blocks(weight.N, weight.K, ROWS_MULTIPLE)
+    return tuple(FillPlanes(weight, size, start, stop).piece() for start, stop in blocks)
+
+
+@dataclass(frozen=True)
+class FillPlaneScales(Filler):
+    """`[2K/g, N]` scales cast to `dtype`: of each group 16 times the scale, then the scale."""
+
+    weight: IntWeight
+    groups: Regrouping
+    dtype: str
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        """Raises UnsupportedError where 16 times a scale is too large for the dtype."""
+        low = self.groups.rows(self.weight.scales().build(arrays)).astype(numpy_dtype(self.dtype))
+        with np.errstate(over="ignore"):
+            high = low * low.dtype.type(HIGH)
+        if (np.isfinite(low.astype(np.float32)) & ~np.isfinite(high.astype(np.float32))).any():
+            raise UnsupportedError(
+                f"{self.weight.name}: {HIGH} times its largest scale is beyond {low.dtype.name}, in which the two "
+                "planes of an 8-bit weight are scaled; pass --scale-dtype bfloat16 or float32"
+            )
+        scales = _by_turns(high, low)
+        out.view(scales.dtype).reshape(scales.shape)[...] = scales
+
+    def piece(self) -> Piece:
+        count = 2 * self.weight.N * (self.weight.K // self.groups.size)
+        return Piece(self.weight.scales().inputs, count * numpy_dtype(self.dtype).itemsize, self)
+
+
+@dataclass(frozen=True)
+class FillPlaneZeros(Filler):
+    """`[2K/g, N/8]` words, packed along N: of each group the high nibbles of the true zero points, then the low ones;
+    8 and 0 where the zero point is 128."""
+
+    weight: IntWeight
+    groups: Regrouping
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        shape = (self.weight.K // self.groups.size, self.weight.N)
+        zeros = np.full(shape, OCTET_ZERO, np.uint8)
+        if self.weight.has_octet_zeros:
+            zeros = self.groups.rows(self.weight.zeros(0, self.weight.N).build(arrays))
+        words = pack_nibbles(_by_turns(zeros >> 4, zeros & 15))
+        out.view(np.uint32).reshape(words.shape)[...] = words
+
+    def piece(self) -> Piece:
+        inputs = self.weight.zeros(0, self.weight.N).inputs if self.weight.has_octet_zeros else ()
+        return Piece(inputs, self.weight.N * (self.weight.K // self.groups.size), self)
