@@ -255,13 +255,13 @@ def _is_factor(name: str) -> bool:
 def _is_packed(tensor: Tensor, siblings: Parts) -> bool:
     """Whether an unused tensor is somebody's quantized weight: of a dtype that models do not have, or integers beside
     scales."""
-    if len(tensor.shape) < 2 or tensor.dtype in PLAIN:
+    own = tensor.name.rpartition(".")[2]
+    if len(tensor.shape) < 2 or tensor.dtype in PLAIN or own in _BIASES:
         return False
     if tensor.dtype[0] == "F":
         return True
-    if _TABLES.fullmatch(tensor.name.rpartition(".")[2]):
+    if _TABLES.fullmatch(own):
         return False
-    own = tensor.name.rpartition(".")[2]
     if any(f"{own}{end}" in siblings for end in ("_scale", "_scales", "_scale_inv")):
         return True
     scaled = any(_SCALING.fullmatch(suffix) for suffix in siblings)
