@@ -107,6 +107,15 @@ class XpuquantRouter(Decoding):
         return module
 
 
+# Class of an activation function of Transformers or torch → vLLM's name of the gate that is made of it.
+_KERNEL_NAMES = {
+    **dict.fromkeys(("SiLU", "SiLUActivation"), "silu"),
+    "GELUActivation": "gelu",
+    # Three ways to write the same approximation.
+    **dict.fromkeys(("GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation"), "gelu_tanh"),
+}
+
+
 class XpuquantExperts(Quantized):
     """Instead of a model's stack of experts, whose activation it keeps."""
 
@@ -130,15 +139,11 @@ class XpuquantExperts(Quantized):
 
     @property
     def activation(self) -> str:
-        """The name that the XPU kernel knows."""
+        """The name that the XPU kernel knows; of another function its class, which is then refused by name."""
         if self.scheme.interleaved:
             return "swigluoai"
-        name = type(self.act_fn).__name__.lower()
-        if "silu" in name:
-            return "silu"
-        if "gelu" in name and "quick" not in name:
-            return "gelu_tanh" if "tanh" in name or "pytorch" in name else "gelu"
-        return name
+        name = type(self.act_fn).__name__
+        return _KERNEL_NAMES.get(name, name)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
