@@ -1,0 +1,126 @@
+"""No path below a source or an output, made hostile in any way, makes a command read, write, wait or allocate beyond
+its bounds. A few of the cases that scripts/lanes/trust plays by the thousand, and those that were found before."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.checkpoints import FIXTURES
+from support.fuzz.case import command
+from support.fuzz.places import SECRET, Prepared, play_place
+from support.fuzz.tally import count
+
+GPTQ = FIXTURES / "gptqmodel-qwen3-w4g32"
+CASES = int(os.environ.get("XPUQUANT_TRUST_PLACE_CASES", "80"))
+BLOCKS = max(2, CASES // 250)
+MEMORY = 1 << 31
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Iterator[Prepared]:
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="xpuquant-", dir=memory if os.access(memory, os.W_OK) else None))
+    yield Prepared(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_no_place_is_believed(block: int, prepared: Prepared) -> None:
+    codes: set[int] = set()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(block * CASES // BLOCKS, (block + 1) * CASES // BLOCKS):
+        what, code, problem = play_place(seed, prepared, prepared.source.parent / f"case-{seed}")
+        assert problem is None, f"case {seed}: {what}: {problem}"
+        codes.add(code)
+        count(f"places: exit {code}")
+    assert len(codes) > 1
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < MEMORY
+
+
+@pytest.mark.parametrize("name", ["xpuquant.json", "verify.md", "README.md", "model.safetensors", "config.json"])
+def test_a_folder_in_the_way_is_said_before_the_work(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GPTQ, source)
+    if (source / name).exists():
+        (source / name).unlink()
+    (source / name).mkdir()
+    (source / name / "x").write_text("x")
+    code, _, error = command("convert", str(source), str(tmp_path / "out"))
+    assert code == 2 and error.count("\n") == 1 and not (tmp_path / "out").exists(), error
+
+
+def test_a_secret_is_not_copied_under_another_name(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GPTQ, source)
+    (source / ".git").mkdir()
+    (source / ".git" / "config").write_bytes(SECRET)
+    (source / ".env").write_bytes(SECRET)
+    (source / "notes.txt").symlink_to(".git/config")
+    code, _, error = command("convert", str(source), str(tmp_path / "out"))
+    assert code == 2 and "notes.txt: is a link to .git/config, which is not copied" in error
+    (source / "notes.txt").unlink()
+    assert command("convert", str(source), str(tmp_path / "out"))[0] == 0
+    assert not any(SECRET in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_a_staged_shard_that_became_a_link_is_made_anew(prepared: Prepared, tmp_path: Path) -> None:
+    shutil.copytree(prepared.staged, tmp_path / "out")
+    victim = tmp_path / "victim"
+    victim.write_bytes(SECRET)
+    staged = sorted((tmp_path / "out" / ".xpuquant" / "files").glob("*.safetensors"))
+    for path in staged:
+        path.unlink()
+        path.symlink_to(victim)
+    assert command(*prepared.convert(prepared.source, tmp_path / "out"))[0] == 0
+    assert victim.read_bytes() == SECRET and staged
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_force_through_a_folder_that_is_a_link(prepared: Prepared, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(prepared.out, out)
+    elsewhere.mkdir()
+    (elsewhere / "x.txt").write_bytes(SECRET)
+    shutil.rmtree(out / "sub")
+    (out / "sub").symlink_to(elsewhere)
+    code, _, error = command(*prepared.convert(prepared.source, out, "--force"))
+    assert code == 2 and "sub: is a link; remove it" in error
+    assert (elsewhere / "x.txt").read_bytes() == SECRET
+
+
+def test_few_descriptors(tmp_path: Path) -> None:
+    """40 shards where 24 files may be open."""
+    from support.hub.fixtures import split_shards
+
+    source = split_shards(GPTQ, tmp_path / "source", 24)
+    script = f'ulimit -n 24; exec {sys.executable} -P -m xpuquant convert "$0" "$1" --max-shard-size 4kB --jobs 2'
+    done = subprocess.run(
+        ["bash", "-c", script, str(source), str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 10
+
+
+@pytest.mark.parametrize("state", ["link", "file", "pipe"])
+def test_a_staging_folder_that_is_none(state: str, prepared: Prepared, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    staging = out / ".xpuquant"
+    if state == "link":
+        staging.symlink_to(elsewhere)
+    elif state == "file":
+        staging.write_text("x")
+    else:
+        os.mkfifo(staging)
+    code, _, error = command(*prepared.convert(prepared.source, out))
+    assert code == 2 and "remove it" in error and error.count("\n") == 1, error
+    assert not any(elsewhere.iterdir())
