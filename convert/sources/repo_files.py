@@ -31,7 +31,7 @@ _MAX_CONFIG_BYTES = 32 << 20
 _MAX_INDEX_BYTES = 128 << 20  # about 10^6 tensors, as for a header
 _MAX_CONTAINERS = 2_000_000  # an empty list is 3 bytes of text, 64 of memory
 _MAX_DEPTH = 100
-MAX_COPIED_BYTES = 16 << 30
+MAX_COPIED_BYTES = 4 << 30
 """Of a file that is copied. No loader reads one of a hundredth of that beside the weights; a sparse file of a terabyte
 costs its sender nothing."""
 

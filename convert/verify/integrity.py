@@ -17,11 +17,11 @@ from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.checksums import hash_file, is_sealed
 from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
-from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
+from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, json_limit, list_files, parse_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.exactness import run_all
 from xpuquant.conversion.verify.verdict import Finding
-from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line, shown
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.scheme import FORMAT_VERSIONS, expand
 
@@ -75,7 +75,12 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
     progress(len(content))
     tree, present = Tree(folder), list_files(folder)
     there = set(present)
-    calls = [partial(_file, tree, name, sha256, progress) for name, sha256 in listed.items() if name in there]
+    sizes = {name: entry.get("bytes") for name, entry in record["shards"].items() if isinstance(entry, dict)}
+    calls = [
+        partial(_file, tree, name, sha256, progress, sizes.get(name))
+        for name, sha256 in listed.items()
+        if name in there
+    ]
     found += [_wrong(name, "is missing") for name in listed if name not in there]
     found += [finding for finding in run_all(jobs, calls) if finding is not None]
     found += _unlisted(present, listed)
@@ -157,7 +162,14 @@ def _check_types(record: Mapping[str, Any]) -> None:
         raise DamagedError("has a field of a type that no conversion writes")
 
 
-def _file(tree: Tree, name: str, sha256: str, progress: Progress) -> Finding | None:
+def _file(tree: Tree, name: str, sha256: str, progress: Progress, nbytes: Any = None) -> Finding | None:
+    # Of a shard the size is recorded, `nbytes`. A sparse file of a terabyte costs its maker nothing: it is not read.
+    try:
+        size = tree.size(name)
+    except OSError as error:
+        raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
+    if size > MAX_COPIED_BYTES if nbytes is None else size != nbytes:
+        return _wrong(name, f"has {size} bytes" + ("" if nbytes is None else f", {shown(nbytes)} were written"))
     found = hash_file(tree, name, progress)
     if found is None:
         return _wrong(name, "is missing")
