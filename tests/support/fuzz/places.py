@@ -357,7 +357,9 @@ def _outcome(
         return said, code, "the source was changed"
     after = contents(out) if out.exists() else {}
     secret = hashlib.sha256(SECRET).hexdigest()
-    fresh = {file for file, what in after.items() if what == secret and there.get(file) != secret}
+    # A regular file of the source is the source's, whatever other names it has.
+    theirs = {file for file, what in given.items() if what == secret}
+    fresh = {file for file, what in after.items() if what == secret and there.get(file) != secret} - theirs
     if fresh and name.startswith("convert"):
         return said, code, f"a secret came into OUT: {fresh}"
     if name.startswith(("convert", "finish")):
@@ -370,9 +372,11 @@ def _outcome(
     elif after != there:
         return said, code, "OUT was changed"
     if name.startswith("verify") and state == "finished":
-        kept = all(after.get(file) == what for file, what in prepared.written.items() if file != "README.md")
-        if code == 0 and not kept:
-            return said, code, f"passes, but {[f for f, w in prepared.written.items() if after.get(f) != w]} differ"
+        # A card is edited, and a record that is sealed again is taken at its word: SECURITY.md promises no authenticity.
+        free = ("README.md", "xpuquant.json")
+        differ = [file for file, what in prepared.written.items() if after.get(file) != what and file not in free]
+        if code == 0 and differ:
+            return said, code, f"passes, but {differ} differ"
         if code != 0 and after == prepared.written and (given == contents(prepared.source) or name == "verify"):
             return said, code, f"nothing was touched, and it fails: {error or text[-500:]}"
     return said, code, None
