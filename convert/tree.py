@@ -284,6 +284,8 @@ class Tree:
             if status is not None:
                 _check_no_link(status, self.path / name)
                 _check_regular(status, self.path / name)
+                if status.st_nlink > 1:
+                    raise UsageError(f"{self.path / name}: has a second name elsewhere; remove it")
             fd = os.open(last, flags | _NO_LINK, 0o666, dir_fd=folder)
             try:
                 _check_regular(os.fstat(fd), self.path / name)

@@ -157,6 +157,13 @@ def test_nothing_is_changed_through_a_link(change: str, how: str, place: Path) -
     assert is_untouched(place)
 
 
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY | os.O_APPEND | os.O_CREAT])
+def test_nothing_is_changed_in_place_that_has_a_second_name(flags: int, place: Path) -> None:
+    os.link(place.parent / "victim", place / "x")
+    with pytest.raises(UsageError, match="has a second name elsewhere"):
+        Tree(place).update("x", flags)
+
+
 def make_pipe(path: Path) -> None:
     os.mkfifo(path)
 

@@ -372,7 +372,7 @@ def _outcome(
     elif after != there:
         return said, code, "OUT was changed"
     if name.startswith("verify") and state == "finished":
-        # A card is edited, and a record that is sealed again is taken at its word: SECURITY.md promises no authenticity.
+        # A card is edited, and a record that is sealed again is taken at its word: SECURITY.md promises no more.
         free = ("README.md", "xpuquant.json")
         differ = [file for file, what in prepared.written.items() if after.get(file) != what and file not in free]
         if code == 0 and differ:
