@@ -27,9 +27,9 @@ from xpuquant.conversion.hub.client import WAITS, connect, explain, is_transient
 from xpuquant.conversion.hub.target import MAIN, Destination, Target
 from xpuquant.conversion.progress import Progress, Reporter
 from xpuquant.conversion.repo.card_merge import CARD, merge, rename
-from xpuquant.conversion.repo.checksums import hash_file
+from xpuquant.conversion.repo.checksums import hash_file, wrong_size
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
-from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, list_files, read_json, read_text
+from xpuquant.conversion.sources.repo_files import list_files, read_json, read_text
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, VerificationError, XpuquantError
 
@@ -124,12 +124,9 @@ def hash_files(tree: Tree, names: Iterable[str]) -> dict[str, Blob]:
         raise DamagedError(f"{tree.path / PROVENANCE}: lists no shards; convert again")
     blobs: dict[str, Blob] = {}
     for name in names:
-        size, written = tree.size(name), shards.get(name, {}).get("bytes")
-        if size > MAX_COPIED_BYTES if written is None else size != written:
-            # Before it is read: a sparse file of a terabyte costs its maker nothing.
-            raise DamagedError(
-                f"{tree.path / name} has {size} bytes and is not what the conversion wrote; convert it again"
-            )
+        wrong = wrong_size(tree, name, shards.get(name, {}).get("bytes"))
+        if wrong is not None:
+            raise DamagedError(f"{tree.path / name} {wrong}; it is not what the conversion wrote; convert it again")
         blobs[name] = blob = _blob(tree, name)
         recorded = shards.get(name, {}).get("sha256", blob.sha256)
         if recorded != blob.sha256:

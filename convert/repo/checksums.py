@@ -7,8 +7,9 @@ import os
 import re
 
 from xpuquant.conversion.progress import Progress
+from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES
 from xpuquant.conversion.tree import Tree
-from xpuquant.errors import EnvironmentFault
+from xpuquant.errors import EnvironmentFault, shown
 
 _CHUNK_BYTES = 4 << 20
 _SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"')
@@ -38,6 +39,25 @@ def hash_file(tree: Tree, name: str, progress: Progress | None = None) -> str | 
         return None
     except OSError as error:
         raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
+
+
+def wrong_size(tree: Tree, name: str, nbytes: object) -> str | None:
+    """How a file's size shows that it cannot be what was written; None where it does not. A sparse file of a terabyte
+    costs its maker nothing: it is not read to be told apart.
+
+    Args:
+        nbytes: as recorded, of a shard; None of other files, which have a limit.
+
+    Raises:
+        EnvironmentFault: it cannot be looked at. DamagedError, UsageError: it is no file, see `Tree`.
+    """
+    try:
+        size = tree.size(name)
+    except OSError as error:
+        raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
+    if nbytes is None:
+        return f"has {size} bytes, more than any file beside the weights" if size > MAX_COPIED_BYTES else None
+    return f"has {size} bytes, {shown(nbytes)} were written" if size != nbytes else None
 
 
 def seal(content: bytes) -> bytes:

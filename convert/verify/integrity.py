@@ -14,14 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.checksums import hash_file, is_sealed
+from xpuquant.conversion.repo.checksums import hash_file, is_sealed, wrong_size
 from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
-from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, json_limit, list_files, parse_json
+from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.exactness import run_all
 from xpuquant.conversion.verify.verdict import Finding
-from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line, shown
+from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.scheme import FORMAT_VERSIONS, expand
 
@@ -163,13 +163,9 @@ def _check_types(record: Mapping[str, Any]) -> None:
 
 
 def _file(tree: Tree, name: str, sha256: str, progress: Progress, nbytes: Any = None) -> Finding | None:
-    # Of a shard the size is recorded, `nbytes`. A sparse file of a terabyte costs its maker nothing: it is not read.
-    try:
-        size = tree.size(name)
-    except OSError as error:
-        raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
-    if size > MAX_COPIED_BYTES if nbytes is None else size != nbytes:
-        return _wrong(name, f"has {size} bytes" + ("" if nbytes is None else f", {shown(nbytes)} were written"))
+    wrong = wrong_size(tree, name, nbytes)
+    if wrong is not None:
+        return _wrong(name, wrong)
     found = hash_file(tree, name, progress)
     if found is None:
         return _wrong(name, "is missing")
