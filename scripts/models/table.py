@@ -61,7 +61,7 @@ def planned(folder: Path) -> Row:
     from xpuquant.conversion.plan.plan import make_plan
     from xpuquant.conversion.plan.survey import survey_modules
     from xpuquant.conversion.plan.tensor_parallel import problems
-    from xpuquant.conversion.results import module_outcomes
+    from xpuquant.conversion.results import summary
     from xpuquant.conversion.sources.open import open_source
     from xpuquant.errors import UnsupportedError
     from xpuquant.formats.layouts.modules import ExpertStack
@@ -93,7 +93,7 @@ def planned(folder: Path) -> Row:
         sizes = [(m.conversion.name, m.nbytes, 2) for m in plan.modules]
         sizes += [(tensor.name.removesuffix(".weight"), tensor.nbytes, len(tensor.shape)) for tensor in plan.passed]
         per_gpu[str(ranks)] = sum(_share(*one, ranks, heads) for one in sizes)
-    kernels = sorted({m.kernel for m in module_outcomes(plan.modules) if m.kernel})
+    kernels = sorted({m.kernel for m in summary(plan, source).modules if m.kernel})
     return Row(
         source.nbytes, [], kernels, plan.write_bytes, len(plan.shards), per_gpu, why, by_expert, seconds, _peak()
     )
@@ -112,11 +112,15 @@ def _peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def rows(wanted: Sequence[str]) -> Iterator[tuple[Published, Row]]:
-    """Every plan, each in a process of its own."""
+def rows(wanted: Sequence[str], kept: Path | None) -> Iterator[tuple[Published, Row]]:
+    """Every plan, each in a process of its own, but for those that an earlier run left in `kept`."""
+    before = {} if kept is None or not kept.exists() else dict(map(json.loads, kept.read_text().splitlines()))
     for published in PUBLISHED:
         name = f"{published.model.name} {published.scheme}".lower()
         if wanted and not any(word.lower() in name for word in wanted):
+            continue
+        if name in before:
+            yield published, Row(**before[name])
             continue
         with tempfile.TemporaryDirectory(prefix="xpuquant-headers-") as folder:
             write(Path(folder), published)
@@ -125,6 +129,9 @@ def rows(wanted: Sequence[str]) -> Iterator[tuple[Published, Row]]:
         if done.returncode:
             raise SystemExit(f"{published.model.name}, {published.scheme}: {done.stderr[-2000:]}")
         row = Row(**json.loads(done.stdout))
+        if kept is not None:
+            with kept.open("a") as file:
+                file.write(json.dumps([name, asdict(row)]) + "\n")
         print(
             f"{published.model.name}, {SCHEMES[published.scheme].label}: {_converts(row)}, {row.seconds:.1f} s",
             flush=True,
@@ -209,11 +216,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="words of names; all where none is given")
     parser.add_argument("--plan", type=Path, help="plan this folder and print the row")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "models.md", help="the file to rewrite")
+    parser.add_argument("--rows", type=Path, help="a file for the rows: a run that is cut off goes on from it")
     given = parser.parse_args()
     if given.plan:
         print(json.dumps(asdict(planned(given.plan))))
         return
-    found = list(rows(given.names))
+    found = list(rows(given.names, given.rows))
     over: list[Any] = [p.model.name for p, row in found if row.seconds > SECONDS or row.memory > BYTES]
     text = page(found)
     if given.names:
