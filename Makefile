@@ -10,7 +10,7 @@ help:
 	@echo "make imports  who may import whom"
 	@echo "make test     lint, imports, types, the default suite"
 	@echo "make quick    the tests that are not slow"
-	@echo "make lanes    the slow lanes: IPEX, two huggingface_hubs, vLLM"
+	@echo "make lanes    the slow lanes: the lean install, IPEX, oldest versions, two huggingface_hubs, vLLM"
 	@echo "make bench    every goal of conversion, in one table"
 	@echo "make docs     the documentation site, in site/"
 	@echo "make wheel    dist/*.whl and its bill of materials"
@@ -35,7 +35,9 @@ quick:
 	scripts/test -m "not slow"
 
 lanes:
+	scripts/lanes/lean
 	scripts/lanes/ipex
+	scripts/lanes/oldest
 	scripts/lanes/hub
 	scripts/lanes/vllm
 

@@ -72,6 +72,20 @@ class TorchNative:
         return result + layer.tensors["bias"].astype(np.float32) if "bias" in layer.tensors else result
 
 
+@cache
+def _scales_by_channel() -> bool:
+    """Whether `_scaled_mm` takes a scale for each row and column here. Asked of it: torch 2.8 does not, on a CPU."""
+    import torch
+
+    codes = torch.zeros(16, 16, device=_device()).to(torch.float8_e4m3fn)
+    scales = torch.ones(16, 1, device=_device())
+    try:
+        torch._scaled_mm(codes, codes.t(), scales, scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _refuses_int4(scheme: Scheme, N: int, K: int, activation: str) -> str | None:
     op, g = f"torch's int4 matmul on {_device()}", scheme.group_size
     if _device() == "xpu":
@@ -87,6 +101,8 @@ def _refuses_int4(scheme: Scheme, N: int, K: int, activation: str) -> str | None
 
 def _refuses_fp8(scheme: Scheme, N: int, K: int) -> str | None:
     op, size = f"torch._scaled_mm on {_device()}", scheme.group_size or K
+    if not _scales_by_channel():
+        return f"{op}: this release takes one scale for a whole matrix: pip install -U torch"
     if K % size:
         return f"{op}: K={K} must be a multiple of the scales' {size}"
     if _device() != "cpu" and (N % 16 or size % 16):

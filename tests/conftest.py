@@ -75,14 +75,14 @@ def _skipped(terminalreporter: Any) -> Counter[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """In a lane of CI, a skip that the lane has no rule for is a failure. See support/skips.py."""
+    """In a lane of CI, a skip that hides what the lane is there to run is a failure. See support/skips.py."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None:  # a worker of pytest-xdist
         return
     skipped = _skipped(reporter)
     failed = sum(len(reporter.stats.get(kind, [])) for kind in ("failed", "error"))
     skips.record(len(reporter.stats.get("passed", [])), failed, skipped)
-    if skips.unforeseen(skipped) and session.exitstatus == 0:
+    if skips.forbidden(skipped) and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -93,7 +93,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped, by reason")
         for reason, number in reasons.most_common():
             terminalreporter.write_line(f"{number:5}  {reason}")
-    for reason in skips.unforeseen(reasons):
+    for reason in skips.forbidden(reasons):
         terminalreporter.write_line(
             f"ERROR: the lane {skips.LANE} must not skip this: {reason} (tests/support/skips.py)"
         )
