@@ -58,6 +58,7 @@ class ModuleOutcome:
     releases   of vllm-xpu-kernels that serve it, e.g. `0.1.15.1 and later`; None where that is stock vLLM's affair
     nbytes     bytes it is stored in
     decisions  what was decided from its tensors
+    matrices   matrices it holds: one, or those of a stack of experts
     """
 
     name: str
@@ -67,6 +68,7 @@ class ModuleOutcome:
     releases: str | None
     nbytes: int
     decisions: tuple[str, ...]
+    matrices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,7 @@ def _module(planned: PlannedModule, top_k: int | None) -> ModuleOutcome:
         None if scheme is None else _releases(scheme, top_k),
         planned.nbytes,
         tuple(conversion.facts),
+        len(planned.weights),
     )
 
 

@@ -131,6 +131,7 @@ def convert(
     private: bool = True,
     branch: str | None = None,
     pr: bool = False,
+    unverified: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Converted:
     """Convert, verify and write a ready-to-load repo. Called again after an interruption, it resumes.
@@ -154,6 +155,7 @@ def convert(
         private: whether a repository that is created is.
         branch: push to this branch, created from main.
         pr: push to a pull request.
+        unverified: publish also what was not verified.
         progress: told how far the work is.
 
     Raises:
@@ -173,7 +175,7 @@ def convert(
         force=force,
         ray=ray,
         stream=stream,
-        destination=Destination.asked(push_to, private, branch, pr),
+        destination=Destination.asked(push_to, private, branch, pr, unverified),
     )
     with _reporter(progress) as reporter:
         return runs.convert(request, reporter)
@@ -226,6 +228,7 @@ def finish(
     private: bool = True,
     branch: str | None = None,
     pr: bool = False,
+    unverified: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Converted:
     """Put the parts of a conversion together: check that all are there, verify, publish into `out`.
@@ -237,7 +240,7 @@ def finish(
 
     Raises: as `convert`; DamagedError: some shards have not been made.
     """
-    destination = Destination.asked(push_to, private, branch, pr)
+    destination = Destination.asked(push_to, private, branch, pr, unverified)
     request = runs.FinishRequest(os.fspath(source), Path(out), revision, jobs or 0, verify, destination)
     with _reporter(progress) as reporter:
         return runs.put_together(request, reporter)
@@ -251,6 +254,8 @@ def verify(
     revision: str | None = None,
     backends: Sequence[str] = (),
     every: bool = False,
+    require_exact: bool = False,
+    require_backends: Sequence[str] = (),
     report: StrPath | None = None,
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
@@ -261,14 +266,17 @@ def verify(
         out: folder that `convert` wrote.
         source: what it was converted from; None: check against the digests recorded at conversion.
         revision: of a source on the Hub; None: the commit it was converted from.
-        backends: kernel libraries to run, by name; none: all that run here.
+        backends: kernel libraries that have to run, by name; none: all that run here do.
         every: run kernels on every matrix, all rows and all numbers of rows.
+        require_exact: a value that was rounded or dequantized is a failure; without `source`, nothing is verified.
+        require_backends: kernel libraries that have to compute every module.
         report: folder to write verify.json, .md, .html and .svg into.
         jobs: workers; default: one per core, at most 8.
         progress: told how far the work is.
 
     Returns:
-        The verdict: `passed`, `failures`, `warnings`, and everything behind them.
+        The verdict: `outcome` (verified, failed, not verified), `passed` where it is verified, `failures`, `gaps`,
+        `warnings`, and everything behind them.
 
     Raises:
         UsageError: not a converted folder, an unknown backend. DamagedError: the source is not sound.
@@ -281,6 +289,8 @@ def verify(
             revision=revision,
             backends=backends,
             every=every,
+            require_exact=require_exact,
+            require_backends=require_backends,
             report=None if report is None else Path(report),
             jobs=jobs or 0,
             reporter=reporter,
@@ -313,6 +323,7 @@ def push(
     private: bool = True,
     branch: str | None = None,
     pr: bool = False,
+    unverified: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
     progress: ProgressCallback | None = None,
@@ -324,20 +335,21 @@ def push(
         private: whether a repository that is created is.
         branch: push to this branch, created from main.
         pr: push to a pull request.
+        unverified: also what was converted without verification.
         token: of the Hub; default: the client's own login; False: none.
         endpoint: address of another Hub.
         progress: told how far the upload is.
 
     Raises:
         UsageError: not a finished conversion, a bad repo id, `branch` with `pr`.
+        NotVerifiedError: it was converted without verification.
         DamagedError: a shard is not what the conversion wrote.
         VerificationError: the Hub holds other bytes than were sent.
         EnvironmentFault: network, permissions.
     """
     with _reporter(progress) as reporter:
-        return publish.push(
-            Path(out), Destination(repo_id, private, branch, pr), reporter, token=token, endpoint=endpoint
-        )
+        destination = Destination(repo_id, private, branch, pr, unverified)
+        return publish.push(Path(out), destination, reporter, token=token, endpoint=endpoint)
 
 
 @public

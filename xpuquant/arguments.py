@@ -84,6 +84,8 @@ KINDS: Mapping[str, Kind] = {
     "stream": _SWITCH,
     "private": _SWITCH,
     "pr": _SWITCH,
+    "unverified": _SWITCH,
+    "require_exact": _SWITCH,
     "every": _SWITCH,
     "values": _SWITCH,
     "part": Kind("i/n with 1 <= i <= n, for example 3/16", _text),
@@ -96,6 +98,7 @@ KINDS: Mapping[str, Kind] = {
         "an address, for example https://huggingface.co",
         lambda value: text if (text := _text(value)) and text.startswith(("https://", "http://")) else None,
     ),
+    "require_backends": Kind("names of kernel libraries, in a list", lambda value: _each(value, _text)),
     "backends": Kind("names of kernel libraries, in a list", lambda value: _each(value, _text)),
     "tensor_parallel": Kind(
         "numbers of GPUs from 1, in a list",

@@ -56,6 +56,12 @@ class VerificationError(XpuquantError):
     exit_code = 1
 
 
+class NotVerifiedError(XpuquantError):
+    """Nothing wrong was found, but not everything that had to be checked was. Exit 5."""
+
+    exit_code = 5
+
+
 class UsageError(XpuquantError):
     """Wrong arguments, or an input that no XPU kernel can serve. Exit 2."""
 

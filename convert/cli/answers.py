@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from xpuquant.conversion.cli.output import Answer, TextTable
 from xpuquant.conversion.report.markdown import checks
-from xpuquant.conversion.report.reports import as_data
-from xpuquant.conversion.report.sentences import by_kernel, decibels, in_one_line
+from xpuquant.conversion.report.reports import as_data, by_claim
+from xpuquant.conversion.report.sentences import by_kernel, decibels, exactness, headline, in_one_line, unquantized
 from xpuquant.conversion.results import Converted, ModuleOutcome, PartConverted, Planned
 from xpuquant.conversion.sizes import size
+from xpuquant.conversion.verify.proof import Proof
+from xpuquant.conversion.verify.verdict import Outcome
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weights.base import PIECE_BYTES
 
@@ -52,9 +54,13 @@ def _converted(result: Converted) -> Answer:
     # Without a folder it is served from the Hub.
     out = str(result.out) if result.out is not None or result.pushed is None else result.pushed.repo_id
     if verdict is not None:
-        checked = in_one_line(verdict)
+        proof, checked = verdict.proof, in_one_line(verdict)
+    elif result.is_new:
+        proof = Proof.none(sum(module.matrices for module in plan.modules), len(plan.passed))
+        checked = f"{exactness(proof)}; {unquantized(proof)} (--no-verify)"
     else:
-        checked = "not verified (--no-verify)" if result.is_new else "not again: xpuquant verify checks it"
+        proof, checked = Proof.none(0, 0), "not again: xpuquant verify checks it"
+    outcome = Outcome.NOT_VERIFIED if verdict is None else verdict.outcome
     before = [] if result.is_new else [f"{out} is finished already; nothing was left to do"]
     device = "xpu" if plan.options.layout == "xpu" else "auto"
     facts = TextTable(
@@ -63,7 +69,7 @@ def _converted(result: Converted) -> Answer:
         (
             ("left as is", left_alone(plan)),
             ("size", f"{size(plan.source.nbytes)} → {size(plan.write_bytes)} in {len(plan.shards)} shard(s)"),
-            ("verified", checked),
+            (str(outcome), checked),
             ("written to", out),
             ("serve", f"vllm serve {out}"),
             ("", f'AutoModelForCausalLM.from_pretrained("{out}", device_map="{device}")'),
@@ -72,6 +78,7 @@ def _converted(result: Converted) -> Answer:
     data = plan_data(plan) | {
         "out": out,
         "shards": {name: {"sha256": f.sha256, "bytes": f.nbytes} for name, f in sorted(result.shards.items())},
+        "proof": {"verdict": str(outcome), "matrices": by_claim(proof)},
         "verification": None if verdict is None else as_data(verdict),
     }
     return Answer([*before, *_notes(plan.notes), modules_table(plan.modules), facts], data)
@@ -123,7 +130,7 @@ def pushed(result: Pushed) -> Answer:
 
 def inspected(found: Inspection) -> Answer:
     """The end of `inspect`."""
-    verdict = "no: some modules have no exact XPU layout" if found.refused else "yes, exactly"
+    verdict = "no: some modules have no exact XPU layout" if found.refused else "yes, every module has an exact layout"
     if any(module.scheme is None for module in found.modules):
         verdict = "yes, with some modules dequantized to bf16"
     says = f"config.json says '{found.quant_method}'"
@@ -178,7 +185,11 @@ def _split(problems: Mapping[str, str]) -> str:
 def verified(verdict: Verdict, report: Path | None) -> Answer:
     """The end of `verify`: tables for a person, verify.json for a program."""
     parts: list[str | TextTable] = []
-    for title, found in (("failures", verdict.failing), ("warnings", verdict.warnings)):
+    for title, found in (
+        ("failures", verdict.failing),
+        ("not checked", verdict.gaps),
+        ("warnings", verdict.warnings),
+    ):
         if found:
             rows = [(finding.check, finding.where, finding.what) for finding in found[:_MAX_FINDINGS]]
             parts.append(TextTable(title, ("check", "where", "what"), rows))
@@ -200,6 +211,7 @@ def verified(verdict: Verdict, report: Path | None) -> Answer:
         parts.append(f"{len(verdict.unchecked)} of {len(verdict.schemes)} modules were computed by no real kernel here")
     if report is not None:
         parts.append(f"reports in {report}: verify.json, verify.md, verify.html, verify.svg")
+    parts.append(headline(verdict))
     return Answer(parts, as_data(verdict))
 
 

@@ -1,6 +1,7 @@
 """The command line: its commands, exit codes and errors. Commands are beside it.
 
-Exit codes: 0 ok, 1 failed verification, 2 usage or unconvertible, 3 damaged input, 4 environment, 130 interrupted.
+Exit codes: 0 ok, 1 failed verification, 2 usage or unconvertible, 3 damaged input, 4 environment, 5 not verified,
+130 interrupted.
 """
 
 from __future__ import annotations

@@ -76,6 +76,9 @@ RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on
 PushToOption = Annotated[str | None, typer.Option(metavar="REPO", help="Publish the result on the Hub as OWNER/NAME.")]
 PrivateOption = Annotated[bool, typer.Option("--private/--public", help="Of a repository that is created.")]
 BranchOption = Annotated[str | None, typer.Option(help="Push to this branch; created from main.")]
+UnverifiedOption = Annotated[
+    bool, typer.Option("--unverified", help="Publish also what was converted with --no-verify.")
+]
 PullRequestOption = Annotated[bool, typer.Option("--pr", help="Push to a pull request; a later push adds to it.")]
 
 # How it is checked.
@@ -86,9 +89,17 @@ CheckedSourceOption = Annotated[
 CheckedRevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a --source on the Hub.")]
 BackendsOption = Annotated[
     list[str] | None,
-    typer.Option("--backend", help="Kernel library to run; repeat it for more (default: all that run here)."),
+    typer.Option("--backend", help="Kernel library that has to run; repeat it for more (default: all that run here)."),
 ]
 EveryOption = Annotated[bool, typer.Option("--all", help="Run kernels on every matrix, all rows and all M.")]
+RequireExactOption = Annotated[
+    bool,
+    typer.Option("--require-exact", help="Fail where a value was rounded or dequantized; wants --source."),
+]
+RequireBackendsOption = Annotated[
+    list[str] | None,
+    typer.Option("--require-backend", help="Kernel library that has to compute every module; repeat it for more."),
+]
 ReportOption = Annotated[Path | None, typer.Option(help="Folder to write verify.json, .md, .html and .svg into.")]
 FirstArgument = Annotated[str, typer.Argument(metavar="A", help="Folder with safetensors, or a .safetensors file.")]
 SecondArgument = Annotated[str, typer.Argument(metavar="B", help="The other one.")]

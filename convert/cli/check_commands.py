@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xpuquant.conversion.cli import arguments as args
-from xpuquant.errors import VerificationError
+from xpuquant.errors import NotVerifiedError, VerificationError
 
 if TYPE_CHECKING:
     from xpuquant.conversion.verify.verdict import Verdict
@@ -37,11 +37,14 @@ def verify(
     revision: args.CheckedRevisionOption = None,
     backends: args.BackendsOption = None,
     every: args.EveryOption = False,
+    require_exact: args.RequireExactOption = False,
+    require_backends: args.RequireBackendsOption = None,
     report: args.ReportOption = None,
     jobs: args.JobsOption = 0,
     as_json: args.JsonOption = False,
 ) -> None:
-    """Check a converted folder before it is deployed. Exit code 0: it may be; 1: it may not. OUT is only read."""
+    """Check a converted folder before it is deployed. Exit code 0: verified; 1: failed; 5: not verified, because
+    something that had to be checked was not. OUT is only read."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.runs.checking import verify_folder
@@ -54,12 +57,14 @@ def verify(
             revision=revision,
             backends=backends or (),
             every=every,
+            require_exact=require_exact,
+            require_backends=require_backends or (),
             report=report,
             jobs=jobs,
             reporter=progress,
         )
     output.answer(answers.verified(verdict, report))
-    _raise_failures(verdict, out)
+    _raise_unless_verified(verdict, out)
 
 
 def diff(
@@ -87,10 +92,12 @@ def doctor(as_json: args.JsonOption = False) -> None:
     Output(as_json).answer(answers.diagnosed(examine()))
 
 
-def _raise_failures(verdict: Verdict, out: Path) -> None:
-    """Raises VerificationError where the verdict is a failure."""
-    if not verdict.passed:
+def _raise_unless_verified(verdict: Verdict, out: Path) -> None:
+    """Raises VerificationError where the verdict is a failure, NotVerifiedError where something was not checked."""
+    if verdict.failing:
         first = verdict.failing[0]
         more = len(verdict.failing) - 1
         also = f" (and {more} more)" if more else ""
         raise VerificationError(f"{out} must not be deployed: {first.line()}{also}")
+    if verdict.gaps:
+        raise NotVerifiedError(f"{out} is not verified: {'; '.join(gap.line() for gap in verdict.gaps)}")

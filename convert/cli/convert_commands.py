@@ -27,6 +27,7 @@ def convert(
     private: args.PrivateOption = True,
     branch: args.BranchOption = None,
     pr: args.PullRequestOption = False,
+    unverified: args.UnverifiedOption = False,
     stream: args.StreamOption = False,
     as_json: args.JsonOption = False,
 ) -> None:
@@ -49,7 +50,7 @@ def convert(
         part=None if part is None else parse_part(part),
         ray=ray,
         stream=stream,
-        destination=Destination.asked(push_to, private, branch, pr),
+        destination=Destination.asked(push_to, private, branch, pr, unverified),
         command=typed_command(),
     )
     output = Output(as_json)
@@ -71,6 +72,7 @@ def finish(
     private: args.PrivateOption = True,
     branch: args.BranchOption = None,
     pr: args.PullRequestOption = False,
+    unverified: args.UnverifiedOption = False,
     as_json: args.JsonOption = False,
     layout: args.SameTextOption = None,
     scale_dtype: args.SameTextOption = None,
@@ -92,7 +94,7 @@ def finish(
         "fold_act_order": fold_act_order,
     }
     given = {name: value for name, value in told.items() if value is not None}
-    destination = Destination.asked(push_to, private, branch, pr)
+    destination = Destination.asked(push_to, private, branch, pr, unverified)
     request = FinishRequest(source, out, revision, jobs, verify, destination, typed_command(), given)
     output = Output(as_json)
     with output.progress() as progress:
@@ -106,6 +108,7 @@ def push(
     private: args.PrivateOption = True,
     branch: args.BranchOption = None,
     pr: args.PullRequestOption = False,
+    unverified: args.UnverifiedOption = False,
     as_json: args.JsonOption = False,
 ) -> None:
     """Publish a converted folder on the Hub. Run it again to finish or repeat it: what is there is not sent again."""
@@ -115,8 +118,10 @@ def push(
     from xpuquant.conversion.hub.target import Destination
 
     output = Output(as_json)
+    if not unverified and publish.never_verified(out):
+        unverified = output.ask(f"{out} {publish.NEVER_VERIFIED}. Publish it all the same?")
     with output.progress() as progress:
-        result = publish.push(out, Destination(repo_id, private, branch, pr), progress)
+        result = publish.push(out, Destination(repo_id, private, branch, pr, unverified), progress)
     output.answer(answers.pushed(result))
 
 

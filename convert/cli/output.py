@@ -78,6 +78,13 @@ class Output:
             f"error: {one_line(text, MESSAGE_LENGTH)}", markup=False, style="red" if self._err.is_terminal else None
         )
 
+    def ask(self, question: str) -> bool:
+        """A yes-or-no question, on a terminal; no where nobody can answer."""
+        if self.as_json or not (sys.stdin.isatty() and self._err.is_terminal):
+            return False
+        self._err.print(f"{one_line(question, MESSAGE_LENGTH)} [y/N] ", markup=False, end="")
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
     def progress(self) -> Bars | Lines:
         """A reporter for long work; use as a context manager."""
         return Bars(self._err) if self._err.is_terminal and not self.as_json else Lines(self._err, self.as_json)

@@ -31,7 +31,18 @@ from xpuquant.conversion.repo.checksums import hash_file, wrong_size
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
 from xpuquant.conversion.sources.repo_files import list_files, read_json, read_text
 from xpuquant.conversion.tree import Tree
-from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, VerificationError, XpuquantError
+from xpuquant.conversion.verify.digests import digest_in
+from xpuquant.errors import (
+    Argument,
+    DamagedError,
+    EnvironmentFault,
+    NotVerifiedError,
+    UsageError,
+    VerificationError,
+    XpuquantError,
+)
+from xpuquant.formats.guard import guarded
+from xpuquant.formats.scheme import expand
 
 COMMIT_MESSAGE = "Convert for Intel GPUs with xpuquant"
 
@@ -81,11 +92,16 @@ def push(
 
     Raises:
         UsageError: not a finished conversion, a bad repo id.
+        NotVerifiedError: it was never verified, and `to` does not say to publish it all the same.
         DamagedError: a shard is not what the conversion wrote.
         EnvironmentFault: network, permissions.
         VerificationError: the Hub holds other bytes than were sent.
     """
     names = local_files(folder)
+    if not to.unverified and never_verified(folder):
+        raise NotVerifiedError(
+            f"{folder} {NEVER_VERIFIED}; convert it with verification, or pass ", Argument("unverified", True)
+        )
     tree = Tree(folder)
     reporter.phase("push", sum(tree.size(name) for name in names))
     blobs = hash_files(tree, names)
@@ -93,6 +109,30 @@ def push(
     target.create(to.private)
     target.open(to.branch or MAIN, to.pr)
     return publish_repo(target, tree, blobs, {}, reporter.advance)
+
+
+NEVER_VERIFIED = "was converted without verification: nothing has shown that it is what the source is"
+
+
+def never_verified(folder: Path) -> bool:
+    """Whether a conversion was put into a folder without having been compared with its source: some module or tensor in
+    its record has no digest, which the comparison takes. False of a folder without a record.
+
+    Raises:
+        DamagedError: the record is none that a conversion writes. EnvironmentFault: it cannot be read.
+    """
+    tree = Tree(folder)
+    if not folder.is_dir() or not tree.holds(PROVENANCE):
+        return False
+    record = read_json(tree, PROVENANCE)
+    with guarded(PROVENANCE):
+        modules, digests = record.get("modules", {}), record.get("tensors_sha256", {})
+        plain = {name for pattern in record.get("unquantized", ()) for name in expand(pattern)}
+        for entry in modules.values():
+            plain |= set(entry.get("dequantized", ()))
+            if not entry.get("dequantized") and digest_in(entry)[1] is None:
+                return True
+        return not plain <= digests.keys()
 
 
 def local_files(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from xpuquant import __version__
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.shards import Shard, balance, in_source_order
 from xpuquant.conversion.plan.survey import PlannedModule, refusal, survey_modules
+from xpuquant.conversion.sources.quantization import without_quantization
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.layouts.compressed_tensors import config as ct_config
 from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear
@@ -82,6 +83,16 @@ class Plan:
             plain += [tensor for module in self.dequantized for tensor in module.conversion.tensors]
             return ct_config.to_ct_config(ours, plain, self.quantization)
         return to_config({name: scheme for name, scheme in schemes.items() if scheme is not None}, producer)
+
+    def output_config(self, config: Mapping[str, Any], producer: str) -> dict[str, Any]:
+        """config.json of the output: the source's, with our quantization_config and nobody else's.
+
+        Args:
+            config: config.json of the source.
+        """
+        written = without_quantization(config)
+        written["quantization_config"] = self.quantization_config(producer)
+        return written
 
     def index(self) -> dict[str, Any]:
         """model.safetensors.index.json."""

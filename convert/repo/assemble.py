@@ -19,7 +19,6 @@ from xpuquant.conversion.repo.provenance import provenance_record
 from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
-from xpuquant.conversion.sources.quantization import without_quantization
 from xpuquant.conversion.sources.repo_files import read_text
 from xpuquant.conversion.sources.weight_files import INDEX
 from xpuquant.conversion.tree import Tree
@@ -28,13 +27,6 @@ from xpuquant.errors import EnvironmentFault
 
 PRODUCER = f"xpuquant {__version__}"
 _EARLIER_CARD = "README.earlier.md"
-
-
-def output_config(plan: Plan, source: Source) -> dict[str, Any]:
-    """config.json of the output: the source's, with our quantization_config and nobody else's."""
-    config = without_quantization(source.checkpoint.config)
-    config["quantization_config"] = plan.quantization_config(PRODUCER)
-    return config
 
 
 def write_repo(
@@ -72,7 +64,7 @@ def stage_repo(
         if len(plan.shards) > 1:
             tree.write(INDEX, json_bytes(plan.index()))
             files.append(INDEX)
-        config = json_bytes(output_config(plan, source))
+        config = json_bytes(plan.output_config(source.checkpoint.config, PRODUCER))
         hashes = {name: hash_file(tree, name) or "" for name in files}
         record = provenance_record(plan, source, shards, hashes, config, PRODUCER, verdict)
         tree.write(PROVENANCE, seal(json_bytes(record)))

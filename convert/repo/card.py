@@ -19,7 +19,7 @@ from xpuquant import __version__
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.card_merge import CARD, front_matter, generate
-from xpuquant.conversion.report.sentences import in_one_line
+from xpuquant.conversion.report.sentences import headline
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.verdict import Verdict
@@ -195,7 +195,7 @@ def _left(plan: Plan, source: Source) -> list[tuple[str, str]]:
 
 
 def _verification(verdict: Verdict) -> VerificationSummary:
-    lines = [in_one_line(verdict)]
+    lines = [headline(verdict)]
     lines += [f"warning: {finding.line()}" for finding in verdict.warnings]
     if verdict.unavailable:
         lines.append("Kernels that could not run where it was converted: " + ", ".join(sorted(verdict.unavailable)))
@@ -250,9 +250,8 @@ def _opening(facts: CardFacts) -> str:
         layout = f"as a standard {facts.layout} checkpoint"
     return (
         f"# {facts.name.rpartition('/')[2]}\n\n"
-        f"{base} {layout}, {precisions} weights. The conversion "
-        "repacks, it does not quantize again: every weight decodes to exactly the value it had, unless the table "
-        "below says bf16 or that scales were rounded."
+        f"{base} {layout}, {precisions} weights. The conversion does not quantize again. What was compared with the "
+        "source, what equals it to the last bit and what was rounded stands under Verification."
     )
 
 
@@ -307,7 +306,10 @@ def _sizes(facts: CardFacts) -> str:
 def _verified(facts: CardFacts) -> str:
     checked = facts.verification
     if checked is None:
-        return "## Verification\n\nNone: the conversion ran with `--no-verify`."
+        return (
+            "## Verification\n\nNone: the conversion ran with `--no-verify`. No value was compared with the source, "
+            "and no kernel computed one."
+        )
     parts = ["## Verification", "\n".join(f"- {_cell(line)}" for line in checked.lines)]
     if checked.picture:
         parts.append(f"![How close kernels come to the source, layer by layer]({checked.picture})")

@@ -11,6 +11,7 @@ from xpuquant.conversion.sources.repo_files import find_files
 from xpuquant.conversion.sources.shard_reader import ShardReader
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, UsageError
+from xpuquant.formats.guard import guarded
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.layouts.base import Layout, Stored
 from xpuquant.formats.layouts.compressed_tensors import config as portable
@@ -22,12 +23,14 @@ from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 class Repo:
     """An open converted repo. Its tensors are those that the headers on disk say.
 
+    tree     its folder
     tensors  name → tensor, of all shards
     modules  name → quantized module
     plain    name → tensor, of those that belong to no quantized module
     """
 
     def __init__(self, tree: Tree, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
+        self.tree = tree
         self.reader = ShardReader(tree, shards)
         self.tensors: dict[str, Tensor] = {}
         for shard in shards:
@@ -69,7 +72,8 @@ def open_repo(folder: Path) -> Repo:
     # A portable output says nothing of us in its config: its provenance does.
     if method != QUANT_METHOD and not (method == portable.FAMILY and Tree(folder).holds(PROVENANCE)):
         raise UsageError(f"{folder}: was not converted by xpuquant (quant_method is {method!r})")
-    repo = Repo(Tree(folder), found.shards, found.quantization)
+    with guarded("config.json"):
+        repo = Repo(Tree(folder), found.shards, found.quantization)
     for name, shard in (found.index or {}).items():
         held = repo.tensors.get(name)
         if held is None or held.file != shard:

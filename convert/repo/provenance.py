@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from xpuquant.conversion.plan.plan import Plan
@@ -14,8 +13,9 @@ from xpuquant.conversion.repo.checksums import UNSEALED
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.digests import KIND
+from xpuquant.conversion.verify.proof import Checked
 from xpuquant.conversion.verify.run import sizes
-from xpuquant.conversion.verify.verdict import Checked, Verdict
+from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.formats.scheme import compact
 
 
@@ -72,5 +72,11 @@ def _module(planned: PlannedModule, checked: Checked | None) -> dict[str, Any]:
         entry["roles"] = list(dict.fromkeys(role for role, _, _ in planned.weights))
         entry[KIND] = checked.digest
         if checked.rounding is not None:
-            entry["rounding"] = asdict(checked.rounding)
+            rounding = checked.rounding
+            entry["rounding"] = {
+                "dtype": rounding.dtype,
+                "scales": rounding.numbers,
+                "changed": rounding.changed,
+                "largest": rounding.largest,
+            }
     return entry

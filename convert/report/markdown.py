@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from xpuquant.conversion.report.sentences import exactness, unquantized
-from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Verdict
+from xpuquant.conversion.report.sentences import exactness, headline, unquantized
+from xpuquant.conversion.verify.proof import Claim
+from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Outcome, Verdict
 from xpuquant.errors import one_line
 
 _WORST = 10
@@ -15,12 +16,15 @@ _SHOWN = 20
 def render_markdown(verdict: Verdict) -> str:
     """The whole report."""
     sections = [
-        f"# {_cell(verdict.repo)}: {'verified' if verdict.passed else '**FAILED**'}",
+        f"# {_cell(verdict.repo)}: {_TITLES[verdict.outcome]}",
+        f"{_cell(headline(verdict), 4000)}.",
         f"Written by {_cell(verdict.producer or 'unknown')}.",
         _table(("Check", "Result", "What"), checks(verdict)),
     ]
     if verdict.failures:
         sections += ["## Failures", _list(verdict.failures)]
+    if verdict.gaps:
+        sections += ["## Not checked", _list(gap.line() for gap in verdict.gaps)]
     if verdict.warnings:
         sections += ["## Warnings", _list(finding.line() for finding in verdict.warnings)]
     ran = [run for run in verdict.kernels if run.ran]
@@ -45,44 +49,69 @@ def render_markdown(verdict: Verdict) -> str:
 
 
 def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
-    """(check, result, what was looked at), one line for each kind of check."""
-    failing = {name: [f for f in verdict.failing if f.check == name] for name in _KINDS}
-    modules = [checked for checked in verdict.exact if checked.matrices]
-    ran = [run for run in verdict.kernels if run.ran]
-    what = {
-        "integrity": f"sha256 of {verdict.files} files; headers, index and config.json against each other",
-        "exactness": f"{len(modules):,} modules: {exactness(verdict)}; {unquantized(verdict)}; against {verdict.basis}",
-        "kernels": f"{len(verdict.schemes) - len(verdict.unchecked)} of {len(verdict.schemes)} modules by "
-        + (", ".join(dict.fromkeys(run.backend for run in ran if run.backend != REFERENCE)) or "no real kernel")
-        + f"; {sum(run.wrong_layout is not None for run in ran)} wrong layouts tried, each noticed",
-        "sanity": f"{sum(h.groups for h in verdict.health.values()):,} scales of {len(verdict.health)} modules",
-    }
-    done = {
-        "integrity": verdict.files > 0,
-        "exactness": bool(verdict.exact),
-        "kernels": bool(ran),
-        "sanity": bool(verdict.health),
-    }
+    """(check, result, what was looked at), one line for each kind of check. Only what ran can pass."""
     rows: list[tuple[str, str, str]] = []
-    for kind in _KINDS:
-        warned = sum(1 for finding in verdict.warnings if finding.check == kind)
-        result = "pass" if not failing[kind] else f"FAIL ({len(failing[kind])})"
-        if not failing[kind] and not done[kind]:
-            rows.append((kind, "not run", _NOT_RUN.get(kind, "") if verdict.passed else "see below"))
-            continue
-        if kind == "kernels" and failing[kind]:
-            what[kind] = what[kind].replace(", each noticed", "")
+    for kind, what in (
+        ("integrity", _integrity(verdict)),
+        ("exactness", _exactness(verdict)),
+        ("kernels", _kernels(verdict)),
+        ("sanity", _sanity(verdict)),
+    ):
+        failing = sum(finding.check == kind for finding in verdict.failing)
+        gaps = [gap for gap in verdict.gaps if gap.check == kind]
+        warned = sum(finding.check == kind for finding in verdict.warnings)
+        result = f"FAIL ({failing})" if failing else "not run" if what is None else "not all" if gaps else "pass"
         if warned:
             result += f", {warned} warning{'s' * (warned > 1)}"
-        rows.append((kind, result, what[kind] if done[kind] else ""))
+        looked = what or (_NOT_RUN.get(kind, "") if not verdict.failing else "see below")
+        rows.append((kind, result, looked))
     return rows
 
 
+def _integrity(verdict: Verdict) -> str | None:
+    if verdict.files:
+        return f"sha256 of {verdict.files} files; headers, index and config.json against each other"
+    if verdict.shards:
+        return (
+            f"headers and sizes of {verdict.shards} shards, read again; the sha256 of each was taken from its bytes as "
+            "they were written"
+        )
+    return None
+
+
+def _exactness(verdict: Verdict) -> str | None:
+    proof = verdict.proof
+    unchecked = {part.claim for part in proof.parts} | set(proof.tensors) <= {Claim.NOT_CHECKED}
+    if unchecked and not proof.wrong:
+        return None
+    modules = sum(1 for checked in verdict.exact if checked.matrices)
+    return f"{modules:,} modules: {exactness(proof)}; {unquantized(proof)}; against {verdict.basis or 'nothing'}"
+
+
+def _kernels(verdict: Verdict) -> str | None:
+    """None where no real kernel ran: the float64 reference shows that the layout is read as it was written, no more."""
+    ran = [run for run in verdict.kernels if run.ran]
+    real = dict.fromkeys(run.backend for run in ran if run.backend != REFERENCE)
+    if not real and all(run.passed for run in ran):
+        return None
+    computed = len(verdict.schemes) - len(verdict.unchecked)
+    noticed = ", each noticed" if all(run.passed for run in ran) else ""
+    tried = sum(run.wrong_layout is not None for run in ran)
+    by = ", ".join(real) or "the float64 reference alone"
+    return f"{computed} of {len(verdict.schemes)} modules by {by}; {tried} wrong layouts tried{noticed}"
+
+
+def _sanity(verdict: Verdict) -> str | None:
+    if not verdict.health:
+        return None
+    return f"{sum(h.groups for h in verdict.health.values()):,} scales of {len(verdict.health)} modules"
+
+
+_TITLES = {Outcome.VERIFIED: "verified", Outcome.FAILED: "**FAILED**", Outcome.NOT_VERIFIED: "**not verified**"}
 _NOT_RUN = {
-    "integrity": "the sha256 of each file was recorded while it was written; xpuquant verify compares them",
-    "exactness": "converted with --no-verify; pass --source",
+    "exactness": "there is no recorded digest, as after a conversion without verification; verify against the source",
+    "kernels": "no kernel library computes these modules here; the float64 reference alone reads the layout",
 }
-_KINDS = ("integrity", "exactness", "kernels", "sanity")
 
 
 def _representatives(ran: Sequence[Agreement]) -> list[Agreement]:
@@ -144,6 +173,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(text: str) -> str:
+def _cell(text: str, limit: int = 400) -> str:
     # Names come from strangers' files: `|`, `<` and backticks would break out of their cell.
-    return one_line(text, 400).replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+    return one_line(text, limit).replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")

@@ -14,6 +14,7 @@ from typing import Any
 
 from xpuquant.conversion.report.heatmap import heat_map
 from xpuquant.conversion.report.markdown import checks, matrix_name
+from xpuquant.conversion.report.sentences import headline
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.verify.agreement import BINS
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Health, Verdict
@@ -91,9 +92,11 @@ def render_page(verdict: Verdict) -> str:
     return template.render(
         title=verdict.repo,
         producer=verdict.producer or "unknown",
-        passed=verdict.passed,
+        outcome=str(verdict.outcome),
+        sentence=headline(verdict),
         checks=_checks(verdict),
         failures=[finding.line() for finding in verdict.failing],
+        gaps=[gap.line() for gap in verdict.gaps],
         warnings=[finding.line() for finding in verdict.warnings],
         heat_map=Markup(heat_map(verdict, ids)) if verdict.schemes else None,
         histogram=_histogram(ran),

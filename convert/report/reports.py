@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,12 +18,13 @@ from xpuquant.conversion.repo.checksums import UNSEALED, seal
 from xpuquant.conversion.report.heatmap import heat_map
 from xpuquant.conversion.report.markdown import render_markdown
 from xpuquant.conversion.report.page import render_page
-from xpuquant.conversion.report.sentences import by_rounding, total_rounding
+from xpuquant.conversion.report.sentences import headline
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.agreement import BINS, ROWS
 from xpuquant.conversion.verify.expected import SEED
 from xpuquant.conversion.verify.integrity import VERDICT
-from xpuquant.conversion.verify.verdict import Agreement, Checked, Claim, Verdict
+from xpuquant.conversion.verify.proof import Claim, Proof
+from xpuquant.conversion.verify.verdict import Agreement, Verdict
 from xpuquant.formats.dtypes import numpy_dtype
 
 
@@ -52,18 +52,22 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
     """The content of verify.json."""
     modules = [checked for checked in verdict.exact if checked.matrices]
     return {
+        "verdict": str(verdict.outcome),
         "passed": verdict.passed,
+        "sentence": headline(verdict),
         "repo": verdict.repo,
         "producer": verdict.producer,
         "failures": verdict.failures,
+        "not_checked": [gap.line() for gap in verdict.gaps],
         "warnings": [finding.line() for finding in verdict.warnings],
-        "integrity": {"files": verdict.files},
+        "integrity": {"files": verdict.files, "shards_read_again": verdict.shards},
         "exact": {
             "against": verdict.basis or None,
             "modules": len(modules),
             "matrices": sum(checked.matrices for checked in modules),
             "unquantized_tensors": len(verdict.exact) - len(modules),
-            "matrices_by_claim": _by_claim(modules),
+            "matrices_by_claim": by_claim(verdict.proof),
+            "unquantized_by_claim": {str(claim): count for claim, count in verdict.proof.tensors.items()},
             "failures": {one.name: one.error for one in verdict.exact if one.error is not None},
         },
         "kernels": {
@@ -80,26 +84,23 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _by_claim(modules: Sequence[Checked]) -> dict[str, Any]:
-    """Matrices without a difference, by what may be said of them."""
-    sound = [checked for checked in modules if checked.error is None]
-    counts = Counter[str]()
-    for checked in sound:
-        counts[checked.claim] += checked.matrices
-    found: dict[str, Any] = dict(sorted(counts.items()))
-    rounded = {
-        numpy_dtype(dtype).name: _plain(
+def by_claim(proof: Proof) -> dict[str, Any]:
+    """Matrices without a difference, by what may be said of them, and what rounding changed in them."""
+    found: dict[str, Any] = {str(claim): count for claim in Claim if (count := proof.matrices(claim))}
+    for part in proof.parts:
+        if part.rounding is None:
+            continue
+        is_scales = Claim.DEQUANTIZED not in (part.claim, part.recorded)
+        table = found.setdefault("scales_rounded_to" if is_scales else "values_rounded_to", {})
+        table[numpy_dtype(part.rounding.dtype).name] = _plain(
             {
-                "matrices": sum(checked.matrices for checked in members),
-                "scales": (total := total_rounding(dtype, members)).scales,
-                "scales_changed": total.changed,
-                "largest_relative_change": total.largest,
+                "matrices": part.matrices,
+                "scales" if is_scales else "values": part.rounding.numbers,
+                "scales_changed" if is_scales else "values_changed": part.rounding.changed,
+                "largest_relative_change": part.rounding.largest,
             }
         )
-        for claim in (Claim.ROUNDED, Claim.RECORDED)
-        for dtype, members in by_rounding(sound, claim).items()
-    }
-    return found | ({"scales_rounded_to": rounded} if rounded else {})
+    return found
 
 
 def _run(run: Agreement) -> dict[str, Any]:

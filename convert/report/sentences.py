@@ -1,17 +1,36 @@
-"""What was checked, in words. Only what decodes to the source's very values is called exact here."""
+"""What was checked, in words, made of a `Proof` and nothing else. Only what decodes to the source's very values is
+called exact here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 
-from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Checked, Claim, Rounding, Verdict
+from xpuquant.conversion.verify.proof import Claim, Part, Proof, Rounding
+from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Outcome, Verdict
 from xpuquant.formats.dtypes import numpy_dtype
+
+
+def headline(verdict: Verdict) -> str:
+    """The whole verdict in one sentence that begins with it: `verified against the source: ...`."""
+    if verdict.outcome is Outcome.FAILED:
+        first, *more = verdict.failing
+        return f"failed: {first.line()}" + (f" (and {len(more)} more)" if more else "")
+    if verdict.outcome is Outcome.NOT_VERIFIED:
+        gaps = "; ".join(gap.line() for gap in verdict.gaps)
+        return f"not verified: nothing wrong was found, but {gaps}"
+    said = f"{verdict.outcome} against {verdict.basis or 'nothing'}: {in_one_line(verdict)}"
+    return said + _OF_RECORDS * bool(verdict.proof.matrices(Claim.RECORDED) or Claim.RECORDED in verdict.proof.tensors)
+
+
+_OF_RECORDS = (
+    "; who can write its files can write those digests too: only a comparison with the source shows where it is from"
+)
 
 
 def in_one_line(verdict: Verdict) -> str:
     """The end of `convert`: what was checked."""
-    parts = [exactness(verdict)]
+    parts = [exactness(verdict.proof)]
     for (backend, activation), runs in by_kernel(verdict).items():
         kind = backend if backend == REFERENCE else f"{backend} {activation}"
         parts.append(f"{kind} within {max(run.error or 0.0 for run in runs):.0e} of float64")
@@ -26,49 +45,54 @@ def in_one_line(verdict: Verdict) -> str:
     return "; ".join(parts)
 
 
-def exactness(verdict: Verdict) -> str:
+def exactness(proof: Proof) -> str:
     """What may be said of the matrices, by what it is: `7 matrices decode exactly to the source, 12 with scales rounded
     to float16 (238 of 256 scales changed, largest relative change 3.9e-03)`."""
-    sound = [checked for checked in verdict.exact if checked.matrices and checked.error is None]
-    wrong = [checked for checked in verdict.exact if checked.error is not None]
-    decode, others = [], []
-    if count := _matrices(sound, Claim.EXACT):
-        decode.append(f"{count} matrices decode exactly to the source")
-    rounded = {_rounded(dtype, members): members for dtype, members in by_rounding(sound, Claim.ROUNDED).items()}
-    unknown = [checked for checked in sound if checked.claim is Claim.ROUNDED and checked.rounding is None]
-    for what, members in (rounded | ({"another dtype": unknown} if unknown else {})).items():
-        verb = "" if decode else " matrices decode to the source"
-        decode.append(f"{_counted(members)}{verb} with scales rounded to {what}")
-    if count := _matrices(sound, Claim.RECORDED):
-        decode.append(f"{count} matrices decode to what was recorded at conversion")
-    for dtype, members in by_rounding(sound, Claim.RECORDED).items():
-        decode.append(f"{_counted(members)} of them with scales rounded to {_rounded(dtype, members)}")
-    if count := _matrices(sound, Claim.DEQUANTIZED):
-        others.append(f"{count} matrices dequantized to bf16: each value is the exact one rounded once")
-    if wrong:
-        others.append(f"{len(wrong)} modules or tensors differ")
-    return "; ".join([", ".join(decode)] * bool(decode) + others) or "no matrices"
+    said = [*_decoded(proof), *_recorded(proof)]
+    for part in _of(proof, Claim.DEQUANTIZED):
+        changed = "" if part.rounding is None else f" ({_changes(part.rounding, 'values')})"
+        said.append(
+            f"{part.matrices:,} matrices dequantized to bf16: each value is the exact one rounded once{changed}"
+        )
+    said += [f"{part.matrices:,} matrices compared with nothing" for part in _of(proof, Claim.NOT_CHECKED)]
+    if proof.wrong:
+        said.append(f"{proof.wrong} modules or tensors differ")
+    return "; ".join(said) or "no matrices"
 
 
-def unquantized(verdict: Verdict) -> str:
-    """How many unquantized tensors were compared byte by byte."""
-    tensors = [checked for checked in verdict.exact if not checked.matrices]
-    same = sum(checked.error is None for checked in tensors)
-    return f"{same:,} of {len(tensors):,} unquantized tensors are the same bytes"
+def _decoded(proof: Proof) -> Iterator[str]:
+    """What was compared with the source and decodes to it."""
+    said = [f"{part.matrices:,} matrices decode exactly to the source" for part in _of(proof, Claim.EXACT)]
+    for part in _of(proof, Claim.ROUNDED):
+        verb = "" if said else " matrices decode to the source"
+        said.append(f"{part.matrices:,}{verb} with scales rounded to {_rounded(part)}")
+    if said:
+        yield ", ".join(said)
 
 
-def by_rounding(exact: Iterable[Checked], claim: Claim) -> dict[str, list[Checked]]:
-    """dtype → the modules of one claim whose scales were rounded to it."""
-    found: dict[str, list[Checked]] = {}
-    for checked in exact:
-        if checked.claim is claim and checked.rounding is not None:
-            found.setdefault(checked.rounding.dtype, []).append(checked)
-    return found
+def _recorded(proof: Proof) -> Iterator[str]:
+    """What was compared with a record, and what that says of the conversion."""
+    if not (count := proof.matrices(Claim.RECORDED)):
+        return
+    said = [f"{count:,} matrices decode to what was recorded at conversion"]
+    for part in _of(proof, Claim.RECORDED):
+        if part.recorded is Claim.ROUNDED:
+            said.append(f"{part.matrices:,} of them with scales rounded to {_rounded(part)}")
+        elif part.recorded is Claim.DEQUANTIZED:
+            said.append(f"{part.matrices:,} of them dequantized to bf16")
+    yield ", ".join(said)
 
 
-def total_rounding(dtype: str, members: Iterable[Checked]) -> Rounding:
-    """What rounding changed in all of them together."""
-    return sum((checked.rounding for checked in members if checked.rounding is not None), Rounding(dtype))
+def unquantized(proof: Proof) -> str:
+    """How many unquantized tensors were compared byte by byte, and with what."""
+    words = {
+        Claim.EXACT: "are the same bytes",
+        Claim.RECORDED: "are the bytes recorded at conversion",
+        Claim.NOT_CHECKED: "were compared with nothing",
+    }
+    total = sum(proof.tensors.values())
+    said = [f"{proof.tensors[claim]:,} of {total:,} {what}" for claim, what in words.items() if claim in proof.tensors]
+    return f"unquantized tensors: {', '.join(said) or 'none'}"
 
 
 def by_kernel(verdict: Verdict) -> dict[tuple[str, str], list[Agreement]]:
@@ -87,19 +111,17 @@ def decibels(run: Agreement) -> str:
     return "exact" if math.isinf(run.sqnr_db) and run.error == 0 else f"{run.sqnr_db:.0f} dB"
 
 
-def _matrices(exact: Iterable[Checked], claim: Claim) -> str:
-    """How many matrices are in modules of the claim; empty where there are none."""
-    members = [checked for checked in exact if checked.claim is claim]
-    return _counted(members) if members else ""
+def _of(proof: Proof, claim: Claim) -> Sequence[Part]:
+    return [part for part in proof.parts if part.claim is claim]
 
 
-def _counted(members: Iterable[Checked]) -> str:
-    return f"{sum(checked.matrices for checked in members):,}"
+def _rounded(part: Part) -> str:
+    if part.rounding is None:
+        return "another dtype"
+    return f"{numpy_dtype(part.rounding.dtype).name} ({_changes(part.rounding, 'scales')})"
 
 
-def _rounded(dtype: str, members: Iterable[Checked]) -> str:
-    total = total_rounding(dtype, members)
-    changed = f"{total.changed:,} of {total.scales:,} scales changed, largest relative change {total.largest:.1e}"
+def _changes(total: Rounding, what: str) -> str:
     if not total.changed:
-        changed = f"none of {total.scales:,} scales changed"
-    return f"{numpy_dtype(dtype).name} ({changed})"
+        return f"none of {total.numbers:,} {what} changed"
+    return f"{total.changed:,} of {total.numbers:,} {what} changed, largest relative change {total.largest:.1e}"

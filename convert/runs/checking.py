@@ -14,7 +14,7 @@ from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.integrity import weigh
 from xpuquant.conversion.verify.run import converted_from, select, verify
-from xpuquant.conversion.verify.verdict import Verdict
+from xpuquant.conversion.verify.verdict import Demands, Verdict
 from xpuquant.errors import Argument, EnvironmentFault, UsageError
 
 
@@ -25,6 +25,8 @@ def verify_folder(
     revision: str | None = None,
     backends: Sequence[str] = (),
     every: bool = False,
+    require_exact: bool = False,
+    require_backends: Sequence[str] = (),
     report: Path | None = None,
     jobs: int = 0,
     reporter: Reporter,
@@ -34,8 +36,10 @@ def verify_folder(
     Args:
         source: folder or repo id it was converted from; None: check against the digests recorded at conversion.
         revision: of a `source` on the Hub; None: the commit it was converted from.
-        backends: kernel libraries to run; none: all that run here.
+        backends: kernel libraries that have to run; none: all that run here do.
         every: run kernels on every matrix, all rows and all numbers of rows.
+        require_exact: a value that was rounded or dequantized is a failure; without `source`, nothing is verified.
+        require_backends: kernel libraries that have to compute every module.
         report: folder to write verify.json, .md, .html and .svg into.
         jobs: workers; 0: one per core, at most 8.
 
@@ -48,13 +52,18 @@ def verify_folder(
         raise UsageError(Argument("report", str(report)), ": is what is checked; name another folder")
     if revision is not None and source is None:
         raise UsageError(Argument("revision"), " is one of the source's: give ", Argument("source"), " too")
-    chosen = select(backends)
+    # Without a name all that run here do; one that must is among them anyway.
+    select(require_backends, "require_backends")
+    chosen = select((*backends, *require_backends) if backends else ())
     for backend in chosen:
         if backend.name in backends and (reason := backend.unavailable()) is not None:
             raise EnvironmentFault(Argument("backends", backend.name), f": {reason}")
+    demands = Demands(require_exact, tuple(backends), tuple(require_backends))
     opened = None if source is None else _open(source, revision, out, reporter)
     reporter.phase("verify", 2 * weigh(out) if out.is_dir() else 0)
-    verdict = verify(out, opened, chosen, every=every, jobs=jobs or default_jobs(), progress=reporter.advance)
+    verdict = verify(
+        out, opened, chosen, every=every, jobs=jobs or default_jobs(), progress=reporter.advance, demands=demands
+    )
     if report is not None:
         try:
             tree = Tree(report)

@@ -38,10 +38,10 @@ from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.repo_files import parse_json, read_json
 from xpuquant.conversion.sources.streamed import StreamedSource
 from xpuquant.conversion.verify.context import Check, Origin
-from xpuquant.conversion.verify.exactness import claim_of
 from xpuquant.conversion.verify.run import sizes, verify_staged
-from xpuquant.conversion.verify.verdict import Checked, Verdict
+from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.conversion.write.execute import execute_plan
+from xpuquant.errors import XpuquantError
 from xpuquant.formats.safetensors import Tensor
 
 _SOURCE = "source"
@@ -235,39 +235,42 @@ class _Work:
         finished: dict[str, Finished] = {}
         verdicts: list[Verdict] = []
         for i, segment in enumerate(cut):
-            todo = [shard for shard in segment.shards if shard.name not in self._staged]
-            if todo:
+            verdict = self._noted(segment) if self._verify else None
+            # What is staged and has not been checked is made again: nothing else shows that it is right.
+            todo = [shard for shard in segment.shards if self._verify or shard.name not in self._staged]
+            if verdict is None and todo:
                 for file in (*segment.sources, *_next_source(cut, i)):
                     self._source.prefetch(file)
                 self._make(todo, reporter)
             else:
-                reporter.advance(segment.nbytes * 3)
+                reporter.advance(2 * segment.nbytes)
             if self._verify:
-                verdicts.append(self._check(segment, name, reporter))
+                verdicts.append(verdict or self._check(segment, name, reporter))
             for shard in segment.shards:
                 finished[shard.name] = self._stage(shard, reporter)
             for file in segment.sources:
                 if last[file] <= i:
                     self._source.release(file)
-        verdict = _merged(verdicts, self._source) if self._verify else None
-        return finished, verdict
+        return finished, _merged(verdicts, self._source) if self._verify else None
 
     def _make(self, todo: Iterable[Shard], reporter: Reporter) -> None:
         plan = replace(self._plan, shards=tuple(todo))
         known = {shard.name: self._done[shard.name] for shard in plan.shards if shard.name in self._done}
         self._done |= execute_plan(plan, self._source, self._staging, self._jobs, known, reporter.advance)
 
+    def _noted(self, segment: Segment) -> Verdict | None:
+        """The verdict of an earlier run on these very shards, which are staged or here; None where there is none."""
+        held = self._done | self._staged
+        try:
+            note = read_json(self._verdicts, _note(segment))
+            verdict = Verdict.from_json(note["verdict"])
+            checked = [held[shard.name].sha256 == note["shards"][shard.name] for shard in segment.shards]
+        except (XpuquantError, KeyError, TypeError, ValueError):
+            return None
+        return verdict if all(checked) else None
+
     def _check(self, segment: Segment, name: str, reporter: Reporter) -> Verdict:
-        """The verdict on a segment; from the earlier run that staged it, where parts of it are no longer here."""
-        noted = f"{segment.shards[0].name}.json"
-        if any(shard.name in self._staged for shard in segment.shards):
-            if self._verdicts.holds(noted):
-                return Verdict.from_json(read_json(self._verdicts, noted))
-            return Verdict(
-                name,
-                PRODUCER,
-                exact=[Checked(m.conversion.name, len(m.weights), None, claim=claim_of(m)) for m in segment.modules],
-            )
+        """The verdict on a segment, all of whose shards are here."""
         plan = replace(self._plan, modules=segment.modules, passed=segment.passed, shards=segment.shards)
         repo = Repo(
             self._staging.files,
@@ -280,18 +283,25 @@ class _Work:
         finally:
             repo.reader.close()
         raise_failures(verdict, self._staging.files)
-        self._verdicts.write(noted, json.dumps(verdict.to_json()).encode())
+        shards = {shard.name: self._done[shard.name].sha256 for shard in segment.shards}
+        note = {"shards": shards, "verdict": verdict.to_json()}
+        self._verdicts.write(_note(segment), json.dumps(note).encode())
         return verdict
 
     def _stage(self, shard: Shard, reporter: Reporter) -> Finished:
         if self._target is None:
             return self._done[shard.name]
-        if shard.name not in self._staged:
+        if self._staging.files.holds(shard.name):
             self._target.stage(self._staging.files, shard.name, self._done[shard.name])
             self._staged[shard.name] = self._done[shard.name]
             self._staging.files.remove(shard.name)
-            reporter.advance(shard.nbytes)
+        reporter.advance(shard.nbytes)
         return self._staged[shard.name]
+
+
+def _note(segment: Segment) -> str:
+    """The file that the verdict on a segment is kept in."""
+    return f"{segment.shards[0].name}.json"
 
 
 def _merged(verdicts: Sequence[Verdict], source: StreamedSource) -> Verdict:
@@ -302,6 +312,7 @@ def _merged(verdicts: Sequence[Verdict], source: StreamedSource) -> Verdict:
             after[dtype] = after.get(dtype, 0) + nbytes
     return replace(
         verdicts[0],
+        shards=sum(verdict.shards for verdict in verdicts),
         exact=[checked for verdict in verdicts for checked in verdict.exact],
         kernels=[run for verdict in verdicts for run in verdict.kernels],
         health={name: health for verdict in verdicts for name, health in verdict.health.items()},

@@ -26,7 +26,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.run import verify_staged
-from xpuquant.conversion.verify.verdict import Verdict
+from xpuquant.conversion.verify.verdict import Outcome, Verdict
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import EnvironmentFault, UsageError, VerificationError
 
@@ -163,7 +163,7 @@ def check_staged(plan: Plan, source: Source, staged: Tree, name: str, jobs: int,
 
 def raise_failures(verdict: Verdict, staged: Tree) -> None:
     """Raises VerificationError where something failed; the reports beside the shards have all of it."""
-    if not verdict.passed:
+    if verdict.outcome is Outcome.FAILED:
         write_reports(staged, verdict)
         first, *more = (f"{finding.where}: {finding.what}" for finding in verdict.failing)
         also = f" (and {len(more)} more in {staged.path / 'verify.json'})" if more else ""

@@ -59,6 +59,8 @@ class ConvertRequest:
     def __post_init__(self) -> None:
         if self.ray is not None and not self.ray.strip():
             raise UsageError(Argument("ray", self.ray), ": want auto, local, or a cluster's host:port")
+        if self.destination is not None:
+            self.destination.check_verified(self.verify)
         given = {
             "part": self.part is not None,
             "stream": self.stream,
@@ -112,6 +114,10 @@ class FinishRequest:
     destination: Destination | None = None
     command: str = ""
     told: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.destination is not None:
+            self.destination.check_verified(self.verify)
 
 
 def plan_only(request: ConvertRequest) -> Planned:

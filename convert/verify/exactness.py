@@ -28,15 +28,9 @@ from xpuquant.conversion.verify.column_cache import ColumnCache
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.digests import MatrixDigest, digest_in, module_digest
 from xpuquant.conversion.verify.health import HealthCount
-from xpuquant.conversion.verify.rounding import RoundedScales
-from xpuquant.conversion.verify.verdict import (
-    CONTRADICTIONS,
-    Checked,
-    Claim,
-    Health,
-    Rounding,
-    contradiction,
-)
+from xpuquant.conversion.verify.proof import Checked, Claim, Rounding
+from xpuquant.conversion.verify.rounding import RoundedScales, change
+from xpuquant.conversion.verify.verdict import CONTRADICTIONS, Health, contradiction
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Array, Slice, as_bytes, columns, rows, whole
@@ -72,9 +66,10 @@ def check_exact(origin: Origin, check: Check) -> tuple[list[Checked], dict[str, 
     _same_tensors(plan, repo)
 
     def module(planned: PlannedModule) -> tuple[Checked, Health | None]:
-        if planned.conversion.scheme is None:
-            return _check_dequantized(planned, source, repo, check.progress), None
         return _ModuleCheck(planned, source, check).result()
+
+    def dequantized(name: str, weights: Sequence[Weight]) -> tuple[Checked, Health | None]:
+        return _check_dequantized(repo.tensors[name], weights, source, repo, check.progress), None
 
     def passed(tensor: Tensor) -> tuple[Checked, Health | None]:
         return _check_bytes(source, tensor, repo, check.progress), None
@@ -84,13 +79,15 @@ def check_exact(origin: Origin, check: Check) -> tuple[list[Checked], dict[str, 
 
     # Largest first, so that no worker is left with a long one at the end.
     largest = sorted(plan.modules, key=lambda planned: -planned.nbytes)
-    calls = [partial(module, planned) for planned in largest] + [partial(passed, one) for one in plan.passed]
+    calls = [partial(module, planned) for planned in largest if planned.conversion.scheme is not None]
+    calls += [partial(dequantized, name, weights) for name, weights in _by_tensor(plan).items()]
+    calls += [partial(passed, one) for one in plan.passed]
     calls += [partial(bias, split, name) for name, split in plan.split_biases.items()]
     results = run_all(check.jobs, calls)
     return [checked for checked, _ in results], {c.name: health for c, health in results if health is not None}
 
 
-def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checked], dict[str, Health], int]:
+def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checked], dict[str, Health]]:
     """Compare the decoded repo with the digests recorded at conversion. They were taken in the pass that compared every
     value with the source, so equal digests mean equal values.
 
@@ -98,11 +95,12 @@ def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checke
         record: xpuquant.json.
 
     Returns:
-        As `check_exact`, of what has a digest; and how many modules and tensors have none.
+        As `check_exact`. What has no recorded digest is `NOT_CHECKED`.
     """
     repo = check.repo
     modules: Mapping[str, Any] = record.get("modules", {})
     tensors: Mapping[str, str] = record.get("tensors_sha256", {})
+    dequantized = {name for entry in modules.values() for name in entry.get("dequantized", ())}
 
     def module(stored: Stored) -> tuple[Checked, Health | None]:
         return _check_module_digest(stored, modules.get(stored.name, {}), check)
@@ -110,14 +108,25 @@ def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checke
     def plain(tensor: Tensor) -> tuple[Checked, Health | None]:
         digest, expected = _tensor_digest(repo, tensor, check.progress), tensors.get(tensor.name)
         error = None if expected in (None, digest) else "bytes differ from those converted"
-        return Checked(tensor.name, 0, error, digest if expected else None, Claim.RECORDED), None
+        is_matrix = tensor.name in dequantized
+        held = Claim.DEQUANTIZED if is_matrix else Claim.EXACT
+        matrices = matrices_in(tensor) if is_matrix else 0
+        return _recorded(tensor.name, matrices, error, digest if expected else None, held), None
 
     calls = [partial(module, stored) for stored in repo.modules.values()]
     calls += [partial(plain, tensor) for tensor in repo.plain.values()]
     results = run_all(check.jobs, calls)
-    known = [checked for checked, _ in results if checked.digest is not None or checked.error is not None]
     counted = {checked.name: health for checked, health in results if health is not None}
-    return known, counted, len(results) - len(known)
+    return [checked for checked, _ in results], counted
+
+
+def _recorded(
+    name: str, matrices: int, error: str | None, digest: str | None, held: Claim, rounding: Rounding | None = None
+) -> Checked:
+    """What a comparison with a recorded digest shows. `digest` is None where there is none to compare with."""
+    if digest is None and error is None:
+        return Checked(name, matrices, None, None, Claim.NOT_CHECKED)
+    return Checked(name, matrices, error, digest, Claim.RECORDED, rounding, held)
 
 
 def run_all(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
@@ -144,13 +153,6 @@ def _same_tensors(plan: Plan, repo: Repo) -> None:
             raise DamagedError(
                 f"{name} is {held.dtype} {list(held.shape)}, the source gives {tensor.dtype} {list(tensor.shape)}"
             )
-
-
-def claim_of(planned: PlannedModule) -> Claim:
-    """What a check against the source shows of a module, where it finds nothing wrong."""
-    if planned.conversion.scheme is None:
-        return Claim.DEQUANTIZED
-    return Claim.EXACT if planned.conversion.rounded is None else Claim.ROUNDED
 
 
 class _ModuleCheck:
@@ -189,7 +191,8 @@ class _ModuleCheck:
 
     def _checked(self, error: str | None, digest: str | None = None) -> Checked:
         name, matrices = self._planned.conversion.name, len(self._planned.weights)
-        return Checked(name, matrices, error, digest, claim_of(self._planned), self._rounding)
+        claim = Claim.EXACT if self._rounding is None else Claim.ROUNDED
+        return Checked(name, matrices, error, digest, claim, self._rounding)
 
     def _compare(self, weight: Weight, stored: Stored, matrix: Matrix) -> str | None:
         """The first difference of a matrix."""
@@ -236,8 +239,10 @@ def _check_module_digest(stored: Stored, entry: Mapping[str, Any], check: Check)
     name, stored, repo = stored.name, replace(stored, load=ColumnCache(stored.load)), check.repo
     health, digests, layout = HealthCount(stored.scheme.symmetric), list[MatrixDigest](), repo.layout(stored)
 
+    held = Claim.EXACT if rounding is None else Claim.ROUNDED
+
     def checked(error: str | None, digest: str | None = None) -> Checked:
-        return Checked(name, len(digests), error, digest, Claim.RECORDED, rounding)
+        return _recorded(name, len(digests), error, digest, held, rounding)
 
     try:
         matrices = matrices_by_role(repo, stored)
@@ -300,27 +305,53 @@ def decoded_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, D
             yield top + start, top + stop, recipe.build(narrowed)
 
 
-def _check_dequantized(planned: PlannedModule, source: Source, repo: Repo, progress: Progress) -> Checked:
-    """A dequantized module: bf16 values are the exact ones, rounded once, and none became infinite."""
-    wrong = (_dequantized_error(weight, source, repo) for _, _, weight in planned.weights)
-    error = next((one for one in wrong if one is not None), None)
-    progress(planned.nbytes)
-    return Checked(planned.conversion.name, len(planned.weights), error, None, claim_of(planned))
+def _by_tensor(plan: Plan) -> dict[str, list[Weight]]:
+    """Dequantized tensor → the matrices in it: one, or those of experts."""
+    found: dict[str, list[Weight]] = {}
+    for planned in plan.dequantized:
+        for _, _, weight in planned.weights:
+            found.setdefault(weight.stack or f"{weight.name}.weight", []).append(weight)
+    return found
 
 
-def _dequantized_error(weight: Weight, source: Source, repo: Repo) -> str | None:
+def matrices_in(tensor: Tensor) -> int:
+    """Matrices of a dequantized tensor: `[N, K]`, or those of experts `[E, N, K]`."""
+    return tensor.shape[0] if len(tensor.shape) == 3 else 1
+
+
+def _check_dequantized(
+    tensor: Tensor, weights: Sequence[Weight], source: Source, repo: Repo, progress: Progress
+) -> Checked:
+    """A dequantized tensor: bf16 values are the exact ones, rounded once, and none became infinite or 0; and the sha256
+    of its bytes."""
+    rounding, matrices = Rounding("BF16"), matrices_in(tensor)
+    for weight in weights:
+        changed, error = _dequantized(weight, source, repo)
+        rounding += changed
+        if error is not None:
+            return Checked(tensor.name, matrices, error, None, Claim.DEQUANTIZED, rounding)
+    digest = _tensor_digest(repo, tensor, progress)
+    return Checked(tensor.name, matrices, None, digest, Claim.DEQUANTIZED, rounding)
+
+
+def _dequantized(weight: Weight, source: Source, repo: Repo) -> tuple[Rounding, str | None]:
+    """What rounding changed in a dequantized matrix, and the first difference."""
     tensor, turned = _dequantized_tensor(weight, repo), is_upended(weight)
+    rounding = Rounding("BF16")
     for start, stop, decoded in decoded_blocks(weight, source):
         values = decoded.values()
         expected = to_bf16(values)
         actual = repo.reader.read((columns if turned else rows)(tensor, start, stop))
         actual = np.ascontiguousarray(actual.T if turned else actual)
         if not np.array_equal(expected.view(np.uint16), actual.view(np.uint16)):
-            return f"{tensor.name}, rows {start}:{stop}: not the source's values rounded to bf16"
-        too_large = np.isinf(expected.astype(np.float32)) & np.isfinite(values)
-        if too_large.any():
-            return f"{tensor.name}, rows {start}:{stop}: {values[too_large][0]:g} does not fit bf16"
-    return None
+            return rounding, f"{weight.name}, rows {start}:{stop}: not the source's values rounded to bf16"
+        changed, lost = change("BF16", values, expected.astype(np.float64))
+        rounding += changed
+        if lost.any():
+            became = f"{values[lost][0]:g} becomes {expected[lost][0]:g}"
+            what = f"{int(np.count_nonzero(lost))} values do not fit bf16 ({became})"
+            return rounding, f"{weight.name}, rows {start}:{stop}: {what}"
+    return rounding, None
 
 
 def _dequantized_tensor(weight: Weight, repo: Repo) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from xpuquant.conversion.verify.proof import Checked, Claim
 from xpuquant.conversion.verify.verdict import Finding, Health
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.weights.decoded import Decoded
@@ -115,17 +116,20 @@ def _dead(rows: Decoded) -> int:
     return int(np.count_nonzero(~(codes[doubtful] & magnitude).any(axis=1)))
 
 
-def findings(health: Mapping[str, Health], exact: bool) -> Iterator[Finding]:
+def findings(health: Mapping[str, Health], checked: Mapping[str, Checked]) -> Iterator[Finding]:
     """What is worth a look.
 
     Args:
-        exact: every value has been found equal to the source's, so whatever is odd is the source's.
+        checked: module → what was found of it. Whatever is odd about numbers that are the source's is the source's.
     """
-    origin = "; so has the source" if exact else ""
     for name, h in health.items():
+        found = checked.get(name)
+        is_of_source = found is not None and found.is_of_source
+        then = found is not None and found.claim is Claim.RECORDED
+        origin = ("; so they were when it was converted" if then else "; so has the source") if is_of_source else ""
         if h.bad_scales or h.bad_codes:
             what = f"{h.bad_scales} scales and {h.bad_codes} codes are NaN or infinite{origin}"
-            yield Finding("sanity", name, what, fails=not exact)
+            yield Finding("sanity", name, what, fails=not is_of_source)
         if h.zero_scales:
             yield Finding("sanity", name, f"{h.zero_scales} of {h.groups} scales are 0{origin}", False)
         if h.dead_groups > _DEAD_SHARE * h.groups:

@@ -7,12 +7,14 @@ both ways, and with the list of modules and tensors that the conversion recorded
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.checksums import hash_file, is_sealed, wrong_size
 from xpuquant.conversion.repo.converted import Repo, open_repo
@@ -20,6 +22,7 @@ from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
 from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.exactness import run_all
+from xpuquant.conversion.verify.foreign import HIDDEN, hidden_files, is_pickle, loadable
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
 from xpuquant.formats.guard import guarded
@@ -83,7 +86,7 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
     ]
     found += [_wrong(name, "is missing") for name in listed if name not in there]
     found += [finding for finding in run_all(jobs, calls) if finding is not None]
-    found += _unlisted(present, listed)
+    found += _unlisted(list(dict.fromkeys((*present, *hidden_files(folder)))), listed)
     found += _reports(tree, present, progress)
     repo: Repo | None = None
     try:
@@ -95,6 +98,27 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
     except XpuquantError as error:
         found.append(_wrong(folder.name or str(folder), str(error)))
     return Integrity(tuple(found), record, repo, len(listed) + 1)
+
+
+def check_written(shards: Sequence[Shard], tree: Tree) -> tuple[Finding, ...]:
+    """Compare headers and sizes of shards that have just been written, read again, with those planned. Their sha256
+    were taken from the bytes as they were written, and every value is compared with the source: see `exactness.py`.
+
+    Raises:
+        EnvironmentFault: unreadable files.
+    """
+    found: list[Finding] = []
+    for shard in shards:
+        try:
+            with os.fdopen(tree.open(shard.name), "rb") as file:
+                header, nbytes = file.read(len(shard.header)), os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise EnvironmentFault(f"{error.filename}: cannot be read ({error.strerror})") from error
+        if header != shard.header:
+            found.append(_wrong(shard.name, "its header is not the one that was written"))
+        if nbytes != shard.nbytes:
+            found.append(_wrong(shard.name, f"has {nbytes} bytes, {shard.nbytes} were written"))
+    return tuple(found)
 
 
 def _wrong(where: str, what: str) -> Finding:
@@ -198,14 +222,21 @@ def _reports(tree: Tree, present: list[str], progress: Progress) -> list[Finding
 
 
 def _unlisted(present: list[str], listed: Mapping[str, str]) -> list[Finding]:
-    """Files that the conversion did not write. Weights and configs among them may be loaded: those fail."""
+    """Files that the conversion did not write. Those fail that a loader may run or read; so do pickles that it is said
+    to have written, for it writes none."""
     found: list[Finding] = []
     for name in present:
-        if name in listed or name in (PROVENANCE, VERDICT, *REPORTS) or PurePosixPath(name).name in UNPROTECTED:
+        parts = PurePosixPath(name).parts
+        if name in listed and not is_pickle(name):
             continue
-        loadable = name.endswith((".safetensors", ".index.json", ".bin", ".pt", ".py"))
-        what = "was not written by the conversion" + (", and a loader may pick it up" if loadable else "")
-        found.append(Finding("integrity", one_line(name), what, fails=loadable))
+        if name in (PROVENANCE, VERDICT, *REPORTS) or parts[-1] in UNPROTECTED:
+            continue
+        danger = loadable(name)
+        if danger is None and any(part in HIDDEN for part in parts[:-1]):
+            continue
+        what = "was not written by the conversion" if name not in listed else "is recorded, but no conversion writes it"
+        said = what if danger is None else f"{what}, and {danger}"
+        found.append(Finding("integrity", one_line(name), said, fails=danger is not None))
     return found
 
 

@@ -1,7 +1,8 @@
-"""Scales that were rounded because `--scale-dtype` asked for it: what that changed, and whether it lost any.
+"""What was rounded on request, scales (`--scale-dtype`) or whole matrices (`--on-unsupported dequantize`): what that
+changed, and whether it lost anything.
 
 Rounding a scale changes every weight of its group by the same small part, which is what was asked for and is counted.
-A scale that becomes infinite or 0 is another matter: its group no longer means anything, so that fails.
+A number that becomes infinite, NaN or 0 is another matter: it no longer means what it did, so that fails.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from xpuquant.conversion.verify.verdict import Rounding
+from xpuquant.conversion.verify.proof import Rounding
+from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.weights.decoded import Decoded
 
@@ -23,6 +25,16 @@ def round_scales(rows: Decoded, dtype: str) -> Decoded:
     """The same rows with their scales rounded once, to nearest even. `dtype` is a safetensors label."""
     with np.errstate(over="ignore", invalid="ignore"):
         return replace(rows, scale=rows.scale.astype(numpy_dtype(dtype)))
+
+
+def change(dtype: str, before: Array, after: Array) -> tuple[Rounding, Array]:
+    """What rounding `before` (float64) made of it: how many numbers changed and by how much, and a mask of those that
+    were lost: NaN, infinite or 0 only by being rounded. They count as changed, not for the largest change."""
+    changed = (before != after) & ~np.isnan(before)
+    lost = np.isfinite(before) & ~np.isfinite(after) | (before != 0) & (after == 0)
+    kept = changed & ~lost
+    largest = float((np.abs(after[kept] - before[kept]) / np.abs(before[kept])).max(initial=0.0))
+    return Rounding(dtype, before.size, int(np.count_nonzero(changed)), largest), lost
 
 
 class RoundedScales:
@@ -48,16 +60,11 @@ class RoundedScales:
         is_new = np.diff(rows.row, prepend=rows.row[0] if continued else -1) != 0
         chosen = rows.row[is_new]
         before, after = (side.scale[chosen].astype(np.float64) for side in (rows, rounded))
-        changed = (before != after) & ~np.isnan(before)
-        lost = np.isfinite(before) & ~np.isfinite(after) | (before != 0) & (after == 0)
+        changed, lost = change(self.rounding.dtype, before, after)
         if lost.any() and not self.lost:
             self._first_lost = f"{before[lost][0]:g} becomes {after[lost][0]:g}"
         self.lost += int(np.count_nonzero(lost))
-        kept = changed & ~lost
-        change = np.abs(after[kept] - before[kept]) / np.abs(before[kept])
-        self.rounding += Rounding(
-            self.rounding.dtype, before.size, int(np.count_nonzero(changed)), float(change.max(initial=0.0))
-        )
+        self.rounding += changed
         return rounded
 
     def error(self) -> str | None:
@@ -66,7 +73,7 @@ class RoundedScales:
             return None
         name = numpy_dtype(self.rounding.dtype).name
         return (
-            f"{self.lost} of {self.rounding.scales} scales do not fit {name} ({self._first_lost}); "
+            f"{self.lost} of {self.rounding.numbers} scales do not fit {name} ({self._first_lost}); "
             "keep the source's scale dtype"
         )
 

@@ -1,9 +1,9 @@
 """`verify`: may this be deployed? Integrity, exactness, kernels and sanity, put together.
 
-What flows: the files are hashed; the repo is opened; every module is decoded once, which compares it with the source
-(or with the digests recorded at conversion) and counts what sanity warns of; then kernels compute the matrices. A
-failure does not stop the rest: a report that names everything is worth more than the first error. The repo itself is
-only read.
+What flows: the files are hashed; the repo is opened; with a source, config and other files are compared with what the
+conversion writes from it; every module is decoded once, which compares it with the source (or with the digests recorded
+at conversion) and counts what sanity warns of; then kernels compute the matrices. A failure does not stop the rest: a
+report that names everything is worth more than the first error. The repo itself is only read.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.agreement import check_kernels
+from xpuquant.conversion.verify.contents import check_contents
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.exactness import check_exact, check_recorded, find_matrix, matrices_by_role
 from xpuquant.conversion.verify.expected import DecodeRows, Subject
 from xpuquant.conversion.verify.health import findings
-from xpuquant.conversion.verify.integrity import check_integrity
+from xpuquant.conversion.verify.integrity import check_integrity, check_written
+from xpuquant.conversion.verify.proof import Checked, Claim
 from xpuquant.conversion.verify.rounding import odd, round_scales
 from xpuquant.conversion.verify.verdict import (
     CONTRADICTIONS,
+    NO_DEMANDS,
     REFERENCE,
     Agreement,
-    Checked,
+    Demands,
     Finding,
     Health,
     Verdict,
@@ -51,8 +54,11 @@ DURING_CONVERT = (REFERENCE, "onednn")
 """Backends `convert` runs: those that cost no second of start-up and no gigabyte."""
 
 
-def select(names: Sequence[str]) -> list[Backend]:
+def select(names: Sequence[str], argument: str = "backends") -> list[Backend]:
     """Backends by name, the reference always among them; all of them where `names` is empty.
+
+    Args:
+        argument: of the public functions, that gave the names; for the message.
 
     Raises:
         UsageError: an unknown name.
@@ -60,7 +66,7 @@ def select(names: Sequence[str]) -> list[Backend]:
     known = backends()
     for name in names:
         if name not in known:
-            raise UsageError(Argument("backends", name), f": want one of {', '.join(known)}")
+            raise UsageError(Argument(argument, name), f": want one of {', '.join(known)}")
     return [backend for name, backend in known.items() if not names or name in names or name == REFERENCE]
 
 
@@ -82,6 +88,7 @@ def verify(
     every: bool = False,
     jobs: int = 1,
     progress: Progress = lambda _: None,
+    demands: Demands = NO_DEMANDS,
 ) -> Verdict:
     """Check a finished repo.
 
@@ -89,6 +96,7 @@ def verify(
         source: what it was converted from; None checks against the digests recorded at conversion.
         chosen: backends to run; see `select`.
         every: run kernels on every matrix, not on one of each shape and a sample of each module.
+        demands: what has to be shown besides.
 
     Raises:
         UsageError: not a converted repo, or not of this source. EnvironmentFault: unreadable files.
@@ -101,20 +109,31 @@ def verify(
         findings=integrity.findings,
         files=integrity.files,
         unavailable=_unavailable(chosen),
+        demands=demands,
     )
-    if integrity.repo is None or integrity.record is None:
+    if integrity.record is None:
+        return verdict
+    origin = None
+    if source is not None:
+        try:
+            options = Options.from_dict(integrity.record.get("options"))
+        except UsageError as error:
+            return _with_findings(verdict, Finding("integrity", PROVENANCE, str(error)))
+        origin = Origin(make_plan(source.checkpoint, options), source)
+        verdict = _with_findings(verdict, *check_contents(origin, Tree(folder), integrity.record))
+    if integrity.repo is None:
         return verdict
     check = Check(integrity.repo, chosen, jobs, progress, full=True, every=every)
     try:
-        if source is None:
+        if origin is None:
             return _against_record(verdict, integrity.record, check)
-        return _against_source(verdict, integrity.record, source, check)
+        return _against_source(verdict, origin, check)
     finally:
         integrity.repo.reader.close()
 
 
 def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Verdict:
-    """Check what `convert` is about to publish; its sha256 have just been computed from the same bytes.
+    """Check what `convert` is about to publish; its sha256 have been taken from the same bytes as they were written.
 
     Args:
         check: its backends are not looked at: see `DURING_CONVERT`.
@@ -130,38 +149,37 @@ def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Ver
         running = beside.submit(kernels) if check.jobs > 1 else None
         exact, health = check_exact(origin, check)
         ran = kernels() if running is None else running.result()
-    verdict = Verdict(name, producer, unavailable=_unavailable(check.backends), kernels=ran, **_of_source(origin))
+    verdict = Verdict(
+        name,
+        producer,
+        shards=len(origin.plan.shards),
+        findings=check_written(origin.plan.shards, check.repo.tree),
+        unavailable=_unavailable(check.backends),
+        kernels=ran,
+        **_of_source(origin),
+    )
     return _with_exactness(verdict, check.repo, exact, health)
 
 
-def _against_source(verdict: Verdict, record: Mapping[str, Any], source: Source, check: Check) -> Verdict:
+def _against_source(verdict: Verdict, origin: Origin, check: Check) -> Verdict:
     """A verdict on integrity, and the rest by comparing with the source."""
-    try:
-        origin = Origin(make_plan(source.checkpoint, Options.from_dict(record["options"])), source)
-    except (UsageError, KeyError):
-        return _with_findings(verdict, Finding("integrity", "xpuquant.json", "its options cannot be read"))
     try:
         exact, health = check_exact(origin, check)
     except DamagedError as error:
         what = f"{error}; is this the source it was converted from?"
-        return _with_findings(verdict, Finding("exactness", _shown(source), what))
-    source.check_unchanged()
+        return _with_findings(verdict, Finding("exactness", _shown(origin.source), what))
+    origin.source.check_unchanged()
     ran = _kernels(_source_subjects(origin, check.repo), check)
     return _with_exactness(replace(verdict, kernels=ran, **_of_source(origin)), check.repo, exact, health)
 
 
 def _against_record(verdict: Verdict, record: Mapping[str, Any], check: Check) -> Verdict:
     """A verdict on integrity, and the rest by comparing with what xpuquant.json says."""
-    exact, health, missing = check_recorded(record, check)
-    if missing:
-        what = (
-            f"{missing} modules and tensors have no recorded digest (not verified, or dequantized); "
-            "verify against the source to check them"
-        )
-        verdict = _with_findings(verdict, Finding("exactness", verdict.repo, what, fails=False))
+    exact, health = check_recorded(record, check)
+    is_recorded = any(one.claim is Claim.RECORDED for one in exact)
     verdict = replace(
         verdict,
-        basis="the digests recorded at conversion, when every value was compared with the source" if exact else "",
+        basis="the digests recorded at conversion, in its own xpuquant.json" if is_recorded else "",
         before=record.get("source", {}).get("bytes_by_dtype", {}),
         kernels=_kernels(_stored_subjects(check.repo), check),
     )
@@ -183,10 +201,10 @@ def _with_findings(verdict: Verdict, *found: Finding) -> Verdict:
 
 def _with_exactness(verdict: Verdict, repo: Repo, exact: Sequence[Checked], health: Mapping[str, Health]) -> Verdict:
     """The verdict with its part on exactness and health, and with what the repo holds."""
-    proven = bool(exact) and all(checked.error is None for checked in exact)
+    found = {one.name: one for one in exact}
     strange = [Finding("exactness", one.name, what, fails=False) for one in exact if (what := _odd_rounding(one))]
     return replace(
-        _with_findings(verdict, *strange, *findings(health, proven)),
+        _with_findings(verdict, *strange, *findings(health, found)),
         exact=exact,
         health=health,
         schemes={name: stored.scheme.label() for name, stored in repo.modules.items()},
@@ -195,7 +213,9 @@ def _with_exactness(verdict: Verdict, repo: Repo, exact: Sequence[Checked], heal
 
 
 def _odd_rounding(checked: Checked) -> str | None:
-    return None if checked.error is not None or checked.rounding is None else odd(checked.rounding)
+    if checked.error is not None or checked.rounding is None or checked.lost is not Claim.ROUNDED:
+        return None
+    return odd(checked.rounding)
 
 
 def _source_subjects(origin: Origin, repo: Repo) -> Iterator[Subject]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from xpuquant.conversion.verify.proof import Checked, Claim, Proof, Rounding
 from xpuquant.errors import DamagedError, one_line
 from xpuquant.formats.guard import UNFORESEEN, show
 
@@ -43,63 +44,6 @@ class Finding:
 
     def line(self) -> str:
         return f"{self.check}: {self.where}: {self.what}"
-
-
-class Claim(StrEnum):
-    """What may be said of a module whose check found no error. Only `EXACT` may be called exact."""
-
-    EXACT = "exact"
-    """Integers and scales are the source's; of an unquantized tensor, the bytes are."""
-
-    ROUNDED = "scales rounded"
-    """Integers are the source's, scales are the source's rounded once to another dtype: `Checked.rounding`."""
-
-    DEQUANTIZED = "dequantized"
-    """Every bf16 value is the exact product of code and scale, rounded once."""
-
-    RECORDED = "recorded"
-    """It decodes to what was recorded at conversion, when it was compared with the source."""
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """What rounding the scales of a module changed.
-
-    dtype    what they were rounded to, a safetensors label
-    scales   scales of the source that were rounded
-    changed  those that have another value now
-    largest  largest |change| / |scale| of those
-    """
-
-    dtype: str
-    scales: int = 0
-    changed: int = 0
-    largest: float = 0.0
-
-    def __add__(self, other: Rounding) -> Rounding:
-        """Both together; they are of one dtype."""
-        scales, changed = self.scales + other.scales, self.changed + other.changed
-        return Rounding(self.dtype, scales, changed, max(self.largest, other.largest))
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The exactness of one module or one unquantized tensor.
-
-    matrices  matrices compared; 0 for an unquantized tensor
-    error     None where everything is as it should be; otherwise the first difference
-    digest    of the decoded form (see `convert/verify/digests.py`); None where nothing could be decoded
-    claim     what the check shows where there is no error
-    rounding  of a module whose scales were rounded: now (`ROUNDED`), or when it was converted (`RECORDED`); None where
-              that was not kept
-    """
-
-    name: str
-    matrices: int
-    error: str | None
-    digest: str | None = None
-    claim: Claim = Claim.EXACT
-    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +144,36 @@ class Health:
     scale_typical: float = 0.0
 
 
+class Outcome(StrEnum):
+    """The three verdicts. A check that did not run is not a pass."""
+
+    VERIFIED = "verified"
+    """Everything was compared, with the source or with what was recorded at conversion, and found as it should be."""
+
+    FAILED = "failed"
+    """Something is not as it should be."""
+
+    NOT_VERIFIED = "not verified"
+    """Nothing wrong was found, but not everything that had to be was checked."""
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a verification has to show beyond what it always does.
+
+    exact     every value is the source's, none rounded, by comparison with the source itself
+    backends  kernel libraries that were named: each has to run here and compute something
+    required  kernel libraries of which each has to compute every module
+    """
+
+    exact: bool = False
+    backends: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+
+
+NO_DEMANDS = Demands()
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A verification.
@@ -208,6 +182,7 @@ class Verdict:
     producer     what wrote it
     basis        what exactness was checked against, in words; empty where it was not
     files        files whose sha256 was compared
+    shards       shards whose headers and sizes, read again after they were written, are those planned
     exact        modules and unquantized tensors, each with what may be claimed of it
     kernels      every kernel run, and the runs refused
     unavailable  backend → why it cannot run here
@@ -216,12 +191,14 @@ class Verdict:
     schemes      module → scheme label
     before       dtype → bytes of the source; empty where unknown
     after        dtype → bytes of the output
+    demands      what it had to show
     """
 
     repo: str
     producer: str
     basis: str = ""
     files: int = 0
+    shards: int = 0
     exact: Sequence[Checked] = ()
     kernels: Sequence[Agreement] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
@@ -230,13 +207,31 @@ class Verdict:
     schemes: Mapping[str, str] = field(default_factory=dict)
     before: Mapping[str, int] = field(default_factory=dict)
     after: Mapping[str, int] = field(default_factory=dict)
+    demands: Demands = NO_DEMANDS
 
-    @property
-    def failing(self) -> list[Finding]:
+    @cached_property
+    def proof(self) -> Proof:
+        """What has been shown of the weights."""
+        return Proof.of(self.exact)
+
+    @cached_property
+    def failing(self) -> Sequence[Finding]:
         """Everything that makes the verification fail."""
         wrong = [finding for finding in self.findings if finding.fails]
         wrong += [Finding("exactness", one.name, one.error) for one in self.exact if one.error is not None]
-        return wrong + [Finding("kernels", run.module, run.failure()) for run in self.kernels if not run.passed]
+        wrong += [Finding("kernels", run.module, run.failure()) for run in self.kernels if not run.passed]
+        if self.demands.exact:
+            inexact = [(one.name, one.lost) for one in self.exact if one.error is None and one.lost is not None]
+            wrong += [
+                Finding("exactness", name, f"{lost}, where every value has to be the source's")
+                for name, lost in inexact
+            ]
+        return wrong
+
+    @cached_property
+    def gaps(self) -> Sequence[Finding]:
+        """Everything that had to be checked and was not. Empty where nothing failed before it could be."""
+        return [*self._not_compared(), *self._not_computed()]
 
     @property
     def failures(self) -> list[str]:
@@ -248,8 +243,45 @@ class Verdict:
         return [finding for finding in self.findings if not finding.fails]
 
     @property
+    def outcome(self) -> Outcome:
+        """Verified, failed, or not verified."""
+        if self.failing:
+            return Outcome.FAILED
+        return Outcome.NOT_VERIFIED if self.gaps else Outcome.VERIFIED
+
+    @property
     def passed(self) -> bool:
-        return not self.failing
+        """Whether it is verified: nothing failed, and nothing that had to be checked was left out."""
+        return self.outcome is Outcome.VERIFIED
+
+    def _not_compared(self) -> Iterator[Finding]:
+        matrices, tensors = self.proof.matrices(Claim.NOT_CHECKED), self.proof.tensors.get(Claim.NOT_CHECKED, 0)
+        if matrices or tensors:
+            what = (
+                f"{matrices:,} matrices and {tensors:,} unquantized tensors have no recorded digest and were compared "
+                "with nothing, as after a conversion without verification; verify against the source to check them"
+            )
+            yield Finding("exactness", self.repo, what, fails=False)
+        if not self.exact:
+            yield Finding("exactness", self.repo, "no weight was compared with anything", fails=False)
+        if self.demands.exact and any(one.claim is Claim.RECORDED for one in self.exact):
+            what = "compared with its own record only; to be shown exact it has to be compared with the source"
+            yield Finding("exactness", self.repo, what, fails=False)
+
+    def _not_computed(self) -> Iterator[Finding]:
+        # The reference is no kernel library: naming it asks for nothing.
+        named = [backend for backend in self.demands.backends if backend != REFERENCE]
+        for backend in dict.fromkeys((*named, *self.demands.required)):
+            computed = {run.module for run in self.kernels if run.ran and run.backend == backend}
+            left = [name for name in self.schemes if name not in computed]
+            every = backend in self.demands.required
+            if backend not in self.unavailable and (not left or (computed and not every)):
+                continue
+            refused = (run.reason for run in self.kernels if run.backend == backend and not run.ran and run.reason)
+            why = self.unavailable.get(backend) or next(refused, None)
+            what = f"computed {len(computed)} of {len(self.schemes)} modules"
+            what += f": {why}" if why else f", among others not {left[0]}"
+            yield Finding("kernels", backend, what, fails=False)
 
     @property
     def unchecked(self) -> list[str]:
@@ -292,16 +324,22 @@ class Verdict:
                 ],
                 "health": {name: Health(**entry) for name, entry in data["health"].items()},
                 "findings": [Finding(**entry) for entry in data["findings"]],
+                "demands": Demands(**{key: _tuples(value) for key, value in data["demands"].items()}),
             }
         )
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _checked(entry: Mapping[str, Any]) -> Checked:
-    rounding = entry["rounding"]
+    rounding, recorded = entry["rounding"], entry["recorded"]
     return Checked(
         **{
             **entry,
             "claim": Claim(entry["claim"]),
             "rounding": None if rounding is None else Rounding(**rounding),
+            "recorded": None if recorded is None else Claim(recorded),
         }
     )

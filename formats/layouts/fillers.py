@@ -13,6 +13,7 @@ import numpy as np
 from xpuquant.formats.checkpoint import Array, columns
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import Filler, Piece
+from xpuquant.formats.layouts.scales import cast, refuse_lost
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, SIGN_FLIP, pack_nibbles
 from xpuquant.formats.weights.base import CACHED_CODES, ROWS_MULTIPLE, Arrays, Weight, all_inputs, deal, row_blocks
 from xpuquant.formats.weights.decoded import to_bf16
@@ -75,7 +76,8 @@ class FillGroupScales(Filler):
         scales = self.groups.rows(self.weight.scales().build(arrays))
         if self.by_row:
             scales = scales.T
-        out.view(numpy_dtype(self.dtype)).reshape(scales.shape)[...] = scales
+        target = out.view(numpy_dtype(self.dtype)).reshape(scales.shape)
+        target[...] = cast(scales, self.dtype, self.weight.scales().inputs[0].tensor.name)
 
     def piece(self) -> Piece:
         count = self.weight.N * (self.weight.K // self.groups.size)
@@ -225,8 +227,10 @@ class FillScales(Filler):
     dtype: str
 
     def fill(self, arrays: Arrays, out: Array) -> None:
-        scales = self.weight.scales(0, self.weight.N).build(arrays)
-        out.view(numpy_dtype(self.dtype)).reshape(scales.shape)[...] = scales
+        recipe = self.weight.scales(0, self.weight.N)
+        scales = recipe.build(arrays)
+        target = out.view(numpy_dtype(self.dtype)).reshape(scales.shape)
+        target[...] = cast(scales, self.dtype, recipe.inputs[0].tensor.name)
 
     def piece(self) -> Piece:
         rows, columns = self.weight.block
@@ -383,7 +387,11 @@ class FillDequantized(Filler):
         for start, stop in row_blocks(self.stop - self.start, self.weight.K, ROWS_MULTIPLE, 4 * CACHED_CODES):
             recipe = self.weight.decoded(self.start + start, self.start + stop)
             parts = zip(recipe.inputs, whole.inputs, arrays, strict=True)
-            rows[start:stop] = to_bf16(recipe.build([part.inside(of, array) for part, of, array in parts]).values())
+            values = recipe.build([part.inside(of, array) for part, of, array in parts]).values()
+            rounded = to_bf16(values)
+            where = f"{self.weight.name}.weight, rows {self.start + start}:{self.start + stop}"
+            refuse_lost(values, rounded, where, "values", "no kernel takes it, and it cannot be dequantized")
+            rows[start:stop] = rounded
 
     def piece(self) -> Piece:
         nbytes = (self.stop - self.start) * self.weight.K * 2

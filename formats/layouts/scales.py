@@ -1,10 +1,14 @@
-"""What the layouts share about scales: the dtype that the user asked for, and blocks of rows."""
+"""What the layouts share about scales: the dtype that the user asked for, what it cannot hold, and blocks of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xpuquant.formats.dtypes import rounds
+import numpy as np
+
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats.checkpoint import Array
+from xpuquant.formats.dtypes import numpy_dtype, rounds
 from xpuquant.formats.scheme import Scheme
 
 
@@ -16,6 +20,44 @@ def rounded(sources: Iterable[str], asked: str | None) -> str | None:
         asked: label of the dtype that the user wants; None for the source's.
     """
     return asked if asked is not None and any(rounds(source, asked) for source in sources) else None
+
+
+def cast(scales: Array, dtype: str, tensor: str) -> Array:
+    """The scales in another dtype, rounded once, to nearest even.
+
+    Args:
+        dtype: safetensors label.
+        tensor: name of the source's tensor, for the message.
+
+    Raises:
+        UnsupportedError: rounding makes an infinity, a NaN or a 0 of a scale: its group would mean nothing.
+    """
+    if scales.dtype == numpy_dtype(dtype):
+        return scales
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored: Array = scales.astype(numpy_dtype(dtype))
+    refuse_lost(scales, stored, tensor, "scales", "keep the source's scale dtype")
+    return stored
+
+
+def refuse_lost(before: Array, after: Array, where: str, numbers: str, fix: str) -> None:
+    """Refuse what rounding did to numbers that it made infinite, NaN or 0.
+
+    Args:
+        where: the tensor they are of.
+        numbers: what they are.
+        fix: what to do about it.
+
+    Raises:
+        UnsupportedError: there are such numbers.
+    """
+    lost = np.isfinite(before) & ~np.isfinite(after) | (before != 0) & (after == 0)
+    if lost.any():
+        became = f"{float(before[lost][0]):g} becomes {float(after[lost][0]):g}"
+        count = int(np.count_nonzero(lost))
+        raise UnsupportedError(
+            f"{where}: {count} of {before.size} {numbers} do not fit {after.dtype.name} ({became}); {fix}"
+        )
 
 
 def kept(stored: str, asked: str | None) -> tuple[str, ...]:

@@ -48,9 +48,10 @@ WRONG: dict[str, list[object]] = {
 }
 WRONG["jobs"] += ["2", 257, True, 10**30, (1,)]
 WRONG["tensor_parallel"] += [2, [0], [True], ["2"], "2", [2, -2], None]
-WRONG["backends"] += ["reference", [""], [3], {"reference": 1}, ["no such library"]]
+for _name in ("backends", "require_backends"):
+    WRONG[_name] += ["reference", [""], [3], {"reference": 1}, ["no such library"]]
 WRONG["part"] += ["3/2", "0/1", (1, 2), "1", 1, None]
-for _name in ("verify", "force", "stream", "private", "pr", "every", "values", "fold_act_order"):
+for _name in ("verify", "force", "stream", "private", "pr", "every", "values", "fold_act_order", "unverified"):
     WRONG[_name] += ["no", 0, 1, "True"]
 WRONG["options"] += [{"layout": "xpu"}, "xpu", Options]
 WRONG["scale_dtype"] += [3, "int3", np.float16, "U8"]
@@ -81,7 +82,7 @@ def test_a_wrong_value_is_one_line_that_names_the_argument(
     monkeypatch.chdir(tmp_path)
     function = FUNCTIONS[name]
     needed = {key: value for key, value in REQUIRED.items() if key in inspect.signature(function).parameters}
-    if argument in ("private", "branch", "pr") and "push_to" in inspect.signature(function).parameters:
+    if argument in ("private", "branch", "pr", "unverified") and "push_to" in inspect.signature(function).parameters:
         needed["push_to"] = "me/x"
     for value in WRONG[argument]:
         with pytest.raises(UsageError) as caught:
@@ -240,6 +241,7 @@ GIVEN = {
     "private": ["--public"],
     "branch": ["--branch", "x"],
     "pr": ["--pr"],
+    "unverified": ["--unverified"],
     "dry_run": ["--dry-run"],
     "as_json": ["--json"],
     "jobs": ["--jobs", "1"],
@@ -250,8 +252,8 @@ GIVEN = {
     "max_shard_size": ["--max-shard-size", "1GB"],
     "fold_act_order": ["--fold-act-order"],
 }
-NEEDS = {("private", "push_to"), ("branch", "push_to"), ("pr", "push_to")}
-PUBLISHING = {"push_to", "private", "branch", "pr"}
+NEEDS = {("private", "push_to"), ("branch", "push_to"), ("pr", "push_to"), ("unverified", "push_to")}
+PUBLISHING = {"push_to", "private", "branch", "pr", "unverified"}
 
 
 def test_the_matrix_names_every_option_of_convert() -> None:
@@ -270,7 +272,9 @@ def test_two_options_work_together_or_say_that_they_do_not(
     needing = [pair for pair in NEEDS if pair[0] in (one, other) and pair[1] not in (one, other)]
     of_the_hub = {"stream", "revision"} & {one, other}
     spelt = {name: words[0] for name, words in GIVEN.items()}
-    if excluded and not needing:
+    if {one, other} == {"verify", "push_to"}:
+        assert code == 2 and "nothing has checked: add --unverified" in error
+    elif excluded and not needing:
         assert code == 2 and spelt[one] in error and spelt[other] in error
     elif needing or excluded:
         assert code == 2 and (any(spelt[pair[0]] in error for pair in needing) or "exclude" in error)

@@ -18,7 +18,7 @@ from support.ints import DOWN, Q, Tensors, awq, awq_config, ct_config, gptq, gpt
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
-from xpuquant.conversion.repo.assemble import output_config
+from xpuquant.conversion.repo.assemble import PRODUCER
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.errors import DamagedError, UsageError, XpuquantError
 
@@ -221,7 +221,9 @@ def test_a_file_that_only_transformers_opens_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"Transformers loads other\.safetensors .*, vLLM model\.safetensors"):
         open_source(str(folder_of(tmp_path / "a", files, transformers_weights="other.safetensors")))
     source = open_source(str(folder_of(tmp_path / "b", files, transformers_weights="model.safetensors")))
-    assert "transformers_weights" not in output_config(make_plan(source.checkpoint, Options()), source)
+    assert "transformers_weights" not in make_plan(source.checkpoint, Options()).output_config(
+        source.checkpoint.config, PRODUCER
+    )
 
 
 def test_what_is_left_out_explains_that_nothing_is_quantized(tmp_path: Path) -> None:
@@ -305,7 +307,7 @@ def test_the_quantization_config_is_found_and_none_is_left(case: str, tmp_path: 
     source = open_source(str(folder_of(tmp_path / "in", files, quantization=False, **config)))
     plan = make_plan(source.checkpoint, Options())
     assert [module.conversion.name for module in plan.modules] == [DOWN]
-    written = output_config(plan, source)
+    written = plan.output_config(source.checkpoint.config, PRODUCER)
     assert written.pop("quantization_config")["quant_method"] == "xpuquant"
     assert "quantization_config" not in json.dumps(written) and "compression_config" not in json.dumps(written)
     assert not [name for name in source.extra_files if "quant" in name]

@@ -20,7 +20,8 @@ from xpuquant.conversion.report.markdown import render_markdown
 from xpuquant.conversion.report.reports import as_data, write_reports
 from xpuquant.conversion.report.sentences import exactness, in_one_line
 from xpuquant.conversion.tree import Tree
-from xpuquant.conversion.verify.verdict import Agreement, Checked, Claim, Finding, Health, Rounding, Verdict
+from xpuquant.conversion.verify.proof import Checked, Claim, Proof, Rounding
+from xpuquant.conversion.verify.verdict import Agreement, Finding, Health, Verdict
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = 'model.layers.3.<script>alert("x")</script>|`&.q_proj'
@@ -171,12 +172,12 @@ def test_only_what_is_exact_is_called_so():
     rounded = Checked("b", 12, None, "00", Claim.ROUNDED, Rounding("F16", 256, 238, 0.0039))
     members = [Checked("a", 7, None, "00"), rounded, Checked("c", 2, None, None, Claim.DEQUANTIZED)]
     made = Verdict("r", "p", exact=members)
-    assert exactness(made) == (
+    assert exactness(made.proof) == (
         "7 matrices decode exactly to the source, "
         "12 with scales rounded to float16 (238 of 256 scales changed, largest relative change 3.9e-03); "
         "2 matrices dequantized to bf16: each value is the exact one rounded once"
     )
-    assert exactness(made) in render_markdown(made)
+    assert exactness(made.proof) in render_markdown(made)
     assert as_data(made)["exact"]["matrices_by_claim"] == {
         "dequantized": 2,
         "exact": 7,
@@ -188,12 +189,15 @@ def test_only_what_is_exact_is_called_so():
     for members, said in (
         ([rounded], "12 matrices decode to the source with scales rounded to float16 (238 of"),
         ([replace(rounded, rounding=Rounding("F16", 256))], "rounded to float16 (none of 256 scales changed)"),
-        ([replace(rounded, claim=Claim.RECORDED)], "12 matrices decode to what was recorded at conversion, 12 of them"),
+        (
+            [replace(rounded, claim=Claim.RECORDED, recorded=Claim.ROUNDED)],
+            "12 matrices decode to what was recorded at conversion, 12 of them",
+        ),
         ([replace(rounded, rounding=None)], "12 matrices decode to the source with scales rounded to another dtype"),
         ([replace(rounded, error="differs")], "1 modules or tensors differ"),
         ([], "no matrices"),
     ):
-        found = exactness(Verdict("r", "p", exact=members))
+        found = exactness(Proof.of(members))
         assert said in found and "exactly" not in found
 
 

@@ -22,10 +22,10 @@ from xpuquant.conversion.report.sentences import exactness
 from xpuquant.conversion.results import Converted
 from xpuquant.conversion.runs.local import convert_checkpoint
 from xpuquant.conversion.sources.open import open_source
+from xpuquant.conversion.verify.proof import Claim, Proof, Rounding
 from xpuquant.conversion.verify.rounding import LARGEST_CHANGE, RoundedScales, odd
 from xpuquant.conversion.verify.run import select, verify
-from xpuquant.conversion.verify.verdict import Claim, Rounding
-from xpuquant.errors import VerificationError
+from xpuquant.errors import UnsupportedError
 from xpuquant.formats.weights.decoded import Decoded
 
 BF16_SCALES = FIXTURES / "llmcompressor-qwen3-w4a16-asym"
@@ -53,8 +53,8 @@ def with_scales(source: Path, folder: Path, name: str, values: dict[int, float])
     return folder
 
 
-def converted(source: Path, out: Path, **options: Any) -> Converted:
-    return convert_checkpoint(open_source(str(source)), out, Options(**options), jobs=1)
+def converted(source: Path, out: Path, verify: bool = True, **options: Any) -> Converted:
+    return convert_checkpoint(open_source(str(source)), out, Options(**options), jobs=1, verify=verify)
 
 
 def counted(before: np.ndarray, dtype: str) -> tuple[int, int, float]:
@@ -74,9 +74,11 @@ def said_of(before: np.ndarray, dtype: str) -> str:
 
 
 class TestScalesThatDoNotFit:
-    def test_infinities_and_zeros_made_by_rounding_are_refused_and_named(self, tmp_path, capsys):
+    @pytest.mark.parametrize("options", [[], ["--no-verify"], ["--layout", "compressed-tensors", "--no-verify"]])
+    def test_infinities_and_zeros_made_by_rounding_are_refused_and_named(self, options, tmp_path, capsys):
         source = with_scales(BF16_SCALES, tmp_path / "source", SCALE, {0: 1e6, 1: 1e-12})
-        assert run(["convert", str(source), str(tmp_path / "out"), "--scale-dtype", "float16"]) == 1
+        command = ["convert", str(source), str(tmp_path / "out"), "--scale-dtype", "float16", *options]
+        assert run(command) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and SCALE in said
         assert "2 of 768 scales do not fit float16" in said and "becomes inf" in said
@@ -85,9 +87,11 @@ class TestScalesThatDoNotFit:
         assert run(["convert", str(source), str(tmp_path / "kept"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["verification"]["passed"]
 
-    def test_a_repo_that_was_not_verified_fails_later(self, tmp_path):
+    def test_a_repo_that_holds_them_fails(self, tmp_path, monkeypatch):
+        """As a conversion would have written it that did not look."""
         source = with_scales(BF16_SCALES, tmp_path / "source", SCALE, {7: 1e-12})
         out = tmp_path / "out"
+        monkeypatch.setattr("xpuquant.formats.layouts.scales.refuse_lost", lambda *anything: None)
         assert run(["convert", str(source), str(out), "--scale-dtype", "float16", "--no-verify"]) == 0
         verdict = verify(out, open_source(str(source)), select(["reference"]))
         assert [finding.check for finding in verdict.failing] == ["exactness"]
@@ -108,7 +112,8 @@ class TestScalesThatDoNotFit:
         assert verdict is not None and verdict.passed
         assert any("too small for all bits of float16" in finding.what for finding in verdict.warnings)
 
-    def test_a_dequantized_value_that_becomes_infinite_fails(self, tmp_path):
+    @pytest.mark.parametrize("verify", [True, False])
+    def test_a_dequantized_value_that_becomes_infinite_is_refused(self, verify, tmp_path):
         source = tmp_path / "source"
         shutil.copytree(FIXTURES / "llmcompressor-llama-fp8-block-ragged", source)
         repo = inject.Repo(source)
@@ -116,8 +121,8 @@ class TestScalesThatDoNotFit:
         scales = repo.read(name).view(DTYPES[repo.places[name][3]])
         scales[...] = 3e38
         repo.write(name, scales.view(np.uint8))
-        with pytest.raises(VerificationError, match=r"down_proj\.weight, rows .* does not fit bf16"):
-            converted(source, tmp_path / "out", on_unsupported="dequantize")
+        with pytest.raises(UnsupportedError, match=r"down_proj\.weight, rows .* do not fit bfloat16 \(.* becomes -?inf"):
+            converted(source, tmp_path / "out", verify, on_unsupported="dequantize")
 
 
 class TestWhatIsSaid:
@@ -133,7 +138,7 @@ class TestWhatIsSaid:
             before = next(values for name, values in every.items() if name.rpartition(".")[0] == checked.name)
             assert checked.claim is Claim.ROUNDED and checked.rounding is not None
             found = checked.rounding
-            assert (found.dtype, found.scales, found.changed, found.largest) == (to, *counted(before, to))
+            assert (found.dtype, found.numbers, found.changed, found.largest) == (to, *counted(before, to))
 
     def test_every_report_and_the_card_say_rounded_and_none_says_exactly(self, tmp_path, capsys):
         out = tmp_path / "out"
@@ -157,22 +162,27 @@ class TestWhatIsSaid:
 
     def test_a_wider_dtype_changes_nothing_and_is_exact(self, tmp_path):
         verdict = converted(F16_SCALES, tmp_path / "out", scale_dtype="F32").verdict
-        assert verdict is not None and exactness(verdict) == "7 matrices decode exactly to the source"
+        assert verdict is not None and exactness(verdict.proof) == "7 matrices decode exactly to the source"
 
     def test_scales_that_fit_are_said_to_be_unchanged(self, tmp_path):
         verdict = converted(BF16_SCALES, tmp_path / "out", scale_dtype="F16").verdict
+        assert verdict is not None
         every = np.concatenate(list(scales_of(BF16_SCALES).values()))
-        assert (
-            verdict is not None and "none of" in said_of(every, "F16") and said_of(every, "F16") in exactness(verdict)
-        )
+        assert "none of" in said_of(every, "F16") and said_of(every, "F16") in exactness(verdict.proof)
 
     def test_dequantized_matrices_are_counted_apart(self, tmp_path):
         verdict = converted(
             FIXTURES / "llmcompressor-llama-nvfp4a16", tmp_path / "out", on_unsupported="dequantize"
         ).verdict
         assert verdict is not None
-        said = exactness(verdict)
-        assert re.fullmatch(r"\d+ matrices dequantized to bf16: each value is the exact one rounded once", said)
+        said = exactness(verdict.proof)
+        assert re.fullmatch(
+            r"\d+ matrices dequantized to bf16: each value is the exact one rounded once "
+            r"\([\d,]+ of [\d,]+ values changed, largest relative change [\d.]+e-03\)",
+            said,
+        )
+        rounding = Proof.of(verdict.exact).parts[0].rounding
+        assert rounding is not None and 0 < rounding.changed < rounding.numbers and rounding.largest <= 2.0**-8
 
     @pytest.mark.parametrize("seed", range(4))
     def test_it_is_true_of_random_scales(self, seed, tmp_path):
@@ -186,12 +196,13 @@ class TestWhatIsSaid:
             after = values.astype(np.float16).astype(np.float64)
         lost = int((~np.isfinite(after) | (after == 0)).sum())
         if lost:
-            with pytest.raises(VerificationError, match=f"{lost} of 768 scales do not fit float16"):
+            with pytest.raises(UnsupportedError, match=f"{lost} of 768 scales do not fit float16"):
                 converted(source, tmp_path / "out", scale_dtype="F16")
             return
         verdict = converted(source, tmp_path / "out", scale_dtype="F16").verdict
+        assert verdict is not None
         every = np.concatenate(list(scales_of(source).values()))
-        assert f"rounded to float16 ({said_of(every, 'F16')})" in exactness(verdict)
+        assert f"rounded to float16 ({said_of(every, 'F16')})" in exactness(verdict.proof)
 
 
 @settings(max_examples=200, deadline=None)

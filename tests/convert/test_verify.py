@@ -18,7 +18,8 @@ from xpuquant.conversion.cli.app import run
 from xpuquant.conversion.verify.column_cache import ColumnCache
 from xpuquant.conversion.verify.digests import MatrixDigest
 from xpuquant.conversion.verify.health import HealthCount, findings
-from xpuquant.conversion.verify.verdict import Agreement, Checked, Finding, Health, Verdict
+from xpuquant.conversion.verify.proof import Checked, Claim
+from xpuquant.conversion.verify.verdict import Agreement, Finding, Health, Verdict
 from xpuquant.formats.checkpoint import Slice, columns, whole
 from xpuquant.formats.layouts.base import Matrix
 from xpuquant.formats.safetensors import Tensor
@@ -99,9 +100,10 @@ class TestCommand:
 
 class TestNothingIsSkippedSilently:
     def test_a_conversion_without_verification_has_no_digests_and_says_so(self, made, capsys):
-        assert run(["verify", str(made["unverified"]), "--backend", "reference"]) == 0
-        out = capsys.readouterr().out
-        assert "no recorded digest" in out and "verify against the source" in out
+        assert run(["verify", str(made["unverified"]), "--backend", "reference"]) == 5
+        out, error = capsys.readouterr()
+        assert "no recorded digest" in out and "pass " not in out.partition("exactness")[2][:40]
+        assert "is not verified: exactness" in error and "verify against the source" in error and error.count("\n") == 1
         assert run(["verify", str(made["unverified"]), "--source", str(SOURCE), "--backend", "reference"]) == 0
 
     def test_modules_without_a_real_kernel_are_counted(self, made, capsys):
@@ -120,6 +122,8 @@ class TestNothingIsSkippedSilently:
             assert run(["verify", str(made["linear"]), "--backend", name]) == 4
             (line,) = capsys.readouterr().err.splitlines()
             assert line == f"error: --backend {name}: {backends()[name].unavailable()}"
+            assert run(["verify", str(made["linear"]), "--require-backend", name]) == 5
+            assert "0 of 7 modules" in capsys.readouterr().err
 
     def test_every_module_and_every_m_is_computed(self, made, capsys):
         if backends()["onednn"].unavailable() is not None:
@@ -174,8 +178,11 @@ class TestSanity:
 
     def test_nan_fails_only_where_it_is_not_the_source_s(self):
         health = {"m": Health(groups=4, bad_scales=1, codes=32)}
-        assert [finding.fails for finding in findings(health, exact=True)] == [False]
-        assert [finding.fails for finding in findings(health, exact=False)] == [True]
+        for claim in Claim:
+            fails = [finding.fails for finding in findings(health, {"m": Checked("m", 1, None, claim=claim)})]
+            assert fails == [claim is Claim.NOT_CHECKED]
+        assert [finding.fails for finding in findings(health, {"m": Checked("m", 1, "differs")})] == [True]
+        assert [finding.fails for finding in findings(health, {})] == [True]
 
     def test_warnings_name_what_is_odd(self):
         health = {
@@ -183,9 +190,9 @@ class TestSanity:
                 groups=100, zero_scales=1, dead_groups=2, codes=100, saturated=30, scale_max=101.0, scale_typical=1.0
             )
         }
-        said = [finding.what for finding in findings(health, exact=True)]
-        assert len(said) == 4 and all(not finding.fails for finding in findings(health, exact=True))
-        assert list(findings({"m": Health(groups=100, codes=100, saturated=13)}, exact=True)) == []
+        said = [finding.what for finding in findings(health, {})]
+        assert len(said) == 4 and all(not finding.fails for finding in findings(health, {}))
+        assert list(findings({"m": Health(groups=100, codes=100, saturated=13)}, {})) == []
 
 
 class TestDigests:

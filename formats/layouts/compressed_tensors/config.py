@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from xpuquant.errors import DamagedError
+from xpuquant.errors import DamagedError, shown
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import COMPRESSED_TENSORS
 from xpuquant.formats.readers.patterns import matches
@@ -130,17 +130,29 @@ def scheme_of(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor
     if group is None or not isinstance(weights, Mapping) or layout is None:
         raise DamagedError(f"config.json: no group of quantization_config describes {name}")
     granularity = str(weights.get("strategy"))
-    rows, columns = weights.get("block_structure") or (0, 0)
+    rows, columns = _block(weights.get("block_structure"), name)
+    size = weights.get("group_size") or 0
+    if type(size) is not int or size < 0:
+        raise DamagedError(f"config.json: 'group_size' of {name} is {shown(size)}")
     return CtScheme(
         layout=layout,
         granularity=granularity,
-        group_size=columns if granularity == "block" else weights.get("group_size") or 0,
+        group_size=columns if granularity == "block" else size,
         block_n=rows,
         scale_dtype=tensors["weight_scale"].dtype,
         symmetric=bool(weights.get("symmetric", True)),
         input_scale="input_scale" in tensors,
         activations=activation_words(group.get("input_activations")),
     )
+
+
+def _block(value: Any, name: str) -> tuple[int, int]:
+    """Rows and columns of a `block_structure`; zeros where there is none."""
+    if value is None:
+        return 0, 0
+    if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
+        raise DamagedError(f"config.json: 'block_structure' of {name} is {shown(value)}, want two sizes")
+    return value[0], value[1]
 
 
 def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

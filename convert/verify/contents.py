@@ -1,0 +1,105 @@
+"""What a repo holds beside its weights, against what the conversion writes from the source: config.json key by key, the
+index, and every file that is copied (tokenizer, templates, generation config, code). sha256 that were recorded again
+after a change hide nothing from this.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xpuquant.conversion.repo.checksums import hash_file
+from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.sources.repo_files import read_json
+from xpuquant.conversion.tree import Tree
+from xpuquant.conversion.verify.context import Origin
+from xpuquant.conversion.verify.verdict import Finding
+from xpuquant.errors import DamagedError, one_line, shown
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+_MOST_DIFFERENCES = 20
+"""Of one JSON file; a config of another model differs everywhere."""
+
+
+def check_contents(origin: Origin, tree: Tree, record: Mapping[str, Any]) -> list[Finding]:
+    """Compare everything but weights, reports and the card.
+
+    Args:
+        record: xpuquant.json.
+
+    Raises:
+        EnvironmentFault: unreadable files, network.
+    """
+    plan, source = origin.plan, origin.source
+    written = {CONFIG: plan.output_config(source.checkpoint.config, str(record.get("producer", "")))}
+    if len(plan.shards) > 1:
+        written[INDEX] = plan.index()
+    found = [finding for name, content in written.items() for finding in _json(tree, name, content)]
+    found += _copied(source, tree)
+    recorded = {name for table in ("shards", "files") for name in record.get(table, {})}
+    known = {*written, *source.extra_files, *(shard.name for shard in plan.shards)}
+    found += [
+        _wrong(name, "is recorded as part of the conversion, but the source does not give it")
+        for name in sorted(recorded - known)
+    ]
+    return found
+
+
+def _wrong(where: str, what: str) -> Finding:
+    return Finding("integrity", one_line(where), one_line(what))
+
+
+def _json(tree: Tree, name: str, wanted: Mapping[str, Any]) -> Iterator[Finding]:
+    """Where a JSON file says something else than the conversion writes. The order of keys says nothing."""
+    if not tree.holds(name):
+        return  # integrity has reported it
+    try:
+        held = read_json(tree, name)
+    except DamagedError as error:
+        yield _wrong(name, str(error))
+        return
+    found = differences(json.loads(json.dumps(wanted)), held)
+    for number, what in enumerate(found):
+        if number == _MOST_DIFFERENCES:
+            yield _wrong(name, "differs in more places")
+            return
+        yield _wrong(name, what)
+
+
+def differences(wanted: Any, held: Any, place: str = "") -> Iterator[str]:
+    """Where two JSON values differ, in words: `rope_scaling.factor is 2.0, the source gives 8.0`."""
+    if isinstance(wanted, dict) and isinstance(held, dict):
+        for key in [*wanted, *(key for key in held if key not in wanted)]:
+            inner = f"{place}.{key}" if place else str(key)
+            if key not in held:
+                yield f"{inner} is missing, the source gives {shown(wanted[key])}"
+            elif key not in wanted:
+                yield f"{inner} is {shown(held[key])}, the source gives no such key"
+            else:
+                yield from differences(wanted[key], held[key], inner)
+    elif isinstance(wanted, list) and isinstance(held, list) and len(wanted) == len(held):
+        for i, (ours, theirs) in enumerate(zip(wanted, held, strict=True)):
+            yield from differences(ours, theirs, f"{place}[{i}]")
+    # As text: NaN equals itself, and 1, 1.0 and true are three things.
+    elif json.dumps(wanted, sort_keys=True) != json.dumps(held, sort_keys=True):
+        yield f"{place or 'it'} is {shown(held)}, the source gives {shown(wanted)}"
+
+
+def _copied(source: Source, tree: Tree) -> list[Finding]:
+    """Files that are copied as they are, each against the source's."""
+    missing: Sequence[str] = [name for name in source.extra_files if not tree.holds(name)]
+    found = [_wrong(name, "is missing, the source has it") for name in missing]
+    with tempfile.TemporaryDirectory(prefix="xpuquant-") as temporary:
+        copies = Tree(Path(temporary))
+        for name in source.extra_files:
+            if name not in missing:
+                source.copy_file(name, copies)
+                if hash_file(copies, name) != hash_file(tree, name):
+                    found.append(_wrong(name, "is not the source's file"))
+                copies.remove(name)
+    return found
