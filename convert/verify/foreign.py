@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from xpuquant.conversion.tree import is_hidden
 from xpuquant.errors import EnvironmentFault, UsageError
 
 _CODE = re.compile(r"\.(py[a-z]?|pth|so(\.\d+)*|dylib|dll|exe|jar|wasm|sh|ipynb)$", re.IGNORECASE)
@@ -33,10 +34,6 @@ _READ = re.compile(
 """Names that Transformers and vLLM look for: in the folder itself, templates also below it."""
 
 _MOST_FILES = 200_000
-HIDDEN = (".git", ".cache", "__pycache__", ".xpuquant")
-"""Folders that are no part of a model. Their files are not listed, hashed or published; what is in them must still not
-be code or a pickle."""
-
 _BRANCHES = (".git/refs/", ".git/logs/")
 """Files here are called like branches and tags; they hold commit ids."""
 
@@ -54,7 +51,7 @@ def loadable(name: str) -> str | None:
         return "a loader may unpickle it, which runs what it says"
     if _CODE.search(path.name):
         return "it is code that may be run"
-    if any(part in HIDDEN for part in path.parts[:-1]):
+    if is_hidden(name):
         return None
     if _WEIGHTS.search(path.name):
         return "a loader may take weights from it"
@@ -70,14 +67,16 @@ def is_pickle(name: str) -> bool:
 
 
 def hidden_files(folder: Path) -> Iterator[str]:
-    """Names of the files in `HIDDEN` folders, relative POSIX paths. Links are named, not followed; nothing is opened.
+    """Names of the files that are hidden or in hidden folders (`tree.is_hidden`), relative POSIX paths. They are no
+    part of a model, not listed, hashed or published; they must still not be code or a pickle. Links are named, not
+    followed; nothing is opened.
 
     Raises:
         UsageError: more files than a model folder can have. EnvironmentFault: a folder that cannot be read.
     """
-    pending, count = [(folder, False)], 0
+    pending, count = [folder], 0
     while pending:
-        place, is_hidden = pending.pop()
+        place = pending.pop()
         try:
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         except OSError as error:
@@ -87,6 +86,6 @@ def hidden_files(folder: Path) -> Iterator[str]:
             if count > _MOST_FILES:
                 raise UsageError(f"{folder}: holds more than {_MOST_FILES} files; is it a model folder?")
             if entry.is_dir(follow_symlinks=False):
-                pending.append((Path(entry.path), is_hidden or entry.name in HIDDEN))
-            elif is_hidden:
-                yield Path(entry.path).relative_to(folder).as_posix()
+                pending.append(Path(entry.path))
+            elif is_hidden(name := Path(entry.path).relative_to(folder).as_posix()):
+                yield name

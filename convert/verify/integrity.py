@@ -20,9 +20,9 @@ from xpuquant.conversion.repo.checksums import hash_file, is_sealed, wrong_size
 from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
 from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
-from xpuquant.conversion.tree import Tree
+from xpuquant.conversion.tree import Tree, is_hidden
 from xpuquant.conversion.verify.exactness import run_all
-from xpuquant.conversion.verify.foreign import HIDDEN, hidden_files, is_pickle, loadable
+from xpuquant.conversion.verify.foreign import hidden_files, is_pickle, loadable
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
 from xpuquant.formats.guard import guarded
@@ -232,7 +232,7 @@ def _unlisted(present: list[str], listed: Mapping[str, str]) -> list[Finding]:
         if name in (PROVENANCE, VERDICT, *REPORTS) or parts[-1] in UNPROTECTED:
             continue
         danger = loadable(name)
-        if danger is None and any(part in HIDDEN for part in parts[:-1]):
+        if danger is None and is_hidden(name):
             continue
         what = "was not written by the conversion" if name not in listed else "is recorded, but no conversion writes it"
         said = what if danger is None else f"{what}, and {danger}"
