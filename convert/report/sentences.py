@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from xpuquant.conversion.verify.proof import Claim, Part, Proof, Rounding
+from xpuquant.conversion.verify.proof import Claim, Proof, Proven, Rounding
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Outcome, Verdict
 from xpuquant.formats.dtypes import numpy_dtype
 
@@ -111,11 +111,11 @@ def decibels(run: Agreement) -> str:
     return "exact" if math.isinf(run.sqnr_db) and run.error == 0 else f"{run.sqnr_db:.0f} dB"
 
 
-def _of(proof: Proof, claim: Claim) -> Sequence[Part]:
+def _of(proof: Proof, claim: Claim) -> Sequence[Proven]:
     return [part for part in proof.parts if part.claim is claim]
 
 
-def _rounded(part: Part) -> str:
+def _rounded(part: Proven) -> str:
     if part.rounding is None:
         return "another dtype"
     return f"{numpy_dtype(part.rounding.dtype).name} ({_changes(part.rounding, 'scales')})"

@@ -14,13 +14,13 @@ from typing import Any
 from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import read_json
+from xpuquant.conversion.sources.weight_files import INDEX
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.context import Origin
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, one_line, shown
 
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
+_CONFIG = "config.json"
 
 _MOST_DIFFERENCES = 20
 """Of one JSON file; a config of another model differs everywhere."""
@@ -36,7 +36,7 @@ def check_contents(origin: Origin, tree: Tree, record: Mapping[str, Any]) -> lis
         EnvironmentFault: unreadable files, network.
     """
     plan, source = origin.plan, origin.source
-    written = {CONFIG: plan.output_config(source.checkpoint.config, str(record.get("producer", "")))}
+    written = {_CONFIG: plan.output_config(source.checkpoint.config, str(record.get("producer", "")))}
     if len(plan.shards) > 1:
         written[INDEX] = plan.index()
     found = [finding for name, content in written.items() for finding in _json(tree, name, content)]

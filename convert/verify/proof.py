@@ -87,7 +87,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Part:
+class Proven:
     """Matrices of which the same may be said.
 
     rounding  what was rounded in all of them together; None as in `Checked`
@@ -108,7 +108,7 @@ class Proof:
     tensors  unquantized tensors without a difference: claim → how many
     """
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Proven, ...] = ()
     wrong: int = 0
     tensors: Mapping[Claim, int] = field(default_factory=dict)
 
@@ -131,14 +131,14 @@ class Proof:
         order = list(Claim)
         keys = sorted(matrices, key=lambda key: (order.index(key[0]), order.index(key[1] or Claim.EXACT), key[2]))
         parts = [
-            Part(claim, held, matrices[claim, held, to], roundings.get((claim, held, to))) for claim, held, to in keys
+            Proven(claim, held, matrices[claim, held, to], roundings.get((claim, held, to))) for claim, held, to in keys
         ]
         return cls(tuple(parts), wrong, dict(tensors))
 
     @classmethod
     def none(cls, matrices: int, tensors: int) -> Proof:
         """Of a conversion that was not verified."""
-        return cls((Part(Claim.NOT_CHECKED, None, matrices),), 0, {Claim.NOT_CHECKED: tensors})
+        return cls((Proven(Claim.NOT_CHECKED, None, matrices),), 0, {Claim.NOT_CHECKED: tensors})
 
     def matrices(self, claim: Claim) -> int:
         """How many matrices have that claim."""
