@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from xpuquant.conversion.cli import check_commands, convert_commands
+from xpuquant.conversion.cli.encoding import speak_plainly
 from xpuquant.conversion.cli.spelling import Spelling
 from xpuquant.conversion.write.memory import keep_freed_memory
 from xpuquant.errors import Argument, EnvironmentFault, Interrupted, XpuquantError
@@ -60,6 +61,8 @@ for _command in (
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Errors become one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        speak_plainly(stream)
     signal.signal(signal.SIGTERM, _terminate)
     keep_freed_memory()
     # Progress and errors are ours to print; huggingface_hub reads these when it is imported.

@@ -7,6 +7,7 @@ seconds. With `--json`: one JSON object on standard output, nothing else. Progre
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -31,6 +32,14 @@ from xpuquant.conversion.sizes import size
 from xpuquant.errors import MESSAGE_LENGTH, one_line
 
 _PLAIN_INTERVAL_SECONDS = 5.0
+_PERHAPS_UNSHOWN = re.compile(r"[^\n -~]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    char = found[0]
+    if char.isprintable():
+        return char
+    return f"\\u{ord(char):04x}" if ord(char) < 1 << 16 else json.dumps(char)[1:-1]  # a pair of surrogates
 
 
 @dataclass(frozen=True)
@@ -62,11 +71,13 @@ class Output:
     def answer(self, answer: Answer) -> None:
         """Print a command's result."""
         if self.as_json:
-            sys.stdout.write(json.dumps(answer.data, indent=2, ensure_ascii=False, default=str) + "\n")
+            text = json.dumps(answer.data, indent=2, ensure_ascii=False, default=str)
+            # Names of strangers may hold what a terminal obeys: shown as JSON's own escapes.
+            sys.stdout.write(_PERHAPS_UNSHOWN.sub(_escaped, text) + "\n")
             return
         for part in answer.parts:
             if isinstance(part, str):
-                self._out.print(part, markup=False)
+                self._out.print(one_line(part, MESSAGE_LENGTH), markup=False)
             elif self._out.is_terminal:
                 self._out.print(_rich(part))
             else:
@@ -170,7 +181,7 @@ def plain(table: TextTable) -> str:
     lines = [list(table.columns), *[[one_line(cell) for cell in row] for row in table.rows]]
     widths = [max(len(row[i]) for row in lines) for i in range(len(table.columns))]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
-    return "\n".join([table.title, *("  " + line for line in body)] if table.title else body)
+    return "\n".join([one_line(table.title), *("  " + line for line in body)] if table.title else body)
 
 
 def _rich(table: TextTable) -> RichTable:

@@ -36,9 +36,14 @@ def write_repo(
     shards: Mapping[str, Finished],
     verdict: Verdict | None,
     command: str,
+    metadata: Mapping[str, Any],
 ) -> None:
-    """Put the repo together from the staging folder; config.json is written last."""
-    files, config = stage_repo(plan, source, staging, shards, verdict, command)
+    """Put the repo together from the staging folder; config.json is written last.
+
+    Args:
+        metadata: of the source's card, read before the work: see `source_card.metadata_of`.
+    """
+    files, config = stage_repo(plan, source, staging, shards, verdict, command, metadata)
     try:
         staging.publish([*(shard.name for shard in plan.shards), *files], config)
     except OSError as error:
@@ -53,6 +58,7 @@ def stage_repo(
     shards: Mapping[str, Finished],
     verdict: Verdict | None,
     command: str,
+    metadata: Mapping[str, Any],
 ) -> tuple[list[str], bytes]:
     """Write everything but shards and config.json into the staging folder; returns the names, and config.json."""
     tree, out = staging.files, staging.out
@@ -70,7 +76,7 @@ def stage_repo(
         tree.write(PROVENANCE, seal(json_bytes(record)))
         if verdict is not None:
             files += write_reports(tree, verdict)
-        write_card(staging, gather(plan, source, verdict, command, out.resolve().name))
+        write_card(staging, gather(plan, source, verdict, command, out.resolve().name, metadata))
         files += [CARD, PROVENANCE]
     except OSError as error:
         raise EnvironmentFault(f"{error.filename or out}: cannot be written ({error.strerror})") from error

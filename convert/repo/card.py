@@ -18,27 +18,19 @@ from typing import Any
 from xpuquant import __version__
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
-from xpuquant.conversion.repo.card_merge import CARD, front_matter, generate
+from xpuquant.conversion.repo.card_merge import CARD, generate, loaded_by_transformers, served_by_vllm
+from xpuquant.conversion.report.markup import Markdown, fenced, joined, listed, markdown, table
 from xpuquant.conversion.report.sentences import headline
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.verdict import Verdict
-from xpuquant.errors import one_line
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.scheme import compact
 
 LIBRARY = "transformers"
 RELATION = "quantized"
 TAGS = ("xpuquant", "xpu", "intel")
-_KEPT_METADATA = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "datasets",
-    "thumbnail",
-    "extra_gated_prompt",
-)
+_KEPT_METADATA = ("license", "license_name", "license_link", "language", "datasets", "thumbnail")
 _INHERITED_TAGS = ("chat", "conversational", "moe", "code", "vision", "multimodal")
 """Tags of the source that stay true of a conversion. Others name its format (`gptq`, `4-bit`) and would lie."""
 
@@ -79,7 +71,7 @@ class CardFacts:
     name            repo id or folder name, as it is served
     base_model      repo id of the source; None where it is not known
     revision        its commit
-    source_metadata front matter of the source's card
+    source_metadata what is kept of the source's card: see `source_card.metadata_of`
     is_multimodal   the model also takes images; decides the pipeline tag where the source names none
     command         the exact command line
     versions        tool → version
@@ -102,14 +94,21 @@ class CardFacts:
     layout: str = "xpu"
 
 
-def gather(plan: Plan, source: Source, verdict: Verdict | None, command: str, name: str) -> CardFacts:
+def gather(
+    plan: Plan,
+    source: Source,
+    verdict: Verdict | None,
+    command: str,
+    name: str,
+    metadata: Mapping[str, Any],
+) -> CardFacts:
     """The facts of a finished conversion.
 
     Args:
+        metadata: of the source's card, see `source_card.metadata_of`.
         command: as typed.
         name: how the result is served: its folder's name, or its repo id.
     """
-    metadata = front_matter(source.read_text(CARD) or "")
     config = source.checkpoint.config
     return CardFacts(
         name=name,
@@ -143,9 +142,7 @@ def _base_model(source: Source, said: object) -> str | None:
     cached, _ = _cached(source.name)
     if cached is not None:
         return cached
-    if isinstance(said, list) and said:
-        said = said[0]
-    return said if isinstance(said, str) and said else None
+    return said if isinstance(said, str) else None
 
 
 def _cached(name: str) -> tuple[str | None, str | None]:
@@ -212,7 +209,7 @@ def render(facts: CardFacts) -> str:
         _verified(facts),
         _made(facts),
     ]
-    return generate(metadata(facts), "\n\n".join(sections))
+    return generate(metadata(facts), joined("\n\n", sections))
 
 
 def metadata(facts: CardFacts) -> dict[str, Any]:
@@ -222,7 +219,7 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
     source = facts.source_metadata
     kept = {key: source[key] for key in _KEPT_METADATA if source.get(key)}
     precisions = dict.fromkeys(s.precision for s in facts.schemes if s.precision != "bf16")
-    inherited = [tag for tag in _as_list(source.get("tags")) if tag in _INHERITED_TAGS]
+    inherited = [tag for tag in source.get("tags", ()) if tag in _INHERITED_TAGS]
     if facts.base_model is not None:
         kept |= {"base_model": facts.base_model, "base_model_relation": RELATION}
     pipeline = source.get("pipeline_tag") or ("image-text-to-text" if facts.is_multimodal else "text-generation")
@@ -236,102 +233,86 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
     return dict(data.to_dict())  # type: ignore[no-untyped-call]
 
 
-def _as_list(value: Any) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else []
-
-
-def _opening(facts: CardFacts) -> str:
-    base = "A quantized checkpoint"
-    if facts.base_model is not None:
-        base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+def _opening(facts: CardFacts) -> Markdown:
+    base = markdown("A quantized checkpoint")
+    if facts.base_model is not None:  # a repo id: see `source_card`
+        base = markdown("[{id}](https://huggingface.co/{id})", id=facts.base_model)
     precisions = " and ".join(dict.fromkeys(s.precision for s in facts.schemes)) or "its"
     layout = "in the layout that kernels for Intel GPUs (XPU) read"
     if facts.layout != "xpu":
         layout = f"as a standard {facts.layout} checkpoint"
-    return (
-        f"# {facts.name.rpartition('/')[2]}\n\n"
-        f"{base} {layout}, {precisions} weights. The conversion does not quantize again. What was compared with the "
-        "source, what equals it to the last bit and what was rounded stands under Verification."
+    return markdown(
+        "# {name}\n\n{base} {layout}, {precisions} weights. The conversion does not quantize again. What was compared "
+        "with the source, what equals it to the last bit and what was rounded stands under Verification.",
+        name=facts.name.rpartition("/")[2],
+        base=base,
+        layout=layout,
+        precisions=precisions,
     )
 
 
-def _serving(facts: CardFacts) -> str:
+def _serving(facts: CardFacts) -> Markdown:
+    serve = served_by_vllm(facts.name)
     if facts.layout != "xpu":
-        return f"""## Serve
-
-With [vLLM](https://docs.vllm.ai/), on any device it has kernels for:
-
-```sh
-vllm serve {facts.name}
-```
-
-With Transformers, after `pip install compressed-tensors`:
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{facts.name}", device_map="auto")
-```"""
-    return f"""## Serve
-
-With [vLLM](https://docs.vllm.ai/) on an Intel GPU:
-
-```sh
-pip install xpuquant
-vllm serve {facts.name}
-```
-
-With Transformers:
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{facts.name}", device_map="xpu")
-```"""
+        return markdown(
+            "## Serve\n\nWith [vLLM](https://docs.vllm.ai/), on any device it has kernels for:\n\n{vllm}\n\n"
+            "With Transformers, after `pip install compressed-tensors`:\n\n{transformers}",
+            vllm=fenced(serve, "sh"),
+            transformers=fenced(_loading(facts.name, "auto"), "python"),
+        )
+    return markdown(
+        "## Serve\n\nWith [vLLM](https://docs.vllm.ai/) on an Intel GPU:\n\n{vllm}\n\n"
+        "With Transformers:\n\n{transformers}",
+        vllm=fenced(f"pip install xpuquant\n{serve}", "sh"),
+        transformers=fenced(_loading(facts.name, "xpu"), "python"),
+    )
 
 
-def _converted(facts: CardFacts) -> str:
+def _loading(name: str, device: str) -> str:
+    loaded = loaded_by_transformers(name)
+    return (
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.{loaded}, device_map="{device}")'
+    )
+
+
+def _converted(facts: CardFacts) -> Markdown:
     rows = [(s.source, s.stored, str(s.modules), size(s.nbytes)) for s in facts.schemes]
-    parts = ["## What was converted", _table(("source", "stored as", "modules", "size"), rows)]
+    parts = [markdown("## What was converted"), table(("source", "stored as", "modules", "size"), rows)]
     if facts.left:
-        parts += ["Not converted:", "\n".join(f"- {_cell(what)}: {_cell(why)}" for what, why in facts.left)]
-    return "\n\n".join(parts)
+        left = [markdown("{what}: {why}", what=what, why=why) for what, why in facts.left]
+        parts += [markdown("Not converted:"), listed(left)]
+    return joined("\n\n", parts)
 
 
-def _sizes(facts: CardFacts) -> str:
+def _sizes(facts: CardFacts) -> Markdown:
     rows = [("before", size(facts.source_bytes)), ("after", f"{size(facts.bytes)} in {facts.shards} file(s)")]
-    return "## Size\n\n" + _table(("weights", "size"), rows)
+    return markdown("## Size\n\n{rows}", rows=table(("weights", "size"), rows))
 
 
-def _verified(facts: CardFacts) -> str:
+def _verified(facts: CardFacts) -> Markdown:
     checked = facts.verification
     if checked is None:
-        return (
+        return markdown(
             "## Verification\n\nNone: the conversion ran with `--no-verify`. No value was compared with the source, "
             "and no kernel computed one."
         )
-    parts = ["## Verification", "\n".join(f"- {_cell(line)}" for line in checked.lines)]
+    parts = [markdown("## Verification"), listed(checked.lines, limit=1000)]
     if checked.picture:
-        parts.append(f"![How close kernels come to the source, layer by layer]({checked.picture})")
+        parts.append(markdown("![How close kernels come to the source, layer by layer]({file})", file=checked.picture))
     if checked.report:
-        parts.append(f"All of it is in [{checked.report}]({checked.report}).")
-    return "\n\n".join(parts)
+        parts.append(markdown("All of it is in [{file}]({file}).", file=checked.report))
+    return joined("\n\n", parts)
 
 
-def _made(facts: CardFacts) -> str:
-    versions = ", ".join(f"{tool} {version}" for tool, version in facts.versions.items())
-    revision = "" if facts.revision is None else f"\n\nSource revision: `{facts.revision}`."
-    return (
-        f"## How it was made\n\n```sh\n{one_line(facts.command, 2000)}\n```\n\n{versions}.{revision}\n\n"
-        "`xpuquant.json` names the source tensors and the decisions for every module, and the sha256 of every file."
+def _made(facts: CardFacts) -> Markdown:
+    revision = markdown("")
+    if facts.revision is not None:
+        revision = markdown("\n\nSource revision: {revision}.", revision=facts.revision)
+    return markdown(
+        "## How it was made\n\n{command}\n\n{versions}.{revision}\n\n"
+        "`xpuquant.json` names the source tensors and the decisions for every module, and the sha256 of every file.",
+        command=fenced(facts.command.replace("\n", " "), "sh"),
+        versions=", ".join(f"{tool} {version}" for tool, version in facts.versions.items()),
+        revision=revision,
     )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    # Names come from strangers' files; `|`, `<` and line ends would break out of their cell.
-    return one_line(text, 1000).replace("|", "\\|").replace("<", "&lt;")

@@ -12,10 +12,15 @@ itself what in it is somebody's, and whether it was touched since. The rules of 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from xpuquant.conversion.repo.yaml_front import read_mapping
+from xpuquant.conversion.report.markup import Markdown
 
 CARD = "README.md"
 PRECISIONS = ("int4", "fp8", "mxfp4", "mxfp8")
@@ -25,7 +30,9 @@ _HINT = "Between these markers `xpuquant` writes; whatever you write outside is 
 _BEGIN = re.compile(r"<!-- xpuquant:begin ([0-9a-f]{16}) ([0-9a-f]{16}) .*?-->\n")
 _END = re.compile(r"\n<!-- xpuquant:end ([0-9a-f]{16}) -->\n?")
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
-_SERVED = re.compile(r'(?P<call>^vllm serve |from_pretrained\(")(?P<name>[^\s"]+)', re.MULTILINE)
+_SERVED = re.compile(r"^vllm serve .+$", re.MULTILINE)
+_LOADED = re.compile(r'from_pretrained\("(?:[^"\\\n]|\\.)*"')
+_MARKER = re.compile(r"<(?=!--\s*xpuquant:)")
 
 
 @dataclass(frozen=True)
@@ -103,15 +110,27 @@ def rename(text: str, name: str) -> str:
     card = parse(text)
     if card is None or not card.is_block_intact:
         return text
-    block = _SERVED.sub(lambda match: match["call"] + name, card.block)
+    block = _SERVED.sub(lambda _: served_by_vllm(name), card.block)
+    block = _LOADED.sub(lambda _: loaded_by_transformers(name), block)
     renamed = replace(card, block=block)
     return _text(renamed, card.card_digest if card.is_edited else renamed.digest)
 
 
-def generate(metadata: Mapping[str, Any], block: str) -> str:
-    """A new card: front matter, and the generated block."""
+def served_by_vllm(name: str) -> str:
+    """The command that serves a folder or repo id."""
+    return f"vllm serve {shlex.quote(name)}"
+
+
+def loaded_by_transformers(name: str) -> str:
+    """The beginning of the call that loads one."""
+    return f"from_pretrained({json.dumps(name)}"
+
+
+def generate(metadata: Mapping[str, Any], block: Markdown) -> str:
+    """A new card: front matter, and the generated block. Nothing in it can pass for one of our markers."""
     front = _yaml(metadata)
-    return _written(Card(front, "", block, "", "", _digest(front), ""))
+    marked = _MARKER.sub("&lt;", block)
+    return _written(Card(front, "", marked, "", "", _digest(front), ""))
 
 
 def parse(text: str) -> Card | None:
@@ -134,20 +153,14 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def _metadata(front: str) -> dict[str, Any]:
-    # Not huggingface_hub's RepoCard: it makes keyword arguments of the keys, which a stranger's may not be, and drops
-    # empty values.
-    import yaml  # type: ignore[import-untyped]  # huggingface_hub brings it
-
-    try:
-        found = yaml.safe_load(front)
-    except Exception:  # whatever PyYAML stumbles over, e.g. a KeyError for `!!bool maybe`, a ValueError for 2024-13-01
-        return {}
-    return found if isinstance(found, dict) else {}
+    return dict(read_mapping(front))
 
 
 def _updated(theirs: str, ours: str) -> str:
     """Their front matter with our new facts: what they set stays, tags are joined, stale precisions go."""
     old, new = _metadata(theirs), _metadata(ours)
+    if not old:
+        return theirs  # nothing that we can read: it is theirs, and stays as it is
     said = old.get("tags")
     tags = [tag for tag in (said if isinstance(said, list) else []) if tag not in PRECISIONS]
     merged = {**new, **old, "tags": [*tags, *(tag for tag in new.get("tags", []) if tag not in tags)]}
@@ -155,7 +168,7 @@ def _updated(theirs: str, ours: str) -> str:
 
 
 def _yaml(metadata: Mapping[str, Any]) -> str:
-    import yaml
+    import yaml  # type: ignore[import-untyped]  # huggingface_hub brings it
 
     return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)).strip()
 

@@ -4,48 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from xpuquant.conversion.report.markup import Markdown, joined, listed, markdown, table
 from xpuquant.conversion.report.sentences import exactness, headline, unquantized
 from xpuquant.conversion.verify.proof import Claim
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Outcome, Verdict
-from xpuquant.errors import one_line
 
 _WORST = 10
 _SHOWN = 20
 
 
-def render_markdown(verdict: Verdict) -> str:
+def render_markdown(verdict: Verdict) -> Markdown:
     """The whole report."""
+    title = markdown("# {repo}: {outcome}", repo=verdict.repo, outcome=_TITLES[verdict.outcome])
     sections = [
-        f"# {_cell(verdict.repo)}: {_TITLES[verdict.outcome]}",
-        f"{_cell(headline(verdict), 4000)}.",
-        f"Written by {_cell(verdict.producer or 'unknown')}.",
-        _table(("Check", "Result", "What"), checks(verdict)),
+        title,
+        markdown("{sentence}.", sentence=headline(verdict)),
+        markdown("Written by {producer}.", producer=verdict.producer or "unknown"),
+        table(("Check", "Result", "What"), checks(verdict), limit=1000),
     ]
-    if verdict.failures:
-        sections += ["## Failures", _list(verdict.failures)]
-    if verdict.gaps:
-        sections += ["## Not checked", _list(gap.line() for gap in verdict.gaps)]
-    if verdict.warnings:
-        sections += ["## Warnings", _list(finding.line() for finding in verdict.warnings)]
+    for heading, found in (
+        (markdown("## Failures"), verdict.failing),
+        (markdown("## Not checked"), verdict.gaps),
+        (markdown("## Warnings"), verdict.warnings),
+    ):
+        if found:
+            sections += [heading, _list(finding.line() for finding in found)]
     ran = [run for run in verdict.kernels if run.ran]
     if ran:
         worst = sorted(ran, key=lambda run: run.deviation / (run.tolerance or 1.0), reverse=True)
         real = [run for run in worst if run.backend != REFERENCE] or worst
         sections += [
-            f"## Kernels: the {min(_WORST, len(real))} largest deviations, by their tolerance",
+            markdown("## Kernels: the {n} largest deviations, by their tolerance", n=min(_WORST, len(real))),
             _runs(real[:_WORST]),
         ]
-        sections += ["## Kernels: each scheme and shape at every M", _runs(_representatives(ran))]
+        sections += [markdown("## Kernels: each scheme and shape at every M"), _runs(_representatives(ran))]
     refused = {(run.backend, run.reason) for run in verdict.kernels if not run.ran and run.reason}
     not_run = [*verdict.unavailable.items(), *sorted(refused)]
     if not_run:
-        sections += ["## Not run", _table(("Backend", "Reason"), [(name, str(why)) for name, why in not_run])]
+        sections += [markdown("## Not run"), table(("Backend", "Reason"), [(name, str(why)) for name, why in not_run])]
     if verdict.unchecked:
-        sections += [
-            f"## Modules that no real kernel computed here: {len(verdict.unchecked)} of {len(verdict.schemes)}",
-            _list(verdict.unchecked),
-        ]
-    return "\n\n".join(sections) + "\n"
+        title = markdown(
+            "## Modules that no real kernel computed here: {left} of {all}",
+            left=len(verdict.unchecked),
+            all=len(verdict.schemes),
+        )
+        sections += [title, _list(verdict.unchecked)]
+    return joined("\n\n", [*sections, markdown("")])
 
 
 def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
@@ -107,7 +111,11 @@ def _sanity(verdict: Verdict) -> str | None:
     return f"{sum(h.groups for h in verdict.health.values()):,} scales of {len(verdict.health)} modules"
 
 
-_TITLES = {Outcome.VERIFIED: "verified", Outcome.FAILED: "**FAILED**", Outcome.NOT_VERIFIED: "**not verified**"}
+_TITLES = {
+    Outcome.VERIFIED: markdown("verified"),
+    Outcome.FAILED: markdown("**FAILED**"),
+    Outcome.NOT_VERIFIED: markdown("**not verified**"),
+}
 _NOT_RUN = {
     "exactness": "there is no recorded digest, as after a conversion without verification; verify against the source",
     "kernels": "no kernel library computes these modules here; the float64 reference alone reads the layout",
@@ -118,7 +126,7 @@ def _representatives(ran: Sequence[Agreement]) -> list[Agreement]:
     return [run for run in ran if len(run.M) > 1]
 
 
-def _runs(runs: Sequence[Agreement]) -> str:
+def _runs(runs: Sequence[Agreement]) -> Markdown:
     columns = (
         "Backend",
         "Scheme",
@@ -133,7 +141,7 @@ def _runs(runs: Sequence[Agreement]) -> str:
         "Cosine",
         "Module",
     )
-    return _table(columns, [_row(run) for run in runs], "llrrllrrrrrl")
+    return table(columns, [_row(run) for run in runs], "llrrllrrrrrl")
 
 
 def _row(run: Agreement) -> tuple[str, ...]:
@@ -161,18 +169,7 @@ def matrix_name(run: Agreement) -> str:
     return f"{run.module}[{run.expert}].{run.role}"
 
 
-def _list(lines: Iterable[str]) -> str:
+def _list(lines: Iterable[str]) -> Markdown:
     every = list(lines)
-    shown = [f"- {_cell(line)}" for line in every[:_SHOWN]]
-    return "\n".join(shown + [f"- and {len(every) - _SHOWN} more, in verify.json"] * (len(every) > _SHOWN))
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
-    rule = ["---:" if side == "r" else "---" for side in align.ljust(len(columns), "l")]
-    lines = [columns, rule, *([_cell(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(text: str, limit: int = 400) -> str:
-    # Names come from strangers' files: `|`, `<` and backticks would break out of their cell.
-    return one_line(text, limit).replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+    more = [markdown("and {n} more, in verify.json", n=len(every) - _SHOWN)] * (len(every) > _SHOWN)
+    return listed([*every[:_SHOWN], *more])

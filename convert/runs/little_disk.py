@@ -30,6 +30,7 @@ from xpuquant.conversion.repo.assemble import PRODUCER, keep_card, stage_repo
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output
+from xpuquant.conversion.repo.source_card import metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.finished import is_conversion, recorded_shards
@@ -129,6 +130,7 @@ def convert_streaming(
     Raises: as `convert_checkpoint` and `publish.push`.
     """
     plan = make_plan(source.checkpoint, options)
+    metadata = metadata_of(source)
     reporter.note(
         f"needs at most {size(peak_disk(plan, source, destination is not None))} of disk; "
         f"the model is {size(source.nbytes)}, the output {size(plan.write_bytes)}"
@@ -152,7 +154,7 @@ def convert_streaming(
         check_disk(out, peak_disk(plan, source, target is not None) - work.held())
         reporter.phase("stream", 3 * plan.write_bytes)
         shards, verdict = work.run(reporter, out.resolve().name if target is None else target.repo_id)
-        files, config = stage_repo(plan, source, staging, shards, verdict, command)
+        files, config = stage_repo(plan, source, staging, shards, verdict, command, metadata)
         result = Converted(summary(plan, source), out, shards, verdict)
         if target is None:
             staging.publish([*(shard.name for shard in plan.shards), *files], config)

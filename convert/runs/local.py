@@ -19,6 +19,7 @@ from xpuquant.conversion.repo.assemble import PRODUCER, keep_card, write_repo
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.replace import clear_output
+from xpuquant.conversion.repo.source_card import metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.results import Converted, summary
@@ -82,6 +83,7 @@ def convert_checkpoint(
     check_apart(source, out)
     check_output(out, force)
     plan = make_plan(source.checkpoint, options)
+    metadata = metadata_of(source)
     with Staging(out) as staging:
         done = staging.begin(plan.digest(source.fingerprint()), options, force, source.identities())
         keep_card(staging)
@@ -100,7 +102,7 @@ def convert_checkpoint(
         verdict = None
         if verify:
             verdict = check_staged(plan, source, staging.files, out.resolve().name, jobs, reporter)
-        write_repo(plan, source, staging, shards, verdict, command)
+        write_repo(plan, source, staging, shards, verdict, command, metadata)
     return Converted(summary(plan, source), out, shards, verdict)
 
 

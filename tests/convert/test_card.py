@@ -62,7 +62,7 @@ def test_an_unknown_base_gives_no_relation() -> None:
 
 def test_names_from_strangers_stay_in_their_cell() -> None:
     text = render(replace(FACTS, left=[("a|b<script>\nc", "why")]))
-    assert "a\\|b&lt;script> c: why" in text
+    assert "a\\|b&lt;script\\> c: why" in text
 
 
 def test_equal_facts_give_equal_cards() -> None:
@@ -104,7 +104,7 @@ def test_a_rewritten_card_is_its_authors(theirs: str) -> None:
 
 @pytest.mark.parametrize("front", ["a: [", "a: !!bool maybe", "a: 2024-13-01", "- a list", "{" * 3000, "1: a"])
 def test_whatever_a_strangers_metadata_is_it_stops_nothing(front: str) -> None:
-    assert front_matter(f"---\n{front}\n---\n# Model\n") in ({}, {1: "a"})
+    assert front_matter(f"---\n{front}\n---\n# Model\n") == {}
     theirs = render(FACTS).replace("tags:", "tags: mine\nothers:")
     assert front_matter(merge(render(NEWER), theirs)[0])["license"] == "apache-2.0"
 

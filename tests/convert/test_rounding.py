@@ -121,7 +121,9 @@ class TestScalesThatDoNotFit:
         scales = repo.read(name).view(DTYPES[repo.places[name][3]])
         scales[...] = 3e38
         repo.write(name, scales.view(np.uint8))
-        with pytest.raises(UnsupportedError, match=r"down_proj\.weight, rows .* do not fit bfloat16 \(.* becomes -?inf"):
+        with pytest.raises(
+            UnsupportedError, match=r"down_proj\.weight, rows .* do not fit bfloat16 \(.* becomes -?inf"
+        ):
             converted(source, tmp_path / "out", verify, on_unsupported="dequantize")
 
 
