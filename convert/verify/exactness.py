@@ -26,7 +26,7 @@ from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.verify.column_cache import ColumnCache
 from xpuquant.conversion.verify.context import Check, Origin
-from xpuquant.conversion.verify.digests import MatrixDigest, digest_in, module_digest
+from xpuquant.conversion.verify.digests import KIND, MatrixDigest, digest_in, module_digest
 from xpuquant.conversion.verify.health import HealthCount
 from xpuquant.conversion.verify.proof import Checked, Claim, Rounding
 from xpuquant.conversion.verify.rounding import RoundedScales, change
@@ -37,9 +37,10 @@ from xpuquant.formats.checkpoint import Array, Slice, as_bytes, columns, rows, w
 from xpuquant.formats.layouts.base import Matrix, Stored
 from xpuquant.formats.layouts.modules import ExpertStack
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import PIECE_BYTES, ROWS_MULTIPLE, Weight, row_blocks
-from xpuquant.formats.weights.decoded import Decoded, difference, in_order, to_bf16
+from xpuquant.formats.weights.base import PIECE_BYTES, ROWS_MULTIPLE, Arrays, Recipe, Weight, row_blocks
+from xpuquant.formats.weights.decoded import Decoded, in_order, to_bf16
 from xpuquant.formats.weights.floats import FloatWeight, is_upended, view
+from xpuquant.formats.weights.packed import Rows, rows_difference
 from xpuquant.formats.weights.parts import BiasRows
 
 BLOCK_CODES = 2 << 20
@@ -47,6 +48,7 @@ BLOCK_CODES = 2 << 20
 beside its bytes; both sides and their temporaries still stay in the third-level cache."""
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 Matrices = Mapping[tuple[str, int | None], Matrix]
 """The matrices of a stored module by role and expert."""
@@ -202,14 +204,14 @@ class _ModuleCheck:
         rounded = None if self._rounding is None else RoundedScales(self._rounding.dtype)
         # Rows that one row of scales covers: a block of rows may begin among them.
         covered = weight.block[0] if isinstance(weight, FloatWeight) else 1
-        for start, stop, expected in decoded_blocks(weight, self._source):
+        for start, stop, expected in packed_blocks(weight, self._source):
             if rounded is not None:
                 expected = rounded.round(expected, continued=start % covered != 0)
             try:
-                actual = in_rows(layout.decode(stored, matrix, start, stop))
+                actual = in_rows(layout.as_packed(stored, matrix, start, stop))
             except CONTRADICTIONS as fault:
                 return contradiction(fault)
-            wrong = difference(in_rows(expected), actual)
+            wrong = rows_difference(in_rows(expected), actual)
             if wrong is not None:
                 return f"rows {start}:{stop}: {wrong}"
             digest.update(actual)
@@ -251,7 +253,8 @@ def _check_module_digest(stored: Stored, entry: Mapping[str, Any], check: Check)
         for matrix in (find_matrix(matrices, role, expert) for role in roles for expert in experts):
             digests.append(digest := MatrixDigest(matrix, kind))
             for start, stop in row_blocks(matrix.N, matrix.K, 8, BLOCK_CODES):
-                rows = in_rows(layout.decode(stored, matrix, start, stop))
+                show = layout.as_packed if kind == KIND else layout.decode
+                rows = in_rows(show(stored, matrix, start, stop))
                 digest.update(rows)
                 health.update(rows)
         found = module_digest(stored, digests)
@@ -286,21 +289,33 @@ def find_matrix(matrices: Matrices, role: str, expert: int | None) -> Matrix:
     return Matrix(role, 2 * matrix.N, matrix.K, expert) if fused else matrix
 
 
-def in_rows(decoded: Decoded) -> Decoded:
+def in_rows(rows: Rows) -> Rows:
     """The same with its codes contiguous: comparing, digesting and counting walk them row by row."""
-    codes = decoded.codes
-    return decoded if codes.flags.c_contiguous else replace(decoded, codes=in_order(codes))
+    codes = rows.codes
+    return rows if codes.flags.c_contiguous else replace(rows, codes=in_order(codes))
 
 
 def decoded_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, Decoded]]:
-    """The source's rows, decoded, block by block. Source slices are read in larger blocks than are decoded: strided
-    reads want long runs, decoding wants the cache."""
-    row_bytes = sum(part.nbytes for part in weight.decoded(0, weight.N).inputs) // weight.N
+    """The source's rows, decoded, block by block."""
+    return _blocks(weight.decoded, weight, source)
+
+
+def packed_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, Rows]]:
+    """The source's rows, packed where they can be, block by block."""
+    return _blocks(weight.as_packed, weight, source)
+
+
+def _blocks(
+    recipe_of: Callable[[int, int], Recipe[Callable[[Arrays], R]]], weight: Weight, source: Source
+) -> Iterator[tuple[int, int, R]]:
+    """Source slices are read in larger blocks than rows are made: strided reads want long runs, arithmetic wants the
+    cache."""
+    row_bytes = sum(part.nbytes for part in recipe_of(0, weight.N).inputs) // weight.N
     for top, bottom in row_blocks(weight.N, row_bytes, ROWS_MULTIPLE, PIECE_BYTES):
-        outer = weight.decoded(top, bottom).inputs
+        outer = recipe_of(top, bottom).inputs
         arrays = [read_slice(source, part) for part in outer]
         for start, stop in row_blocks(bottom - top, weight.K, ROWS_MULTIPLE, BLOCK_CODES):
-            recipe = weight.decoded(top + start, top + stop)
+            recipe = recipe_of(top + start, top + stop)
             narrowed = [part.inside(of, array) for part, of, array in zip(recipe.inputs, outer, arrays, strict=True)]
             yield top + start, top + stop, recipe.build(narrowed)
 

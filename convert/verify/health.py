@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from xpuquant.conversion.verify.proof import Checked, Claim
 from xpuquant.conversion.verify.verdict import Finding, Health
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.weights.decoded import Decoded
+from xpuquant.formats.weights.packed import Packed, Rows
 
 _DEAD_SHARE = 0.01
 """Of a module's groups. Producers leave a few all-zero groups (padding, pruned channels); one in a hundred is odd."""
@@ -46,25 +47,31 @@ class HealthCount:
     _finite: int = 0
     _last_row: int = -1
 
-    def update(self, rows: Decoded) -> None:
+    def update(self, rows: Rows) -> None:
         """Count rows of one matrix."""
         h = self.health
         scale = self._new(rows)
         bad, zero, largest = self._scales(scale)
-        sample = replace(rows, codes=rows.codes[::_SAMPLE])
+        sample = rows.codes[::_SAMPLE]
+        codes, saturated = sample.size, 0
+        if isinstance(rows, Packed):
+            codes *= 2
+            saturated = _saturated_nibbles(rows.number, sample, self.symmetric)
+        else:
+            saturated = _saturated(rows.number, sample, self.symmetric)
         self.health = Health(
             groups=h.groups + scale.size,
             bad_scales=h.bad_scales + bad,
             zero_scales=h.zero_scales + zero,
-            dead_groups=h.dead_groups + _dead(rows),
-            codes=h.codes + sample.codes.size,
-            saturated=h.saturated + _saturated(sample, self.symmetric),
-            bad_codes=h.bad_codes + _bad(rows),
+            dead_groups=h.dead_groups + (_dead_nibbles(rows) if isinstance(rows, Packed) else _dead(rows)),
+            codes=h.codes + codes,
+            saturated=h.saturated + saturated,
+            bad_codes=h.bad_codes + (0 if isinstance(rows, Packed) else _bad(rows)),
             scale_max=max(h.scale_max, largest),
             scale_typical=math.sqrt(self._squares / self._finite) if self._finite else 0.0,
         )
 
-    def _new(self, rows: Decoded) -> Array:
+    def _new(self, rows: Rows) -> Array:
         """The scales that these rows bring: a block of scales covers the rows of several calls."""
         if len(rows.scale) == len(rows.row):
             return rows.scale
@@ -83,10 +90,21 @@ class HealthCount:
         return bad, values.size - int(np.count_nonzero(values)), float(values.max(initial=0.0))
 
 
-def _saturated(rows: Decoded, symmetric: bool) -> int:
+def _saturated(number: str, codes: Array, symmetric: bool) -> int:
     """Codes at an end of their range."""
-    ends = (-8, 7) if rows.number == "int" and symmetric else _LARGEST.get(rows.number, ())
-    return sum(int(np.count_nonzero(rows.codes == end)) for end in ends)
+    ends = (-8, 7) if number == "int" and symmetric else _LARGEST.get(number, ())
+    return sum(int(np.count_nonzero(codes == end)) for end in ends)
+
+
+def _saturated_nibbles(number: str, codes: Array, symmetric: bool) -> int:
+    """The same of packed codes, without the last columns where they fill no word of 16."""
+    from xpuquant.formats.packing.verify_loops import count_nibbles
+
+    if number == "int" and not symmetric:
+        return 0
+    ends = (0, 15) if number == "int" else _LARGEST[number]
+    words = np.ascontiguousarray(codes[:, : codes.shape[1] // 8 * 8]).view(np.uint64)
+    return int(count_nibbles(words.reshape(-1), *ends))
 
 
 def _bad(rows: Decoded) -> int:
@@ -114,6 +132,20 @@ def _dead(rows: Decoded) -> int:
     # A group whose first word is alive is alive: few are left to be looked at whole.
     doubtful = codes[:, :, 0] & magnitude == 0
     return int(np.count_nonzero(~(codes[doubtful] & magnitude).any(axis=1)))
+
+
+def _dead_nibbles(rows: Packed) -> int:
+    """The same of packed codes; groups of a multiple of 16 columns."""
+    from xpuquant.formats.packing.verify_loops import count_dead
+
+    n, groups = len(rows.codes), rows.scale.shape[1]
+    size = rows.K // groups if groups > 1 and rows.K % groups == 0 else 0
+    if not size or size % 16 or len(rows.scale) != n or not (rows.col[::size] == np.arange(groups)).all():
+        return 0
+    nothing = np.zeros((n, groups), np.uint8) if rows.number == "e2m1" else rows.zero_points()
+    # The sign bit of a float zero says nothing.
+    mask = 0x7 if rows.number == "e2m1" else 0xF
+    return int(count_dead(rows.codes.view(np.uint64).reshape(n, groups, size // 16), nothing, mask))
 
 
 def findings(health: Mapping[str, Health], checked: Mapping[str, Checked]) -> Iterator[Finding]:

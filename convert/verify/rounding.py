@@ -8,6 +8,7 @@ A number that becomes infinite, NaN or 0 is another matter: it no longer means w
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,13 +16,16 @@ from xpuquant.conversion.verify.proof import Rounding
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.weights.decoded import Decoded
+from xpuquant.formats.weights.packed import Packed
+
+R = TypeVar("R", bound=Decoded | Packed)
 
 LARGEST_CHANGE = {"F16": 2.0**-11, "BF16": 2.0**-8}
 """dtype → the largest relative change of a number in its normal range: half of its last place. Below that range
 (6.1e-5 of float16) a number keeps fewer bits and changes more."""
 
 
-def round_scales(rows: Decoded, dtype: str) -> Decoded:
+def round_scales(rows: R, dtype: str) -> R:
     """The same rows with their scales rounded once, to nearest even. `dtype` is a safetensors label."""
     with np.errstate(over="ignore", invalid="ignore"):
         return replace(rows, scale=rows.scale.astype(numpy_dtype(dtype)))
@@ -49,7 +53,7 @@ class RoundedScales:
         self.lost = 0
         self._first_lost = ""
 
-    def round(self, rows: Decoded, continued: bool) -> Decoded:
+    def round(self, rows: R, continued: bool) -> R:
         """As `round_scales`.
 
         Args:

@@ -22,6 +22,7 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.base import Arrays, row_blocks
 from xpuquant.formats.weights.decoded import Decoded
+from xpuquant.formats.weights.packed import Rows
 
 
 class Filler(ABC):
@@ -181,6 +182,10 @@ class Layout(ABC):
     @abstractmethod
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
         """Rows `start:stop` of a matrix, in source column order, by the plain definition of the layout."""
+
+    def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Rows:
+        """The same rows, packed where the layout can show them so."""
+        return self.decode(stored, matrix, start, stop)
 
     @abstractmethod
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:

@@ -20,9 +20,10 @@ from xpuquant.formats.packing.plain import NIBBLES_PER_WORD
 from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.config_keys import integer, overridden, symmetry
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, FillRecipe, Recipe, Weight
+from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, FillRecipe, Recipe, RowsRecipe, Weight
 from xpuquant.formats.weights.decoded import Decoded, in_order, subtract_zeros
-from xpuquant.formats.weights.integers import SourceInts, column_groups, source_group_size
+from xpuquant.formats.weights.integers import SourceInts, column_groups, packed_ints, packs, source_group_size
+from xpuquant.formats.weights.packed import Packed, packed_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of nibble i within its word."""
@@ -70,6 +71,23 @@ class AwqWeight(SourceInts):
             return Decoded("int", values, scale.T, np.arange(stop - start), col)
 
         return Recipe(tuple(inputs), build)
+
+    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+        if not packs(self):
+            return super().as_packed(start, stop)
+
+        def build(arrays: Arrays) -> Packed:
+            from xpuquant.formats.packing.verify_loops import upright_fields
+
+            words, scale, *packed_zeros = arrays
+            first = start % NIBBLES_PER_WORD
+            inside = slice(first, first + stop - start)
+            codes = np.empty((NIBBLES_PER_WORD * words.shape[1], self.K // NIBBLES_PER_WORD), np.uint32)
+            upright_fields(words.view(np.uint32), np.array(ORDER), codes)
+            zeros = None if self.symmetric else unpack_awq(packed_zeros[0])[inside]
+            return packed_ints(self, packed_words(codes[inside]), zeros, scale.T)
+
+        return Recipe(self.decoded(start, stop).inputs, build)
 
 
 def unpack_awq(words: Array) -> Array:

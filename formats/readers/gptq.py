@@ -32,11 +32,21 @@ from xpuquant.formats.weights.base import (
     DecodedRecipe,
     FillRecipe,
     Recipe,
+    RowsRecipe,
     Weight,
     row_blocks,
 )
 from xpuquant.formats.weights.decoded import Decoded, in_order, subtract_zeros
-from xpuquant.formats.weights.integers import SourceInts, column_groups, source_group_size, words_of_rows
+from xpuquant.formats.weights.integers import (
+    SPREADABLE,
+    SourceInts,
+    column_groups,
+    packed_stream,
+    packs,
+    source_group_size,
+    words_of_rows,
+)
+from xpuquant.formats.weights.packed import Packed
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -111,6 +121,19 @@ class GptqWeight(SourceInts):
 
         inputs = (self._columns(self.qweight, start, stop), self._columns(self.scale, start, stop))
         return Recipe(inputs if zeros is None else inputs + zeros.inputs, build)
+
+    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+        plain = self.bits == 4 or (self.bits in SPREADABLE and not (self.planar and 32 % self.bits))
+        if not plain or self.rows is not None or not packs(self):
+            return super().as_packed(start, stop)
+        zeros = None if self.symmetric else self.zeros(start, stop)
+
+        def build(arrays: Arrays) -> Packed:
+            words = arrays[0].view(np.uint32)[: self.K * self.bits // 32]
+            minus = None if zeros is None else zeros.build(arrays[2:]).T
+            return packed_stream(self, words.T, minus, arrays[1].T)
+
+        return Recipe(self.decoded(start, stop).inputs, build)
 
     def _columns(self, tensor: Tensor, start: int, stop: int) -> Slice:
         """What holds output rows `start:stop`: these columns, or all where they are scattered."""

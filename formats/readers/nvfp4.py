@@ -20,7 +20,7 @@ from xpuquant.formats.checkpoint import Checkpoint, whole
 from xpuquant.formats.readers.base import Parts, check_static, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import Arrays, DecodedRecipe, Recipe, Weight
+from xpuquant.formats.weights.base import Arrays, DecodedRecipe, Recipe, RowsRecipe, Weight
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.floats import FloatWeight, view
 
@@ -54,6 +54,9 @@ class Nvfp4Weight(FloatWeight):
             return Decoded("e2m1", decoded.codes, scale, decoded.row, decoded.col)
 
         return Recipe((*recipe.inputs, whole(self.global_scale)), build)
+
+    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+        return Weight.as_packed(self, start, stop)  # FloatWeight's would leave the global scale out
 
 
 class Nvfp4:

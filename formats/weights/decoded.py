@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -146,6 +146,24 @@ def difference(expected: Decoded, actual: Decoded) -> str | None:
     return _scale_difference(expected, actual)
 
 
+class Scaled(Protocol):
+    """Scales, and which of them covers what; see `Decoded`."""
+
+    @property
+    def scale(self) -> Array: ...
+
+    @property
+    def row(self) -> Array: ...
+
+    @property
+    def col(self) -> Array: ...
+
+
+def same_scales(a: Scaled, b: Scaled) -> bool:
+    """Whether every weight has the same multiplier in both."""
+    return _scale_difference(a, b) is None
+
+
 def _same_bits(a: Array, b: Array) -> bool:
     """Whether two arrays are equal bit by bit: eight codes per comparison where they lie in order."""
     if a.dtype != b.dtype:
@@ -157,7 +175,7 @@ def _same_bits(a: Array, b: Array) -> bool:
     return bool((a == b).all())
 
 
-def _scale_difference(expected: Decoded, actual: Decoded) -> str | None:
+def _scale_difference(expected: Scaled, actual: Scaled) -> str | None:
     """The first pair of scales that cover one weight and are of different values."""
     same_places = _same_places(expected.row, actual.row) and _same_places(expected.col, actual.col)
     if same_places and expected.scale.shape == actual.scale.shape and _same_bits(expected.scale, actual.scale):

@@ -16,8 +16,9 @@ from xpuquant.formats.checkpoint import Array, Slice, columns, rows
 from xpuquant.formats.dtypes import nbytes
 from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, Recipe, Weight
+from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, Recipe, RowsRecipe, Weight
 from xpuquant.formats.weights.decoded import Decoded, even_groups
+from xpuquant.formats.weights.packed import Packed
 
 ELEMENTS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 """safetensors label → `FloatWeight.element` of the fp8 types that kernels take."""
@@ -112,6 +113,18 @@ class FloatWeight(Weight):
                 codes = unpack_nibbles(codes)
             row = np.arange(start, stop) // self.block[0] - start // self.block[0]
             return Decoded(self.element, codes, scales.build(arrays[1:]), row, even_groups(self.K, self.block[1]))
+
+        return Recipe((self.code_rows(start, stop), *scales.inputs), build)
+
+    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+        if self.element != "e2m1" or self.transposed:
+            return super().as_packed(start, stop)
+        scales = self.scales(start, stop)
+
+        def build(arrays: Arrays) -> Packed:
+            row = np.arange(start, stop) // self.block[0] - start // self.block[0]
+            codes, col = np.ascontiguousarray(arrays[0]).view(np.uint8), even_groups(self.K, self.block[1])
+            return Packed("e2m1", codes, None, scales.build(arrays[1:]), row, col)
 
         return Recipe((self.code_rows(start, stop), *scales.inputs), build)
 

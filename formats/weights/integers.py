@@ -27,7 +27,8 @@ from xpuquant.formats.weights.base import (
     all_inputs,
     deal,
 )
-from xpuquant.formats.weights.decoded import even_groups
+from xpuquant.formats.weights.decoded import even_groups, in_order
+from xpuquant.formats.weights.packed import Packed, packed_words
 
 GROUP_MULTIPLE = 32
 """oneDNN's int4 matmul as vllm-xpu-kernels calls it (`XPUwNa16LinearKernel.can_implement`): g % 32 == 0."""
@@ -37,6 +38,9 @@ WORD_ZERO = 8
 
 OCTET_ZERO = 128
 """Zero point of u8 octets that have no zero points of their own."""
+
+SPREADABLE = (2, 3)
+"""Widths narrower than a nibble whose dense streams are widened to nibbles to be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,3 +293,37 @@ def regroup(weight: IntWeight, sizes: Sequence[int] | None = None) -> Regrouping
     """The coarsest exact grouping a kernel can take, or None. `sizes` as in `common_group_size`."""
     size = common_group_size((weight,), sizes)
     return None if size is None else divide_groups(weight, size)
+
+
+def packs(weight: IntWeight) -> bool:
+    """Whether rows of an integer weight can be shown as `Packed`: columns in order, whole words of them, of one group
+    each where zero points are added to the codes."""
+    if weight.groups_of is not None or weight.bits > 4 or weight.K % NIBBLES_PER_WORD:
+        return False
+    return weight.bits == 4 or not (weight.K % GROUP_MULTIPLE or weight.group_size % NIBBLES_PER_WORD)
+
+
+def packed_ints(weight: IntWeight, codes: Array, zeros: Array | None, scale: Array) -> Packed:
+    """Rows of an integer weight from its nibbles `[n, K/2]`, zero points `[n, G]` and scales `[n, G]`."""
+    return Packed("int", codes, zeros, scale, np.arange(len(codes)), column_groups(weight))
+
+
+def packed_stream(weight: IntWeight, words: Array, zeros: Array | None, scale: Array) -> Packed:
+    """Rows of an integer weight whose codes are a dense bit stream along each row.
+
+    Args:
+        words: uint32 `[n, K * bits / 32]`, in any memory order.
+        zeros: uint8 `[n, G]` true zero points; None where symmetric.
+        scale: `[n, G]`.
+    """
+    if weight.bits == 4:
+        rows = words if words.flags.c_contiguous else in_order(words)
+        return packed_ints(weight, packed_words(rows), zeros, scale)
+    from xpuquant.formats.packing.verify_loops import spread_stream
+
+    if zeros is None:
+        zeros = np.full((len(words), 1), 1 << (weight.bits - 1), np.uint8)
+    codes = np.empty((len(words), weight.K // NIBBLES_PER_WORD), np.uint32)
+    per_zero = -(-weight.K // zeros.shape[1]) if zeros.shape[1] == 1 else weight.group_size
+    spread_stream(words, weight.bits, np.ascontiguousarray(WORD_ZERO - zeros), per_zero // NIBBLES_PER_WORD, codes)
+    return packed_ints(weight, packed_words(codes), None, scale)

@@ -7,6 +7,7 @@ alternating rows as `gate_proj` and the second as `up_proj`. `join_rows` puts th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,13 +21,15 @@ from xpuquant.formats.weights.base import (
     DecodedRecipe,
     FillRecipe,
     Recipe,
+    RowsRecipe,
     Weight,
     all_inputs,
     deal,
 )
-from xpuquant.formats.weights.decoded import Decoded
+from xpuquant.formats.weights.decoded import Decoded, Scaled
 from xpuquant.formats.weights.floats import FloatWeight
 from xpuquant.formats.weights.integers import OCTET_ZERO, WORD_ZERO, IntWeight
+from xpuquant.formats.weights.packed import Packed, Rows, plain
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,43 @@ class JoinedRows(Weight):
 
         return Recipe(all_inputs(recipes), build)
 
+    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+        windows = _windows(self.members, start, stop)
+        recipes = [
+            member.as_packed(window.start, window.stop) for member, window in zip(self.members, windows, strict=True)
+        ]
+
+        def build(arrays: Arrays) -> Rows:
+            each = zip(windows, recipes, deal(recipes, arrays), strict=True)
+            members = [recipe.build(mine) for window, recipe, mine in each if not window.empty]
+            packed = [rows for rows in members if isinstance(rows, Packed)]
+            if len(packed) == len(members):
+                return _stacked_packed(packed)
+            return _stacked([plain(rows) for rows in members])
+
+        return Recipe(all_inputs(recipes), build)
+
 
 def _stacked(decoded: list[Decoded]) -> Decoded:
     """Rows of several weights as those of one."""
-    tops = np.cumsum([0] + [len(each.scale) for each in decoded[:-1]])
-    return Decoded(
-        decoded[0].number,
-        np.concatenate([each.codes for each in decoded]),
-        np.concatenate([each.scale for each in decoded]),
-        np.concatenate([each.row + top for each, top in zip(decoded, tops, strict=True)]),
-        decoded[0].col,
-    )
+    codes = np.concatenate([each.codes for each in decoded])
+    return Decoded(decoded[0].number, codes, *_stacked_scales(decoded))
+
+
+def _stacked_packed(packed: list[Packed]) -> Packed:
+    """The same of packed rows."""
+    zeros = None
+    if any(each.zeros is not None for each in packed):
+        zeros = np.concatenate([each.zero_points() for each in packed])
+    codes = np.concatenate([each.codes for each in packed])
+    return Packed(packed[0].number, codes, zeros, *_stacked_scales(packed))
+
+
+def _stacked_scales(rows: Sequence[Scaled]) -> tuple[Array, Array, Array]:
+    """(scale, row, col) of rows of several weights."""
+    tops = np.cumsum([0] + [len(each.scale) for each in rows[:-1]])
+    row = np.concatenate([each.row + top for each, top in zip(rows, tops, strict=True)])
+    return np.concatenate([each.scale for each in rows]), row, rows[0].col
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +257,9 @@ class IntRows(IntWeight):
     def decoded(self, start: int, stop: int) -> DecodedRecipe:
         return _every_nth(self.fused.decoded(*self.stride.window(start, stop)), self.stride.step)
 
+    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+        return Weight.as_packed(self, start, stop)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FloatRows(FloatWeight):
@@ -250,6 +282,15 @@ class FloatRows(FloatWeight):
         def build(arrays: Arrays) -> Decoded:
             decoded = recipe.build(arrays)
             return replace(decoded, codes=decoded.codes[:: self.stride.step])
+
+        return Recipe(recipe.inputs, build)
+
+    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+        recipe = super().as_packed(start, stop)
+
+        def build(arrays: Arrays) -> Rows:
+            rows = recipe.build(arrays)
+            return replace(rows, codes=np.ascontiguousarray(rows.codes[:: self.stride.step]))
 
         return Recipe(recipe.inputs, build)
 

@@ -24,6 +24,7 @@ from xpuquant.formats.checkpoint import Slice, columns, whole
 from xpuquant.formats.layouts.base import Matrix
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.decoded import Decoded
+from xpuquant.formats.weights.packed import Packed
 from xpuquant.kernels import backends
 
 SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
@@ -196,7 +197,7 @@ class TestSanity:
 
 
 class TestDigests:
-    def line(self, *blocks: Decoded) -> str:
+    def line(self, *blocks: Decoded | Packed) -> str:
         digest = MatrixDigest(Matrix("linear", 4, 16))
         for block in blocks:
             digest.update(block)
@@ -216,12 +217,14 @@ class TestDigests:
 
     def test_golden(self):
         codes = np.arange(-8, 8, dtype=np.int8).reshape(1, 16)
-        line = self.line(decoded(codes, np.array([[0.5, 2.0]], np.float16)))
-        expected = [
-            xxhash.xxh3_128(part.tobytes()).hexdigest()
-            for part in (codes, np.array([[0.5, 2.0]], "<f2"), np.repeat(np.array([0, 1], "<i4"), 8))
-        ]
-        assert line == " ".join(["linear", "-", "4", "16", "int", "float16", *expected])
+        scale, col = np.array([[0.5, 2.0]], "<f2"), np.repeat(np.array([0, 1], "<i4"), 8)
+        of_codes, of_scale, of_col = (xxhash.xxh3_128(part.tobytes()).hexdigest() for part in (codes, scale, col))
+        head = ["linear", "-", "4", "16"]
+        assert self.line(decoded(codes, scale)) == " ".join([*head, "int", "float16", of_codes, "-", of_scale, of_col])
+        nibbles, zeros = np.arange(0x10, 0x90, 0x10, dtype=np.uint8).reshape(1, 8), np.array([[8, 7]], np.uint8)
+        packed = Packed("int", nibbles, zeros, scale, np.arange(1), col)
+        of_nibbles, of_zeros = (xxhash.xxh3_128(part.tobytes()).hexdigest() for part in (nibbles, zeros))
+        assert self.line(packed) == " ".join([*head, "u4", "float16", of_nibbles, of_zeros, of_scale, of_col])
 
     def test_e2m1_codes_are_hashed_two_to_a_byte(self):
         codes = np.arange(16, dtype=np.uint8).reshape(1, 16)

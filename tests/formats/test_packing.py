@@ -22,6 +22,13 @@ from xpuquant.formats.packing.plain import (
     unpack_planar,
     unpack_rows,
 )
+from xpuquant.formats.packing.verify_loops import (
+    count_dead,
+    count_nibbles,
+    equal_bytes,
+    spread_stream,
+    upright_fields,
+)
 from xpuquant.formats.readers.awq import unpack_awq
 
 ZERO_TO_SEVEN = np.arange(8, dtype=np.uint8)[None]
@@ -192,3 +199,49 @@ def test_without_a_folder_for_machine_code_it_is_compiled_each_time(monkeypatch)
 
     monkeypatch.setattr(numba, "njit", nowhere)
     assert compiled(lambda value: value + 1)(2) == 3
+
+
+class TestPackedComparison:
+    """The loops that show both ends of a conversion as nibbles, against the plain definitions."""
+
+    @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+    def test_upright_fields_are_unpack_fields(self, rows, width, seed):
+        words = np.random.default_rng(seed).integers(0, 1 << 32, (8 * rows, width), np.uint32)
+        out = np.empty((8 * width, rows), np.uint32)
+        upright_fields(words, np.array(AWQ_ORDER), out)
+        assert np.array_equal(unpack_nibbles(out.view(np.uint8)), unpack_awq(words))
+
+    @given(st.sampled_from((2, 3)), st.integers(1, 20), st.integers(1, 12), st.booleans(), st.integers(0, 2**32 - 1))
+    def test_spread_streams_are_unpacked_rows_and_what_is_added(self, bits, rows, words, upright, seed):
+        K = 32 * words
+        codes, added = random_codes(bits, (rows, K), seed), random_codes(bits, (rows, words), seed + 1) + 1
+        stream = pack_rows(codes, bits)
+        out = np.empty((rows, K // 8), np.uint32)
+        spread_stream(np.asfortranarray(stream) if upright else stream, bits, added.astype(np.uint8), 4, out)
+        assert np.array_equal(unpack_nibbles(out.view(np.uint8)), codes + np.repeat(added, 32, axis=1))
+
+    @given(st.integers(0, 3000), st.integers(0, 2**32 - 1))
+    def test_equal_bytes_finds_each_byte(self, count, seed):
+        a = random_codes(8, (count,), seed)
+        assert equal_bytes(a, a.copy())
+        for at in {0, count // 2, count - 1} if count else ():
+            b = a.copy()
+            b[at] ^= 1 << at % 8
+            assert not equal_bytes(a, b)
+
+    @given(st.integers(1, 50), st.integers(0, 15), st.integers(0, 15), st.integers(0, 2**32 - 1))
+    def test_nibbles_are_counted(self, words, first, second, seed):
+        codes = random_codes(4, (1, 16 * words), seed)
+        packed = pack_nibbles(codes).view(np.uint64).reshape(-1)
+        assert count_nibbles(packed, first, second) == np.isin(codes, (first, second)).sum()
+
+    @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from((0x7, 0xF)), st.integers(0, 2**32 - 1))
+    def test_dead_groups_are_counted(self, rows, groups, mask, seed):
+        rng = np.random.default_rng(seed)
+        nothing = rng.integers(0, mask + 1, (rows, groups), np.uint8)
+        codes = np.repeat(nothing, 32, axis=1) | rng.integers(0, 2, (rows, 32 * groups), np.uint8) * np.uint8(15 - mask)
+        alive = rng.random((rows, groups)) < 0.5
+        for n, g in np.argwhere(alive):
+            codes[n, 32 * g + rng.integers(32)] ^= 1
+        packed = pack_nibbles(codes).view(np.uint64).reshape(rows, groups, 2)
+        assert count_dead(packed, nothing, mask) == (~alive).sum()

@@ -18,7 +18,9 @@ from xpuquant.formats.layouts.modules import gather_modules
 from xpuquant.formats.readers.reading import read
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Recipe, Weight, all_inputs, deal
+from xpuquant.formats.weights.decoded import difference
 from xpuquant.formats.weights.integers import IntWeight
+from xpuquant.formats.weights.packed import plain
 from xpuquant.formats.weights.parts import IntRows, JoinedIntRows, RowStride, join_rows, split_gate_up
 
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
@@ -69,6 +71,16 @@ def test_decoding_uses_nothing_of_the_fast_path(name, without_loops):
     source = LocalSource(FIXTURES / name)
     for weight in matrices(source):
         assert made(source, weight.decoded(0, weight.N)).codes.shape == (weight.N, weight.K)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_rows_mean_what_the_decoded_ones_do(name, without_loops):
+    source = LocalSource(FIXTURES / name)
+    for weight in matrices(source):
+        for start in range(0, weight.N, 32):
+            stop = min(start + 32, weight.N)
+            packed = plain(made(source, weight.as_packed(start, stop)))
+            assert difference(made(source, weight.decoded(start, stop)), packed) is None
 
 
 def test_the_fast_path_does_need_its_loops(without_loops):

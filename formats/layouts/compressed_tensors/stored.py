@@ -20,6 +20,7 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.decoded import Decoded
+from xpuquant.formats.weights.packed import Rows
 
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")
 
@@ -42,6 +43,10 @@ class CtLayout(Layout):
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
         recipe = weight_of(stored).decoded(start, stop)
+        return recipe.build([stored.load(part) for part in recipe.inputs])
+
+    def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Rows:
+        recipe = weight_of(stored).as_packed(start, stop)
         return recipe.build([stored.load(part) for part in recipe.inputs])
 
     @abstractmethod

@@ -11,6 +11,8 @@ The kernel (`int4_gemm_w4a16`, vllm-xpu-kernels csrc/xpu/onednn) takes `qweight.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from xpuquant.errors import DamagedError
@@ -23,8 +25,9 @@ from xpuquant.formats.layouts.modules import Linear, Module
 from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, unpack_nibbles
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.decoded import Decoded, even_groups, subtract_zeros
+from xpuquant.formats.weights.decoded import Decoded, even_groups
 from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, regroup
+from xpuquant.formats.weights.packed import Packed, Rows, packed_words
 
 
 class Int4Linear(Layout):
@@ -88,24 +91,32 @@ class Int4Linear(Layout):
         return [Matrix("linear", N, K)]
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
+        decoded = self._stored_rows(stored, matrix, start, stop).decoded()
+        if not stored.scheme.act_order:
+            return decoded
+        order = stored.array("g_idx")
+        if not np.array_equal(np.sort(order), np.arange(matrix.K)):
+            raise DamagedError(f"{stored.name}.g_idx is not a permutation of 0..{matrix.K - 1}")
+        inverse = np.argsort(order)
+        return replace(decoded, codes=np.take(decoded.codes, inverse, axis=1), col=decoded.col[inverse])
+
+    def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Rows:
+        if stored.scheme.act_order:
+            return self.decode(stored, matrix, start, stop)
+        return self._stored_rows(stored, matrix, start, stop)
+
+    def _stored_rows(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Packed:
+        """Rows in stored column order."""
         words = stored.load(rows(stored.tensors["qweight"], start, stop))
-        codes = unpack_nibbles(words.view(np.uint8))
-        col = even_groups(matrix.K, stored.scheme.group_size)
         zeros = None
         if not stored.scheme.symmetric:
             first, last = start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD)
             packed = stored.load(columns(stored.tensors["qzeros"], first, last)).view(np.uint8)
             inside = slice(start - first * NIBBLES_PER_WORD, stop - first * NIBBLES_PER_WORD)
             zeros = unpack_nibbles(packed)[:, inside].T
-        values = subtract_zeros(codes, zeros, 4, col)
-        if stored.scheme.act_order:
-            order = stored.array("g_idx")
-            if not np.array_equal(np.sort(order), np.arange(matrix.K)):
-                raise DamagedError(f"{stored.name}.g_idx is not a permutation of 0..{matrix.K - 1}")
-            inverse = np.argsort(order)
-            values, col = np.take(values, inverse, axis=1), col[inverse]
         scale = stored.load(columns(stored.tensors["scales"], start, stop)).T
-        return Decoded("int", values, scale, np.arange(stop - start), col)
+        col = even_groups(matrix.K, stored.scheme.group_size)
+        return Packed("int", packed_words(words), zeros, scale, np.arange(stop - start), col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         first, last = start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD)

@@ -47,11 +47,11 @@ from xpuquant.formats.layouts.stacks import (
     transposed_matrices,
     transposed_tensor,
 )
-from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.scheme import FP8_DTYPES, Scheme
 from xpuquant.formats.weights.base import row_blocks
 from xpuquant.formats.weights.decoded import Decoded, even_groups
 from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight
+from xpuquant.formats.weights.packed import Packed
 
 NIBBLES = {"U8": "e2m1"}
 
@@ -134,14 +134,12 @@ class Mxfp4Experts(MxExperts):
         return stored_matrices(stored, packed=2)
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
+        return self.as_packed(stored, matrix, start, stop).decoded()
+
+    def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Packed:
         part, rows = part_rows(stored, matrix, start, stop)
-        return Decoded(
-            "e2m1",
-            unpack_nibbles(rows(part)),
-            rows(f"{part}_scale").view(numpy_dtype(E8M0)),
-            np.arange(stop - start),
-            even_groups(matrix.K, MX_GROUP),
-        )
+        scale, col = rows(f"{part}_scale").view(numpy_dtype(E8M0)), even_groups(matrix.K, MX_GROUP)
+        return Packed("e2m1", rows(part), None, scale, np.arange(stop - start), col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         part, rows = part_rows(stored, matrix, start, stop)

@@ -25,10 +25,10 @@ from xpuquant.formats.layouts.base import NO_EMBEDDINGS, Conversion, Layout, Mat
 from xpuquant.formats.layouts.fillers import FillBlockScales, code_pieces
 from xpuquant.formats.layouts.modules import Linear, Module
 from xpuquant.formats.layouts.scales import kept
-from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.scheme import FP8_DTYPES, Scheme
 from xpuquant.formats.weights.decoded import Decoded, even_groups
 from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight
+from xpuquant.formats.weights.packed import Packed, Rows, plain
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,17 @@ class MxLinear(Layout):
         return [Matrix("linear", N, K)]
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
+        return plain(self.as_packed(stored, matrix, start, stop))
+
+    def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Rows:
         weight = stored.tensors["weight"]
-        codes = stored.load(rows(weight, start, stop)).view(np.uint8)
+        number, codes = self.elements[weight.dtype], stored.load(rows(weight, start, stop)).view(np.uint8)
         exponents = stored.load(columns(stored.tensors["weight_scale"], start, stop))
-        return Decoded(
-            self.elements[weight.dtype],
-            unpack_nibbles(codes) if self.packed == 2 else codes,
-            exponents.view(numpy_dtype(E8M0)).T,
-            np.arange(stop - start),
-            even_groups(matrix.K, MX_GROUP),
-        )
+        scale, row = exponents.view(numpy_dtype(E8M0)).T, np.arange(stop - start)
+        col = even_groups(matrix.K, MX_GROUP)
+        if self.packed == 2:
+            return Packed(number, codes, None, scale, row, col)
+        return Decoded(number, codes, scale, row, col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         return {

@@ -36,11 +36,20 @@ from xpuquant.formats.weights.base import (
     DecodedRecipe,
     FillRecipe,
     Recipe,
+    RowsRecipe,
     Weight,
     row_blocks,
 )
 from xpuquant.formats.weights.decoded import Decoded, subtract_zeros
-from xpuquant.formats.weights.integers import SourceInts, column_groups, words_of_rows
+from xpuquant.formats.weights.integers import (
+    SPREADABLE,
+    SourceInts,
+    column_groups,
+    packed_stream,
+    packs,
+    words_of_rows,
+)
+from xpuquant.formats.weights.packed import Packed
 
 
 def packed_words(count: int, bits: int, padded: bool) -> int:
@@ -131,6 +140,18 @@ class PackedWeight(ScaledInts):
         if self.bits == 4:
             return unpack_nibbles(stored.view(np.uint8))[:, : self.K]
         return unpack_offset_binary(stored.view(np.uint32), self.bits, self.K, self.padded)
+
+    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+        if (self.bits != 4 and (self.bits not in SPREADABLE or self.padded)) or not packs(self):
+            return super().as_packed(start, stop)
+        scales = self.scales()
+        zeros = None if self.symmetric else self.zeros(start, stop)
+
+        def build(arrays: Arrays) -> Packed:
+            minus = None if zeros is None else zeros.build(arrays[2:]).T
+            return packed_stream(self, arrays[0].view(np.uint32), minus, scales.build(arrays[1:2]).T[start:stop])
+
+        return Recipe(self.decoded(start, stop).inputs, build)
 
     def _fill_codes(self, arrays: Arrays, out: Array) -> None:
         packed = arrays[0].view(np.uint32)
