@@ -42,6 +42,7 @@ from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.decoded import Decoded, even_groups, subtract_zeros
 from xpuquant.formats.weights.integers import IntWeight, common_group_size, divide_groups
+from xpuquant.formats.weights.packed import Packed
 
 ARK_MULTIPLE = 32
 """Columns of an expert's matrix, a step of the kernels' product; and its rows, which are columns of the other matrix
@@ -188,6 +189,12 @@ class Uint4Experts(ArkInts):
 
     def codes(self, weight: IntWeight, symmetric: bool) -> tuple[Piece, ...]:
         return word_pieces(weight)
+
+    def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Packed:
+        part, rows = part_rows(stored, matrix, start, stop)
+        scale, zeros = rows(f"{part}_scale"), rows(f"{part}_zero_point")
+        col = even_groups(matrix.K, stored.scheme.group_size)
+        return Packed("int", rows(part), zeros, scale, np.arange(stop - start), col)
 
 
 class Int8Experts(ArkInts):
