@@ -23,7 +23,7 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, FillRecipe, Recipe, RowsRecipe, Weight
 from xpuquant.formats.weights.decoded import Decoded, in_order, subtract_zeros
 from xpuquant.formats.weights.integers import SourceInts, column_groups, packed_ints, packs, source_group_size
-from xpuquant.formats.weights.packed import Packed, packed_words
+from xpuquant.formats.weights.packed import Packed, word_octets
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of nibble i within its word."""
@@ -85,7 +85,7 @@ class AwqWeight(SourceInts):
             codes = np.empty((NIBBLES_PER_WORD * words.shape[1], self.K // NIBBLES_PER_WORD), np.uint32)
             upright_fields(words.view(np.uint32), np.array(ORDER), codes)
             zeros = None if self.symmetric else unpack_awq(packed_zeros[0])[inside]
-            return packed_ints(self, packed_words(codes[inside]), zeros, scale.T)
+            return packed_ints(self, word_octets(codes[inside]), zeros, scale.T)
 
         return Recipe(self.decoded(start, stop).inputs, build)
 

@@ -28,7 +28,7 @@ from xpuquant.formats.weights.base import (
     deal,
 )
 from xpuquant.formats.weights.decoded import even_groups, in_order
-from xpuquant.formats.weights.packed import Packed, packed_words
+from xpuquant.formats.weights.packed import Packed, word_octets
 
 GROUP_MULTIPLE = 32
 """oneDNN's int4 matmul as vllm-xpu-kernels calls it (`XPUwNa16LinearKernel.can_implement`): g % 32 == 0."""
@@ -318,7 +318,7 @@ def packed_stream(weight: IntWeight, words: Array, zeros: Array | None, scale: A
     """
     if weight.bits == 4:
         rows = words if words.flags.c_contiguous else in_order(words)
-        return packed_ints(weight, packed_words(rows), zeros, scale)
+        return packed_ints(weight, word_octets(rows), zeros, scale)
     from xpuquant.formats.packing.verify_loops import spread_stream
 
     if zeros is None:
@@ -326,4 +326,4 @@ def packed_stream(weight: IntWeight, words: Array, zeros: Array | None, scale: A
     codes = np.empty((len(words), weight.K // NIBBLES_PER_WORD), np.uint32)
     per_zero = -(-weight.K // zeros.shape[1]) if zeros.shape[1] == 1 else weight.group_size
     spread_stream(words, weight.bits, np.ascontiguousarray(WORD_ZERO - zeros), per_zero // NIBBLES_PER_WORD, codes)
-    return packed_ints(weight, packed_words(codes), None, scale)
+    return packed_ints(weight, word_octets(codes), None, scale)

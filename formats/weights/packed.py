@@ -59,7 +59,7 @@ Rows = Packed | Decoded
 """Rows of a weight, packed where its format or layout can show them so."""
 
 
-def packed_words(words: Array) -> Array:
+def word_octets(words: Array) -> Array:
     """uint8 `[n, K/2]` from contiguous 32-bit words `[n, K/8]` whose nibble j is column 8i+j."""
     octets: Array = np.ascontiguousarray(words).view(np.uint8)
     return octets
@@ -74,10 +74,10 @@ def rows_difference(expected: Rows, actual: Rows) -> str | None:
     """
     if isinstance(expected, Packed) and isinstance(actual, Packed) and _same(expected, actual):
         return None
-    return difference(plain(expected), plain(actual))
+    return difference(unpacked_rows(expected), unpacked_rows(actual))
 
 
-def plain(rows: Rows) -> Decoded:
+def unpacked_rows(rows: Rows) -> Decoded:
     """Rows one code to a byte."""
     return rows.decoded() if isinstance(rows, Packed) else rows
 

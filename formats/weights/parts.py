@@ -29,7 +29,7 @@ from xpuquant.formats.weights.base import (
 from xpuquant.formats.weights.decoded import Decoded, Scaled
 from xpuquant.formats.weights.floats import FloatWeight
 from xpuquant.formats.weights.integers import OCTET_ZERO, WORD_ZERO, IntWeight
-from xpuquant.formats.weights.packed import Packed, Rows, plain
+from xpuquant.formats.weights.packed import Packed, Rows, unpacked_rows
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class JoinedRows(Weight):
             packed = [rows for rows in members if isinstance(rows, Packed)]
             if len(packed) == len(members):
                 return _stacked_packed(packed)
-            return _stacked([plain(rows) for rows in members])
+            return _stacked([unpacked_rows(rows) for rows in members])
 
         return Recipe(all_inputs(recipes), build)
 

@@ -20,7 +20,7 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Recipe, Weight, all_inputs, deal
 from xpuquant.formats.weights.decoded import difference
 from xpuquant.formats.weights.integers import IntWeight
-from xpuquant.formats.weights.packed import plain
+from xpuquant.formats.weights.packed import unpacked_rows
 from xpuquant.formats.weights.parts import IntRows, JoinedIntRows, RowStride, join_rows, split_gate_up
 
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
@@ -79,7 +79,7 @@ def test_packed_rows_mean_what_the_decoded_ones_do(name, without_loops):
     for weight in matrices(source):
         for start in range(0, weight.N, 32):
             stop = min(start + 32, weight.N)
-            packed = plain(made(source, weight.as_packed(start, stop)))
+            packed = unpacked_rows(made(source, weight.as_packed(start, stop)))
             assert difference(made(source, weight.decoded(start, stop)), packed) is None
 
 

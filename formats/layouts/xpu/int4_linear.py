@@ -27,7 +27,7 @@ from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, unpack_nibbles
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.decoded import Decoded, even_groups
 from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, regroup
-from xpuquant.formats.weights.packed import Packed, Rows, packed_words
+from xpuquant.formats.weights.packed import Packed, Rows, word_octets
 
 
 class Int4Linear(Layout):
@@ -116,7 +116,7 @@ class Int4Linear(Layout):
             zeros = unpack_nibbles(packed)[:, inside].T
         scale = stored.load(columns(stored.tensors["scales"], start, stop)).T
         col = even_groups(matrix.K, stored.scheme.group_size)
-        return Packed("int", packed_words(words), zeros, scale, np.arange(stop - start), col)
+        return Packed("int", word_octets(words), zeros, scale, np.arange(stop - start), col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         first, last = start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD)

@@ -28,7 +28,7 @@ from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.scheme import FP8_DTYPES, Scheme
 from xpuquant.formats.weights.decoded import Decoded, even_groups
 from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight
-from xpuquant.formats.weights.packed import Packed, Rows, plain
+from xpuquant.formats.weights.packed import Packed, Rows, unpacked_rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class MxLinear(Layout):
         return [Matrix("linear", N, K)]
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
-        return plain(self.as_packed(stored, matrix, start, stop))
+        return unpacked_rows(self.as_packed(stored, matrix, start, stop))
 
     def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Rows:
         weight = stored.tensors["weight"]
