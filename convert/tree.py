@@ -175,6 +175,14 @@ class Tree:
         status = self._status(name)
         return status is not None and stat.S_ISDIR(status.st_mode)
 
+    def check_place(self, name: str) -> None:
+        """Raises UsageError where a file of that name could not be put in place: of what lies there only a file, or a
+        link itself, gives way."""
+        status = self._status(name)
+        if status is not None and not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
+            raise UsageError(f"{self.path / name}: is {what}, and a file of that name is to be written; move it away")
+
     def holds_anything(self, name: str) -> bool:
         """Whether anything has this name, links that lead nowhere too."""
         return self._status(name) is not None

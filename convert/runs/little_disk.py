@@ -34,7 +34,7 @@ from xpuquant.conversion.repo.source_card import metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.finished import is_conversion, recorded_shards
-from xpuquant.conversion.runs.local import check_disk, raise_failures
+from xpuquant.conversion.runs.local import check_disk, check_places, raise_failures
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.repo_files import parse_json, read_json
 from xpuquant.conversion.sources.streamed import StreamedSource
@@ -144,6 +144,8 @@ def convert_streaming(
         if earlier is not None:
             return earlier
     check_output(out, force)
+    if target is None:
+        check_places(plan, source, out)
     digest = plan.digest(source.fingerprint())
     with Staging(out) as staging:
         done = staging.begin(digest, options, force)

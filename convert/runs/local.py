@@ -24,6 +24,7 @@ from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.sources.repo_files import WRITTEN
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.run import verify_staged
@@ -83,6 +84,7 @@ def convert_checkpoint(
     check_apart(source, out)
     check_output(out, force)
     plan = make_plan(source.checkpoint, options)
+    check_places(plan, source, out)
     metadata = metadata_of(source)
     with Staging(out) as staging:
         done = staging.begin(plan.digest(source.fingerprint()), options, force, source.identities())
@@ -133,6 +135,14 @@ def check_apart(source: Source, out: Path) -> None:
         one, other = Path(source.name).resolve(), out.resolve()
         if one.is_relative_to(other) or other.is_relative_to(one):
             raise UsageError(f"{out}: source and output must not lie in each other; choose another folder")
+
+
+def check_places(plan: Plan, source: Source, out: Path) -> None:
+    """Raises UsageError where something in `out` is in the way of a file that the conversion writes: said before the
+    work, and before an earlier conversion is cleared."""
+    tree = Tree(out)
+    for name in (*WRITTEN, *(shard.name for shard in plan.shards), *source.extra_files):
+        tree.check_place(name)
 
 
 def check_disk(out: Path, needed: int) -> None:

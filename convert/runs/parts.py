@@ -28,6 +28,7 @@ from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.journal import STAGING, Finished, JournalFile, Record, check_sources, is_seen_from_here
 from xpuquant.conversion.repo.staging import LOCK, Staging, check_output, journals, staged_files, still_there, take_lock
 from xpuquant.conversion.results import PartConverted
+from xpuquant.conversion.runs.local import check_places
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan
@@ -158,6 +159,7 @@ def make_part(
     Raises: as `convert_checkpoint`, but for the verification, which `finish` does.
     """
     plan = make_plan(source.checkpoint, options)
+    check_places(plan, source, out)
     mine = plan.part(share(plan, part))
     reporter.phase("convert", mine.write_bytes)
     with PartStaging(out, part) as staging:

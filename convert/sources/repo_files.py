@@ -42,7 +42,9 @@ _OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".msgpack", ".h5", ".
 _PICKLED_INDEX = re.compile(r"[\w.-]+\.(?:bin|h5|msgpack)\.index(?:\.[\w-]+)?\.json")
 _WEIGHT_FOLDERS = {"original", "metal"}
 _WRITTEN_ANEW = ("README.md", "xpuquant.json", "verify.json", "verify.md", "verify.html", "verify.svg")
-_WRITTEN = (*_WRITTEN_ANEW, "config.json", INDEX)
+WRITTEN = (*_WRITTEN_ANEW, "config.json", INDEX)
+"""What a conversion writes beside shards and copied files."""
+
 _OUR_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
@@ -215,7 +217,7 @@ def extra_files(
         if name in mine:
             continue
         first, below, _ = name.partition("/")
-        if below and (first in _WRITTEN or _OUR_SHARD.fullmatch(first)):
+        if below and (first in WRITTEN or _OUR_SHARD.fullmatch(first)):
             raise UsageError(f"{first}: is a folder, and the conversion writes a file of that name; rename it")
         path, target = PurePosixPath(name), PurePosixPath(means.get(name, name))
         if name in weights.left:

@@ -57,6 +57,44 @@ def test_a_folder_in_the_way_is_said_before_the_work(name: str, tmp_path: Path) 
     assert code == 2 and error.count("\n") == 1 and not (tmp_path / "out").exists(), error
 
 
+def in_the_way(out: Path, name: str, kind: str) -> Path:
+    """Something of that kind in place of a file of OUT, or of a folder on the way to it."""
+    place = out / name
+    place.unlink(missing_ok=True)
+    if kind == "folder":
+        place.mkdir(parents=True)
+        (place / "x").write_text("x")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place = place.parent
+        shutil.rmtree(place, ignore_errors=True)
+        place.write_text("x")
+    return place
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "file"])
+def test_whatever_is_in_the_way_in_the_output_is_said_before_the_work(
+    kind: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    """For every file that a conversion writes, over an earlier one and over one that was stopped."""
+    names = [path.relative_to(prepared.out).as_posix() for path in prepared.out.rglob("*") if path.is_file()]
+    names = [name for name in names if ("/" in name) == (kind == "file") or ("/" in name and kind == "folder")]
+    assert names
+    for name in names:
+        for number, (before, arguments) in enumerate([(prepared.out, ["--force"]), (prepared.staged, [])]):
+            out = tmp_path / f"{name.replace('/', '_')}-{number}"
+            shutil.copytree(before, out)
+            place = in_the_way(out, name, kind)
+            there = sorted(path.relative_to(out) for path in out.rglob("*"))
+            code, _, error = command(*prepared.convert(prepared.source, out, *arguments))
+            if name == "xpuquant.json" and number == 0:
+                assert code == 2 and "was not written by xpuquant" in error
+            else:
+                assert code == 2 and f"error: {place}: is " in error and error.count("\n") == 1, error
+            assert sorted(path.relative_to(out) for path in out.rglob("*")) == there
+
+
 def test_a_secret_is_not_copied_under_another_name(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(GPTQ, source)
