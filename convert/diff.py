@@ -1,29 +1,36 @@
 """`diff A B`: are these the same tensors? The fastest answer to "is it the checkpoint?"
 
-Names, dtypes, shapes and bytes of two folders or files, however they are sharded. Values are compared as bytes: a NaN
-equals itself, and -0 is not 0.
+Names, dtypes, shapes and bytes of two folders, files or repositories on the Hub, however they are sharded. Values are
+compared as bytes: a NaN equals itself, and -0 is not 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xpuquant.conversion.progress import Reporter
+from xpuquant.conversion.sources.open import no_such_folder, or_no_such_folder
 from xpuquant.conversion.sources.repo_files import list_files, read_json
 from xpuquant.conversion.sources.shard_reader import ShardReader
 from xpuquant.conversion.sources.weight_files import index_file, parse_index, pick_weight_files
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, UsageError
-from xpuquant.formats.checkpoint import Slice, whole
+from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
 from xpuquant.formats.dtypes import BITS
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import row_blocks
 
+if TYPE_CHECKING:
+    from xpuquant.conversion.sources.hub import Remote
+
 _BLOCK_BYTES = 4 << 20
+_RANGE_BYTES = 32 << 20
+"""Of a repository on the Hub: a request takes longer to begin than a disk."""
 
 
 @dataclass(frozen=True)
@@ -68,32 +75,78 @@ class Difference:
 
 
 class Tensors:
-    """The tensors of a folder or of one file."""
+    """The tensors of a folder, of one file, or of a repository on the Hub, of which only what is compared is read.
 
-    def __init__(self, path: Path) -> None:
+    name     as the user named it
+    tensors  name → tensor
+    block    bytes that are read at a time
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.block = _BLOCK_BYTES
+        self._remote: Remote | None = None
+        path = Path(name)
         if path.is_dir():
-            names = list_files(path)
-            index_name = index_file(names)
-            index = None if index_name is None else parse_index(read_json(Tree(path), index_name), index_name)
-            folder, shards = path, pick_weight_files(names, index, index_name).shards
+            tree = Tree(path)
+            shards = _shards(list_files(path), lambda file: read_json(tree, file))
         elif path.exists():
-            folder, shards = path.resolve().parent, (path.resolve().name,)
+            tree, shards = Tree(path.resolve().parent), (path.resolve().name,)
         else:
-            raise UsageError(f"{path}: no such file or folder")
-        self.reader = ShardReader(Tree(folder), shards)
+            remote = self._remote = _remote(name)
+            self.block = _RANGE_BYTES
+            shards = _shards(sorted(remote.blobs), lambda file: read_json(remote.download(file), file))
+        self._reader = ShardReader(tree, shards) if self._remote is None else None
         self.tensors: dict[str, Tensor] = {}
         for shard in shards:
-            for name, tensor in self.reader.header(shard).items():
-                if name in self.tensors:
-                    raise DamagedError(f"{path}: '{name}' is in both {self.tensors[name].file} and {shard}")
-                self.tensors[name] = tensor
+            for tensor_name, tensor in self._header(shard).items():
+                if tensor_name in self.tensors:
+                    raise DamagedError(
+                        f"{name}: '{tensor_name}' is in both {self.tensors[tensor_name].file} and {shard}"
+                    )
+                self.tensors[tensor_name] = tensor
+
+    def _header(self, shard: str) -> dict[str, Tensor]:
+        if self._reader is not None:
+            return self._reader.header(shard)
+        assert self._remote is not None
+        return self._remote.header(shard)
+
+    def read(self, box: Slice) -> Array:
+        """A slice as an array of its dtype and shape."""
+        if self._reader is not None:
+            return self._reader.read(box)
+        assert self._remote is not None
+        parts = [self._remote.read(box.tensor.file, start, start + length) for start, length in box.runs()]
+        return as_array(box, np.frombuffer(b"".join(parts), np.uint8))
+
+    def sha256(self, shard: str) -> str | None:
+        """Of a file on the Hub, as the Hub says; None of others."""
+        return None if self._remote is None else self._remote.blobs[shard].sha256
 
 
-def compare(a: Path, b: Path, *, values: bool, reporter: Reporter) -> Difference:
-    """Compare two folders or files.
+def _shards(names: Sequence[str], read: Callable[[str], dict[str, Any]]) -> tuple[str, ...]:
+    index_name = index_file(names)
+    index = None if index_name is None else parse_index(read(index_name), index_name)
+    return pick_weight_files(names, index, index_name).shards
+
+
+def _remote(name: str) -> Remote:
+    from xpuquant.conversion.hub.client import connect  # folders need no client of the Hub
+    from xpuquant.conversion.sources.hub import Remote, is_repo_id
+
+    if not is_repo_id(name):
+        raise UsageError(no_such_folder(Path(name)))
+    with or_no_such_folder(name):
+        return Remote(connect(), name, None)
+
+
+def compare(a: str, b: str, *, values: bool, reporter: Reporter) -> Difference:
+    """Compare two of: a folder, a file, `owner/name` on the Hub.
 
     Raises:
         UsageError: no such folder, or no safetensors in it. DamagedError: not sound safetensors files.
+        EnvironmentFault: network.
     """
     ours, theirs = Tensors(a), Tensors(b)
     both = [name for name in ours.tensors if name in theirs.tensors]
@@ -112,8 +165,8 @@ def compare(a: Path, b: Path, *, values: bool, reporter: Reporter) -> Difference
             found += [difference] if difference is not None else []
     equal = set(alike) - {difference.name for difference in found}
     return Difference(
-        str(a),
-        str(b),
+        a,
+        b,
         sorted(ours.tensors.keys() - theirs.tensors.keys()),
         sorted(theirs.tensors.keys() - ours.tensors.keys()),
         types,
@@ -124,18 +177,26 @@ def compare(a: Path, b: Path, *, values: bool, reporter: Reporter) -> Difference
     )
 
 
+def _same_file(ours: Tensors, theirs: Tensors, mine: str, other: str) -> bool:
+    """Whether two files on the Hub are known to be the same bytes."""
+    sha256 = ours.sha256(mine)
+    return sha256 is not None and sha256 == theirs.sha256(other)
+
+
 def _type(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def _values(ours: Tensors, theirs: Tensors, name: str) -> Values | None:
     mine, other = whole(ours.tensors[name]), whole(theirs.tensors[name])
+    if mine.tensor.begin == other.tensor.begin and _same_file(ours, theirs, mine.tensor.file, other.tensor.file):
+        return None
     # Sub-byte types are carried as bytes: what is counted there is bytes.
     is_number = BITS[mine.tensor.dtype] >= 8 and mine.tensor.dtype not in ("BOOL", "C64")
     elements, differ, first, largest = 0, 0, -1, 0.0
-    for start, stop in row_blocks(mine.stop, mine.nbytes // max(mine.stop, 1), limit=_BLOCK_BYTES):
-        x = ours.reader.read(Slice(mine.tensor, start, stop)).reshape(-1)
-        y = theirs.reader.read(Slice(other.tensor, start, stop)).reshape(-1)
+    for start, stop in row_blocks(mine.stop, mine.nbytes // max(mine.stop, 1), limit=max(ours.block, theirs.block)):
+        x = ours.read(Slice(mine.tensor, start, stop)).reshape(-1)
+        y = theirs.read(Slice(other.tensor, start, stop)).reshape(-1)
         same = (x.view(np.uint8) == y.view(np.uint8)).reshape(-1, x.itemsize).all(axis=1)
         wrong = np.flatnonzero(~same)
         if len(wrong):

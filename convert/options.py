@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from operator import index
 from typing import Any, SupportsIndex
 
-from xpuquant.conversion.sizes import LARGEST_SIZE, parse_size
+from xpuquant.conversion.sizes import LARGEST_SIZE, exact_size, parse_size
 from xpuquant.errors import Argument, UsageError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -98,6 +98,8 @@ class Options:
         value = getattr(self, name)
         if name == "scale_dtype":
             value = "keep" if value is None else ROUNDED_TO[value]
+        if name == "max_shard_size":
+            value = exact_size(value)
         return Argument(name, value)
 
     def differing(self, other: Options) -> list[tuple[Argument, Argument]]:
@@ -144,9 +146,7 @@ def _shard_size(value: object) -> int:
     else:
         nbytes = whole_number(value)
     if nbytes is None or not 1 <= nbytes <= LARGEST_SIZE:
-        raise UsageError(
-            Argument("max_shard_size", value), ": want a size: a number of bytes, or text like 5GB or 512MiB"
-        )
+        raise UsageError(Argument("max_shard_size", value), ": want a size with its unit, like 5GB, 512MiB or 1000B")
     return nbytes
 
 

@@ -25,6 +25,10 @@ class Reporter(Protocol):
         """So many more bytes of the phase are done."""
         ...
 
+    def begins(self, text: str) -> None:
+        """What is about to be done, for whoever watches: short work without spectators needs no header."""
+        ...
+
     def note(self, text: str) -> None:
         """A remark that is no part of the result, e.g. how much disk will be needed."""
         ...
@@ -37,6 +41,9 @@ class Silent:
         pass
 
     def advance(self, nbytes: int) -> None:
+        pass
+
+    def begins(self, text: str) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -78,6 +85,9 @@ class Calls:
             if done > self._done:
                 self._done = done
                 self._callback(self._name, done, self._total)
+
+    def begins(self, text: str) -> None:
+        pass
 
     def note(self, text: str) -> None:
         pass

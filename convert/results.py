@@ -11,6 +11,7 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.journal import Finished
+from xpuquant.conversion.sizes import size
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.scheme import Scheme
 from xpuquant.xpu_releases import operators_of, since
@@ -163,21 +164,33 @@ def _experts_per_token(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _releases(scheme: Scheme, top_k: int | None) -> str | None:
+def kernel_and_releases(scheme: Scheme | None, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(the XPU kernel that reads a stored module, the releases that have it); see `ModuleOutcome`. None of what is not
+    quantized, or is not for XPU kernels.
+
+    Args:
+        config: the model's config.json.
+    """
+    return (None, None) if scheme is None else _kernel_and_releases(scheme, _experts_per_token(config))
+
+
+def _kernel_and_releases(scheme: Scheme, top_k: int | None) -> tuple[str, str | None]:
+    kernel = layouts_by_name()[scheme.layout].kernel_of(scheme)
     if not operators_of(scheme):
-        return None
+        return kernel, None
     oldest = since(scheme, top_k)
-    return f"none gathers {top_k} experts per token" if oldest is None else f"{oldest} and later"
+    return kernel, f"none gathers {top_k} experts per token" if oldest is None else f"{oldest} and later"
 
 
 def _module(planned: PlannedModule, top_k: int | None) -> ModuleOutcome:
     conversion, scheme = planned.conversion, planned.conversion.scheme
+    kernel, releases = (None, None) if scheme is None else _kernel_and_releases(scheme, top_k)
     return ModuleOutcome(
         conversion.name,
         kind_of(planned.source),
         None if scheme is None else scheme.label(),
-        None if scheme is None else layouts_by_name()[scheme.layout].kernel_of(scheme),
-        None if scheme is None else _releases(scheme, top_k),
+        kernel,
+        releases,
         planned.nbytes,
         tuple(conversion.facts),
         len(planned.weights),
@@ -203,3 +216,12 @@ def summary(plan: Plan, source: Source) -> Planned:
         plan.read_bytes,
         plan.write_bytes,
     )
+
+
+def about_to(plan: Plan, source: Source, where: str) -> str:
+    """What a conversion is about to do, in one line: its source, the source's format, what is written where."""
+    formats = " + ".join(dict.fromkeys(kind_of(module.source) for module in plan.modules)) or "nothing quantized"
+    schemes = [module.conversion.scheme for module in plan.modules]
+    made = " + ".join(dict.fromkeys("bf16" if scheme is None else scheme.layout for scheme in schemes))
+    at = "" if source.revision is None else f" at {source.revision[:12]}"
+    return f"{source.name}{at}: {formats}, {size(source.nbytes)} → {where}: {made}, {size(plan.write_bytes)}"

@@ -1,10 +1,10 @@
-"""Bytes as people write them (`5GB`) and read them (`4.1 GB`)."""
+"""Bytes as people write them (`5GB`) and read them (`4.1 GB`), and seconds as they read them."""
 
 from __future__ import annotations
 
 import re
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)", re.IGNORECASE)
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -21,11 +21,31 @@ LARGEST_SIZE = 2**62
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of `5GB` (10^9), `512MiB` (2^20), `1000`; None where it is no size."""
+    """Bytes of `5GB` (10^9), `512MiB` (2^20), `1000B`; None where it is no size. A number without a unit is none: who
+    writes 5 means no shards of five bytes."""
     match = _SIZE.fullmatch(text.strip())
     unit = match[2].lower().removesuffix("b") if match else "?"
     size = float(match[1]) * _UNITS[unit] if match is not None and unit in _UNITS else float("inf")
     return int(size) if size <= LARGEST_SIZE else None
+
+
+def exact_size(nbytes: int) -> str:
+    """Bytes as `parse_size` reads them again: `5GB`, `512MiB`, `1001B`."""
+    for unit in ("t", "ti", "g", "gi", "m", "mi", "k", "ki"):
+        if nbytes and nbytes % _UNITS[unit] == 0:
+            return f"{nbytes // _UNITS[unit]}{unit if unit == 'k' else unit.capitalize()}B"
+    return f"{nbytes}B"
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def size(nbytes: float) -> str:

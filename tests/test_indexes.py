@@ -14,6 +14,8 @@ import xpuquant
 from xpuquant.conversion.cli.app import COMMANDS
 
 ROOT = Path(__file__).parents[1]
+ANSWERING = {"as_json", "quiet", "verbose", "out_option"}
+"""Options for a terminal alone."""
 SCRIPTS = sorted(
     path.relative_to(ROOT / "scripts")
     for path in (ROOT / "scripts").rglob("*")
@@ -53,7 +55,7 @@ def test_the_python_page_names_every_argument_beside_its_option() -> None:
         (name, parameter.name): parameter.opts[0]
         for name, command in group.commands.items()  # type: ignore[attr-defined]
         for parameter in command.params
-        if parameter.param_type_name == "option" and not parameter.hidden and parameter.name != "as_json"
+        if parameter.param_type_name == "option" and not parameter.hidden and parameter.name not in ANSWERING
     }
     for (command, argument), option in options.items():
         if option != f"--{argument.replace('_', '-')}":

@@ -25,6 +25,7 @@ from xpuquant.errors import (
 if TYPE_CHECKING:
     from xpuquant.api import (
         Converted,
+        ConvertedRepo,
         Diagnosis,
         Difference,
         Inspection,
@@ -52,6 +53,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "Converted",
+    "ConvertedRepo",
     "DamagedError",
     "Diagnosis",
     "Difference",

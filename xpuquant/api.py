@@ -29,19 +29,20 @@ from xpuquant.conversion.doctor import Diagnosis, examine
 from xpuquant.conversion.hub import publish
 from xpuquant.conversion.hub.publish import Pushed
 from xpuquant.conversion.hub.target import Destination
-from xpuquant.conversion.inspection import RANKS, Inspection, inspect_source
+from xpuquant.conversion.inspection import RANKS, Inspection, look_at
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.progress import Calls, ProgressCallback, Reporter, Silent
+from xpuquant.conversion.repo.description import ConvertedRepo
 from xpuquant.conversion.results import Converted, ModuleOutcome, PartConverted, Planned
 from xpuquant.conversion.runs import request as runs
 from xpuquant.conversion.runs.checking import verify_folder
 from xpuquant.conversion.runs.parts import parse_part
-from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import UsageError
 
 __all__ = [
     "Converted",
+    "ConvertedRepo",
     "Diagnosis",
     "Difference",
     "Inspection",
@@ -72,20 +73,22 @@ def inspect(
     on_unsupported: str = "refuse",
     tensor_parallel: Sequence[int] = RANKS,
     revision: str | None = None,
-) -> Inspection:
+) -> Inspection | ConvertedRepo:
     """What a checkpoint is and what would become of it, from headers alone. Nothing is written.
 
     Args:
-        source: folder with a quantized checkpoint, or `owner/name` on the Hub.
+        source: folder with a quantized checkpoint or with a repo that was converted, or `owner/name` of one on the Hub.
         on_unsupported: what to do with modules that no kernel takes: `refuse`, or `dequantize` them to bf16.
         tensor_parallel: numbers of GPUs to check the splits for.
         revision: branch, tag or commit of a source on the Hub.
 
+    Returns:
+        What would become of it; of a converted repo, what it is, from what, verified how and what serves it.
+
     Raises:
         UsageError: not a quantized checkpoint. DamagedError: not a sound one. EnvironmentFault: disk, network.
     """
-    opened = open_source(os.fspath(source), revision)
-    return inspect_source(opened, Options(on_unsupported=on_unsupported), tuple(tensor_parallel))
+    return look_at(os.fspath(source), revision, Options(on_unsupported=on_unsupported), tuple(tensor_parallel))
 
 
 @public
@@ -260,10 +263,10 @@ def verify(
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Verdict:
-    """Check a converted folder before it is deployed. It is only read. A failure is returned, not raised.
+    """Check a converted repo before it is deployed. It is only read. A failure is returned, not raised.
 
     Args:
-        out: folder that `convert` wrote.
+        out: folder that `convert` wrote, or `owner/name` of a converted repo on the Hub, which is downloaded.
         source: what it was converted from; None: check against the digests recorded at conversion.
         revision: of a source on the Hub; None: the commit it was converted from.
         backends: kernel libraries that have to run, by name; none: all that run here do.
@@ -284,7 +287,7 @@ def verify(
     """
     with _reporter(progress) as reporter:
         return verify_folder(
-            Path(out),
+            os.fspath(out),
             source=None if source is None else os.fspath(source),
             revision=revision,
             backends=backends,
@@ -299,7 +302,7 @@ def verify(
 
 @public
 def diff(a: StrPath, b: StrPath, *, values: bool = True, progress: ProgressCallback | None = None) -> Difference:
-    """Compare the tensors of two folders or .safetensors files, however they are sharded.
+    """Compare the tensors of two folders, .safetensors files or repositories on the Hub, however they are sharded.
 
     Args:
         values: compare bytes too, not only names, dtypes and shapes.
@@ -312,7 +315,7 @@ def diff(a: StrPath, b: StrPath, *, values: bool = True, progress: ProgressCallb
         UsageError: no such folder or file. DamagedError: not sound safetensors files.
     """
     with _reporter(progress) as reporter:
-        return compare(Path(a), Path(b), values=values, reporter=reporter)
+        return compare(os.fspath(a), os.fspath(b), values=values, reporter=reporter)
 
 
 @public

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xpuquant.conversion.cli.output import Answer, TextTable
+from xpuquant.conversion.cli.output import Answer
+from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.report.markdown import checks
 from xpuquant.conversion.report.reports import as_data, by_claim
 from xpuquant.conversion.report.sentences import by_kernel, decibels, exactness, headline, in_one_line, unquantized
@@ -22,6 +23,7 @@ from xpuquant.formats.scheme import compact
 from xpuquant.formats.weights.base import PIECE_BYTES
 
 if TYPE_CHECKING:
+    from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.diff import Difference
     from xpuquant.conversion.doctor import Diagnosis
     from xpuquant.conversion.hub.publish import Pushed
@@ -32,24 +34,24 @@ _ON_THE_WAY_BYTES = 16 << 20
 """Per worker: pieces made ahead, blocks before the disk."""
 
 _MAX_FINDINGS = 20
+_MAX_SHARDS = 30
 _MAX_DIFFERENCES = 30
-_MAX_DECISIONS = 12
 
 
-def converted(result: Converted | PartConverted) -> Answer:
+def converted(result: Converted | PartConverted, output: Output) -> Answer:
     """The end of `convert` and of `finish`."""
     if isinstance(result, PartConverted):
         return _part(result)
     if result.pushed is None:
-        return _converted(result)
-    published = pushed(result.pushed)
+        return _converted(result, output)
+    published = pushed(result.pushed, output)
     if not result.is_new:
         return published
-    made = _converted(result)
-    return Answer([*made.parts, *published.parts], {**made.data, "pushed": published.data})
+    made = _converted(result, output)
+    return Answer([*made.parts, *published.parts], {**made.data, "pushed": published.data}, published.brief)
 
 
-def _converted(result: Converted) -> Answer:
+def _converted(result: Converted, output: Output) -> Answer:
     plan, verdict = result.plan, result.verdict
     # Without a folder it is served from the Hub.
     out = str(result.out) if result.out is not None or result.pushed is None else result.pushed.repo_id
@@ -61,7 +63,7 @@ def _converted(result: Converted) -> Answer:
     else:
         proof, checked = Proof.none(0, 0), "not again: xpuquant verify checks it"
     outcome = Outcome.NOT_VERIFIED if verdict is None else verdict.outcome
-    before = [] if result.is_new else [f"{out} is finished already; nothing was left to do"]
+    before = [] if result.is_new else [f"{out} is finished already: nothing was left to do"]
     device = "xpu" if plan.options.layout == "xpu" else "auto"
     facts = TextTable(
         "",
@@ -71,32 +73,36 @@ def _converted(result: Converted) -> Answer:
             ("size", f"{size(plan.source.nbytes)} → {size(plan.write_bytes)} in {len(plan.shards)} shard(s)"),
             (str(outcome), checked),
             ("written to", out),
-            ("serve", f"vllm serve {out}"),
-            ("", f'AutoModelForCausalLM.from_pretrained("{out}", device_map="{device}")'),
+            *([("took", output.took(plan.read_bytes))] if result.is_new else []),
         ),
     )
+    serve = [
+        f"serve it:  vllm serve {shlex.quote(out)}",
+        f'       or  AutoModelForCausalLM.from_pretrained({json.dumps(out)}, device_map="{device}")',
+    ]
     data = plan_data(plan) | {
         "out": out,
         "shards": {name: {"sha256": f.sha256, "bytes": f.nbytes} for name, f in sorted(result.shards.items())},
         "proof": {"verdict": str(outcome), "matrices": by_claim(proof)},
         "verification": None if verdict is None else as_data(verdict),
     }
-    return Answer([*before, *_notes(plan.notes), modules_table(plan.modules), facts], data)
+    return Answer([*before, *notes(plan.notes), modules_table(plan.modules), facts, *serve], data, out)
 
 
 def _part(result: PartConverted) -> Answer:
     made = f"{len(result.shards)} of {result.of} shards, {size(result.nbytes)}"
     text = f"part {result.part}: {made}, staged in {result.out}"
     hint = f"when every part is done: {shlex.join(['xpuquant', 'finish', result.source, str(result.out)])}"
-    return Answer([text, hint], {"part": result.part, "shards": {n: f.sha256 for n, f in result.shards.items()}})
+    return Answer([text, hint], {"part": result.part, "shards": {n: f.sha256 for n, f in result.shards.items()}}, text)
 
 
-def planned(plan: Planned, jobs: int, part: str | None = None) -> Answer:
+def planned(plan: Planned, out: Path, jobs: int, part: str | None = None) -> Answer:
     """`convert --dry-run`, of all or of a part."""
     shards = TextTable(
         "output shards" if part is None else f"output shards of part {part}",
         ("file", "tensors", "size"),
         [(shard.name, str(len(shard.tensors)), size(shard.nbytes)) for shard in plan.shards],
+        most=_MAX_SHARDS,
     )
     memory = jobs * (PIECE_BYTES + _ON_THE_WAY_BYTES)
     facts = TextTable(
@@ -105,81 +111,29 @@ def planned(plan: Planned, jobs: int, part: str | None = None) -> Answer:
         (
             ("left as is", left_alone(plan)),
             ("reads", size(plan.read_bytes)),
-            ("writes", size(plan.write_bytes)),
+            ("writes", f"{size(plan.write_bytes)} to {out}"),
             ("buffers", f"about {size(memory)} with {jobs} jobs, whatever the size of the model"),
         ),
     )
     return Answer(
-        [*_notes(plan.notes), modules_table(plan.modules), shards, facts],
-        plan_data(plan) | ({} if part is None else {"part": part}),
+        [*notes(plan.notes), modules_table(plan.modules), shards, facts],
+        plan_data(plan) | {"out": str(out)} | ({} if part is None else {"part": part}),
+        str(out),
     )
 
 
-def pushed(result: Pushed) -> Answer:
+def pushed(result: Pushed, output: Output) -> Answer:
     """What a push did."""
     there = f", {len(result.unchanged)} were there" if result.unchanged else ""
     rows = [
         ("pushed to", result.url if result.revision == "main" else f"{result.url} ({result.revision})"),
         ("uploaded", f"{len(result.uploaded)} files, {size(result.nbytes)}{there}"),
         ("compared", "every checksum on the Hub equals the local one"),
+        ("took", output.took(result.nbytes)),
     ]
     if result.removed:
         rows.append(("removed", f"stale: {', '.join(result.removed)}"))
-    return Answer([*_notes(result.notes), TextTable("", ("", ""), rows)], asdict(result))
-
-
-def inspected(found: Inspection) -> Answer:
-    """The end of `inspect`."""
-    verdict = "no: some modules have no exact XPU layout" if found.refused else "yes, every module has an exact layout"
-    if any(module.scheme is None for module in found.modules):
-        verdict = "yes, with some modules dequantized to bf16"
-    says = f"config.json says '{found.quant_method}'"
-    facts = TextTable(
-        "",
-        ("", ""),
-        (
-            ("checkpoint", found.source.name),
-            ("model", f"{found.model_type or 'unknown'}, {found.tensors} tensors"),
-            ("format", f"{', '.join(found.formats) or 'unknown'} ({says})"),
-            ("size", size(found.source.nbytes)),
-            ("converts", verdict),
-        ),
-    )
-    parts: list[str | TextTable] = [facts, *_notes(found.notes)]
-    if found.modules:
-        parts.append(modules_table(found.modules))
-    if found.refused:
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in found.refused.items():
-            by_reason.setdefault(reason, []).append(name)
-        rows = [(reason, str(len(names)), ", ".join(compact(names)[:6])) for reason, names in by_reason.items()]
-        parts.append(TextTable("refused", ("reason", "modules", "which"), rows))
-    if found.decisions:
-        common = [(fact, str(count)) for fact, count in Counter(found.decisions).most_common(_MAX_DECISIONS)]
-        parts.append(TextTable("decided from the tensors", ("what", "matrices"), common))
-    splits = [(str(n), _split(problems)) for n, problems in found.tensor_parallel.items()]
-    parts.append(TextTable("tensor parallel", ("GPUs", "splits"), splits))
-    data = {
-        "source": _source_data(found),
-        "model_type": found.model_type,
-        "quant_method": found.quant_method,
-        "formats": list(found.formats),
-        "converts": found.converts,
-        "modules": {module.name: module.scheme or "bf16" for module in found.modules},
-        "refused": found.refused,
-        "decisions": found.decisions,
-        "tensor_parallel": {str(n): problems for n, problems in found.tensor_parallel.items()},
-        "notes": list(found.notes),
-    }
-    return Answer(parts, data)
-
-
-def _split(problems: Mapping[str, str]) -> str:
-    if not problems:
-        return "yes"
-    name, problem = next(iter(problems.items()))
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"no: {name}: {problem}{more}"
+    return Answer([*notes(result.notes), TextTable("", ("", ""), rows)], asdict(result), result.url)
 
 
 def verified(verdict: Verdict, report: Path | None) -> Answer:
@@ -191,10 +145,8 @@ def verified(verdict: Verdict, report: Path | None) -> Answer:
         ("warnings", verdict.warnings),
     ):
         if found:
-            rows = [(finding.check, finding.where, finding.what) for finding in found[:_MAX_FINDINGS]]
-            parts.append(TextTable(title, ("check", "where", "what"), rows))
-        if len(found) > _MAX_FINDINGS:
-            parts.append(f"and {len(found) - _MAX_FINDINGS} more {title}; --json lists them all")
+            rows = [(finding.check, finding.where, finding.what) for finding in found]
+            parts.append(TextTable(title, ("check", "where", "what"), rows, most=_MAX_FINDINGS))
     figures: list[tuple[str, str, str, str]] = []
     for (backend, activation), runs in by_kernel(verdict).items():
         worst = max(runs, key=lambda run: run.error or 0.0)
@@ -212,7 +164,7 @@ def verified(verdict: Verdict, report: Path | None) -> Answer:
     if report is not None:
         parts.append(f"reports in {report}: verify.json, verify.md, verify.html, verify.svg")
     parts.append(headline(verdict))
-    return Answer(parts, as_data(verdict))
+    return Answer(parts, as_data(verdict), headline(verdict))
 
 
 def compared(difference: Difference) -> Answer:
@@ -227,13 +179,12 @@ def compared(difference: Difference) -> Answer:
     what = "equal, bytes and all" if d.compared_values else "equal in name, dtype and shape (bytes not compared)"
     parts: list[str | TextTable] = []
     if rows:
-        parts.append(TextTable("", ("tensor", "difference"), rows[:_MAX_DIFFERENCES]))
-    if len(rows) > _MAX_DIFFERENCES:
-        parts.append(f"and {len(rows) - _MAX_DIFFERENCES} more; --json lists them all")
-    parts.append(f"{d.same} tensors ({size(d.same_bytes)}) are {what}; {len(rows)} are not")
+        parts.append(TextTable("", ("tensor", "difference"), rows, most=_MAX_DIFFERENCES))
+    brief = f"{d.same} tensors ({size(d.same_bytes)}) are {what}; {len(rows)} are not"
+    parts.append(brief)
     data: dict[str, Any] = {"equal": d.equal, **asdict(d)}
     data["types"] = {name: list(types) for name, types in d.types.items()}
-    return Answer(parts, data)
+    return Answer(parts, data, brief)
 
 
 def diagnosed(diagnosis: Diagnosis) -> Answer:
@@ -252,10 +203,11 @@ def diagnosed(diagnosis: Diagnosis) -> Answer:
         TextTable("kernel backends", ("backend", "runs here", "why not, and the fix"), rows),
         TextTable("versions", ("package", "version"), packages),
         f"Intel GPUs: {devices}",
-        *_notes(diagnosis.remarks),
+        *notes(diagnosis.remarks),
         f"{diagnosis.system}, {sys.executable}",
     ]
-    return Answer(parts, asdict(diagnosis))
+    running = [one.name for one in diagnosis.backends if one.problem is None]
+    return Answer(parts, asdict(diagnosis), f"runs here: {', '.join(running)}; Intel GPUs: {devices}")
 
 
 def modules_table(modules: Iterable[ModuleOutcome]) -> TextTable:
@@ -285,9 +237,9 @@ def left_alone(plan: Planned) -> str:
 def plan_data(plan: Planned) -> dict[str, Any]:
     """A plan as JSON."""
     return {
-        "source": _source_data(plan),
+        "source": source_data(plan),
         "options": plan.options.as_dict(),
-        "modules": {module.name: _module_data(module) for module in plan.modules},
+        "modules": {module.name: module_data(module) for module in plan.modules},
         "passed_tensors": [tensor.name for tensor in plan.passed],
         "notes": list(plan.notes),
         "read_bytes": plan.read_bytes,
@@ -305,11 +257,13 @@ def plan_data(plan: Planned) -> dict[str, Any]:
     }
 
 
-def _source_data(of: Planned | Inspection) -> dict[str, Any]:
+def source_data(of: Planned | Inspection) -> dict[str, Any]:
+    """A source as JSON."""
     return {"name": of.source.name, "revision": of.source.revision, "bytes": of.source.nbytes}
 
 
-def _module_data(module: ModuleOutcome) -> dict[str, Any]:
+def module_data(module: ModuleOutcome) -> dict[str, Any]:
+    """What becomes of a module, as JSON."""
     return {
         "source": module.source,
         "scheme": module.scheme,
@@ -320,5 +274,6 @@ def _module_data(module: ModuleOutcome) -> dict[str, Any]:
     }
 
 
-def _notes(notes: Sequence[str]) -> list[str]:
-    return [f"note: {note}" for note in notes]
+def notes(said: Sequence[str]) -> list[str]:
+    """Remarks as lines."""
+    return [f"note: {note}" for note in said]

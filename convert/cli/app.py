@@ -25,12 +25,14 @@ from xpuquant.errors import Argument, EnvironmentFault, Interrupted, XpuquantErr
 INTERNAL_ERROR = 70
 """sysexits.h EX_SOFTWARE: a bug of ours, not of the user's input."""
 
+PROGRAM = "xpuquant"
+"""What is typed, also where Python runs the package as a module."""
+
 COMMANDS = typer.Typer(
-    name="xpuquant",
+    name=PROGRAM,
     help="Convert quantized LLM checkpoints, once and exactly, into the layouts Intel GPU kernels read.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -38,15 +40,29 @@ COMMANDS = typer.Typer(
 @COMMANDS.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version and exit.", is_eager=True)
+    ] = False,
 ) -> None:
     if version:
         from xpuquant import __version__
 
         sys.stdout.write(f"xpuquant {__version__}\n")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
 
 
+def show_help(
+    context: typer.Context,
+    command: Annotated[str | None, typer.Argument(metavar="[COMMAND]", help="One of the others.")] = None,
+) -> None:
+    """Show this list, or how a command is called."""
+    words = ["--help"] if command is None else [command, "--help"]
+    COMMANDS(args=words, prog_name=PROGRAM, standalone_mode=False)
+
+
+COMMANDS.command("help")(show_help)
 for _command in (
     convert_commands.convert,
     convert_commands.finish,
@@ -72,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
         # numpy's remarks on a stranger's scales (overflow, NaN): they are data here, and compared bit by bit.
         warnings.simplefilter("ignore")
     try:
-        code: Any = COMMANDS(args=list(arguments), standalone_mode=False)
+        code: Any = COMMANDS(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except Exception as error:
         return _failed(error, arguments)
     except KeyboardInterrupt:
@@ -115,8 +131,12 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> tuple[str, int]:
 
 
 def _click(error: Any) -> tuple[str, int]:
-    text = error.format_message() if hasattr(error, "format_message") else "aborted"
-    return text, 2 if hasattr(error, "format_message") else Interrupted.exit_code
+    if not hasattr(error, "format_message"):
+        return "aborted", Interrupted.exit_code
+    close = getattr(error, "possibilities", None)
+    if close:  # a mistyped option: the closest comes first
+        return f"{error.message.rstrip('.')}. Did you mean {close[0]}?", 2
+    return error.format_message(), 2
 
 
 def _sentences() -> list[tuple[type[Exception], Callable[[Any], tuple[str, int]]]]:

@@ -6,31 +6,74 @@ spelt for both (`cli/spelling.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from xpuquant.conversion.options import LAYOUT_FAMILIES, ON_UNSUPPORTED, ROUNDED_TO
+
+_DTYPES = ("keep", *ROUNDED_TO.values())
+
+
+def _completes(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """What a shell offers for an option that takes one of a few words."""
+
+    def completed(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return completed
+
+
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SRC", help="Folder with a quantized checkpoint, or OWNER/NAME on the Hub.")
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub (default: main).")]
-OutToWriteArgument = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Folder to write (default: SRC-xpu).")]
+RevisionOption = Annotated[
+    str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of SRC on the Hub (default: main).")
+]
+OutToWriteArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[OUT]",
+        help="Folder to write (default: the name of SRC with -xpu or -compressed-tensors, in the current folder).",
+    ),
+]
+OutOption = Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="The same as OUT.")]
 OutOfPartsArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder the parts were written to.")]
 OutConvertedArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `convert` wrote.")]
+
+OutCheckedArgument = Annotated[
+    str,
+    typer.Argument(metavar="OUT", help="Folder that `convert` wrote, or OWNER/NAME of a converted repo on the Hub."),
+]
 
 # What changes the bytes of the output.
 LayoutOption = Annotated[
     str,
-    typer.Option("--layout", help="Layout to write: xpu, or compressed-tensors, which stock loaders read."),
+    typer.Option(
+        metavar="|".join(LAYOUT_FAMILIES),
+        autocompletion=_completes(LAYOUT_FAMILIES),
+        help="Layout to write: for XPU kernels, or for stock loaders.",
+    ),
 ]
 ScaleDtypeOption = Annotated[
-    str, typer.Option(help="keep the source's, or round scales to float16, bfloat16, float32.")
+    str,
+    typer.Option(
+        metavar="|".join(_DTYPES),
+        autocompletion=_completes(_DTYPES),
+        help="Keep the scales as they are in SRC, or round them.",
+    ),
 ]
 OnUnsupportedOption = Annotated[
-    str, typer.Option(help="Modules no XPU kernel takes: refuse, or dequantize them to bf16 (lossy).")
+    str,
+    typer.Option(
+        metavar="|".join(ON_UNSUPPORTED),
+        autocompletion=_completes(ON_UNSUPPORTED),
+        help="What becomes of modules that no XPU kernel takes; dequantized, they are bf16.",
+    ),
 ]
-MaxShardSizeOption = Annotated[str, typer.Option(help="Largest output file, e.g. 5GB or 512MiB.")]
+MaxShardSizeOption = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file, e.g. 5GB or 512MiB.")]
 FoldActOrderOption = Annotated[
     bool,
     typer.Option(
@@ -46,12 +89,15 @@ SameFlagOption = Annotated[bool | None, typer.Option("--fold-act-order", hidden=
 
 # How it runs.
 JobsOption = Annotated[
-    int, typer.Option(min=0, max=256, show_default=False, help="Workers (default: one per core, at most 8).")
+    int,
+    typer.Option(min=0, max=256, show_default=False, metavar="N", help="Workers (default: one per core, at most 8)."),
 ]
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Check every value of the output.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier conversion in OUT.")]
-RayOption = Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")]
+RayOption = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, auto, or local.")
+]
 PartOption = Annotated[
     str | None,
     typer.Option("--part", "--shard", metavar="I/N", help="Make only part i of n; `finish` puts parts together."),
@@ -61,21 +107,25 @@ StreamOption = Annotated[
     typer.Option("--stream", help="Keep only the shards of SRC in use; with --push-to, of the output too."),
 ]
 TensorParallelOption = Annotated[
-    list[int] | None,
+    list[str] | None,
     typer.Option(
         "--tp",
         "--tensor-parallel",
-        min=1,
-        help="Numbers of GPUs to check splits for; repeat it for more (default: 2, 4, 8).",
+        metavar="N,...",
+        help="Numbers of GPUs to split the model over (default: 1,2,4,8).",
     ),
 ]
+
+# How it answers: all commands have these.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer in one line, and no progress.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print every row of every table.")]
 
 # Where it is published.
 RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; created if it is not there.")]
 PushToOption = Annotated[str | None, typer.Option(metavar="REPO", help="Publish the result on the Hub as OWNER/NAME.")]
 PrivateOption = Annotated[bool, typer.Option("--private/--public", help="Of a repository that is created.")]
-BranchOption = Annotated[str | None, typer.Option(help="Push to this branch; created from main.")]
+BranchOption = Annotated[str | None, typer.Option(metavar="BRANCH", help="Push to this branch; created from main.")]
 UnverifiedOption = Annotated[
     bool, typer.Option("--unverified", help="Publish also what was converted with --no-verify.")
 ]
@@ -84,12 +134,18 @@ PullRequestOption = Annotated[bool, typer.Option("--pr", help="Push to a pull re
 # How it is checked.
 CheckedSourceOption = Annotated[
     str | None,
-    typer.Option(help="What it was converted from. Without it: the digests recorded at conversion."),
+    typer.Option(metavar="SRC", help="What it was converted from. Without it: the digests recorded at conversion."),
 ]
-CheckedRevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a --source on the Hub.")]
+CheckedRevisionOption = Annotated[
+    str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of a --source on the Hub.")
+]
 BackendsOption = Annotated[
     list[str] | None,
-    typer.Option("--backend", help="Kernel library that has to run; repeat it for more (default: all that run here)."),
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="Kernel library that has to run; repeat it for more (default: all that run here).",
+    ),
 ]
 EveryOption = Annotated[bool, typer.Option("--all", help="Run kernels on every matrix, all rows and all M.")]
 RequireExactOption = Annotated[
@@ -98,10 +154,16 @@ RequireExactOption = Annotated[
 ]
 RequireBackendsOption = Annotated[
     list[str] | None,
-    typer.Option("--require-backend", help="Kernel library that has to compute every module; repeat it for more."),
+    typer.Option(
+        "--require-backend", metavar="NAME", help="Kernel library that has to compute every module; repeat it for more."
+    ),
 ]
-ReportOption = Annotated[Path | None, typer.Option(help="Folder to write verify.json, .md, .html and .svg into.")]
-FirstArgument = Annotated[str, typer.Argument(metavar="A", help="Folder with safetensors, or a .safetensors file.")]
+ReportOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder to write verify.json, .md, .html and .svg into.")
+]
+FirstArgument = Annotated[
+    str, typer.Argument(metavar="A", help="Folder with safetensors, a .safetensors file, or OWNER/NAME on the Hub.")
+]
 SecondArgument = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
 ValuesOption = Annotated[
     bool, typer.Option("--values/--no-values", help="Compare bytes, or only names, dtypes and shapes.")

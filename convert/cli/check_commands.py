@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xpuquant.conversion.cli import arguments as args
-from xpuquant.errors import NotVerifiedError, VerificationError
+from xpuquant.errors import Argument, NotVerifiedError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from xpuquant.conversion.verify.verdict import Verdict
@@ -18,21 +18,24 @@ def inspect(
     tensor_parallel: args.TensorParallelOption = None,
     revision: args.RevisionOption = None,
     as_json: args.JsonOption = False,
+    quiet: args.QuietOption = False,
+    verbose: args.VerboseOption = False,
 ) -> None:
-    """What is it, will it convert, how big, which kernel per module: from headers only."""
-    from xpuquant.conversion.cli import answers
+    """What is it, will it convert, how big, which kernel per module: from headers only. Of a converted repo: from what,
+    verified how, what serves it."""
+    from xpuquant.conversion.cli.inspect_answers import inspected
     from xpuquant.conversion.cli.output import Output
-    from xpuquant.conversion.inspection import RANKS, inspect_source
+    from xpuquant.conversion.inspection import RANKS, look_at
     from xpuquant.conversion.options import Options
-    from xpuquant.conversion.sources.open import open_source
 
+    output = Output(as_json, quiet, verbose)
     options = Options(on_unsupported=on_unsupported)
-    found = inspect_source(open_source(source, revision), options, tuple(tensor_parallel or RANKS))
-    Output(as_json).answer(answers.inspected(found))
+    found = look_at(source, revision, options, _numbers(tensor_parallel) or RANKS)
+    output.answer(inspected(found))
 
 
 def verify(
-    out: args.OutConvertedArgument,
+    out: args.OutCheckedArgument,
     source: args.CheckedSourceOption = None,
     revision: args.CheckedRevisionOption = None,
     backends: args.BackendsOption = None,
@@ -42,6 +45,8 @@ def verify(
     report: args.ReportOption = None,
     jobs: args.JobsOption = 0,
     as_json: args.JsonOption = False,
+    quiet: args.QuietOption = False,
+    verbose: args.VerboseOption = False,
 ) -> None:
     """Check a converted folder before it is deployed. Exit code 0: verified; 1: failed; 5: not verified, because
     something that had to be checked was not. OUT is only read."""
@@ -49,7 +54,7 @@ def verify(
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.runs.checking import verify_folder
 
-    output = Output(as_json)
+    output = Output(as_json, quiet, verbose)
     with output.progress() as progress:
         verdict = verify_folder(
             out,
@@ -68,31 +73,38 @@ def verify(
 
 
 def diff(
-    a: args.FirstArgument, b: args.SecondArgument, values: args.ValuesOption = True, as_json: args.JsonOption = False
+    a: args.FirstArgument,
+    b: args.SecondArgument,
+    values: args.ValuesOption = True,
+    as_json: args.JsonOption = False,
+    quiet: args.QuietOption = False,
+    verbose: args.VerboseOption = False,
 ) -> None:
     """Compare the tensors of two repos: names, dtypes, shapes, values. Exit code 0: equal; 1: different."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.diff import compare
 
-    output = Output(as_json)
+    output = Output(as_json, quiet, verbose)
     with output.progress() as progress:
-        difference = compare(Path(a), Path(b), values=values, reporter=progress)
+        difference = compare(a, b, values=values, reporter=progress)
     output.answer(answers.compared(difference))
     if not difference.equal:
         raise VerificationError(f"{a} and {b} differ")
 
 
-def doctor(as_json: args.JsonOption = False) -> None:
+def doctor(
+    as_json: args.JsonOption = False, quiet: args.QuietOption = False, verbose: args.VerboseOption = False
+) -> None:
     """Which kernel backends run here, why others do not, and what would change that."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.doctor import examine
 
-    Output(as_json).answer(answers.diagnosed(examine()))
+    Output(as_json, quiet, verbose).answer(answers.diagnosed(examine()))
 
 
-def _raise_unless_verified(verdict: Verdict, out: Path) -> None:
+def _raise_unless_verified(verdict: Verdict, out: str) -> None:
     """Raises VerificationError where the verdict is a failure, NotVerifiedError where something was not checked."""
     if verdict.failing:
         first = verdict.failing[0]
@@ -101,3 +113,17 @@ def _raise_unless_verified(verdict: Verdict, out: Path) -> None:
         raise VerificationError(f"{out} must not be deployed: {first.line()}{also}")
     if verdict.gaps:
         raise NotVerifiedError(f"{out} is not verified: {'; '.join(gap.line() for gap in verdict.gaps)}")
+
+
+def _numbers(words: Sequence[str] | None) -> tuple[int, ...]:
+    """`--tp 2,4 --tp 8` as numbers.
+
+    Raises:
+        UsageError: not numbers of GPUs.
+    """
+    numbers: list[int] = []
+    for word in ",".join(words or ()).split(",") if words else ():
+        if not word.strip().isdecimal() or not int(word):
+            raise UsageError(Argument("tensor_parallel", word), ": want numbers of GPUs, like 2 or 2,4")
+        numbers.append(int(word))
+    return tuple(numbers)

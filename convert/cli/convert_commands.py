@@ -6,11 +6,13 @@ import shlex
 import sys
 
 from xpuquant.conversion.cli import arguments as args
+from xpuquant.errors import UsageError
 
 
 def convert(
     source: args.SourceArgument,
     out: args.OutToWriteArgument = None,
+    out_option: args.OutOption = None,
     layout: args.LayoutOption = "xpu",
     scale_dtype: args.ScaleDtypeOption = "keep",
     on_unsupported: args.OnUnsupportedOption = "refuse",
@@ -30,6 +32,8 @@ def convert(
     unverified: args.UnverifiedOption = False,
     stream: args.StreamOption = False,
     as_json: args.JsonOption = False,
+    quiet: args.QuietOption = False,
+    verbose: args.VerboseOption = False,
 ) -> None:
     """Convert, verify and write a ready-to-load repo. Run it again to resume after an interruption."""
     from xpuquant.conversion.cli import answers
@@ -39,9 +43,11 @@ def convert(
     from xpuquant.conversion.runs.parts import parse_part
     from xpuquant.conversion.runs.request import ConvertRequest, plan_only, run
 
+    if out is not None and out_option is not None:
+        raise UsageError(f"OUT is given twice: {out} and {out_option}")
     request = ConvertRequest(
         source,
-        out,
+        out_option if out is None else out,
         Options(layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order),
         revision=revision,
         jobs=jobs,
@@ -53,13 +59,13 @@ def convert(
         destination=Destination.asked(push_to, private, branch, pr, unverified),
         command=typed_command(),
     )
-    output = Output(as_json)
+    output = Output(as_json, quiet, verbose)
     if dry_run:
-        output.answer(answers.planned(plan_only(request), request.workers, part))
+        output.answer(answers.planned(plan_only(request), request.target, request.workers, part))
         return
     with output.progress() as progress:
         result = run(request, progress)
-    output.answer(answers.converted(result))
+    output.answer(answers.converted(result, output))
 
 
 def finish(
@@ -74,6 +80,8 @@ def finish(
     pr: args.PullRequestOption = False,
     unverified: args.UnverifiedOption = False,
     as_json: args.JsonOption = False,
+    quiet: args.QuietOption = False,
+    verbose: args.VerboseOption = False,
     layout: args.SameTextOption = None,
     scale_dtype: args.SameTextOption = None,
     on_unsupported: args.SameTextOption = None,
@@ -96,10 +104,10 @@ def finish(
     given = {name: value for name, value in told.items() if value is not None}
     destination = Destination.asked(push_to, private, branch, pr, unverified)
     request = FinishRequest(source, out, revision, jobs, verify, destination, typed_command(), given)
-    output = Output(as_json)
+    output = Output(as_json, quiet, verbose)
     with output.progress() as progress:
         result = put_together(request, progress)
-    output.answer(answers.converted(result))
+    output.answer(answers.converted(result, output))
 
 
 def push(
@@ -110,6 +118,8 @@ def push(
     pr: args.PullRequestOption = False,
     unverified: args.UnverifiedOption = False,
     as_json: args.JsonOption = False,
+    quiet: args.QuietOption = False,
+    verbose: args.VerboseOption = False,
 ) -> None:
     """Publish a converted folder on the Hub. Run it again to finish or repeat it: what is there is not sent again."""
     from xpuquant.conversion.cli import answers
@@ -117,12 +127,12 @@ def push(
     from xpuquant.conversion.hub import publish
     from xpuquant.conversion.hub.target import Destination
 
-    output = Output(as_json)
+    output = Output(as_json, quiet, verbose)
     if not unverified and publish.never_verified(out):
         unverified = output.ask(f"{out} {publish.NEVER_VERIFIED}. Publish it all the same?")
     with output.progress() as progress:
         result = publish.push(out, Destination(repo_id, private, branch, pr, unverified), progress)
-    output.answer(answers.pushed(result))
+    output.answer(answers.pushed(result, output))
 
 
 def typed_command() -> str:

@@ -1,7 +1,8 @@
-"""The one place that prints. Commands return data; this decides rich, plain or JSON, once.
+"""The one place that prints. Commands return data; this decides terminal, plain or JSON, once.
 
-On a terminal: colours, a live progress bar with rate and time left. Otherwise: plain lines, a progress line every few
-seconds. With `--json`: one JSON object on standard output, nothing else. Progress and errors go to standard error.
+On a terminal: tables no wider than it, a live progress bar with rate and time left. Otherwise: one line to a row, a
+progress line every few seconds. With `--json`: one JSON object on standard output, nothing else. With `--quiet`: the
+answer in one line, no progress, no remarks. Progress, remarks and errors go to standard error.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table as RichTable
+from rich.text import Text
 
-from xpuquant.conversion.sizes import size
-from xpuquant.errors import MESSAGE_LENGTH, one_line
+from xpuquant.conversion.cli.tables import TextTable, lines_of
+from xpuquant.conversion.sizes import duration, size
+from xpuquant.errors import MESSAGE_LENGTH, Argument, UsageError, one_line
 
+_STYLES = {"title": "bold", "header": "dim", "row": "", "rest": "dim"}
 _PLAIN_INTERVAL_SECONDS = 5.0
 _PERHAPS_UNSHOWN = re.compile(r"[^\n -~]")
 
@@ -43,30 +46,27 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 @dataclass(frozen=True)
-class TextTable:
-    """A table: a title, column names, rows of cells."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
 class Answer:
-    """What a command has to say: the same thing for a reader (`parts`: text or tables, in order) and for a
-    program (`data`)."""
+    """What a command has to say: the same thing for a reader (`parts`: text or tables, in order), for one in a hurry
+    (`brief`: a line) and for a program (`data`). Text is printed as it is, however wide: commands can be copied."""
 
     parts: Sequence[str | TextTable]
     data: Mapping[str, Any]
+    brief: str
 
 
 class Output:
     """Renders answers, errors and progress."""
 
-    def __init__(self, as_json: bool = False) -> None:
+    def __init__(self, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        if quiet and verbose:
+            raise UsageError(Argument("quiet", True), " and ", Argument("verbose", True), " exclude each other")
         self.as_json = as_json
+        self.quiet = quiet
+        self._verbose = verbose
         self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._began = time.monotonic()
 
     def answer(self, answer: Answer) -> None:
         """Print a command's result."""
@@ -75,13 +75,30 @@ class Output:
             # Names of strangers may hold what a terminal obeys: shown as JSON's own escapes.
             sys.stdout.write(_PERHAPS_UNSHOWN.sub(_escaped, text) + "\n")
             return
+        if self.quiet:
+            self._out.print(one_line(answer.brief, MESSAGE_LENGTH), markup=False)
+            return
         for part in answer.parts:
             if isinstance(part, str):
                 self._out.print(one_line(part, MESSAGE_LENGTH), markup=False)
-            elif self._out.is_terminal:
-                self._out.print(_rich(part))
             else:
-                self._out.print(plain(part), markup=False)
+                self._table(part)
+
+    def took(self, nbytes: int) -> str:
+        """Time since the command began, and the rate at which it went through so many bytes: `8.1 s, 0.5 GB/s`."""
+        seconds = time.monotonic() - self._began
+        return f"{duration(seconds)}, {size(nbytes / max(seconds, 1e-3))}/s"
+
+    def note(self, text: str) -> None:
+        """A remark that is no part of the answer."""
+        if not (self.as_json or self.quiet):
+            self._err.print(one_line(text, MESSAGE_LENGTH), markup=False)
+
+    def _table(self, table: TextTable) -> None:
+        width = self._out.width if self._out.is_terminal else None
+        for kind, line in lines_of(table, width, every=self._verbose):
+            text = line + ("-v prints them all" if kind == "rest" else "")
+            self._out.print(Text(text, style=_STYLES[kind] if self._out.is_terminal else ""))
 
     def error(self, text: str) -> None:
         """The one line a failed command ends with."""
@@ -91,14 +108,15 @@ class Output:
 
     def ask(self, question: str) -> bool:
         """A yes-or-no question, on a terminal; no where nobody can answer."""
-        if self.as_json or not (sys.stdin.isatty() and self._err.is_terminal):
+        if self.as_json or self.quiet or not (sys.stdin.isatty() and self._err.is_terminal):
             return False
         self._err.print(f"{one_line(question, MESSAGE_LENGTH)} [y/N] ", markup=False, end="")
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def progress(self) -> Bars | Lines:
         """A reporter for long work; use as a context manager."""
-        return Bars(self._err) if self._err.is_terminal and not self.as_json else Lines(self._err, self.as_json)
+        silent = self.as_json or self.quiet
+        return Bars(self._err) if self._err.is_terminal and not silent else Lines(self._err, silent)
 
 
 class Bars:
@@ -135,6 +153,9 @@ class Bars:
     def note(self, text: str) -> None:
         self._progress.console.print(one_line(text), markup=False)
 
+    def begins(self, text: str) -> None:
+        self.note(text)
+
 
 class Lines:
     """Progress where nobody watches: a line every few seconds, none for short work."""
@@ -144,6 +165,7 @@ class Lines:
         self._silent = silent
         self._lock = threading.Lock()
         self._name, self._total, self._done = "", 0, 0
+        self._about = ""
         self._began = self._said = time.monotonic()
 
     def __enter__(self) -> Lines:
@@ -166,6 +188,9 @@ class Lines:
             if self._silent or now - self._said < _PLAIN_INTERVAL_SECONDS:
                 return
             self._said = now
+            if self._about:
+                self.note(self._about)
+                self._about = ""
             rate = self._done / (now - self._began)
             left = (self._total - self._done) / max(rate, 1)
             text = f"{self._name}: {size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
@@ -175,21 +200,5 @@ class Lines:
         if not self._silent:
             self._console.print(one_line(text), markup=False)
 
-
-def plain(table: TextTable) -> str:
-    """A table as aligned text."""
-    lines = [list(table.columns), *[[one_line(cell) for cell in row] for row in table.rows]]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(table.columns))]
-    body = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
-    return "\n".join([one_line(table.title), *("  " + line for line in body)] if table.title else body)
-
-
-def _rich(table: TextTable) -> RichTable:
-    from rich.text import Text
-
-    made = RichTable(title=table.title or None, title_justify="left")
-    for column in table.columns:
-        made.add_column(column, overflow="fold")
-    for row in table.rows:
-        made.add_row(*(Text(one_line(cell)) for cell in row))
-    return made
+    def begins(self, text: str) -> None:
+        self._about = text

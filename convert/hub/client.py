@@ -55,6 +55,11 @@ def status_of(error: BaseException) -> int | None:
     return None
 
 
+def has_no_answer(error: BaseException) -> bool:
+    """Whether an error of ours is that the Hub could not be asked: no network, or offline and not in the cache."""
+    return isinstance(error, EnvironmentFault) and error.__cause__ is not None and status_of(error) is None
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether trying again can help: server errors, rate limits, broken connections, failed transfers."""
     status = status_of(error)

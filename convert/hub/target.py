@@ -48,6 +48,8 @@ class Destination:
     def __post_init__(self) -> None:
         if _REPO_ID.fullmatch(self.repo_id) is None:
             raise UsageError(f"{shown(self.repo_id)}: not a repo id like owner/name")
+        if "/" not in self.repo_id:
+            raise UsageError(f"{shown(self.repo_id)}: names no owner; want owner/name, for example you/{self.repo_id}")
         if self.branch is not None and self.pr:
             raise UsageError(
                 Argument("branch"), " and ", Argument("pr"), " exclude each other: a pull request is against main"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from xpuquant.conversion.options import default_jobs
 from xpuquant.conversion.progress import Reporter
+from xpuquant.conversion.repo.fetched import fetched_repo
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.runs.local import downloaded
 from xpuquant.conversion.sources.base import Source
@@ -19,7 +21,7 @@ from xpuquant.errors import Argument, EnvironmentFault, UsageError
 
 
 def verify_folder(
-    out: Path,
+    out: str,
     *,
     source: str | None = None,
     revision: str | None = None,
@@ -31,9 +33,10 @@ def verify_folder(
     jobs: int = 0,
     reporter: Reporter,
 ) -> Verdict:
-    """Check a converted folder, which is only read.
+    """Check a converted repo, which is only read.
 
     Args:
+        out: a folder, or `owner/name` on the Hub, which is downloaded.
         source: folder or repo id it was converted from; None: check against the digests recorded at conversion.
         revision: of a `source` on the Hub; None: the commit it was converted from.
         backends: kernel libraries that have to run; none: all that run here do.
@@ -48,7 +51,7 @@ def verify_folder(
         EnvironmentFault: a backend of `backends` that does not run here, unreadable files, a report that cannot be
             written, network.
     """
-    if report is not None and report.resolve() == out.resolve():
+    if report is not None and report.resolve() == Path(out).resolve():
         raise UsageError(Argument("report", str(report)), ": is what is checked; name another folder")
     if revision is not None and source is None:
         raise UsageError(Argument("revision"), " is one of the source's: give ", Argument("source"), " too")
@@ -59,11 +62,14 @@ def verify_folder(
         if backend.name in backends and (reason := backend.unavailable()) is not None:
             raise EnvironmentFault(Argument("backends", backend.name), f": {reason}")
     demands = Demands(require_exact, tuple(backends), tuple(require_backends))
-    opened = None if source is None else _open(source, revision, out, reporter)
-    reporter.phase("verify", 2 * weigh(out) if out.is_dir() else 0)
+    folder = fetched_repo(out, reporter)
+    opened = None if source is None else _open(source, revision, folder, reporter)
+    reporter.phase("verify", 2 * weigh(folder) if folder.is_dir() else 0)
     verdict = verify(
-        out, opened, chosen, every=every, jobs=jobs or default_jobs(), progress=reporter.advance, demands=demands
+        folder, opened, chosen, every=every, jobs=jobs or default_jobs(), progress=reporter.advance, demands=demands
     )
+    if folder != Path(out):
+        verdict = replace(verdict, repo=out)  # not the commit, as which its folder in the cache is named
     if report is not None:
         try:
             tree = Tree(report)

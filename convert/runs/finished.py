@@ -23,8 +23,13 @@ def converted_shards(out: Path, source: Source, options: Options) -> dict[str, F
     """The shards of a folder that is the finished conversion of a source with these options; None of any other."""
     if not is_finished(out):
         return None
-    record = read_json(Tree(out), PROVENANCE)
-    return recorded_shards(record) if is_conversion(record, source, options) else None
+    tree = Tree(out)
+    record = read_json(tree, PROVENANCE)
+    if not is_conversion(record, source, options):
+        return None
+    shards = recorded_shards(record)
+    whole = all(tree.holds(name) and tree.size(name) == finished.nbytes for name, finished in shards.items())
+    return shards if whole else None
 
 
 def is_conversion(record: Mapping[str, Any], source: Source, options: Options) -> bool:

@@ -22,7 +22,7 @@ from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.source_card import metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.report.reports import write_reports
-from xpuquant.conversion.results import Converted, summary
+from xpuquant.conversion.results import Converted, about_to, summary
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import WRITTEN
 from xpuquant.conversion.tree import Tree
@@ -86,6 +86,7 @@ def convert_checkpoint(
     plan = make_plan(source.checkpoint, options)
     check_places(plan, source, out)
     metadata = metadata_of(source)
+    reporter.begins(about_to(plan, source, str(out)))
     with Staging(out) as staging:
         done = staging.begin(plan.digest(source.fingerprint()), options, force, source.identities())
         keep_card(staging)

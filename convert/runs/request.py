@@ -20,6 +20,7 @@ from xpuquant.conversion.runs.local import Executor, convert_checkpoint, downloa
 from xpuquant.conversion.runs.parts import Part, check_parts, check_told, make_part, parts_options, share
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
+from xpuquant.conversion.verify.sample import sampled_difference
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, UsageError
 
@@ -153,16 +154,14 @@ def convert_one_part(request: ConvertRequest, reporter: Reporter) -> PartConvert
 
 
 def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
-    """Convert as asked: streamed, on a cluster or here; only publish what an earlier run has converted.
+    """Convert as asked: streamed, on a cluster or here; of what an earlier run has finished, publish it where that is
+    asked for, and do nothing else.
 
     Raises: as `convert_checkpoint`, and with a destination as `publish.push`.
     """
     opened, out, options = _open(request), request.target, request.options
-    if request.destination is not None and not request.force:
-        shards = converted_shards(out, opened, options)
-        if shards is not None:  # an earlier run came as far as publishing
-            plan = summary(make_plan(opened.checkpoint, options), opened)
-            return _published(Converted(plan, out, shards, None, is_new=False), request.destination, reporter)
+    if not request.force and (earlier := _converted_before(out, opened, options)) is not None:
+        return _published(earlier, request.destination, reporter)
     if request.stream:
         return _run_streamed(request, opened, reporter)
     check_output(out, request.force)
@@ -178,6 +177,23 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
         executor=_executor(request),
     )
     return _published(converted, request.destination, reporter)
+
+
+def _converted_before(out: Path, source: Source, options: Options) -> Converted | None:
+    """The finished conversion of this source with these options that a folder holds; None where it holds none.
+
+    A commit names what was converted. A folder's name and size do not: some rows of every module are compared.
+    """
+    shards = converted_shards(out, source, options)
+    if shards is None:
+        return None
+    plan = make_plan(source.checkpoint, options)
+    if source.revision is None and (differs := sampled_difference(out, plan, source)) is not None:
+        raise UsageError(
+            f"{out}: holds the conversion of another source ({differs}); to convert again, pass ",
+            Argument("force", True),
+        )
+    return Converted(summary(plan, source), out, shards, None, is_new=False)
 
 
 def put_together(request: FinishRequest, reporter: Reporter) -> Converted:

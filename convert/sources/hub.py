@@ -20,7 +20,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -234,7 +234,7 @@ class HubSource:
         Raises:
             EnvironmentFault: network, disk.
         """
-        self._check_disk()
+        self.check_disk((*self.found.shards, *self.found.extra))
         downloads = Downloads(lambda shard: self.remote.download(shard, None, progress), _DOWNLOADS_AT_ONCE)
         running = [downloads.start(shard) for shard in self.found.shards]
         for future in running:
@@ -262,17 +262,14 @@ class HubSource:
                 limit = json_limit(name) >> 20
                 raise DamagedError(f"{self.name}: {name} is too large for a JSON config (more than {limit} MiB)")
 
-    def _check_disk(self) -> None:
+    def check_disk(self, names: Sequence[str]) -> None:
+        """Raises EnvironmentFault where files do not fit into the cache, before they are downloaded."""
         from huggingface_hub import constants
 
         for name in self.found.extra:
             if self.remote.blobs[name].nbytes > MAX_COPIED_BYTES:
                 raise UsageError(f"{self.name}: {name} is too large for a file that a loader reads beside the weights")
-        needed = sum(
-            self.remote.blobs[name].nbytes
-            for name in (*self.found.shards, *self.found.extra)
-            if self.remote.cached(name) is None
-        )
+        needed = sum(self.remote.blobs[name].nbytes for name in names if self.remote.cached(name) is None)
         place = Path(constants.HF_HUB_CACHE)
         while not place.exists():
             place = place.parent

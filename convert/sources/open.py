@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xpuquant.conversion.sources.folder import LocalSource
-from xpuquant.errors import Argument, UsageError
+from xpuquant.errors import Argument, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from xpuquant.conversion.sources.hub import HubSource
@@ -36,5 +39,30 @@ def open_source(name: str, revision: str | None = None, stream: bool = False) ->
     from xpuquant.conversion.sources.hub import is_repo_id, open_hub  # a folder needs no client of the Hub
 
     if not is_repo_id(name):
-        raise UsageError(f"{name}: no such folder, and no repo id like owner/name")
-    return open_hub(name, revision, stream=stream)
+        raise UsageError(f"{no_such_folder(folder)}, and no repo id like owner/name")
+    with or_no_such_folder(name):
+        return open_hub(name, revision, stream=stream)
+
+
+@contextmanager
+def or_no_such_folder(name: str) -> Iterator[None]:
+    """Around opening a repository: where there is none, or no Hub that answers, the error says too that there is no
+    such folder. Whoever mistyped a path did not mean the Hub."""
+    from xpuquant.conversion.hub.client import has_no_answer
+
+    try:
+        yield
+    except (UsageError, EnvironmentFault) as error:
+        if type(error.__cause__).__name__ == "RepositoryNotFoundError" or has_no_answer(error):
+            raise type(error)(f"{no_such_folder(Path(name))}; on the Hub: ", *error.args) from error
+        raise
+
+
+def no_such_folder(path: Path) -> str:
+    """That a path does not exist, for a message, with the names beside it that it may have been mistyped for."""
+    try:
+        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir() and entry.name.isprintable()]
+    except OSError:
+        beside = []
+    close = get_close_matches(path.name, beside, n=1)
+    return f"{path}: no such folder here" + (f" (did you mean {path.with_name(close[0])}?)" if close else "")

@@ -92,7 +92,7 @@ def differences(wanted: Any, held: Any, place: str = "") -> Iterator[str]:
 
 def _copied(source: Source, tree: Tree) -> list[Finding]:
     """Files that are copied as they are, each against the source's."""
-    missing: Sequence[str] = [name for name in source.extra_files if not tree.holds(name)]
+    missing: Sequence[str] = [name for name in source.extra_files if not tree.holds_anything(name)]
     found = [_wrong(name, "is missing, the source has it") for name in missing]
     with tempfile.TemporaryDirectory(prefix="xpuquant-") as temporary:
         copies = Tree(Path(temporary))

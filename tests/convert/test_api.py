@@ -82,6 +82,7 @@ def test_a_plan_says_which_kernels_gather_so_many_experts(top_k: int, releases: 
 
 def test_inspect() -> None:
     found = xpuquant.inspect(SOURCE, tensor_parallel=[2])
+    assert isinstance(found, xpuquant.Inspection)
     assert found.converts and found.model_type == "qwen3" and found.quant_method == "gptq"
     assert found.source.name == str(SOURCE) and found.source.nbytes > 0
     outcome = {module.name: module for module in found.modules}[DOWN]
@@ -90,6 +91,7 @@ def test_inspect() -> None:
     assert outcome.releases == "0.1.15.1 and later"
     assert list(found.tensor_parallel) == [2]
     refused = xpuquant.inspect(str(REFUSED))
+    assert isinstance(refused, xpuquant.Inspection)
     assert not refused.converts and DOWN in refused.refused
     assert xpuquant.inspect(REFUSED, on_unsupported="dequantize").modules[0].scheme is None
 
@@ -117,7 +119,7 @@ def test_convert(tmp_path: Path) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.out = None  # type: ignore[misc]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"xpuquant convert {SOURCE} {tmp_path / 'out'} --max-shard-size 40000" in card
+    assert f"xpuquant convert {SOURCE} {tmp_path / 'out'} --max-shard-size 40kB" in card
 
 
 def test_convert_with_options_is_convert_with_arguments(made: Path, tmp_path: Path) -> None:

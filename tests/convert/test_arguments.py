@@ -55,11 +55,23 @@ for _name in ("verify", "force", "stream", "private", "pr", "every", "values", "
     WRONG[_name] += ["no", 0, 1, "True"]
 WRONG["options"] += [{"layout": "xpu"}, "xpu", Options]
 WRONG["scale_dtype"] += [3, "int3", np.float16, "U8"]
-WRONG["max_shard_size"] += [0, True, "5 bananas", "-5GB", 2**63, "9" * 5000, "1e9e9", 1e300, float("inf")]
+WRONG["max_shard_size"] += [
+    0,
+    True,
+    "5 bananas",
+    "5",
+    "5000000000",
+    "-5GB",
+    2**63,
+    "9" * 5000,
+    "1e9e9",
+    1e300,
+    float("inf"),
+]
 WRONG["layout"] += ["marlin", 3, ["xpu"]]
 WRONG["on_unsupported"] += ["pray", True]
-WRONG["push_to"] += ["a/b/c", "not a repo", "../x", 3]
-WRONG["repo_id"] += ["a/b/c", "not a repo", 3, None]
+WRONG["push_to"] += ["a/b/c", "not a repo", "noslash", "../x", 3]
+WRONG["repo_id"] += ["a/b/c", "not a repo", "noslash", 3, None]
 WRONG["endpoint"] += ["huggingface.co", 3]
 WRONG["progress"] += ["yes", 3]
 WRONG["source"] += [3, None, Path("/no/where")]
@@ -148,7 +160,7 @@ def parameters(command: str) -> dict[str, Any]:
 def test_a_parameter_of_a_command_is_called_like_the_argument_of_its_function() -> None:
     """Or one is only for programs, the other only for the terminal."""
     only_python = {"options", "progress", "token", "endpoint"}
-    only_terminal = {"as_json", "dry_run"}
+    only_terminal = {"as_json", "dry_run", "quiet", "verbose", "out_option"}
     for name, function in FUNCTIONS.items():
         if name in ("plan", "convert_part"):
             continue
@@ -179,7 +191,7 @@ def errors(folder: Path) -> list[XpuquantError]:
     out = folder / "out"
     xpuquant.convert(SOURCE, out, verify=False)
     calls: list[Callable[[], object]] = [
-        lambda: xpuquant.convert(SOURCE, out),
+        lambda: xpuquant.convert(SOURCE, out, layout="compressed-tensors"),
         lambda: xpuquant.convert(REFUSED, folder / "a"),
         lambda: xpuquant.convert(REFUSED, folder / "a", layout="compressed-tensors"),
         lambda: xpuquant.convert(SOURCE, folder / "a", revision="main"),
@@ -244,6 +256,8 @@ GIVEN = {
     "unverified": ["--unverified"],
     "dry_run": ["--dry-run"],
     "as_json": ["--json"],
+    "quiet": ["--quiet"],
+    "verbose": ["--verbose"],
     "jobs": ["--jobs", "1"],
     "revision": ["--revision", "main"],
     "layout": ["--layout", LAYOUT_FAMILIES[1]],
@@ -257,7 +271,7 @@ PUBLISHING = {"push_to", "private", "branch", "pr", "unverified"}
 
 
 def test_the_matrix_names_every_option_of_convert() -> None:
-    assert GIVEN.keys() == parameters("convert").keys() - {"source", "out"}
+    assert GIVEN.keys() == parameters("convert").keys() - {"source", "out", "out_option"}
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(GIVEN, 2)))
@@ -268,7 +282,7 @@ def test_two_options_work_together_or_say_that_they_do_not(
     words = ["convert", str(SOURCE), str(tmp_path / "out"), *GIVEN[one], *GIVEN[other]]
     code = run([*words, "--dry-run"])
     error = capsys.readouterr().err
-    excluded = {(one, other), (other, one)} & {*EXCLUDES, ("branch", "pr")}
+    excluded = {(one, other), (other, one)} & {*EXCLUDES, ("branch", "pr"), ("quiet", "verbose")}
     needing = [pair for pair in NEEDS if pair[0] in (one, other) and pair[1] not in (one, other)]
     of_the_hub = {"stream", "revision"} & {one, other}
     spelt = {name: words[0] for name, words in GIVEN.items()}
@@ -296,6 +310,14 @@ def test_two_options_work_together_or_say_that_they_do_not(
         (["convert", "SRC", "OUT", "--push-to", ""], "not a repo id"),
         (["convert", "SRC", "OUT", "--part", ""], "--part '': want i/n"),
         (["convert", "SRC", "OUT", "--ray", ""], "--ray '': want"),
+        (["convert", "SRC", "OUT", "-o", "OUT"], "OUT is given twice"),
+        (["convert", "SRC", "OUT", "--max-shard-size", "5"], "--max-shard-size 5: want a size with its unit"),
+        (["push", "OUT", "noslash"], "names no owner; want owner/name, for example you/noslash"),
+        (["inspect", "SRC", "--tp", "2,x"], "--tp x: want numbers of GPUs, like 2 or 2,4"),
+        (["inspect", "SRC", "--layot", "xpu"], "No such option: --layot"),
+        (["convert", "SRC", "OUT", "--layot", "xpu"], "Did you mean --layout?"),
+        (["convrt", "SRC"], "Did you mean 'convert'?"),
+        (["inspect", "SRC", "-q", "-v"], "--quiet and --verbose exclude each other"),
     ],
 )
 def test_other_commands_say_so_too(

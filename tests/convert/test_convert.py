@@ -241,7 +241,9 @@ class TestMessages:
         assert convert(source, out) == 0
         before = files(out)
         capsys.readouterr()
-        assert convert(source, out) == 2
+        assert convert(source, out) == 0
+        assert "finished already" in capsys.readouterr().out
+        assert convert(source, out, "--scale-dtype", "bfloat16") == 2
         assert "pass --force" in failure(capsys)
         assert files(out) == before
         assert convert(source, out, "--force") == 0

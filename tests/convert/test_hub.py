@@ -220,7 +220,7 @@ def test_a_server_cannot_name_files_elsewhere(hub: Hub, client: str, model: Path
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("nothing", {}, "no such folder, and no repo id"),
+        ("nothing", {}, "no such folder here, and no repo id"),
         ("/no/where", {}, "no such folder"),
         ("../x/y", {}, "no such folder"),
         (str(FIXTURES), {"revision": "main"}, "revision is for"),

@@ -24,7 +24,8 @@ from support.cards import FACTS
 from support.checkpoints import FIXTURES, ROOT
 from support.fuzz.case import command
 
-from xpuquant.conversion.cli.output import Answer, Output, TextTable
+from xpuquant.conversion.cli.output import Answer, Output
+from xpuquant.conversion.cli.tables import TextTable, lines_of
 from xpuquant.conversion.repo.card import render
 from xpuquant.conversion.repo.card_merge import front_matter, merge, parse
 from xpuquant.conversion.repo.source_card import kept_fields
@@ -220,9 +221,11 @@ class TestTerminal:
     @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(name=HOSTILE)
     def test_answers_are_printable(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        answer = Answer([f"note: {name}", TextTable(name, ("a", "b"), [(name, name)])], {"name": name, name: [name]})
-        for as_json in (False, True):
-            Output(as_json).answer(answer)
+        table = TextTable(name, ("a", "b"), [(name, name)])
+        answer = Answer([f"note: {name}", table], {"name": name, name: [name]}, name)
+        assert all(line.isprintable() for width in (1, 20, 80) for _, line in lines_of(table, width))
+        for quiet, as_json in ((True, False), (False, False), (False, True)):
+            Output(as_json, quiet).answer(answer)
             out = capsys.readouterr().out
             assert all(char.isprintable() or char == "\n" for char in out), out
         assert json.loads(out)["name"] == name

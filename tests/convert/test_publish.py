@@ -48,8 +48,8 @@ def test_push_creates_a_private_repo_with_equal_bytes(hub: Hub, client: str, fol
     assert pushed.nbytes == sum(len(content) for content in contents(out).values())
 
 
-def test_public_when_asked_and_the_name_is_completed(hub: Hub, client: str, folder: MakeFolder) -> None:
-    pushed = push(folder(), "model", private=False)
+def test_public_when_asked(hub: Hub, client: str, folder: MakeFolder) -> None:
+    pushed = push(folder(), REPO, private=False)
     assert pushed.repo_id == REPO
     assert not hub.store.repo(REPO).private
 

@@ -1,0 +1,140 @@
+"""The answer of `inspect`: what a checkpoint is, and what would become of it."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from xpuquant.conversion.cli.answers import module_data, modules_table, notes, source_data
+from xpuquant.conversion.cli.output import Answer
+from xpuquant.conversion.cli.tables import TextTable
+from xpuquant.conversion.repo.description import ConvertedRepo
+from xpuquant.conversion.sizes import size
+from xpuquant.formats.scheme import compact, expand
+
+if TYPE_CHECKING:
+    from xpuquant.conversion.inspection import Inspection
+    from xpuquant.conversion.results import SourceInfo
+
+_MAX_DECISIONS = 12
+_MAX_PATTERNS = 8
+
+
+def inspected(found: Inspection | ConvertedRepo) -> Answer:
+    """The end of `inspect`."""
+    return _converted_repo(found) if isinstance(found, ConvertedRepo) else _checkpoint(found)
+
+
+def _converted_repo(found: ConvertedRepo) -> Answer:
+    repo, origin = found.repo, found.origin
+    asked = [] if found.options is None else [str(argument) for argument in found.options.asked()]
+    what = f"converted by {found.producer}"
+    facts = [
+        ("repo", _at_commit(repo)),
+        ("is", f"{what}{' with ' * bool(asked)}{', '.join(asked)}"),
+        ("from", f"{_at_commit(origin)}, {size(origin.nbytes)}"),
+        ("size", f"{size(repo.nbytes)}, {len(found.modules)} quantized modules, {found.plain} other tensors"),
+        ("when converted", found.verified or "not verified"),
+        *((f"served by {name}", versions) for name, versions in found.needs.items()),
+    ]
+    check = f"check it:  xpuquant verify {shlex.quote(repo.name)}"
+    serve = f"serve it:  vllm serve {shlex.quote(repo.name)}"
+    data = {
+        "repo": asdict(repo),
+        "from": asdict(origin),
+        "options": None if found.options is None else found.options.as_dict(),
+        "producer": found.producer,
+        "verified": found.verified,
+        "needs": dict(found.needs),
+        "modules": {module.name: module_data(module) for module in found.modules},
+    }
+    return Answer(
+        [TextTable("", ("", ""), facts), modules_table(found.modules), check, serve],
+        data,
+        f"{what} from {_at_commit(origin)}; {found.verified or 'not verified'}",
+    )
+
+
+def _at_commit(info: SourceInfo) -> str:
+    return info.name if info.revision is None else f"{info.name} at {info.revision[:12]}"
+
+
+def _checkpoint(found: Inspection) -> Answer:
+    verdict = "yes, every module has an exact layout"
+    if found.refused:
+        verdict = f"no: {_counted(found.refused)} no exact XPU layout"
+    if any(module.scheme is None for module in found.modules):
+        verdict = "yes, with some modules dequantized to bf16"
+    says = f"config.json says '{found.quant_method}'"
+    facts = TextTable(
+        "",
+        ("", ""),
+        (
+            ("checkpoint", found.source.name),
+            ("model", f"{found.model_type or 'unknown'}, {found.tensors} tensors"),
+            ("format", f"{', '.join(found.formats) or 'unknown'} ({says})"),
+            ("size", size(found.source.nbytes)),
+            ("converts", verdict),
+        ),
+    )
+    parts: list[str | TextTable] = [facts, *notes(found.notes)]
+    if found.modules:
+        parts.append(modules_table(found.modules))
+    if found.refused:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in found.refused.items():
+            by_reason.setdefault(reason, []).append(name)
+        rows = [(reason, str(len(names)), _patterns(names)) for reason, names in by_reason.items()]
+        parts += [TextTable("refused", ("reason", "modules", "which"), rows), _remedy(found)]
+    if found.decisions:
+        decided = [(fact, str(count)) for fact, count in Counter(found.decisions).most_common()]
+        parts.append(TextTable("decided from the tensors", ("what", "matrices"), decided, most=_MAX_DECISIONS))
+    if found.converts:
+        splits = [(str(n), _split(problems)) for n, problems in found.tensor_parallel.items()]
+        parts.append(TextTable("tensor parallel", ("GPUs", "splits"), splits))
+    data = {
+        "source": source_data(found),
+        "model_type": found.model_type,
+        "quant_method": found.quant_method,
+        "formats": list(found.formats),
+        "converts": found.converts,
+        "modules": {module.name: module.scheme or "bf16" for module in found.modules},
+        "refused": found.refused,
+        "dequantized_bytes": found.dequantized_bytes,
+        "decisions": found.decisions,
+        "tensor_parallel": {str(n): problems for n, problems in found.tensor_parallel.items()},
+        "notes": list(found.notes),
+    }
+    return Answer(parts, data, f"converts: {verdict}")
+
+
+def _split(problems: Mapping[str, str]) -> str:
+    if not problems:
+        return "yes"
+    name, problem = next(iter(problems.items()))
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"no: {name}: {problem}{more}"
+
+
+def _counted(names: Mapping[str, str]) -> str:
+    return "1 module has" if len(names) == 1 else f"{len(names)} modules have"
+
+
+def _patterns(names: list[str]) -> str:
+    """Modules as compact patterns; how many are in those that are not shown is said."""
+    patterns = compact(names)
+    hidden = sum(len(expand(pattern)) for pattern in patterns[_MAX_PATTERNS:])
+    return ", ".join(patterns[:_MAX_PATTERNS]) + (f", and {hidden} more (--json lists them all)" if hidden else "")
+
+
+def _remedy(found: Inspection) -> str:
+    """What can be done about refused modules, and what it costs."""
+    if found.dequantized_bytes is None:
+        return "not all of them can be stored as bf16 either: nothing converts this checkpoint"
+    return (
+        f"--on-unsupported dequantize stores them as bf16: {size(found.dequantized_bytes)} of weights that are "
+        f"{size(found.refused_bytes)} here, and no XPU kernel for quantized weights runs them"
+    )

@@ -1,0 +1,145 @@
+"""What a converted repo says of itself: what it is, from what, verified how, which kernels and versions serve it.
+
+Read from config.json, xpuquant.json, verify.json and the headers of the shards. Nothing is checked here: that is
+`verify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from xpuquant.conversion.options import Options
+from xpuquant.conversion.repo.journal import PROVENANCE
+from xpuquant.conversion.results import ModuleOutcome, SourceInfo, kernel_and_releases, source_info
+from xpuquant.conversion.sources.folder import LocalSource
+from xpuquant.conversion.sources.hub import HubSource
+from xpuquant.conversion.sources.repo_files import read_json
+from xpuquant.conversion.tree import Tree
+from xpuquant.errors import DamagedError, UsageError, XpuquantError
+from xpuquant.formats.guard import guarded
+from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
+
+_VERDICT = "verify.json"
+
+
+@dataclass(frozen=True)
+class ConvertedRepo:
+    """A converted repo, as it describes itself.
+
+    repo      its name, the commit where it is on the Hub, the bytes of its shards
+    origin    what it was converted from, as it was recorded
+    options   it was converted with; None where they cannot be read
+    producer  what wrote it
+    modules   every quantized module as it is stored; `decisions` are those recorded at conversion
+    plain     number of tensors of no quantized module
+    verified  the verdict of the verification that its verify.json holds, in one line; None where there is none
+    needs     what serves it, and which versions
+    """
+
+    repo: SourceInfo
+    origin: SourceInfo
+    options: Options | None
+    producer: str
+    modules: tuple[ModuleOutcome, ...]
+    plain: int
+    verified: str | None
+    needs: Mapping[str, str]
+
+
+def described(source: LocalSource | HubSource) -> ConvertedRepo | None:
+    """A source as a converted repo; None where it is none.
+
+    Raises:
+        DamagedError: what it says of itself cannot be.
+    """
+    if not _holds(source, PROVENANCE):
+        return None
+    record = _read(source, PROVENANCE)
+    with guarded(PROVENANCE):
+        return _described(source, record)
+
+
+def _described(source: LocalSource | HubSource, record: Mapping[str, Any]) -> ConvertedRepo:
+    origin, entries = record["source"], record["modules"]
+    schemes: Mapping[str, Scheme] = {}
+    if source.checkpoint.quantization.get("quant_method") == QUANT_METHOD:
+        schemes = from_config(source.checkpoint.quantization)
+    sizes: dict[str, int] = {}
+    plain = 0
+    for name, tensor in source.checkpoint.tensors.items():
+        module = next((parent for parent in _parents(name) if parent in entries), None)
+        if module is None:
+            plain += 1
+        else:
+            sizes[module] = sizes.get(module, 0) + tensor.nbytes
+    modules = tuple(
+        ModuleOutcome(
+            name,
+            str(entry["from"]),
+            None if "dequantized" in entry else str(entry["scheme"]),
+            *kernel_and_releases(schemes.get(name), source.checkpoint.config),
+            sizes.get(name, 0),
+            tuple(map(str, entry["decisions"])),
+        )
+        for name, entry in entries.items()
+    )
+    return ConvertedRepo(
+        source_info(source),
+        SourceInfo(str(origin["name"]), origin["revision"], int(origin["bytes"])),
+        _options(record.get("options")),
+        str(record["producer"]),
+        modules,
+        plain,
+        _verified(_read(source, _VERDICT)) if _holds(source, _VERDICT) else None,
+        _needs(portable=not schemes),
+    )
+
+
+def _options(recorded: object) -> Options | None:
+    try:
+        return Options.from_dict(recorded)
+    except UsageError:
+        return None
+
+
+def _verified(report: Mapping[str, Any]) -> str | None:
+    """A verdict in one line, of this version's verify.json or an older one's."""
+    sentence = report.get("sentence")
+    if isinstance(sentence, str):
+        return sentence
+    exact = report.get("exact")
+    against = exact.get("against") if isinstance(exact, dict) else None
+    return ("verified" if report.get("passed") is True else "failed") + (f" against {against}" if against else "")
+
+
+def _needs(portable: bool) -> dict[str, str]:
+    """What serves a repo → which versions, as the extras of this package ask for."""
+    if portable:
+        return {"vLLM": "any that reads compressed-tensors", "Transformers": "with compressed-tensors installed"}
+    wanted = metadata.requires("xpuquant") or []
+    needs = {}
+    for name, extra in (("vllm", "vllm"), ("transformers", "transformers")):
+        found = next((line for line in wanted if line.startswith(name) and f'extra == "{extra}"' in line), name)
+        needs[name] = f"{found.partition(';')[0].strip()}, with xpuquant installed beside it"
+    return needs
+
+
+def _holds(source: LocalSource | HubSource, name: str) -> bool:
+    return name in source.remote.blobs if isinstance(source, HubSource) else Tree(source.folder).holds_anything(name)
+
+
+def _read(source: LocalSource | HubSource, name: str) -> dict[str, Any]:
+    try:
+        tree = source.remote.download(name) if isinstance(source, HubSource) else Tree(source.folder)
+        return read_json(tree, name)
+    except XpuquantError as error:
+        raise DamagedError(f"{source.name}: {error}") from error
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]

@@ -1,0 +1,152 @@
+"""A converted repo is no dead end: `inspect`, `verify` and `diff` take it by its folder and by its name on the Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.checkpoints import FIXTURES
+from support.hub.process import Hub
+
+import xpuquant
+from xpuquant.conversion.cli.app import run
+from xpuquant.errors import UsageError
+
+pytest_plugins = "support.hub.fixtures"
+
+SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
+OTHER = FIXTURES / "gptqmodel-qwen3-w4g32-actorder"
+REPO = "me/model-xpu"
+LFS = pytest.mark.parametrize("client", ["lfs"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "model-xpu"
+    xpuquant.convert(SOURCE, out, max_shard_size="40kB")
+    return out
+
+
+def test_it_says_what_it_is(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = xpuquant.inspect(converted)
+    assert isinstance(found, xpuquant.ConvertedRepo)
+    assert found.origin.name == SOURCE.name and found.producer == f"xpuquant {xpuquant.__version__}"
+    assert {module.scheme for module in found.modules} == {"int4_linear g32 asymmetric"}
+    assert found.modules == tuple(
+        sorted(found.modules, key=lambda module: [one.name for one in found.modules].index(module.name))
+    )
+    planned = {module.name: module for module in xpuquant.plan(SOURCE).modules}
+    assert {module.name: module for module in found.modules} == planned
+    assert run(["inspect", str(converted)]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "converted by xpuquant",
+        "max_shard_size='40kB'",
+        SOURCE.name,
+        "int4_gemm_w4a16",
+        "vllm>=",
+        "verified",
+    ):
+        assert words in said
+    assert run(["inspect", str(converted), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["from"]["name"] == SOURCE.name
+    assert run(["inspect", "-q", str(converted)]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("layout", ["xpu", "compressed-tensors"])
+def test_one_that_was_not_verified_says_so(layout: str, tmp_path: Path) -> None:
+    xpuquant.convert(SOURCE, tmp_path / "out", verify=False, layout=layout)
+    found = xpuquant.inspect(tmp_path / "out")
+    assert isinstance(found, xpuquant.ConvertedRepo)
+    assert found.verified is None and found.modules
+
+
+@LFS
+def test_by_its_name_on_the_hub(
+    hub: Hub, client: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    xpuquant.push(converted, REPO)
+    hub.forget_requests()
+    found = xpuquant.inspect(REPO)
+    assert isinstance(found, xpuquant.ConvertedRepo) and found.repo.revision
+    sent = sum(request.sent for request in hub.requests() if request.path.endswith(".safetensors"))
+    assert sent < sum(path.stat().st_size for path in converted.glob("*.safetensors")), "headers only"
+    assert xpuquant.inspect(converted).modules == found.modules
+    same = xpuquant.diff(REPO, converted)
+    assert same.equal and same.same == len(xpuquant.diff(converted, converted).values) + same.same
+    hub.forget_requests()
+    assert xpuquant.diff(REPO, REPO).equal
+    assert not [r for r in hub.requests() if r.path.endswith(".safetensors") and r.sent > 70_000]
+    differs = xpuquant.diff(REPO, SOURCE)
+    assert not differs.equal
+    assert run(["verify", REPO, "--source", str(SOURCE), "--backend", "reference"]) == 0
+    verdict = xpuquant.verify(REPO, backends=["reference"])
+    assert verdict.passed and verdict.repo == REPO
+
+
+@LFS
+def test_what_is_no_converted_repo_is_said(hub: Hub, client: str, tmp_path: Path) -> None:
+    hub.seed("producer/model", SOURCE, xet=False)
+    with pytest.raises(UsageError, match=r"producer/model: has no xpuquant.json; it was not converted"):
+        xpuquant.verify("producer/model")
+    for call in (xpuquant.inspect, xpuquant.verify, lambda name: xpuquant.diff(name, SOURCE)):
+        with pytest.raises(UsageError, match=r"producer/nothing: no such folder here; on the Hub: .*no such model"):
+            call("producer/nothing")  # type: ignore[operator]
+
+
+def test_a_mistyped_path_is_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model-GPTQ").mkdir()
+    for words in (["inspect"], ["verify"], ["convert"]):
+        assert run([*words, str(tmp_path / "model-GPTW")]) == 2
+        said = capsys.readouterr().err
+        assert f"no such folder here (did you mean {tmp_path / 'model-GPTQ'}?)" in said and said.count("\n") == 1
+
+
+# A finished conversion is run again
+
+
+def test_a_finished_conversion_says_so_and_is_left_alone(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in converted.iterdir()}
+    assert run(["convert", str(SOURCE), str(converted), "--max-shard-size", "40kB"]) == 0
+    said = capsys.readouterr().out
+    assert f"{converted} is finished already: nothing was left to do" in said and "took" not in said
+    assert {path.name: path.stat().st_mtime_ns for path in converted.iterdir()} == before
+    assert run(["convert", str(SOURCE), str(converted)]) == 2, "other shards were asked for"
+    assert "--force" in capsys.readouterr().err
+
+
+def change(source: Path, suffix: str, at: int) -> None:
+    """Flip a bit of the first tensor of that name."""
+    from xpuquant.formats.safetensors import parse_header
+
+    path = source / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    tensors = parse_header(bytes(data[8 : 8 + length]), path.name, len(data))
+    tensor = next(tensor for name, tensor in tensors.items() if name.endswith(suffix))
+    data[tensor.begin + at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("suffix", ["v_proj.qweight", "down_proj.scales", "q_proj.qzeros", "embed_tokens.weight"])
+def test_another_model_of_the_same_name_and_size_is_noticed(suffix: str, tmp_path: Path) -> None:
+    """A fine-tuned model has the names and sizes of the one it was tuned from."""
+    one, other, out = tmp_path / "a" / "model", tmp_path / "b" / "model", tmp_path / "out"
+    for folder in (one, other):
+        shutil.copytree(SOURCE, folder)
+    xpuquant.convert(one, out, verify=False)
+    assert not xpuquant.convert(one, out).is_new
+    change(other, suffix, 0)
+    with pytest.raises(UsageError, match=r"holds the conversion of another source .*force=True"):
+        xpuquant.convert(other, out)
+    assert xpuquant.convert(other, out, force=True, verify=False).is_new
+
+
+def test_a_shard_that_is_gone_is_no_finished_conversion(tmp_path: Path) -> None:
+    xpuquant.convert(SOURCE, tmp_path / "out", verify=False)
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match="force=True"):
+        xpuquant.convert(SOURCE, tmp_path / "out")
