@@ -31,24 +31,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [
-        *(("silu", "silu"), ("swish", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh")),
-        *(("gelu_new", "gelu_tanh"), ("quick_gelu", "QuickGELUActivation"), ("relu2", "ReLUSquaredActivation")),
-    ],
-)
-def test_the_kernel_s_name_of_an_activation(function: str, name: str) -> None:
-    """Another function than the kernels have is not taken for one of theirs: its own name is refused."""
-    from xpuquant.transformers.layers import XpuquantExperts
-
-    experts = XpuquantExperts.__new__(XpuquantExperts)
-    torch.nn.Module.__init__(experts)
-    experts.scheme = EXPERTS["int4"]
-    experts.act_fn = transformers.activations.ACT2FN[function]
-    assert experts.activation == name
-
-
 def load(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from xpuquant import layers
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
+from xpuquant.transformers.contracts import check_experts_class, gate_of, kernel_gate, stack_sizes
 
 
 def quantized(scheme: Scheme, module: nn.Module) -> nn.Module:
@@ -107,43 +108,19 @@ class XpuquantRouter(Decoding):
         return module
 
 
-# Class of an activation function of Transformers or torch → vLLM's name of the gate that is made of it.
-_KERNEL_NAMES = {
-    **dict.fromkeys(("SiLU", "SiLUActivation"), "silu"),
-    "GELUActivation": "gelu",
-    # Three ways to write the same approximation.
-    **dict.fromkeys(("GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation"), "gelu_tanh"),
-}
-
-
 class XpuquantExperts(Quantized):
-    """Instead of a model's stack of experts, whose activation it keeps."""
+    """Instead of a model's stack of experts, which it keeps for its gate."""
 
     def __init__(self, scheme: Scheme, experts: Any) -> None:
         super().__init__()
-        for name in ("gate_up_proj", "down_proj"):
-            if not isinstance(getattr(experts, name, None), nn.Parameter):
-                raise UnsupportedError(f"{type(experts).__name__} has no stacked {name}: Transformers 5 is needed")
+        check_experts_class(experts, scheme)
         self.scheme = scheme
-        E, first, second = experts.down_proj.shape
-        # [E, H, I] in most models; [E, I, H] in gpt-oss, whose gate_up_proj is [E, H, 2I].
-        H, I = (first, second) if experts.gate_up_proj.shape[1] == 2 * second else (second, first)
+        E, H, I = stack_sizes(experts)
         self.num_experts = E
-        self.act_fn = getattr(experts, "act_fn", None)
-        # gpt-oss and its like gate in their own way; the rest is the activation of one half times the other.
-        self._gate: Callable[[torch.Tensor], torch.Tensor] = getattr(experts, "_apply_gate", self._halves)
-        if scheme.interleaved and not hasattr(experts, "_apply_gate"):
-            raise UnsupportedError(f"{type(experts).__name__} does not take the alternating rows of {scheme.label()}")
+        # In a tuple, so that it is no submodule: its own parameters, never filled, are not the model's any more.
+        self._replaced = (experts,)
         self._create(layers.expert_tensors(scheme, E, H, I))
         self._kernel: Any = None
-
-    @property
-    def activation(self) -> str:
-        """The name that the XPU kernel knows; of another function its class, which is then refused by name."""
-        if self.scheme.interleaved:
-            return "swigluoai"
-        name = type(self.act_fn).__name__
-        return _KERNEL_NAMES.get(name, name)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -152,16 +129,14 @@ class XpuquantExperts(Quantized):
         tensors = self._stored()
         ids = torch.where(top_k_index < self.num_experts, top_k_index, -1)
         if hidden_states.device.type != "xpu":
-            return layers.experts(self.scheme, tensors, hidden_states, top_k_weights, ids, self._gate)
+            gate = gate_of(self._replaced[0])
+            return layers.experts(self.scheme, tensors, hidden_states, top_k_weights, ids, gate)
         from xpuquant.xpu_ops import cast_when_loaded, fused_moe, run_experts
 
         if self._kernel is None:
             for name, tensor in tensors.items():
                 if cast_when_loaded(self.scheme, name):
                     tensor.data = tensor.data.to(hidden_states.dtype)
-            self._kernel = fused_moe(self.scheme, tensors, ids.shape[1], self.activation)
+            activation, limit = kernel_gate(self._replaced[0], self.scheme.interleaved, hidden_states.device)
+            self._kernel = fused_moe(self.scheme, tensors, ids.shape[1], activation, limit)
         return run_experts(self._kernel, hidden_states, top_k_weights, ids)
-
-    def _halves(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up  # type: ignore[misc, no-any-return]

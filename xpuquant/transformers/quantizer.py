@@ -75,7 +75,10 @@ class XpuquantQuantizer(HfQuantizer):
                 raise UnsupportedError(
                     f"{one_line(stored)} is quantized in the repo, but {type(model).__name__} has no such module"
                 ) from None
-            model.set_submodule(name, quantized(scheme, module))
+            try:
+                model.set_submodule(name, quantized(scheme, module))
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{one_line(stored)}: {error}") from None
             found = True
             _untie(model, name)
         if self.quantization_config.modules and not found:

@@ -1,0 +1,112 @@
+"""Which classes of experts in Transformers compute what `XpuquantExperts` computes, and how they gate.
+
+Transformers swaps the forward of a class of experts itself (for grouped GEMMs), where the class is decorated with
+`transformers.integrations.moe.use_experts_implementation`: the decorator's arguments are then all that a stand-in has
+to know, and `_apply_gate` is what lies between the two matrices. A class without the decorator may do anything:
+Longcat-Flash's has experts that return their input, Llama 4's takes no routes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.integrations.moe import use_experts_implementation
+
+from xpuquant import layers
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats.scheme import Scheme
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+
+UNDECORATED = ("transformers.models.step3p7.modeling_step3p7.Step3p7Experts",)
+"""Classes that were read: undecorated, because their constructor takes another argument, and alike in all else."""
+
+_ANY = ("is_transposed", "is_concatenated", "has_bias")
+"""Arguments of the decorator that are served, whatever they say: how `gate_up_proj` and `down_proj` lie in the source,
+and what the scheme says too."""
+
+
+def check_experts_class(experts: Any, scheme: Scheme) -> None:
+    """Raise UnsupportedError, in one line, where a module computes anything but a routed sum of gated experts, or reads
+    its rows otherwise than they are stored."""
+    kind = type(experts)
+    name = kind.__name__
+    if not _is_declared(experts) and f"{kind.__module__}.{kind.__qualname__}" not in UNDECORATED:
+        raise UnsupportedError(
+            f"{name} computes in its own way, which xpuquant does not know in Transformers: "
+            "load the source repo instead"
+        )
+    for argument, default in _declaration().items():
+        if argument not in _ANY and getattr(experts, argument, default) != default:
+            raise UnsupportedError(
+                f"{name} is declared {argument}={getattr(experts, argument)}, which xpuquant does not compute in "
+                "Transformers: load the source repo instead"
+            )
+    for part in ("gate_up_proj", "down_proj"):
+        if not isinstance(getattr(experts, part, None), torch.nn.Parameter):
+            raise UnsupportedError(f"{name} has no stacked {part}: load the source repo instead")
+    # Transformers 5.0 has no such argument yet.
+    if getattr(experts, "is_concatenated", not scheme.interleaved) == scheme.interleaved:
+        rows = "alternate gate and up" if scheme.interleaved else "are all gate, then all up"
+        raise UnsupportedError(f"{name} reads other rows than those of {scheme.label()}, which {rows}")
+    if getattr(experts, "has_bias", False) != scheme.bias:
+        says = "has none" if scheme.bias else "adds them"
+        raise UnsupportedError(f"the stack is stored {'with' if scheme.bias else 'without'} biases, and {name} {says}")
+
+
+def stack_sizes(experts: Any) -> tuple[int, int, int]:
+    """E, H and I of the stack."""
+    E, first, second = experts.down_proj.shape
+    H, I = (second, first) if getattr(experts, "is_transposed", False) else (first, second)
+    return E, H, I
+
+
+def gate_of(experts: Any) -> Gate:
+    """What lies between the two matrices, `[m, 2I]` → `[m, I]`."""
+    gate: Gate = experts._apply_gate
+    return gate
+
+
+def kernel_gate(experts: Any, interleaved: bool, device: torch.device) -> tuple[str, float | None]:
+    """vLLM's name of a module's gate, and where it clamps: found by computing both.
+
+    Raises:
+        UnsupportedError: none of those that XPU kernels have.
+    """
+    limits = {float(v) for v in (getattr(experts, name, None) for name in _LIMITS) if v is not None}
+    gate_up = _probe(limits, interleaved, device)
+    actual = gate_of(experts)(gate_up)
+    for limit in (None, *sorted(limits)):
+        for name in ("swigluoai",) if interleaved else ("silu", "gelu", "gelu_tanh"):
+            if torch.allclose(actual, layers.gated(name, gate_up, interleaved, limit), rtol=1e-5, atol=1e-6):
+                return name, limit
+    function = type(getattr(experts, "act_fn", None)).__name__
+    raise UnsupportedError(
+        f"no XPU kernel gates as {type(experts).__name__} does, whose activation is {function}: "
+        "load the source repo instead"
+    )
+
+
+_LIMITS = ("limit", "swiglu_limit")
+"""What classes call the value at which they clamp."""
+
+
+def _probe(limits: set[float], interleaved: bool, device: torch.device) -> torch.Tensor:
+    """`[m, 2]`: every gate with every up, of both signs, small, at the limits, and beyond any."""
+    ends = [limit * factor for limit in limits if 0 < limit < 1e4 for factor in (0.9, 1.1, 3.0)]
+    side = torch.tensor(sorted({0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 6.5, 8.0, 20.0, 1e3, 1e5, *ends}), device=device)
+    side = torch.cat([-side, side])
+    return torch.cartesian_prod(side, side)
+
+
+def _is_declared(experts: Any) -> bool:
+    return "is_transposed" in vars(experts)
+
+
+def _declaration() -> dict[str, Any]:
+    """Arguments of the installed decorator → what they are where a class gives none."""
+    parameters = inspect.signature(use_experts_implementation).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("experts_class", "experts_interface")}
