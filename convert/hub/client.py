@@ -6,9 +6,11 @@ as everywhere. It is imported inside functions: converting a folder never pays f
 
 from __future__ import annotations
 
+import re
+import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xpuquant.errors import EnvironmentFault, UsageError, XpuquantError
 
@@ -21,6 +23,11 @@ WAITS = (1.0, 4.0, 10.0)
 """Seconds before each retry. The client itself retries most requests for about 20 s. These are for what it does not
 retry (commits over LFS, creating things), and for longer trouble; after the last, the user runs the command again."""
 
+LONGEST_WAIT_SECONDS = 600
+"""The client waits as long as the Hub's `Retry-After` or `RateLimit` says, and says so; beyond this it would look dead,
+and the command is better run again. The Hub's windows are of 300 s (https://huggingface.co/docs/hub/rate-limits)."""
+
+_RESET = re.compile(r"\br=0\s*;\s*t=([0-9]+)")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TRANSIENT_NAMES = frozenset({"TransportError", "RequestException"})
 """Base classes of connection faults in httpx, httpx2 and requests: the client's version decides which is used."""
@@ -44,6 +51,53 @@ def is_offline() -> bool:
     from huggingface_hub.constants import is_offline_mode
 
     return bool(is_offline_mode())
+
+
+def asked_wait(headers: Mapping[str, str]) -> int:
+    """Seconds that a server asks to wait before the next request, in either of the headers that the client obeys; 0
+    where it does not say."""
+    lower = {name.lower(): text for name, text in headers.items()}
+    reset = _RESET.search(lower.get("ratelimit", ""))
+    seconds = reset[1] if reset else lower.get("retry-after", "").strip()
+    return int(seconds[:12]) if re.fullmatch("[0-9]+", seconds) else 0
+
+
+class Patience:
+    """Looks at every answer: raises where the server has asked to wait, all in all, longer than anybody should.
+
+    Counted from the first refusal after an answer that was none. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since: float | None = None
+
+    def __call__(self, response: Any) -> None:
+        with self._lock:
+            if response.status_code not in _TRANSIENT_STATUS:
+                self._since = None
+                return
+            now = time.monotonic()
+            self._since = self._since or now
+            wait = asked_wait(response.headers)
+            if wait and now + wait - self._since > LONGEST_WAIT_SECONDS:
+                self._since = None
+                raise EnvironmentFault(
+                    f"{response.request.url.host} asks to wait {wait} s before the next request (HTTP "
+                    f"{response.status_code}); run the same command again after that, it goes on where it stopped"
+                )
+
+
+_PATIENCE = Patience()
+
+
+def _watch_answers() -> None:
+    """Let `Patience` look at what the client is answered. Before each use: it makes new sessions after some faults."""
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented, but not in __all__
+
+    hooks = get_session().event_hooks["response"]
+    if _PATIENCE not in hooks:
+        hooks.append(_PATIENCE)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -87,6 +141,7 @@ def retried(action: Callable[[], T], about: str) -> T:
     """
     for wait in (*WAITS, None):
         try:
+            _watch_answers()
             return action()
         except XpuquantError:
             raise
@@ -102,8 +157,9 @@ def explain(error: BaseException, repo_id: str) -> XpuquantError:
     from huggingface_hub import errors
 
     # Subclasses first: a gated repo is also "not found", a missing local entry also "not found".
-    if isinstance(error, XpuquantError):
-        return error
+    for cause in _causes(error):
+        if isinstance(cause, XpuquantError):
+            return cause
     if isinstance(error, errors.GatedRepoError):
         return EnvironmentFault(
             f"{repo_id} is gated: ask for access on its page, then log in with `hf auth login` (or set HF_TOKEN)"

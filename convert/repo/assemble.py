@@ -16,7 +16,7 @@ from xpuquant.conversion.repo.card_merge import CARD, merge
 from xpuquant.conversion.repo.checksums import hash_file, seal
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished
 from xpuquant.conversion.repo.provenance import provenance_record
-from xpuquant.conversion.repo.staging import Staging
+from xpuquant.conversion.repo.staging import EARLIER_CARD, Staging
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import read_text
@@ -26,7 +26,6 @@ from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import EnvironmentFault
 
 PRODUCER = f"xpuquant {__version__}"
-_EARLIER_CARD = "README.earlier.md"
 
 
 def write_repo(
@@ -87,12 +86,12 @@ def keep_card(staging: Staging) -> None:
     """Set an earlier conversion's card aside: what people wrote into it goes into the new one."""
     out = Tree(staging.out)
     if out.holds(CARD) and out.holds(PROVENANCE):
-        staging.tree.copy_from(out, CARD, _EARLIER_CARD)
+        staging.tree.copy_from(out, CARD, EARLIER_CARD)
 
 
 def write_card(staging: Staging, facts: CardFacts) -> None:
     """README.md of the output."""
-    theirs = read_text(staging.tree, _EARLIER_CARD)
+    theirs = read_text(staging.tree, EARLIER_CARD)
     text, _ = merge(render(facts), theirs)
     staging.files.write(CARD, text.encode())
 

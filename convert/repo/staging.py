@@ -32,9 +32,12 @@ from xpuquant.conversion.repo.journal import (
 )
 from xpuquant.conversion.repo.replace import SHARD
 from xpuquant.conversion.tree import Identity, Tree
-from xpuquant.errors import Argument, EnvironmentFault, UsageError
+from xpuquant.errors import Argument, EnvironmentFault, UnsupportedError, UsageError
 
 LOCK = "lock"
+EARLIER_CARD = "README.earlier.md"
+"""The card of an earlier conversion, with what people wrote into it: kept until the new one has it."""
+
 _CONFIG = "config.json.new"
 _FILES = "files"
 _JOURNAL = "journal.jsonl"
@@ -77,9 +80,13 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if not journals(self.tree):
-                # Finished, or refused before anything was noted.
-                with suppress(OSError):
+            with suppress(OSError):
+                if isinstance(error, UnsupportedError):
+                    # The same options would be refused again: nothing here is of use to the options that would not.
+                    self._drop_journals()
+                    self.tree.drop(_FILES)
+                if not journals(self.tree) and not self.tree.holds(EARLIER_CARD):
+                    # Finished, or refused.
                     self._out.drop(STAGING)
         finally:
             self._release()

@@ -2,6 +2,7 @@
 fails on the way, the same call again ends with the same bytes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -10,12 +11,15 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.checkpoints import FIXTURES
 from support.hub.process import Hub, contents
 
 from xpuquant import api
+from xpuquant.conversion.hub import client as client_library
+from xpuquant.conversion.hub.client import Patience, asked_wait
 from xpuquant.conversion.hub.publish import Pushed
 from xpuquant.conversion.hub.ranges import Ranges
 from xpuquant.conversion.hub.target import Destination
@@ -139,6 +143,69 @@ def test_faults_while_reading(
     fetched = source.fetch(lambda nbytes: None)
     assert not hub.faults_left()
     assert weights(fetched.folder) == weights(model)
+
+
+@pytest.mark.parametrize("fault", READ_FAULTS, ids="".join)
+def test_a_long_wait_is_an_error_that_names_it(hub: Hub, client: str, model: Path, fault: tuple[str, str]) -> None:
+    method, path = fault
+    hub.arm({"method": method, "path": path, "times": 1, "status": 429, "headers": {"Retry-After": "99999"}})
+    began = time.monotonic()
+    with pytest.raises(EnvironmentFault, match=r"asks to wait 99999 s .* \(HTTP 429\); run the same command again"):
+        source = open_hub(SOURCE)
+        assert isinstance(source, HubSource)
+        source.fetch(lambda nbytes: None)
+    assert not hub.faults_left() and time.monotonic() - began < 60
+
+
+def test_a_short_wait_is_obeyed_and_said(hub: Hub, client: str, model: Path) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("huggingface_hub")
+    logger.addHandler(handler)
+    headers = {"Retry-After": "20"}
+    hub.arm({"method": "GET", "path": "/resolve/.*/config.json", "times": 1, "status": 429, "headers": headers})
+    try:
+        open_hub(SOURCE)
+    finally:
+        logger.removeHandler(handler)
+    assert not hub.faults_left()
+    assert any("Waiting 21" in line for line in said), said
+    assert logger.isEnabledFor(logging.WARNING) and logger.handlers, "the client writes that on standard error"
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "120"}, 120),
+        ({"retry-after": " 120 "}, 120),
+        ({"Retry-After": "9" * 5000}, 999_999_999_999),
+        ({"RateLimit": '"resolvers";r=0;t=55', "Retry-After": "1"}, 55),
+        ({"RateLimit": '"resolvers";r=7;t=55'}, 0),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"Retry-After": "-5"}, 0),
+        ({"Retry-After": "\u0663"}, 0),
+        ({}, 0),
+    ],
+)
+def test_what_a_server_asks_for(headers: dict[str, str], seconds: int) -> None:
+    assert asked_wait(headers) == seconds
+
+
+def test_waits_add_up_until_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(client_library.time, "monotonic", lambda: now[0])
+    patience = Patience()
+    url = SimpleNamespace(host="hub")
+    refusal = SimpleNamespace(status_code=503, headers={"Retry-After": "400"}, request=SimpleNamespace(url=url))
+    patience(refusal)
+    now[0] += 401
+    with pytest.raises(EnvironmentFault, match="hub asks to wait 400 s"):
+        patience(refusal)
+    patience(refusal)
+    now[0] += 401
+    patience(SimpleNamespace(status_code=200))
+    patience(refusal)
 
 
 def test_progress_counts_every_shard_once(hub: Hub, client: str, model: Path) -> None:

@@ -84,8 +84,19 @@ class TestScalesThatDoNotFit:
         assert "2 of 768 scales do not fit float16" in said and "becomes inf" in said
         assert "keep the source's scale dtype" in said
         assert not (tmp_path / "out" / "config.json").exists(), "nothing can be loaded"
-        assert run(["convert", str(source), str(tmp_path / "kept"), "--json"]) == 0
+        assert run(["convert", str(source), str(tmp_path / "out"), "--json"]) == 0, "what was advised, and no --force"
         assert json.loads(capsys.readouterr().out)["verification"]["passed"]
+
+    def test_what_people_wrote_into_an_earlier_card_outlives_a_refusal(self, tmp_path):
+        source = with_scales(BF16_SCALES, tmp_path / "source", SCALE, {0: 1e6})
+        command = ["convert", str(source), str(tmp_path / "out")]
+        assert run(command) == 0
+        card = tmp_path / "out" / "README.md"
+        card.write_text(card.read_text() + "\nmeasured by hand\n")
+        assert run([*command, "--scale-dtype", "float16", "--force"]) == 2
+        assert run(command) == 0
+        assert "measured by hand" in card.read_text()
+        assert not (tmp_path / "out" / ".xpuquant").exists()
 
     def test_a_repo_that_holds_them_fails(self, tmp_path, monkeypatch):
         """As a conversion would have written it that did not look."""

@@ -3,7 +3,7 @@
 A fault matches requests by method (any, if empty) and path (a regular expression, searched in the path without its
 query). It lets `skip` of them pass, spoils the next `times`, and is then spent. It spoils one by
 
-- `status`: answering with that status, without doing the work;
+- `status`: answering with that status (and `headers`), without doing the work;
 - `drop="before"`: closing the connection without doing the work;
 - `drop="after"`: doing the work, then closing the connection without a word;
 - `drop="middle"`: sending the headers and half of the body, then closing the connection.
@@ -12,7 +12,7 @@ query). It lets `skip` of them pass, spoils the next `times`, and is then spent.
 import json
 import re
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Fault:
     path: str
     status: int | None = None
     drop: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     skip: int = 0
     times: int = 1
 

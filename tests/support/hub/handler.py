@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
             response = self._respond(parts.path)
         elif fault.status is not None:
             self.body()
-            response = answer({"error": "injected fault"}, fault.status)
+            response = answer({"error": "injected fault"}, fault.status, **fault.headers)
         sent = self._send(response, fault)
         if parts.path != "/-/faults":
             said = "" if fault is None else fault.drop or str(fault.status)
