@@ -300,6 +300,18 @@ class TestContents:
         repo.json("xpuquant.json", lambda record: record["files"].update({"modeling_y.py": ""}))
         self.check(repo.folder, source, "modeling_y.py")
 
+    def test_recorded_again_is_found_with_the_source_alone(
+        self, made: dict[str, Path], source: Path, tmp_path: Path
+    ) -> None:
+        """Who can write all files can write the records: what then passes says against what."""
+        repo = inject.copy(made["exact"], tmp_path / "repo")
+        repo.json("config.json", lambda c: c.update(rope_theta=5.0))
+        inject.reseal(repo.folder)
+        code, said, _ = verify(repo.folder, "--backend", "reference")
+        assert code == 0 and said["sentence"].startswith("verified against the digests recorded at conversion")
+        assert "only a comparison with the source" in said["sentence"]
+        self.check(repo.folder, source, "rope_theta")
+
     def test_differences_are_named(self) -> None:
         held = {"a": 1, "b": [1, {"c": 2}], "d": float("nan"), "e": 1}
         assert list(differences(held, held)) == []

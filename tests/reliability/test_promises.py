@@ -1,4 +1,5 @@
-"""docs/reliability.md names a test for each promise: each of them exists, and none is lost when it is renamed."""
+"""docs/reliability.md, docs/trust.md and SECURITY.md name a test for each promise: each of them exists, and none is
+lost when it is renamed. The figures of README are those that the pages it links to have."""
 
 from __future__ import annotations
 
@@ -6,9 +7,30 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent.parent
-PAGES = (TESTS.parent / "docs" / "reliability.md").read_text()
-PROMISES = [line for line in PAGES.partition("## How")[0].splitlines() if re.match(r"\| (?!promise|--)", line)]
+ROOT = TESTS.parent
+NAMED = re.compile(r"`(\w+/test_\w+\.py)((?:::\w+)+)`")
+
+
+def rows(page: str) -> list[str]:
+    """Rows of the tables of promises, without heads."""
+    text = (ROOT / page).read_text().partition("## How")[0]
+    return [line for line in text.splitlines() if re.match(r"\| (?!promise |found |--)", line)]
+
+
+def numbered(page: str, heading: str) -> list[str]:
+    """Items of the numbered list below a heading."""
+    text = (ROOT / page).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return re.split(r"^(?=\d\. )", text, flags=re.MULTILINE)[1:]
+
+
+PROMISES = {
+    "docs/reliability.md": rows("docs/reliability.md"),
+    "docs/trust.md": rows("docs/trust.md"),
+    "SECURITY.md": numbered("SECURITY.md", "What is promised"),
+}
 
 
 def holds(file: str, names: list[str]) -> bool:
@@ -22,16 +44,62 @@ def holds(file: str, names: list[str]) -> bool:
     return True
 
 
-def test_every_promise_names_tests_that_exist() -> None:
-    assert len(PROMISES) > 20
-    for promise in PROMISES:
-        named = re.findall(r"`(\w+/test_\w+\.py)((?:::\w+)+)`", promise)
-        assert named, f"no test keeps: {promise}"
-        for file, path in named:
-            assert (TESTS / file).exists() and holds(file, path.split("::")[1:]), f"{file}{path} is gone: {promise}"
+@pytest.mark.parametrize(("page", "fewest"), [("docs/reliability.md", 30), ("docs/trust.md", 25), ("SECURITY.md", 6)])
+def test_every_promise_names_tests_that_exist(page: str, fewest: int) -> None:
+    assert len(PROMISES[page]) >= fewest
+    for promise in PROMISES[page]:
+        assert NAMED.search(promise), f"no test keeps: {promise}"
+    for file, path in NAMED.findall((ROOT / page).read_text()):
+        assert (TESTS / file).exists() and holds(file, path.split("::")[1:]), f"{page}: {file}{path} is gone"
 
 
 def test_the_lanes_run_all_of_them() -> None:
-    lanes = (TESTS.parent / "scripts" / "lanes" / "trust").read_text()
-    files = {file for promise in PROMISES for file in re.findall(r"`(\w+/test_\w+\.py)::", promise)}
+    lanes = (ROOT / "scripts" / "lanes" / "trust").read_text()
+    files = {file for page in PROMISES for file, _ in NAMED.findall((ROOT / page).read_text())}
     assert {file for file in files if f'"{file}"' not in lanes} == set()
+
+
+def measured(what: str) -> list[str]:
+    """Rows of the table of docs/performance.md whose first cell ends so, of conversions to the XPU layout."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    found = [line for line in text.splitlines() if re.match(rf"\| \w+ → xpu, {re.escape(what)} \|", line)]
+    assert len(found) == 7
+    return found
+
+
+def number(row: str, unit: str) -> float:
+    match = re.search(rf"([\d,.]+) {re.escape(unit)}", row)
+    assert match is not None, row
+    return float(match[1].replace(",", ""))
+
+
+def test_the_figures_of_the_readme_are_those_of_the_pages() -> None:
+    readme = (ROOT / "README.md").read_text()
+    plain, checked = measured("--no-verify"), measured("verified")
+    rates = [number(row, "GB/s") for row in checked]
+    times = [number(a, "× cp") * number(b, "× unverified") for a, b in zip(plain, checked, strict=True)]
+    peak = max(number(row, "MiB") for row in measured("peak memory"))
+    assert f"{1 / max(rates):.1f} to {1 / min(rates):.1f} s per GB of source" in readme
+    said = re.search(r"([\d.]+) to ([\d.]+) times what `cp` takes", readme)
+    assert said is not None
+    # The ratios are rounded in the table, and so are the seconds.
+    assert abs(float(said[1]) - min(times)) < 0.1 and abs(float(said[2]) - max(times)) < 0.4
+    assert f"at most {peak:.0f} MiB there" in readme
+    loading = (ROOT / "docs" / "performance.md").read_text().partition("\n## Loading\n")[2]
+    cells = [
+        re.findall(r"[\d.]+", line.rpartition(") |")[2])
+        for line in re.findall(r"^\|.* (?:stock|converted) .*$", loading, re.MULTILINE)
+    ]
+    (dense, dense_mb), (mine, mine_mb), (experts, experts_mb), (few, few_mb) = ((row[0], row[2]) for row in cells)
+    assert f"dense {mine} s and {mine_mb} MB, stock {dense} s and {dense_mb} MB" in readme
+    assert f"experts {few} s and {few_mb} MB, stock {experts} s and {int(experts_mb):,} MB" in readme
+    figures = (ROOT / "docs" / "reliability.md").read_text().partition("\n## Figures\n")[2]
+    outcomes = re.search(r"\| 20,000: ([\d,]+) verified exact outputs, ([\d,]+) refused .*, ([\d,]+) damaged", figures)
+    assert outcomes is not None
+    exact, *refused = (int(text.replace(",", "")) for text in outcomes.groups())
+    assert (
+        f"20,000: {exact:,} verified exact outputs, {sum(refused):,} refusals" in readme
+        and exact + sum(refused) == 20_000
+    )
+    bits = re.search(r"bits flipped, all found; .*?\| ([\d,]+);", figures)
+    assert bits is not None and f"{bits[1]} of {bits[1]} found" in readme

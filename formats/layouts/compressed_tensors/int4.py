@@ -37,7 +37,9 @@ class CtInt4(CtLayout):
         if (reason := ct_refusal(module)) is not None:
             return Refusal(reason)
         if weight.bits > 4:
-            return Refusal(f"{weight.bits}-bit integers are not converted")
+            return Refusal(
+                f"{weight.bits}-bit integers are not converted to compressed-tensors; the layout xpu takes them"
+            )
         if weight.act_order:
             return Refusal(
                 "act-order, which compressed-tensors 0.19 and vLLM 0.32 no longer load (actorder group); "
