@@ -48,6 +48,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     f"{_LAYERS}.quantization.base_config.QuantizeMethodBase": ("tie_weights(layer, embed_tokens)",),
     "vllm.model_executor.model_loader.base_loader.BaseModelLoader": ("create_model(vllm_config, *rest)",),
     "vllm.model_executor.models.utils.WeightsMapper": ("map_name(name)",),
+    "vllm.model_executor.models.llama4.Llama4ForCausalLM": ("permute_qk_weight_for_rotary(name, loaded)",),
     "vllm.model_executor.parameter.ModelWeightParameter": ("load_column_parallel_weight(loaded)", "tp_rank"),
     "vllm.model_executor.parameter.PackedvLLMParameter": (
         *("load_column_parallel_weight(loaded)", "packed_dim", "packed_factor", "output_dim", "tp_rank"),

@@ -39,8 +39,10 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Raises UnsupportedError, in one line, for what no XPU kernel takes."""
         scheme, E, H, I = self.scheme, num_experts, hidden_size, intermediate_size_per_partition
         unpadded = extra.get("unpadded_hidden_size") or H
-        if unpadded != H or getattr(layer, "apply_router_weight_on_input", False):
-            raise UnsupportedError(f"{self.prefix}: padded hidden sizes and router weights on the input have no kernel")
+        if unpadded != H:
+            raise UnsupportedError(f"{self.prefix}: padded hidden sizes have no kernel")
+        if layer.apply_router_weight_on_input and self.moe.experts_per_token > 1:
+            raise UnsupportedError(f"{self.prefix}: router weights on the input of several experts have no kernel")
         if current_platform.is_xpu():
             try:
                 check_experts(scheme, self.moe.experts_per_token, layer.activation.value, layer.swiglu_limit)
@@ -136,6 +138,9 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """`[M, H]` → `[M, H]`; this rank's part of the sum."""
         tensors = {name: p for name, p in layer.named_parameters(recurse=False) if name.startswith(_STACKS)}
         activation, limit = layer.activation.value, layer.swiglu_limit
+        if layer.apply_router_weight_on_input:
+            # Llama 4, one expert for each token: its input is weighed, its output not.
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if x.device.type != "xpu":
             ids = topk_ids.long()
             if layer.expert_map is not None:

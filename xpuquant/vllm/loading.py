@@ -30,6 +30,7 @@ from xpuquant.vllm.config import XpuquantConfig
 from xpuquant.vllm.copying import HostCopies
 from xpuquant.vllm.experts import XpuquantExpertsMethod
 from xpuquant.vllm.members import MEMBERS, XpuquantMembersMethod
+from xpuquant.vllm.reordered import follow_or_refuse
 
 _FIX = "convert again, or download the repo again"
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -181,6 +182,7 @@ def register() -> None:
     def create_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         model: torch.nn.Module = inner(self, vllm_config, *args, **kwargs)
         if isinstance(vllm_config.quant_config, XpuquantConfig):
+            follow_or_refuse(model, vllm_config.quant_config.stored)
             guard(model, vllm_config.quant_config)
         return model
 
