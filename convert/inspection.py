@@ -7,16 +7,43 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from xpuquant.conversion.options import Options
-from xpuquant.conversion.plan.survey import Survey, survey_modules
+from xpuquant.conversion.plan.footprint import kv_cache, weights_on_each
+from xpuquant.conversion.plan.plan import make_plan
+from xpuquant.conversion.plan.survey import PlannedModule, Survey, survey_modules
 from xpuquant.conversion.plan.tensor_parallel import problems
+from xpuquant.conversion.rates import seconds
 from xpuquant.conversion.repo.description import ConvertedRepo, described
 from xpuquant.conversion.results import ModuleOutcome, SourceInfo, module_outcomes, source_info
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.safetensors import Tensor
 
-RANKS = (2, 4, 8)
+RANKS = (1, 2, 4, 8)
 """Tensor-parallel sizes that are looked at by default."""
+
+CONTEXT = 8192
+"""Tokens of the sequence whose KV cache is counted by default."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What each of a number of GPUs has to hold. Bytes; see `plan/footprint.py` for what is counted.
+
+    weights       of the converted model
+    kv_cache      of one sequence of `tokens` tokens, in bf16; None where config.json does not say enough
+    kv_cache_fp8  the same in fp8
+    """
+
+    gpus: int
+    tokens: int
+    weights: int
+    kv_cache: int | None
+    kv_cache_fp8: int | None
+
+    def held_by(self, usable: int, fp8: bool = False) -> bool:
+        """Whether a GPU with so many bytes for weights and KV cache holds its part."""
+        return self.weights + ((self.kv_cache_fp8 if fp8 else self.kv_cache) or 0) <= usable
 
 
 @dataclass(frozen=True)
@@ -34,6 +61,9 @@ class Inspection:
     decisions        what was decided from the tensors → number of matrices
     tensor_parallel  number of GPUs → module → why it does not split; empty where all do
     notes            what is odd about the checkpoint
+    nbytes           bytes of the converted weights
+    fits             what each GPU has to hold, for every number of GPUs over which the model splits
+    seconds          how long converting and verifying takes, from measured rates on two cores
     """
 
     source: SourceInfo
@@ -48,6 +78,9 @@ class Inspection:
     decisions: Mapping[str, int]
     tensor_parallel: Mapping[int, Mapping[str, str]]
     notes: tuple[str, ...]
+    nbytes: int
+    fits: tuple[Fit, ...]
+    seconds: float
 
     @property
     def converts(self) -> bool:
@@ -55,21 +88,24 @@ class Inspection:
 
 
 def look_at(
-    name: str, revision: str | None, options: Options, ranks: Sequence[int] = RANKS
+    name: str, revision: str | None, options: Options, ranks: Sequence[int] = RANKS, context: int = CONTEXT
 ) -> Inspection | ConvertedRepo:
     """Open what the user named, and say what it is: a checkpoint, or a repo that was converted from one.
 
     Raises: as `open_source` and `inspect_source`.
     """
     source = open_source(name, revision)
-    return described(source) or inspect_source(source, options, ranks)
+    return described(source) or inspect_source(source, options, ranks, context)
 
 
-def inspect_source(source: Source, options: Options, ranks: Sequence[int] = RANKS) -> Inspection:
+def inspect_source(
+    source: Source, options: Options, ranks: Sequence[int] = RANKS, context: int = CONTEXT
+) -> Inspection:
     """Survey a source.
 
     Args:
         ranks: tensor-parallel sizes to check.
+        context: tokens of the sequence whose KV cache is counted.
 
     Raises:
         UsageError: not a quantized checkpoint. DamagedError: not a sound one.
@@ -78,20 +114,34 @@ def inspect_source(source: Source, options: Options, ranks: Sequence[int] = RANK
     survey = survey_modules(checkpoint, options)
     planned, weights = survey.planned, survey.reading.weights
     decisions = Counter(fact for weight in weights for fact in weight.facts)
+    splits = {n: problems(planned, n) if n > 1 else {} for n in ranks}
+    formats = tuple(sorted({weight.format for weight in weights}))
+    passed = () if survey.refused else make_plan(checkpoint, options).passed
     return Inspection(
         source_info(source),
         checkpoint.config.get("model_type"),
         checkpoint.method,
-        tuple(sorted({weight.format for weight in weights})),
+        formats,
         len(checkpoint.tensors),
         module_outcomes(planned, checkpoint.config),
         survey.refused,
         _bytes_below(checkpoint, survey.refused),
         _dequantized_bytes(checkpoint, options, survey),
         dict(decisions),
-        {n: problems(planned, n) for n in ranks},
+        splits,
         (*checkpoint.notes, *survey.reading.notes),
+        sum(module.nbytes for module in planned) + sum(tensor.nbytes for tensor in passed),
+        () if survey.refused else tuple(_fit(checkpoint, planned, passed, n, context) for n in ranks if not splits[n]),
+        seconds(source.nbytes, formats),
     )
+
+
+def _fit(
+    checkpoint: Checkpoint, planned: Sequence[PlannedModule], passed: Sequence[Tensor], ranks: int, tokens: int
+) -> Fit:
+    config = checkpoint.text_config
+    caches = [kv_cache(config, tokens, ranks, element) for element in (2, 1)]
+    return Fit(ranks, tokens, weights_on_each(planned, passed, config, ranks), *caches)
 
 
 def _bytes_below(checkpoint: Checkpoint, modules: Collection[str]) -> int:

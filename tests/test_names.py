@@ -24,7 +24,7 @@ ALLOWED = {
     "dequantize": "a stored layer as numbers: in numpy for verification, in torch for serving, which share nothing",
     "linear": "x W^T: what a layer computes, and the operator that computes it",
     "supported": "whether a foreign library can be used: oneDNN, vLLM",
-    "explain": "an error as one line: of any command, of the Hub",
+    "explain": "an error as one line, of any command, of the Hub; a command, and its function in the API",
     "gated": "act(gate) * up: as serving computes it, as the shipped operator does",
     "gather": "what a card says; the shipped operator of that name",
     "Module": "a module of a model; of SPIR-V code",

@@ -26,10 +26,11 @@ from pathlib import Path
 from xpuquant.arguments import public
 from xpuquant.conversion.diff import Difference, compare
 from xpuquant.conversion.doctor import Diagnosis, examine
+from xpuquant.conversion.explanation import Explanation, explain_module
 from xpuquant.conversion.hub import publish
 from xpuquant.conversion.hub.publish import Pushed
 from xpuquant.conversion.hub.target import Destination
-from xpuquant.conversion.inspection import RANKS, Inspection, look_at
+from xpuquant.conversion.inspection import CONTEXT, RANKS, Inspection, look_at
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.progress import Calls, ProgressCallback, Reporter, Silent
 from xpuquant.conversion.repo.description import ConvertedRepo
@@ -37,6 +38,7 @@ from xpuquant.conversion.results import Converted, ModuleOutcome, PartConverted,
 from xpuquant.conversion.runs import request as runs
 from xpuquant.conversion.runs.checking import verify_folder
 from xpuquant.conversion.runs.parts import parse_part
+from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import UsageError
 
@@ -45,6 +47,7 @@ __all__ = [
     "ConvertedRepo",
     "Diagnosis",
     "Difference",
+    "Explanation",
     "Inspection",
     "ModuleOutcome",
     "Options",
@@ -56,6 +59,7 @@ __all__ = [
     "convert_part",
     "diff",
     "doctor",
+    "explain",
     "finish",
     "inspect",
     "plan",
@@ -72,6 +76,7 @@ def inspect(
     *,
     on_unsupported: str = "refuse",
     tensor_parallel: Sequence[int] = RANKS,
+    context: int = CONTEXT,
     revision: str | None = None,
 ) -> Inspection | ConvertedRepo:
     """What a checkpoint is and what would become of it, from headers alone. Nothing is written.
@@ -79,7 +84,8 @@ def inspect(
     Args:
         source: folder with a quantized checkpoint or with a repo that was converted, or `owner/name` of one on the Hub.
         on_unsupported: what to do with modules that no kernel takes: `refuse`, or `dequantize` them to bf16.
-        tensor_parallel: numbers of GPUs to check the splits for.
+        tensor_parallel: numbers of GPUs to split the model over.
+        context: tokens of the sequence whose KV cache is counted.
         revision: branch, tag or commit of a source on the Hub.
 
     Returns:
@@ -88,7 +94,7 @@ def inspect(
     Raises:
         UsageError: not a quantized checkpoint. DamagedError: not a sound one. EnvironmentFault: disk, network.
     """
-    return look_at(os.fspath(source), revision, Options(on_unsupported=on_unsupported), tuple(tensor_parallel))
+    return look_at(os.fspath(source), revision, Options(on_unsupported=on_unsupported), tuple(tensor_parallel), context)
 
 
 @public
@@ -353,6 +359,22 @@ def push(
     with _reporter(progress) as reporter:
         destination = Destination(repo_id, private, branch, pr, unverified)
         return publish.push(Path(out), destination, reporter, token=token, endpoint=endpoint)
+
+
+@public
+def explain(
+    source: StrPath, module: str, *, on_unsupported: str = "refuse", revision: str | None = None
+) -> Explanation:
+    """One module of a checkpoint: its tensors, what was decided from them, what it becomes, which kernel runs it.
+
+    Args:
+        module: its name, or that of a tensor or an expert of it.
+        source, on_unsupported, revision: as `inspect`.
+
+    Raises:
+        UsageError: no quantized module is called so. Otherwise as `inspect`.
+    """
+    return explain_module(open_source(os.fspath(source), revision), module, Options(on_unsupported=on_unsupported))
 
 
 @public

@@ -104,6 +104,11 @@ KINDS: Mapping[str, Kind] = {
         "numbers of GPUs from 1, in a list",
         lambda value: _each(value, lambda n: m if (m := whole_number(n)) is not None and m >= 1 else None),
     ),
+    "module": Kind("a module's name", _text),
+    "context": Kind(
+        "a number of tokens from 1",
+        lambda value: tokens if (tokens := whole_number(value)) is not None and tokens >= 1 else None,
+    ),
     "progress": Kind("a function of (phase, done, total)", lambda value: value if callable(value) else None),
 }
 """Name of an argument, the same in every function → what it takes."""

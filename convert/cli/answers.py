@@ -71,7 +71,7 @@ def _converted(result: Converted, output: Output) -> Answer:
         (
             ("left as is", left_alone(plan)),
             ("size", f"{size(plan.source.nbytes)} → {size(plan.write_bytes)} in {len(plan.shards)} shard(s)"),
-            (str(outcome), checked),
+            (str(outcome) if result.is_new else "checked", checked),
             ("written to", out),
             *([("took", output.took(plan.read_bytes))] if result.is_new else []),
         ),

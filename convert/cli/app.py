@@ -70,6 +70,8 @@ for _command in (
     check_commands.verify,
     convert_commands.push,
     check_commands.diff,
+    check_commands.explain,
+    check_commands.formats,
     check_commands.doctor,
 ):
     COMMANDS.command()(_command)

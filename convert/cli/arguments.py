@@ -116,6 +116,13 @@ TensorParallelOption = Annotated[
     ),
 ]
 
+ModuleArgument = Annotated[
+    str, typer.Argument(metavar="MODULE", help="Name of a module of SRC, or of a tensor or an expert of it.")
+]
+ContextOption = Annotated[
+    int, typer.Option(min=1, metavar="TOKENS", help="Length of the sequence whose KV cache is counted.")
+]
+
 # How it answers: all commands have these.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer in one line, and no progress.")]

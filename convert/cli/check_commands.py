@@ -16,6 +16,7 @@ def inspect(
     source: args.SourceArgument,
     on_unsupported: args.OnUnsupportedOption = "refuse",
     tensor_parallel: args.TensorParallelOption = None,
+    context: args.ContextOption = 8192,
     revision: args.RevisionOption = None,
     as_json: args.JsonOption = False,
     quiet: args.QuietOption = False,
@@ -30,7 +31,7 @@ def inspect(
 
     output = Output(as_json, quiet, verbose)
     options = Options(on_unsupported=on_unsupported)
-    found = look_at(source, revision, options, _numbers(tensor_parallel) or RANKS)
+    found = look_at(source, revision, options, _numbers(tensor_parallel) or RANKS, context)
     output.answer(inspected(found))
 
 
@@ -91,6 +92,39 @@ def diff(
     output.answer(answers.compared(difference))
     if not difference.equal:
         raise VerificationError(f"{a} and {b} differ")
+
+
+def explain(
+    source: args.SourceArgument,
+    module: args.ModuleArgument,
+    on_unsupported: args.OnUnsupportedOption = "refuse",
+    revision: args.RevisionOption = None,
+    as_json: args.JsonOption = False,
+    quiet: args.QuietOption = False,
+    verbose: args.VerboseOption = False,
+) -> None:
+    """One module: its tensors, what was decided from them, what it becomes, which kernel runs it."""
+    from xpuquant.conversion.cli.explain_answers import explained
+    from xpuquant.conversion.cli.output import Output
+    from xpuquant.conversion.explanation import explain_module
+    from xpuquant.conversion.options import Options
+    from xpuquant.conversion.sources.open import open_source
+
+    output = Output(as_json, quiet, verbose)
+    options = Options(on_unsupported=on_unsupported)
+    output.answer(explained(explain_module(open_source(source, revision), module, options)))
+
+
+def formats(
+    as_json: args.JsonOption = False, quiet: args.QuietOption = False, verbose: args.VerboseOption = False
+) -> None:
+    """What is read and what is written."""
+    from xpuquant.conversion.cli.explain_answers import formats_known
+    from xpuquant.conversion.cli.output import Output
+    from xpuquant.formats.layouts import LAYOUTS
+    from xpuquant.formats.readers import READERS
+
+    Output(as_json, quiet, verbose).answer(formats_known(READERS, LAYOUTS))
 
 
 def doctor(

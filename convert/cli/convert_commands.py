@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-
 from xpuquant.conversion.cli import arguments as args
 from xpuquant.errors import UsageError
 
@@ -57,7 +54,6 @@ def convert(
         ray=ray,
         stream=stream,
         destination=Destination.asked(push_to, private, branch, pr, unverified),
-        command=typed_command(),
     )
     output = Output(as_json, quiet, verbose)
     if dry_run:
@@ -103,7 +99,7 @@ def finish(
     }
     given = {name: value for name, value in told.items() if value is not None}
     destination = Destination.asked(push_to, private, branch, pr, unverified)
-    request = FinishRequest(source, out, revision, jobs, verify, destination, typed_command(), given)
+    request = FinishRequest(source, out, revision, jobs, verify, destination, given)
     output = Output(as_json, quiet, verbose)
     with output.progress() as progress:
         result = put_together(request, progress)
@@ -133,8 +129,3 @@ def push(
     with output.progress() as progress:
         result = publish.push(out, Destination(repo_id, private, branch, pr, unverified), progress)
     output.answer(answers.pushed(result, output))
-
-
-def typed_command() -> str:
-    """The command as typed, for the card."""
-    return shlex.join(["xpuquant", *sys.argv[1:]])

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from xpuquant.conversion.cli.answers import module_data, modules_table, notes, source_data
 from xpuquant.conversion.cli.output import Answer
 from xpuquant.conversion.cli.tables import TextTable
+from xpuquant.conversion.gpus import GPUS, KEPT_FREE, USED, Gpu
 from xpuquant.conversion.repo.description import ConvertedRepo
-from xpuquant.conversion.sizes import size
+from xpuquant.conversion.sizes import duration, size
 from xpuquant.formats.scheme import compact, expand
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ def _checkpoint(found: Inspection) -> Answer:
         decided = [(fact, str(count)) for fact, count in Counter(found.decisions).most_common()]
         parts.append(TextTable("decided from the tensors", ("what", "matrices"), decided, most=_MAX_DECISIONS))
     if found.converts:
-        splits = [(str(n), _split(problems)) for n, problems in found.tensor_parallel.items()]
-        parts.append(TextTable("tensor parallel", ("GPUs", "splits"), splits))
+        took = f"about {duration(max(found.seconds, 1.0))} on two cores, verified; {size(found.nbytes)} of disk"
+        parts += [f"converting takes {took}", *_memory(found)]
     data = {
         "source": source_data(found),
         "model_type": found.model_type,
@@ -107,8 +108,36 @@ def _checkpoint(found: Inspection) -> Answer:
         "decisions": found.decisions,
         "tensor_parallel": {str(n): problems for n, problems in found.tensor_parallel.items()},
         "notes": list(found.notes),
+        "bytes": found.nbytes,
+        "seconds": found.seconds,
+        "fits": [asdict(fit) for fit in found.fits],
     }
     return Answer(parts, data, f"converts: {verdict}")
+
+
+def _memory(found: Inspection) -> list[str | TextTable]:
+    """What each GPU holds, and which GPUs hold it."""
+    fits = {fit.gpus: fit for fit in found.fits}
+    rows = []
+    for n, problems in found.tensor_parallel.items():
+        fit = fits.get(n)
+        cache = "" if fit is None else "not known" if fit.kv_cache is None else size(fit.kv_cache)
+        rows.append((str(n), _split(problems), "" if fit is None else size(fit.weights), cache))
+    if not fits:
+        return [TextTable("tensor parallel", ("GPUs", "splits"), [row[:2] for row in rows])]
+    tokens = f"{found.fits[0].tokens:,} tokens"
+    cards = [(gpu.name, f"{gpu.gib} GiB", *(_needed(found, gpu, fp8) for fp8 in (False, True))) for gpu in GPUS]
+    return [
+        TextTable("on each GPU", ("GPUs", "splits", "weights", f"KV cache of {tokens}"), rows),
+        TextTable("GPUs that hold it", ("GPU", "memory", "GPUs needed", "with an fp8 KV cache"), cards),
+        f"counted: weights and {tokens} of KV cache, in {USED:.0%} of the memory, less {size(KEPT_FREE)} for work",
+    ]
+
+
+def _needed(found: Inspection, gpu: Gpu, fp8: bool) -> str:
+    """The smallest number of GPUs that hold the model."""
+    enough = [fit.gpus for fit in found.fits if fit.held_by(gpu.usable, fp8)]
+    return str(min(enough)) if enough else f"more than {max(fit.gpus for fit in found.fits)}"
 
 
 def _split(problems: Mapping[str, str]) -> str:

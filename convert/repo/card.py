@@ -11,7 +11,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -261,10 +261,31 @@ def _serving(facts: CardFacts) -> Markdown:
             transformers=fenced(_loading(facts.name, "auto"), "python"),
         )
     return markdown(
-        "## Serve\n\nWith [vLLM](https://docs.vllm.ai/) on an Intel GPU:\n\n{vllm}\n\n"
+        "## Serve\n\n{install}\n\nWith [vLLM](https://docs.vllm.ai/) on an Intel GPU:\n\n{vllm}\n\n"
         "With Transformers:\n\n{transformers}",
-        vllm=fenced(f"pip install xpuquant\n{serve}", "sh"),
+        install=_install(),
+        vllm=fenced(serve, "sh"),
         transformers=fenced(_loading(facts.name, "xpu"), "python"),
+    )
+
+
+def _install() -> Markdown:
+    """How to install what reads this layout; an address and a package index are named once the package has them."""
+    try:
+        lines = distribution("xpuquant").metadata.get_all("Project-URL") or []
+        urls = [line.rpartition(", ")[2] for line in lines]
+    except PackageNotFoundError:
+        urls = []
+    if not urls:
+        return markdown(
+            "The package `xpuquant` {version} or newer has to be installed beside the server: from a checkout of it, "
+            "`pip install .`, or from its wheel.",
+            version=__version__,
+        )
+    return markdown(
+        "[xpuquant]({url}) has to be installed beside the server:\n\n{line}",
+        url=urls[0],
+        line=fenced("pip install xpuquant", "sh"),
     )
 
 

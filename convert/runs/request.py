@@ -38,7 +38,6 @@ class ConvertRequest:
     ray          address of a Ray cluster to run on; None: this machine
     stream       keep only the shards in use
     destination  where to publish the result
-    command      for the card; empty: the command line that asks for the same
 
     Raises:
         UsageError: things that exclude each other.
@@ -55,7 +54,6 @@ class ConvertRequest:
     ray: str | None = None
     stream: bool = False
     destination: Destination | None = None
-    command: str = ""
 
     def __post_init__(self) -> None:
         if self.ray is not None and not self.ray.strip():
@@ -84,10 +82,6 @@ class ConvertRequest:
         """The folder to write."""
         return self.out or default_output(self.source, self.options.layout)
 
-    def card_command(self) -> str:
-        """What the card says how this was made."""
-        return self.command or command_line(self)
-
 
 EXCLUDES: Mapping[tuple[str, str], str] = {
     ("part", "ray"): "both share the work out; choose one",
@@ -113,7 +107,6 @@ class FinishRequest:
     jobs: int = 0
     verify: bool = True
     destination: Destination | None = None
-    command: str = ""
     told: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -173,7 +166,7 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
         verify=request.verify,
         force=request.force,
         reporter=reporter,
-        command=request.card_command(),
+        command=card_command(request),
         executor=_executor(request),
     )
     return _published(converted, request.destination, reporter)
@@ -219,7 +212,7 @@ def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
         jobs=request.jobs or default_jobs(),
         verify=request.verify,
         reporter=reporter,
-        command=request.command or shlex.join(["xpuquant", "finish", request.source, str(request.out)]),
+        command=shlex.join(["xpuquant", "finish", _public(request.source), request.out.resolve().name]),
     )
     return _published(converted, request.destination, reporter)
 
@@ -252,12 +245,17 @@ def default_output(name: str, layout: str) -> Path:
     return Path(f"{Path(name).resolve().name if Path(name).exists() else name.rpartition('/')[2]}-{layout}")
 
 
-def command_line(request: ConvertRequest) -> str:
-    """The command line that asks for the same bytes."""
-    words = ["xpuquant", "convert", request.source, str(request.target)]
+def card_command(request: ConvertRequest) -> str:
+    """The command line that asks for the same bytes, for a card that anybody reads: of a folder here its name."""
+    words = ["xpuquant", "convert", _public(request.source), request.target.resolve().name]
     for asked in request.options.asked():
         words += [f"--{asked.name.replace('_', '-')}", *([] if asked.value is True else [str(asked.value)])]
     return shlex.join(words if request.revision is None else [*words, "--revision", request.revision])
+
+
+def _public(source: str) -> str:
+    """A source without this machine's folders."""
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _open(request: ConvertRequest) -> Source:
@@ -283,7 +281,7 @@ def _run_streamed(request: ConvertRequest, source: Source, reporter: Reporter) -
         verify=request.verify,
         force=request.force,
         reporter=reporter,
-        command=request.card_command(),
+        command=card_command(request),
         destination=request.destination,
     )
 

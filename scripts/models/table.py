@@ -27,7 +27,6 @@ from models.schemes import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = (1, 2, 4, 8)
-_REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa", "gate", "router", "shared_expert_gate", "g_proj")
 SECONDS, BYTES = 30, 2 << 30
 """What planning the largest may take."""
 
@@ -58,6 +57,7 @@ def planned(folder: Path) -> Row:
     """Plan a folder, here."""
     began = time.process_time()
     from xpuquant.conversion.options import Options
+    from xpuquant.conversion.plan.footprint import weights_on_each
     from xpuquant.conversion.plan.plan import make_plan
     from xpuquant.conversion.plan.survey import survey_modules
     from xpuquant.conversion.plan.tensor_parallel import problems
@@ -75,7 +75,6 @@ def planned(folder: Path) -> Row:
         reasons = sorted(set(refused.values())) or [str(error)]
         return Row(source.nbytes, reasons, [], 0, 0, {}, {}, [], seconds, _peak())
     seconds = time.process_time() - began
-    heads = int(source.checkpoint.text_config.get("num_key_value_heads") or 1)
     per_gpu: dict[str, int | None] = {}
     why: dict[str, str] = {}
     by_expert = []
@@ -90,21 +89,11 @@ def planned(folder: Path) -> Row:
             continue
         if found:
             by_expert.append(ranks)
-        sizes = [(m.conversion.name, m.nbytes, 2) for m in plan.modules]
-        sizes += [(tensor.name.removesuffix(".weight"), tensor.nbytes, len(tensor.shape)) for tensor in plan.passed]
-        per_gpu[str(ranks)] = sum(_share(*one, ranks, heads) for one in sizes)
+        per_gpu[str(ranks)] = weights_on_each(plan.modules, plan.passed, source.checkpoint.text_config, ranks)
     kernels = sorted({m.kernel for m in summary(plan, source).modules if m.kernel})
     return Row(
         source.nbytes, [], kernels, plan.write_bytes, len(plan.shards), per_gpu, why, by_expert, seconds, _peak()
     )
-
-
-def _share(name: str, size: int, dims: int, ranks: int, heads: int) -> int:
-    """What one of `ranks` GPUs holds of a tensor. Vision parts count whole, which is at most too much."""
-    leaf = name.rpartition(".")[2]
-    if dims < 2 or leaf in _REPLICATED or "norm" in leaf or "vis" in name:
-        return size
-    return size // (min(ranks, heads) if leaf in ("k_proj", "v_proj") else ranks)
 
 
 def _peak() -> int:

@@ -23,7 +23,7 @@ from xpuquant.conversion.runs.request import EXCLUDES
 from xpuquant.errors import Argument, UsageError, XpuquantError
 
 SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
-REFUSED = FIXTURES / "llmcompressor-llama-w8a8"
+REFUSED = FIXTURES / "llmcompressor-llama-nvfp4a16"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(xpuquant, name)
     for name in xpuquant.__all__
@@ -32,7 +32,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 ARGUMENTS = [
     (name, argument) for name, function in FUNCTIONS.items() for argument in inspect.signature(function).parameters
 ]
-REQUIRED = {"source": SOURCE, "out": "out", "part": "1/2", "a": SOURCE, "b": SOURCE, "repo_id": "me/x"}
+REQUIRED = {
+    "source": SOURCE,
+    "out": "out",
+    "part": "1/2",
+    "a": SOURCE,
+    "b": SOURCE,
+    "repo_id": "me/x",
+    "module": "model.layers.0.mlp.down_proj",
+}
 
 
 class Odd:
@@ -50,6 +58,7 @@ WRONG["jobs"] += ["2", 257, True, 10**30, (1,)]
 WRONG["tensor_parallel"] += [2, [0], [True], ["2"], "2", [2, -2], None]
 for _name in ("backends", "require_backends"):
     WRONG[_name] += ["reference", [""], [3], {"reference": 1}, ["no such library"]]
+WRONG["context"] += [0, "8192", True]
 WRONG["part"] += ["3/2", "0/1", (1, 2), "1", 1, None]
 for _name in ("verify", "force", "stream", "private", "pr", "every", "values", "fold_act_order", "unverified"):
     WRONG[_name] += ["no", 0, 1, "True"]
@@ -83,7 +92,7 @@ for _name in ("revision", "branch", "ray", "token"):
 
 
 def test_every_argument_of_every_function_is_known() -> None:
-    assert len(FUNCTIONS) == 9
+    assert len(FUNCTIONS) == 10
     assert {argument for _, argument in ARGUMENTS} == KINDS.keys()
 
 

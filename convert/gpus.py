@@ -1,0 +1,40 @@
+"""Intel GPUs that the XPU kernels serve on, by name, and their memory. The one table of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+GIB = 1 << 30
+USED = 0.9
+"""Part of the memory that vLLM takes by default (`--gpu-memory-utilization`)."""
+
+KEPT_FREE = GIB
+"""Bytes of that for activations and the runtime; what they really take depends on the batch."""
+
+
+class Gpu(NamedTuple):
+    """A card. One that carries two GPUs counts as two."""
+
+    name: str
+    gib: int
+
+    @property
+    def usable(self) -> int:
+        """Bytes for weights and KV cache."""
+        return int(self.gib * GIB * USED) - KEPT_FREE
+
+
+# Sizes: https://huggingface.co/hardware, and for Data Center GPUs
+# https://www.intel.com/content/www/us/en/developer/articles/technical/intel-data-center-gpu-max-series-overview.html.
+# The Max 1550 is two stacks, which are two devices by default, of 64 GiB each. Arc Pro B60: 24 GiB a GPU (48 on the
+# cards with two).
+GPUS = (
+    Gpu("Arc B570", 10),
+    Gpu("Arc B580", 12),
+    Gpu("Arc A770", 16),
+    Gpu("Arc Pro B50", 16),
+    Gpu("Arc Pro B60", 24),
+    Gpu("Arc Pro B70", 32),
+    Gpu("Data Center GPU Max 1100", 48),
+    Gpu("Data Center GPU Max 1550, one stack", 64),
+)

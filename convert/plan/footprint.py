@@ -1,0 +1,83 @@
+"""What each GPU has to hold: weights as vLLM splits them, and the KV cache of one sequence. From headers and config.
+
+An estimate that errs upwards: parts that engines keep whole count whole, vision parts among them, and a layer keeps
+every token unless config.json says that it looks at a window. Activations, and what the runtime itself takes, come on
+top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from xpuquant.conversion.plan.survey import PlannedModule
+from xpuquant.formats.safetensors import Tensor
+
+_REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa", "gate", "router", "shared_expert_gate", "g_proj")
+"""Routers, and the low-rank projections of MLA: every GPU has them whole, as norms."""
+
+_WINDOWS = ("sliding_attention", "chunked_attention", "local_attention")
+_KEEPS_ALL = "full_attention"
+
+
+def weights_on_each(
+    modules: Iterable[PlannedModule], passed: Iterable[Tensor], config: Mapping[str, Any], ranks: int
+) -> int:
+    """Bytes of weights on each of `ranks` GPUs.
+
+    Args:
+        config: the language model's, of config.json.
+    """
+    heads = _number(config, "num_key_value_heads") or 1
+    sizes = [(module.conversion.name, module.nbytes, 2) for module in modules]
+    sizes += [(tensor.name.removesuffix(".weight"), tensor.nbytes, len(tensor.shape)) for tensor in passed]
+    return sum(_share(name, nbytes, dims, ranks, heads) for name, nbytes, dims in sizes)
+
+
+def _share(name: str, nbytes: int, dims: int, ranks: int, heads: int) -> int:
+    """What one of `ranks` GPUs holds of a tensor."""
+    leaf = name.rpartition(".")[2]
+    if dims < 2 or leaf in _REPLICATED or "norm" in leaf or "vis" in name:
+        return nbytes
+    return nbytes // (min(ranks, heads) if leaf in ("k_proj", "v_proj") else ranks)
+
+
+def kv_cache(config: Mapping[str, Any], tokens: int, ranks: int, element: int = 2) -> int | None:
+    """Bytes of the KV cache of one sequence on each of `ranks` GPUs; None where config.json does not say enough.
+
+    Args:
+        config: the language model's, of config.json.
+        element: bytes of a stored number: 2 (bf16), or 1 (fp8).
+    """
+    layers = _number(config, "num_hidden_layers")
+    if layers is None:
+        return None
+    latent = _number(config, "kv_lora_rank")
+    if latent is not None:
+        # MLA: one latent vector and the rotary part of the key, the same on every GPU.
+        per_token = (latent + (_number(config, "qk_rope_head_dim") or 0)) * element
+    else:
+        heads = _number(config, "num_attention_heads")
+        hidden = _number(config, "hidden_size")
+        kv_heads = _number(config, "num_key_value_heads") or heads
+        if heads is None or kv_heads is None or (hidden is None and _number(config, "head_dim") is None):
+            return None
+        head_dim = _number(config, "head_dim") or (hidden or 0) // heads
+        per_token = 2 * -(-kv_heads // ranks) * head_dim * element
+    return per_token * sum(_tokens_kept(config, layers, tokens))
+
+
+def _tokens_kept(config: Mapping[str, Any], layers: int, tokens: int) -> list[int]:
+    """Of each layer. Layers of other kinds (linear attention, state spaces) keep none: their state does not grow."""
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        every = _number(config, "full_attention_interval")
+        return [tokens] * (layers if every is None else layers // every)
+    window = _number(config, "sliding_window") or _number(config, "attention_chunk_size") or tokens
+    kept = {_KEEPS_ALL: tokens, **dict.fromkeys(_WINDOWS, min(tokens, window))}
+    return [kept.get(str(kind), 0) for kind in kinds]
+
+
+def _number(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    return value if type(value) is int and 0 < value < 1 << 40 else None

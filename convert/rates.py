@@ -1,0 +1,22 @@
+"""How fast conversions were, measured: what `inspect` promises a model of the same format."""
+
+from __future__ import annotations
+
+VERIFIED = {
+    "gptq": 0.57e9,
+    "autoround": 0.57e9,
+    "awq": 0.52e9,
+    "compressed-tensors": 0.69e9,
+    "fp8": 0.71e9,
+    "mxfp4": 0.69e9,
+}
+"""Format, by its first word → bytes of the source per second, converted and verified on two cores, start-up included:
+docs/performance.md, "Every goal, last full run"."""
+
+SLOWEST = min(VERIFIED.values())
+
+
+def seconds(nbytes: int, formats: tuple[str, ...]) -> float:
+    """Seconds that converting and verifying a source of so many bytes takes, at the rate of its slowest format."""
+    rates = [VERIFIED.get(name.split()[0], SLOWEST) for name in formats] or [SLOWEST]
+    return nbytes / min(rates)

@@ -1,0 +1,157 @@
+"""Does it fit my GPU: KV caches of models whose shapes are published, shares of weights, rates that are promised."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from support.checkpoints import FIXTURES
+
+import xpuquant
+from xpuquant.conversion.cli.app import run
+from xpuquant.conversion.gpus import GIB, GPUS
+from xpuquant.conversion.inspection import Fit
+from xpuquant.conversion.plan.footprint import kv_cache
+from xpuquant.conversion.rates import VERIFIED, seconds
+
+SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
+REFUSED = FIXTURES / "llmcompressor-llama-nvfp4a16"
+
+# Numbers of the published config.json of each.
+LLAMA = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+}
+DEEPSEEK_V3 = LLAMA | {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_key_value_heads": 128}
+GPT_OSS = {
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "hidden_size": 2880,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+}
+QWEN3_NEXT = {
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "ranks", "nbytes"),
+    [
+        (LLAMA, 1, 1, 131072),  # 128 KiB a token, as is well known of Llama-3.1-8B
+        (LLAMA, 8192, 1, 1 << 30),
+        (LLAMA, 8192, 4, 1 << 28),
+        (LLAMA, 8192, 16, 1 << 27),  # a head at least
+        (DEEPSEEK_V3, 1, 1, 61 * 576 * 2),
+        (DEEPSEEK_V3, 1, 8, 61 * 576 * 2),
+        (GPT_OSS, 8192, 1, 12 * (8192 + 128) * 2 * 8 * 64 * 2),
+        (GPT_OSS, 100, 1, 24 * 100 * 2 * 8 * 64 * 2),
+        (QWEN3_NEXT, 10, 1, 12 * 10 * 2 * 2 * 256 * 2),
+    ],
+)
+def test_kv_caches_of_known_models(config: dict[str, object], tokens: int, ranks: int, nbytes: int) -> None:
+    assert kv_cache(config, tokens, ranks) == nbytes
+    assert kv_cache(config, tokens, ranks, element=1) == nbytes // 2
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"num_hidden_layers": "x"}, {"num_hidden_layers": 3}, LLAMA | {"hidden_size": -1}]
+)
+def test_a_config_that_does_not_say_enough(config: dict[str, object]) -> None:
+    assert kv_cache(config, 1, 1) is None
+
+
+def test_what_each_gpu_holds() -> None:
+    found = xpuquant.inspect(SOURCE, tensor_parallel=[1, 2, 4])
+    assert isinstance(found, xpuquant.Inspection)
+    planned = xpuquant.plan(SOURCE)
+    whole = sum(tensor.nbytes for shard in planned.shards for tensor in shard.tensors)
+    assert found.nbytes == whole == found.fits[0].weights
+    assert [fit.gpus for fit in found.fits] == [1, 2], "four do not split it"
+    assert whole // 2 < found.fits[1].weights < whole, "norms are on both"
+    longer = xpuquant.inspect(SOURCE, context=16384)
+    assert isinstance(longer, xpuquant.Inspection)
+    assert longer.fits[0].kv_cache == 2 * (found.fits[0].kv_cache or 0)
+
+
+def test_which_gpu_holds_it() -> None:
+    names = {gpu.name: gpu for gpu in GPUS}
+    assert [gpu.gib for gpu in GPUS] == sorted(gpu.gib for gpu in GPUS) and len(names) == len(GPUS)
+    model = Fit(1, 8192, weights=9 * GIB, kv_cache=1 * GIB, kv_cache_fp8=GIB // 2)
+    assert not model.held_by(names["Arc B580"].usable) and model.held_by(names["Arc Pro B50"].usable)
+    assert model.held_by(int(9.6 * GIB), fp8=True) and not model.held_by(int(9.6 * GIB))
+
+
+def test_a_model_that_does_not_convert_is_promised_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(REFUSED)]) == 0
+    said = capsys.readouterr().out
+    assert "--on-unsupported dequantize stores them as bf16" in said
+    assert "GPUs" not in said and "yes" not in said
+    assert run(["inspect", str(REFUSED), "--on-unsupported", "dequantize", "--tp", "1", "--context", "100"]) == 0
+    assert "KV cache of 100 tokens" in capsys.readouterr().out
+
+
+def test_promised_rates_are_those_measured() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    measured = {
+        name: float(rate)
+        for name, rate in re.findall(r"^\| (\w+) → xpu, verified \|.* s, ([\d.]+) GB/s", page, re.MULTILINE)
+    }
+    names = {"ct": "compressed-tensors"}
+    for name, rate in measured.items():
+        if name in ("gptq2", "gptq3"):
+            continue
+        assert VERIFIED[names.get(name, name)] == pytest.approx(rate * 1e9, rel=0.3), name
+    assert seconds(10**9, ("gptq", "awq")) == seconds(10**9, ("awq",)) > seconds(10**9, ("gptq",))
+
+
+# What is read and written, and one module
+
+
+def test_formats_lists_the_registries(capsys: pytest.CaptureFixture[str]) -> None:
+    from xpuquant.formats.layouts import LAYOUTS
+    from xpuquant.formats.readers import READERS
+
+    assert run(["formats"]) == 0
+    said = capsys.readouterr().out
+    assert all(reader.name in said for reader in READERS) and all(layout.name in said for layout in LAYOUTS)
+
+
+@pytest.mark.parametrize("asked", ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.qweight"])
+def test_a_module_is_explained_by_its_name_or_that_of_a_tensor(asked: str) -> None:
+    found = xpuquant.explain(SOURCE, asked)
+    planned = {module.name: module for module in xpuquant.plan(SOURCE).modules}
+    assert found.outcome == planned["model.layers.0.mlp.down_proj"] and found.refused is None
+    assert {tensor.name.rpartition(".")[2] for tensor in found.tensors} >= {"qweight", "qzeros", "scales"}
+    assert sum(tensor.nbytes for tensor in found.written) == found.outcome.nbytes
+
+
+def test_a_refused_module_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    inspected = xpuquant.inspect(REFUSED)
+    assert isinstance(inspected, xpuquant.Inspection)
+    name, reason = next(iter(inspected.refused.items()))
+    assert run(["explain", str(REFUSED), name]) == 0
+    said = capsys.readouterr().out
+    assert name in said and reason in said and "made of" in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("model.layers.0.mlp.down_prj", "did you mean model.layers.0.mlp.down_proj?"),
+        ("model.norm", "is not quantized: it stays as it is"),
+        ("nothing", "no module is called nothing"),
+    ],
+)
+def test_what_is_no_quantized_module_is_said(asked: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", str(SOURCE), asked]) == 2
+    assert said in capsys.readouterr().err
