@@ -17,8 +17,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from xpuquant.conversion.options import Options, contrast
@@ -32,7 +34,7 @@ from xpuquant.conversion.runs.local import check_places
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError
+from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UnsupportedError, UsageError
 
 _JOURNAL = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
 _MOST_LISTED = 8
@@ -113,7 +115,16 @@ class PartStaging:
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        if isinstance(error, UnsupportedError):
+            # The same options would be refused again: others can take this part's place.
+            with suppress(OSError):
+                self._journal.drop()
         for fd in self._locks:
             os.close(fd)
         self._locks.clear()

@@ -142,7 +142,7 @@ def test_records_made_to_break_it(converted: Path, tmp_path: Path) -> None:
         (out / name).write_bytes(content)
         code, _, error = verify(out)
         (out / name).write_bytes(kept[name])
-        assert code in (0, 1, 2, 3), (name, changed, code, error)
+        assert code in (0, 1, 2, 3, 5), (name, changed, code, error)
         assert "internal error" not in error and error.count("\n") <= 1, (name, changed, error)
         assert error.rstrip("\n").isprintable(), ascii(error)
         count("integrity: forged records survived")

@@ -87,6 +87,14 @@ class TestScalesThatDoNotFit:
         assert run(["convert", str(source), str(tmp_path / "out"), "--json"]) == 0, "what was advised, and no --force"
         assert json.loads(capsys.readouterr().out)["verification"]["passed"]
 
+    def test_a_part_that_was_refused_is_no_obstacle(self, tmp_path):
+        source = with_scales(BF16_SCALES, tmp_path / "source", SCALE, {0: 1e6})
+        out = tmp_path / "out"
+        command = ["convert", str(source), str(out), "--part", "1/1"]
+        assert run([*command, "--scale-dtype", "float16"]) == 2
+        assert run(command) == 0
+        assert run(["finish", str(source), str(out)]) == 0
+
     def test_what_people_wrote_into_an_earlier_card_outlives_a_refusal(self, tmp_path):
         source = with_scales(BF16_SCALES, tmp_path / "source", SCALE, {0: 1e6})
         command = ["convert", str(source), str(tmp_path / "out")]
