@@ -55,7 +55,7 @@ def _root(
 
 def show_help(
     context: typer.Context,
-    command: Annotated[str | None, typer.Argument(metavar="[COMMAND]", help="One of the others.")] = None,
+    command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="One of the others.")] = None,
 ) -> None:
     """Show this list, or how a command is called."""
     words = ["--help"] if command is None else [command, "--help"]

@@ -35,7 +35,7 @@ RevisionOption = Annotated[
 OutToWriteArgument = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[OUT]",
+        metavar="OUT",
         help="Folder to write (default: the name of SRC with -xpu or -compressed-tensors, in the current folder).",
     ),
 ]

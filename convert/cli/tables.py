@@ -13,7 +13,8 @@ _INDENT = "  "
 _NARROWEST = 8
 """Columns: what a cell is given at least, however narrow the terminal."""
 
-_PARTS = re.compile(r"\S+\s*|\s+")
+_PARTS = re.compile(r"(?:\d[\d.,]* [kMGT]?B(?!\S)|\S+)\s*|\s+")
+"""Words. A size is one: its number and its unit stay together."""
 _NAME_PARTS = re.compile(r"[^./,:=_-]*[./,:=_-]|[^./,:=_-]+")
 """A name that is longer than its column is broken after a dot, a slash, a comma."""
 
@@ -71,7 +72,9 @@ def _widths(rows: Sequence[Sequence[str]], limit: int | None, labels: bool) -> l
     widths = [max(map(len, column)) for column in columns]
     if limit is None:
         return widths
-    least = [max(len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
+    least = [
+        max(len(word.rstrip()) for cell in column for word in (_PARTS.findall(cell) or [""])) for column in columns
+    ]
     narrowest = [_NARROWEST] * len(columns)
     if labels:
         least[0] = narrowest[0] = widths[0]

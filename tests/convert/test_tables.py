@@ -54,3 +54,8 @@ def test_a_name_longer_than_the_terminal_breaks_at_its_dots() -> None:
     lines = text(table, 30)
     assert "".join(line[6:] for line in lines) == table.rows[0][1]
     assert all(line.endswith((".", "_", "scale")) for line in lines)
+
+
+def test_a_size_keeps_its_unit() -> None:
+    table = TextTable("", ("what it is", "size"), [("word " * 30, "55.3 kB")])
+    assert any(line.endswith("55.3 kB") for line in text(table, 40))

@@ -1,0 +1,21 @@
+"""docs/commands.md is what the command line prints."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def test_the_page_of_commands_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = importlib.import_module("commands")
+    try:
+        assert commands.page() == commands.PAGE.read_text(), "python scripts/commands.py writes it again"
+    finally:
+        del sys.modules["commands"]
