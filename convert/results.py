@@ -29,11 +29,13 @@ class SourceInfo:
     name      a folder, or a repo id on the Hub
     revision  the commit a repo id was resolved to; None for a folder
     nbytes    bytes of its shards
+    auto_class  Transformers' class that loads the whole model
     """
 
     name: str
     revision: str | None
     nbytes: int
+    auto_class: str = "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ class PartConverted:
 
 def source_info(source: Source) -> SourceInfo:
     """A source as data."""
-    return SourceInfo(source.name, source.revision, source.nbytes)
+    return SourceInfo(source.name, source.revision, source.nbytes, source.checkpoint.auto_class)
 
 
 def module_outcomes(modules: Iterable[PlannedModule], config: Mapping[str, Any]) -> tuple[ModuleOutcome, ...]:

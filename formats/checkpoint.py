@@ -119,6 +119,19 @@ class Checkpoint:
     known_as: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def auto_class(self) -> str:
+        """Transformers' class that loads the whole model. Of one that takes images too, the class of language models
+        would load the text alone, or nothing."""
+        architectures = self.config.get("architectures")
+        first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+        if isinstance(self.config.get("vision_config"), Mapping) and not first.endswith("ForCausalLM"):
+            return "AutoModelForImageTextToText"
+        for head in ("SequenceClassification", "TokenClassification", "MaskedLM"):
+            if first.endswith(f"For{head}"):
+                return f"AutoModelFor{head}"
+        return "AutoModel" if first.endswith("Model") else "AutoModelForCausalLM"
+
+    @property
     def method(self) -> str:
         """`quant_method` in lower case, with hyphens, without the engine's kernel in it (`gptq_marlin` is `gptq`,
         `intel/auto-round` is `auto-round`); empty when the config names none."""

@@ -78,7 +78,7 @@ def _converted(result: Converted, output: Output) -> Answer:
     )
     serve = [
         f"serve it:  vllm serve {shlex.quote(out)}",
-        f'       or  AutoModelForCausalLM.from_pretrained({json.dumps(out)}, device_map="{device}")',
+        f'       or  {plan.source.auto_class}.from_pretrained({json.dumps(out)}, device_map="{device}")',
     ]
     data = plan_data(plan) | {
         "out": out,

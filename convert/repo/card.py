@@ -72,6 +72,7 @@ class CardFacts:
     base_model      repo id of the source; None where it is not known
     revision        its commit
     source_metadata what is kept of the source's card: see `source_card.metadata_of`
+    auto_class       Transformers' class that loads it
     is_multimodal   the model also takes images; decides the pipeline tag where the source names none
     command         the exact command line
     versions        tool → version
@@ -91,6 +92,7 @@ class CardFacts:
     verification: VerificationSummary | None
     source_metadata: Mapping[str, Any] = field(default_factory=dict)
     is_multimodal: bool = False
+    auto_class: str = "AutoModelForCausalLM"
     layout: str = "xpu"
 
 
@@ -124,6 +126,7 @@ def gather(
         verification=None if verdict is None else _verification(verdict),
         source_metadata=metadata,
         is_multimodal=isinstance(config.get("vision_config"), dict),
+        auto_class=source.checkpoint.auto_class,
         layout=plan.options.layout,
     )
 
@@ -258,14 +261,14 @@ def _serving(facts: CardFacts) -> Markdown:
             "## Serve\n\nWith [vLLM](https://docs.vllm.ai/), on any device it has kernels for:\n\n{vllm}\n\n"
             "With Transformers, after `pip install compressed-tensors`:\n\n{transformers}",
             vllm=fenced(serve, "sh"),
-            transformers=fenced(_loading(facts.name, "auto"), "python"),
+            transformers=fenced(_loading(facts, "auto"), "python"),
         )
     return markdown(
         "## Serve\n\n{install}\n\nWith [vLLM](https://docs.vllm.ai/) on an Intel GPU:\n\n{vllm}\n\n"
         "With Transformers:\n\n{transformers}",
         install=_install(),
         vllm=fenced(serve, "sh"),
-        transformers=fenced(_loading(facts.name, "xpu"), "python"),
+        transformers=fenced(_loading(facts, "xpu"), "python"),
     )
 
 
@@ -289,12 +292,9 @@ def _install() -> Markdown:
     )
 
 
-def _loading(name: str, device: str) -> str:
-    loaded = loaded_by_transformers(name)
-    return (
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.{loaded}, device_map="{device}")'
-    )
+def _loading(facts: CardFacts, device: str) -> str:
+    auto, loaded = facts.auto_class, loaded_by_transformers(facts.name)
+    return f'from transformers import {auto}\n\nmodel = {auto}.{loaded}, device_map="{device}")'
 
 
 def _converted(facts: CardFacts) -> Markdown:

@@ -76,6 +76,26 @@ def test_names_of_a_class_with_a_head_in_one_without(family: str, tmp_path: Path
     agree(pair.converted, pair.plain, "AutoModel")
 
 
+def shorten(folder: Path) -> None:
+    """One layer by the config; the file keeps two."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"num_hidden_layers": 1}
+    lists = {key: value[:1] for key, value in config.items() if key in ("layer_types", "mlp_layer_types")}
+    path.write_text(json.dumps(config | lists))
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_beyond_the_last_are_left_out(family: str, bare: bool, tmp_path: Path) -> None:
+    """Multi-token prediction lies there, whatever the number of the model's layers."""
+    pair = pair_of(family, tmp_path)
+    for folder in (pair.converted, pair.plain):
+        shorten(folder)
+        if bare:
+            rename(folder, lambda name: name.removeprefix("model."))
+    agree(pair.converted, pair.plain)
+
+
 def test_names_of_no_part_of_the_model_are_refused(tmp_path: Path) -> None:
     """Transformers would go on with random weights, after a warning."""
     pair = pair_of("llama", tmp_path)

@@ -70,7 +70,7 @@ class XpuquantQuantizer(HfQuantizer):
             try:
                 module = model.get_submodule(name)
             except AttributeError:
-                if _unused(model, stored) or _belongs_to_another_head(model, name):
+                if _unused(model, stored) or _is_beyond_the_last_layer(model, name) or _is_of_another_head(model, name):
                     continue
                 raise UnsupportedError(
                     f"{one_line(stored)} is quantized in the repo, but {type(model).__name__} has no such module"
@@ -166,11 +166,27 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _belongs_to_another_head(model: nn.Module, name: str) -> bool:
+def _is_of_another_head(model: nn.Module, name: str) -> bool:
     """Whether a module is beside what the model's class has: a language model's head, in the class without one.
     Transformers lists its tensors among those that it did not use, as of the unquantized model."""
     top = name.partition(".")[0]
     return top not in dict(model.named_children()) and top != getattr(model, "base_model_prefix", "")
+
+
+def _is_beyond_the_last_layer(model: Any, name: str) -> bool:
+    """A layer after those that the config counts: multi-token prediction, which engines with the code for it use.
+    Transformers leaves such layers out."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        parts = candidate.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        stack = None if first is None else ".".join(parts[:first])
+        if first is None or not stack or not _has(model, stack):
+            continue
+        layers: Any = model.get_submodule(stack)
+        if isinstance(layers, nn.ModuleList) and len(layers) == model.config.get_text_config().num_hidden_layers:
+            return int(parts[first]) >= len(layers)
+    return False
 
 
 def _unused(model: nn.Module, name: str) -> bool:

@@ -65,7 +65,8 @@ class XpuquantConfig(QuantizationConfig):  # type: ignore[misc]
 
     def name_of(self, prefix: str) -> str | None:
         """The repo's name of an unfused layer, by vLLM's; None where it is not quantized."""
-        for candidate in (prefix, *(prefix.replace(theirs, ours) for theirs, ours in ALIASES)):
+        other = (prefix.replace(a, b) for pair in ALIASES for a, b in (pair, pair[::-1]))
+        for candidate in (prefix, *other):
             if candidate in self.names:
                 return self.names[candidate]
         return None
