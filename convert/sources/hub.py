@@ -146,7 +146,7 @@ class Remote:
         Raises:
             DamagedError: a server answered with other bytes. OSError
         """
-        answered = self._answered.pop(name, [])
+        answered = self._answered.get(name, [])
         if not answered:
             return
         with os.fdopen(tree.open(name), "rb") as file:
@@ -157,6 +157,8 @@ class Remote:
                         f"{self.repo_id}: bytes {begin} to {end} of {name} came other than they are in the file; "
                         "run the same command again"
                     )
+        # Only what has passed is forgotten: a download that failed here is begun again.
+        self._answered.pop(name, None)
 
     def header(self, name: str) -> dict[str, Tensor]:
         """Name → tensor of a shard.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from xpuquant.errors import UnsupportedError
+from xpuquant.errors import Argument, UnsupportedError
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import Filler, Piece
@@ -74,7 +74,9 @@ class FillPlaneScales(Filler):
         if (np.isfinite(low.astype(np.float32)) & ~np.isfinite(high.astype(np.float32))).any():
             raise UnsupportedError(
                 f"{self.weight.name}: {HIGH} times its largest scale is beyond {low.dtype.name}, in which the two "
-                "planes of an 8-bit weight are scaled; pass --scale-dtype bfloat16 or float32"
+                "planes of an 8-bit weight are scaled; convert it with ",
+                Argument("scale_dtype", "bfloat16"),
+                " or float32",
             )
         scales = _by_turns(high, low)
         out.view(scales.dtype).reshape(scales.shape)[...] = scales

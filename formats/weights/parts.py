@@ -290,6 +290,8 @@ class FloatRows(FloatWeight):
 
         def build(arrays: Arrays) -> Rows:
             rows = recipe.build(arrays)
+            if not isinstance(rows, Packed):
+                return rows  # from `decoded`, which has taken the stride
             return replace(rows, codes=np.ascontiguousarray(rows.codes[:: self.stride.step]))
 
         return Recipe(recipe.inputs, build)

@@ -71,7 +71,8 @@ class Output:
             lines = (self.out / ".xpuquant" / "journal.jsonl").read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return []
-        return [json.loads(line)["shard"] for line in lines[1:] if line.endswith(b"\n")]
+        entries = [json.loads(line) for line in lines[1:] if line.endswith(b"\n")]
+        return [entry["shard"] for entry in entries if "shard" in entry]
 
     def identities(self) -> dict[str, tuple[int, int]]:
         """Shard → inode and time of the last change of its content, which renaming leaves alone."""

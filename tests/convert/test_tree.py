@@ -301,6 +301,9 @@ ALLOWED = {
     "convert/runs/little_disk.py: out.rmdir": "the folder that the user named, where nothing is left in it",
     "convert/hub/publish.py: rename": "a card's model, in its text",
     "convert/sources/streamed.py: ?.copy": "an array",
+    "convert/sources/open.py: parent.iterdir": "names beside a folder that the user named, to say which was meant",
+    "convert/verify/contents.py: copies.remove": "of a tree",
+    "convert/verify/foreign.py: os.scandir": "names alone: nothing is opened, no link followed",
     "convert/verify/exactness.py: read_bytes": "those of a tensor",
 }
 """Call → what it is."""

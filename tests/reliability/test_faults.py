@@ -390,7 +390,7 @@ class TestSource:
         text = (source / "config.json").read_text()
         (source / "config.json").write_text(text.replace('"sym": true', '"sym": false'))
         code, _, error = command(*arguments(source, out))
-        assert code == 2 and "another source or with other options" in error
+        assert code == 2 and "unfinished conversion of another source" in error
         assert command(*arguments(source, out), "--force")[0] == 0
 
 
