@@ -52,7 +52,7 @@ class Inspection:
 
     model_type       as config.json says; None where it does not
     quant_method     as the quantization config says
-    formats          as the tensors say, e.g. `GPTQ`
+    formats          as the tensors say, e.g. `gptq`
     tensors          number of tensors
     modules          outcome of every module that converts
     refused          module → why it has no exact layout; empty where the checkpoint converts

@@ -14,7 +14,7 @@ from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sizes import size
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.scheme import Scheme
-from xpuquant.xpu_releases import operators_of, since
+from xpuquant.xpu_releases import operators_of, served, since
 
 if TYPE_CHECKING:
     from xpuquant.conversion.hub.publish import Pushed
@@ -55,10 +55,10 @@ class TensorInfo:
 class ModuleOutcome:
     """What becomes of one quantized module.
 
-    source     what it was, e.g. `GPTQ int4 g128`
+    source     what it was, e.g. `int4 g128 symmetric`
     scheme     what it is stored as, e.g. `int4_linear g128`; None where it is dequantized to bf16
     kernel     the XPU kernel that reads it; None where it is dequantized
-    releases   of vllm-xpu-kernels that serve it, e.g. `0.1.15.1 and later`; None where that is stock vLLM's affair
+    releases   of vllm-xpu-kernels that serve it, e.g. `0.1.15.1 to 0.1.16.x`; None where that is stock vLLM's affair
     nbytes     bytes it is stored in
     decisions  what was decided from its tensors
     matrices   matrices it holds: one, or those of a stack of experts
@@ -181,7 +181,10 @@ def _kernel_and_releases(scheme: Scheme, top_k: int | None) -> tuple[str, str | 
     if not operators_of(scheme):
         return kernel, None
     oldest = since(scheme, top_k)
-    return kernel, f"none gathers {top_k} experts per token" if oldest is None else f"{oldest} and later"
+    if oldest is None:
+        return kernel, f"none gathers {top_k} experts per token"
+    newest = ".".join(str(part) for part in served()[-1].number[:3])
+    return kernel, f"{oldest} to {newest}.x"
 
 
 def _module(planned: PlannedModule, top_k: int | None) -> ModuleOutcome:

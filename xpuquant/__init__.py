@@ -24,11 +24,13 @@ from xpuquant.errors import (
 
 if TYPE_CHECKING:
     from xpuquant.api import (
+        BackendHealth,
         Converted,
         ConvertedRepo,
         Diagnosis,
         Difference,
         Explanation,
+        Finished,
         Inspection,
         ModuleOutcome,
         Options,
@@ -54,6 +56,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "BackendHealth",
     "Converted",
     "ConvertedRepo",
     "DamagedError",
@@ -61,6 +64,7 @@ __all__ = [
     "Difference",
     "EnvironmentFault",
     "Explanation",
+    "Finished",
     "Inspection",
     "Interrupted",
     "ModuleOutcome",

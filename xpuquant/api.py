@@ -25,7 +25,7 @@ from pathlib import Path
 
 from xpuquant.arguments import public
 from xpuquant.conversion.diff import Difference, compare
-from xpuquant.conversion.doctor import Diagnosis, examine
+from xpuquant.conversion.doctor import BackendHealth, Diagnosis, examine
 from xpuquant.conversion.explanation import Explanation, explain_module
 from xpuquant.conversion.hub import publish
 from xpuquant.conversion.hub.publish import Pushed
@@ -34,6 +34,7 @@ from xpuquant.conversion.inspection import CONTEXT, RANKS, Inspection, look_at
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.progress import Calls, ProgressCallback, Reporter, Silent
 from xpuquant.conversion.repo.description import ConvertedRepo
+from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.results import Converted, ModuleOutcome, PartConverted, Planned
 from xpuquant.conversion.runs import request as runs
 from xpuquant.conversion.runs.checking import verify_folder
@@ -43,11 +44,13 @@ from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import UsageError
 
 __all__ = [
+    "BackendHealth",
     "Converted",
     "ConvertedRepo",
     "Diagnosis",
     "Difference",
     "Explanation",
+    "Finished",
     "Inspection",
     "ModuleOutcome",
     "Options",

@@ -69,7 +69,7 @@ def test_all_names_are_there_and_documented() -> None:
 
 @pytest.mark.parametrize(
     ("top_k", "releases"),
-    [(8, "0.1.15.1 and later"), (12, "0.1.16.1 and later"), (5, "none gathers 5 experts per token")],
+    [(8, "0.1.15.1 to 0.1.16.x"), (12, "0.1.16.1 to 0.1.16.x"), (5, "none gathers 5 experts per token")],
 )
 def test_a_plan_says_which_kernels_gather_so_many_experts(top_k: int, releases: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
@@ -77,7 +77,7 @@ def test_a_plan_says_which_kernels_gather_so_many_experts(top_k: int, releases: 
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": top_k}))
     said = {m.scheme.split()[0]: m.releases for m in xpuquant.inspect(source).modules if m.scheme is not None}
-    assert said["int4_experts"] == releases and said["int4_linear"] == "0.1.15.1 and later"
+    assert said["int4_experts"] == releases and said["int4_linear"] == "0.1.15.1 to 0.1.16.x"
 
 
 def test_inspect() -> None:
@@ -88,7 +88,7 @@ def test_inspect() -> None:
     outcome = {module.name: module for module in found.modules}[DOWN]
     assert outcome.scheme is not None and outcome.scheme.startswith("int4_linear g32")
     assert outcome.kernel == "int4_gemm_w4a16" and outcome.decisions
-    assert outcome.releases == "0.1.15.1 and later"
+    assert outcome.releases == "0.1.15.1 to 0.1.16.x"
     assert list(found.tensor_parallel) == [2]
     refused = xpuquant.inspect(str(REFUSED))
     assert isinstance(refused, xpuquant.Inspection)

@@ -1,5 +1,6 @@
 """docs/reliability.md, docs/trust.md and SECURITY.md name a test for each promise: each of them exists, and none is
-lost when it is renamed. The figures of README are those that the pages it links to have."""
+lost when it is renamed; so do the tables of docs/formats.md. The figures of README are those that the pages it links
+to have."""
 
 from __future__ import annotations
 
@@ -51,6 +52,32 @@ def test_every_promise_names_tests_that_exist(page: str, fewest: int) -> None:
         assert NAMED.search(promise), f"no test keeps: {promise}"
     for file, path in NAMED.findall((ROOT / page).read_text()):
         assert (TESTS / file).exists() and holds(file, path.split("::")[1:]), f"{page}: {file}{path} is gone"
+
+
+CITED = re.compile(r"`(?:(test_\w+)(?:::)?)?((?<=::)\w+…?|…\w+…?)?`")
+"""`test_gptq`, `test_gptq::test_bits_come_from_the_shapes`, `test_mx::test_exponents…`; `…of_a_real_file…` is of the
+file that was named last."""
+
+
+def cited(page: str) -> list[tuple[str, str]]:
+    """(file, name of a test as the page has it or nothing) of every test that last cells of a page's tables cite."""
+    cells = [line.split(" | ")[-1] for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
+    found, file = [], ""
+    for match in CITED.finditer("\n".join(cells)):
+        file = match[1] or file
+        if match[1] or match[2]:
+            found.append((file, match[2] or ""))
+    return found
+
+
+def test_the_tests_that_the_tables_of_formats_cite_exist() -> None:
+    tests = cited("docs/formats.md")
+    assert len(tests) >= 40 and sum("…" in name for _, name in tests) >= 10
+    for file, name in tests:
+        (path,) = TESTS.glob(f"*/{file}.py")
+        names = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+        pattern = "".join(".*" if part == "…" else part for part in re.split("(…)", name))
+        assert not name or any(re.fullmatch(pattern, one) for one in names), f"docs/formats.md: {file}::{name} is gone"
 
 
 def test_the_lanes_run_all_of_them() -> None:
