@@ -86,6 +86,13 @@ class Inspection:
     def converts(self) -> bool:
         return not self.refused
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether some module is stored as a stack of quantized experts."""
+        return any(
+            module.scheme is not None and module.scheme.split()[0].endswith("_experts") for module in self.modules
+        )
+
 
 def look_at(
     name: str, revision: str | None, options: Options, ranks: Sequence[int] = RANKS, context: int = CONTEXT

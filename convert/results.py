@@ -112,7 +112,8 @@ class Converted:
     plan     what was written: see `modules` there for the outcome of each
     out      the folder; None where it is only on the Hub
     shards   file name → sha256 and size
-    verdict  of the verification; None where it was not asked for, or is an earlier run's
+    verdict  of the verification; None where it was not asked for, or was an earlier run's: `xpuquant.verify`
+             checks that again
     pushed   what was published on the Hub; None where that was not asked for
     is_new   False where an earlier run had converted it already, and this one only published
     """

@@ -175,6 +175,7 @@ def convert(
         UnsupportedError: modules without an exact layout, each with its reason. Nothing was written.
         DamagedError: the source contradicts itself.
         VerificationError: the output is wrong, or the Hub holds other bytes than were sent. Nothing loadable is left.
+        NotVerifiedError: an earlier call finished it without verification, and this one asks for it.
         EnvironmentFault: disk, network, permissions, or an extra that is not installed.
     """
     request = runs.ConvertRequest(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from xpuquant.conversion.cli.answers import module_data, modules_table, notes, source_data
 from xpuquant.conversion.cli.output import Answer
 from xpuquant.conversion.cli.tables import TextTable
-from xpuquant.conversion.gpus import GPUS, KEPT_FREE, USED, Gpu
+from xpuquant.conversion.gpus import EXPERT_GENERATIONS, GPUS, KEPT_FREE, USED, Gpu
+from xpuquant.conversion.plan.survey import modules_have
 from xpuquant.conversion.repo.description import ConvertedRepo
 from xpuquant.conversion.sizes import duration, size
 from xpuquant.formats.scheme import compact, expand
@@ -66,7 +67,7 @@ def _at_commit(info: SourceInfo) -> str:
 def _checkpoint(found: Inspection) -> Answer:
     verdict = "yes, every module has an exact layout"
     if found.refused:
-        verdict = f"no: {_counted(found.refused)} no exact XPU layout"
+        verdict = f"no: {modules_have(len(found.refused))} no exact XPU layout"
     if any(module.scheme is None for module in found.modules):
         verdict = "yes, with some modules dequantized to bf16"
     says = f"config.json says '{found.quant_method}'"
@@ -126,12 +127,22 @@ def _memory(found: Inspection) -> list[str | TextTable]:
     if not fits:
         return [TextTable("tensor parallel", ("GPUs", "splits"), [row[:2] for row in rows])]
     tokens = f"{found.fits[0].tokens:,} tokens"
-    cards = [(gpu.name, f"{gpu.gib} GiB", *(_needed(found, gpu, fp8) for fp8 in (False, True))) for gpu in GPUS]
+    served = [gpu for gpu in GPUS if gpu.computes_experts or not found.has_experts]
+    cards = [(gpu.name, f"{gpu.gib} GiB", *(_needed(found, gpu, fp8) for fp8 in (False, True))) for gpu in served]
     return [
         TextTable("on each GPU", ("GPUs", "splits", "weights", f"KV cache of {tokens}"), rows),
         TextTable("GPUs that hold it", ("GPU", "memory", "GPUs needed", "with an fp8 KV cache"), cards),
         f"counted: weights and {tokens} of KV cache, in {USED:.0%} of the memory, less {size(KEPT_FREE)} for work",
+        *_left_out([gpu for gpu in GPUS if gpu not in served]),
     ]
+
+
+def _left_out(gpus: list[Gpu]) -> list[str]:
+    """Why some GPUs are not listed."""
+    if not gpus:
+        return []
+    generations = " and ".join(EXPERT_GENERATIONS)
+    return [f"not listed: {', '.join(gpu.name for gpu in gpus)}; experts are computed on {generations} only"]
 
 
 def _needed(found: Inspection, gpu: Gpu, fp8: bool) -> str:
@@ -146,10 +157,6 @@ def _split(problems: Mapping[str, str]) -> str:
     name, problem = next(iter(problems.items()))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"no: {name}: {problem}{more}"
-
-
-def _counted(names: Mapping[str, str]) -> str:
-    return "1 module has" if len(names) == 1 else f"{len(names)} modules have"
 
 
 def _patterns(names: list[str]) -> str:

@@ -122,9 +122,15 @@ def never_verified(folder: Path) -> bool:
         DamagedError: the record is none that a conversion writes. EnvironmentFault: it cannot be read.
     """
     tree = Tree(folder)
-    if not folder.is_dir() or not tree.holds(PROVENANCE):
-        return False
-    record = read_json(tree, PROVENANCE)
+    return folder.is_dir() and tree.holds(PROVENANCE) and lacks_digests(read_json(tree, PROVENANCE))
+
+
+def lacks_digests(record: Mapping[str, Any]) -> bool:
+    """Whether a provenance file has no digest of some module or tensor.
+
+    Raises:
+        DamagedError: it is none that a conversion writes.
+    """
     with guarded(PROVENANCE):
         modules, digests = record.get("modules", {}), record.get("tensors_sha256", {})
         plain = {name for pattern in record.get("unquantized", ()) for name in expand(pattern)}

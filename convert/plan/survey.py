@@ -104,7 +104,12 @@ def refusal(refused: Mapping[str, str], dequantizable: bool, layout: str) -> Uns
         by_reason.setdefault(reason, []).append(name)
     listed = "; ".join(f"{reason}: {', '.join(compact(names))}" for reason, names in by_reason.items())
     fix = [". ", Argument("on_unsupported", "dequantize"), " stores them as bf16"] if dequantizable else []
-    return UnsupportedError(f"{len(refused)} modules have no exact {shown} layout: {listed}", *fix)
+    return UnsupportedError(f"{modules_have(len(refused))} no exact {shown} layout: {listed}", *fix)
+
+
+def modules_have(count: int) -> str:
+    """`1 module has`, `2 modules have`: the beginning of a sentence."""
+    return "1 module has" if count == 1 else f"{count} modules have"
 
 
 def kind_of(module: Module) -> str:

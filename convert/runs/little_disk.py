@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xpuquant.conversion.hub.client import connect
-from xpuquant.conversion.hub.publish import Pushed, hash_files, publish_repo
+from xpuquant.conversion.hub.publish import Pushed, hash_files, lacks_digests, publish_repo
 from xpuquant.conversion.hub.target import CONFIG, MAIN, Destination, Target
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
@@ -140,7 +140,7 @@ def convert_streaming(
         target = Target(connect(), destination.repo_id)
         target.create(destination.private)
         target.open(destination.branch or MAIN, destination.pr)
-        earlier = None if force else _published(plan, source, target)
+        earlier = None if force else _published(plan, source, target, verify and not destination.unverified)
         if earlier is not None:
             return earlier
     check_output(out, force)
@@ -170,8 +170,12 @@ def convert_streaming(
     return replace(result, out=None, pushed=pushed)
 
 
-def _published(plan: Plan, source: StreamedSource, target: Target) -> Converted | None:
-    """What an earlier run has published, where it is this very conversion; None where there is work to do."""
+def _published(plan: Plan, source: StreamedSource, target: Target, verified: bool) -> Converted | None:
+    """What an earlier run has published, where it is this very conversion; None where there is work to do.
+
+    Args:
+        verified: it has to have been verified.
+    """
     head = target.head()
     there = target.files(head)
     if PROVENANCE not in there or CONFIG not in there:
@@ -183,6 +187,7 @@ def _published(plan: Plan, source: StreamedSource, target: Target) -> Converted 
         and is_conversion(record, source, plan.options)
         and all(shard.name in there and shard.name in shards for shard in plan.shards)
         and all(there[name].sha256 == shard.sha256 for name, shard in shards.items() if name in there)
+        and not (verified and lacks_digests(record))
     )
     if not is_same:
         return None

@@ -22,7 +22,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.sample import sampled_difference
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import Argument, UsageError
+from xpuquant.errors import Argument, NotVerifiedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,12 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
     """Convert as asked: streamed, on a cluster or here; of what an earlier run has finished, publish it where that is
     asked for, and do nothing else.
 
-    Raises: as `convert_checkpoint`, and with a destination as `publish.push`.
+    Raises: as `convert_checkpoint`, and with a destination as `publish.push`; NotVerifiedError: what an earlier run has
+        finished was never verified, and this one was asked to.
     """
     opened, out, options = _open(request), request.target, request.options
     if not request.force and (earlier := _converted_before(out, opened, options)) is not None:
+        _check_verified(out, request.verify, request.destination)
         return _published(earlier, request.destination, reporter)
     if request.stream:
         return _run_streamed(request, opened, reporter)
@@ -189,19 +191,33 @@ def _converted_before(out: Path, source: Source, options: Options) -> Converted 
     return Converted(summary(plan, source), out, shards, None, is_new=False)
 
 
+def _check_verified(out: Path, verify: bool, destination: Destination | None) -> None:
+    """Raises NotVerifiedError where an earlier run did not verify what this one was asked to. A conversion that may be
+    published unverified may be left so."""
+    from xpuquant.conversion.hub.publish import NEVER_VERIFIED, never_verified
+
+    if verify and not (destination is not None and destination.unverified) and never_verified(out):
+        raise NotVerifiedError(
+            f"{out} {NEVER_VERIFIED}; to have it converted again and verified, call convert with ",
+            Argument("force", True),
+        )
+
+
 def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
     """Put the parts of a conversion together, with the options that stand in their journals; only publish what an
     earlier run has put together.
 
     Raises: as `convert_checkpoint`, and with a destination as `publish.push`; UsageError: no part was converted there,
-        or parts of something else; DamagedError: some shards have not been made.
+        or parts of something else; DamagedError: some shards have not been made; NotVerifiedError: as `convert`.
     """
     opened = open_source(request.source, request.revision)
     if request.destination is not None:
         request.destination.check_source(opened.name)
     check_output(request.out, force=True)
     if is_finished(request.out):
-        return _published(_put_together_before(request, opened), request.destination, reporter)
+        earlier = _put_together_before(request, opened)
+        _check_verified(request.out, request.verify, request.destination)
+        return _published(earlier, request.destination, reporter)
     options = parts_options(request.out, request.told)
     source = downloaded(opened, options, reporter)
     check_parts(source, options, request.out)

@@ -7,7 +7,7 @@ named beside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +16,11 @@ _MAGIC = 0x07230203
 _HEADER = 5  # words: magic, version, generator, bound, schema
 
 # Opcodes by their names in the specification, as far as they are spoken of here.
-NAME, MEMBER_NAME, STRING, LINE, EXTENSION = 5, 6, 7, 8, 10
+NAME, MEMBER_NAME, EXTENSION = 5, 6, 10
 EXT_INST_IMPORT, MEMORY_MODEL, ENTRY_POINT, EXECUTION_MODE, CAPABILITY = 11, 14, 15, 16, 17
 TYPE_VOID, TYPE_BOOL, TYPE_INT, TYPE_FLOAT, TYPE_VECTOR, TYPE_ARRAY, TYPE_STRUCT = 19, 20, 21, 22, 23, 28, 30
 TYPE_POINTER, TYPE_FUNCTION = 32, 33
-CONSTANT, CONSTANT_COMPOSITE, SPEC_CONSTANT_OP, VARIABLE = 43, 44, 52, 59
+CONSTANT, VARIABLE = 43, 59
 FUNCTION, FUNCTION_PARAMETER, FUNCTION_END, FUNCTION_CALL = 54, 55, 56, 57
 DECORATE, MEMBER_DECORATE, DECORATE_ID, LABEL = 71, 72, 332, 248
 CONSTANT_FUNCTION_POINTER = 5600  # SPV_INTEL_function_pointers
@@ -249,8 +249,3 @@ def _end(data: bytes, start: int) -> int:
         if opcode == FUNCTION_END and (position >= len(words) or int(words[position]) != 5 << 16 | FUNCTION):
             return start + 4 * position
     return 0
-
-
-def replaced(module: Module, change: Callable[[Instruction], Iterable[Instruction]]) -> Module:
-    """The module with each instruction replaced by those that `change` gives for it."""
-    return Module(module.header, [new for old in module.instructions for new in change(old)])

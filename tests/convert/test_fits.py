@@ -16,6 +16,7 @@ from xpuquant.conversion.plan.footprint import kv_cache
 from xpuquant.conversion.rates import VERIFIED, seconds
 
 SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
+MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
 REFUSED = FIXTURES / "llmcompressor-llama-nvfp4a16"
 
 # Numbers of the published config.json of each.
@@ -89,6 +90,20 @@ def test_which_gpu_holds_it() -> None:
     model = Fit(1, 8192, weights=9 * GIB, kv_cache=1 * GIB, kv_cache_fp8=GIB // 2)
     assert not model.held_by(names["Arc B580"].usable) and model.held_by(names["Arc Pro B50"].usable)
     assert model.held_by(int(9.6 * GIB), fp8=True) and not model.held_by(int(9.6 * GIB))
+
+
+@pytest.mark.parametrize(("source", "left_out"), [(SOURCE, False), (MOE, True)])
+def test_experts_are_promised_no_gpu_that_refuses_them(
+    source: Path, left_out: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {gpu.generation for gpu in GPUS if gpu.computes_experts} <= {"Xe2", "Xe3"}
+    assert run(["inspect", str(source)]) == 0
+    listed, found, rest = capsys.readouterr().out.partition("not listed: ")
+    assert bool(found) is left_out
+    for gpu in GPUS:
+        assert (gpu.name in listed) is (gpu.computes_experts or not left_out), gpu.name
+        assert (gpu.name in rest) is (left_out and not gpu.computes_experts), gpu.name
+    assert ("experts are computed on Xe2 and Xe3 only" in " ".join(rest.split())) is left_out
 
 
 def test_a_model_that_does_not_convert_is_promised_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:

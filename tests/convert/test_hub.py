@@ -483,6 +483,18 @@ def test_a_stream_that_stops_anywhere_goes_on(
     assert json.loads(hub.files(REPO)["verify.json"])["passed"]
 
 
+def test_what_was_published_unverified_is_made_again_and_verified(
+    hub: Hub, client: str, model: Path, tmp_path: Path
+) -> None:
+    stream(tmp_path / "out", verify=False)
+    assert "verify.json" not in hub.files(REPO)
+    assert not stream(tmp_path / "out", verify=False)[0].is_new, "nobody asked for more"
+    result, _ = stream(tmp_path / "out")
+    assert result.is_new and result.verdict is not None and result.verdict.passed
+    assert json.loads(hub.files(REPO)["verify.json"])["passed"]
+    assert not stream(tmp_path / "out")[0].is_new
+
+
 def test_staged_shards_are_not_made_again(hub: Hub, client: str, model: Path, tmp_path: Path) -> None:
     hub.arm({"method": "POST", "path": "/commit/", "skip": 4, "times": 99999, "status": 503})
     with pytest.raises(EnvironmentFault):

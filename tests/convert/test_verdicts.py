@@ -374,6 +374,41 @@ class TestForeignFiles:
         assert loadable(name) is None
 
 
+class TestRunAgain:
+    """What was finished without verification is not taken for the end of a call that asks for it."""
+
+    @pytest.mark.parametrize("words", [("convert",), ("finish",), ("convert", "-q"), ("convert", "--push-to", "me/x")])
+    def test_what_was_never_verified_is_not_passed_on(
+        self, words: tuple[str, ...], source: Path, made: dict[str, Path]
+    ) -> None:
+        name, *options = words
+        code, said, error = command(name, str(source), str(made["unverified"]), *options)
+        assert code == 5 and said == "" and "--force" in error and error.count("\n") == 1
+        with pytest.raises(xpuquant.NotVerifiedError, match="force=True"):
+            xpuquant.convert(source, made["unverified"])
+
+    def test_it_is_left_alone_where_no_verification_is_asked_for(self, source: Path, made: dict[str, Path]) -> None:
+        for name in ("convert", "finish"):
+            assert command(name, str(source), str(made["unverified"]), "--no-verify")[0] == 0
+
+    def test_force_verifies_it(self, source: Path, made: dict[str, Path], tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        shutil.copytree(made["unverified"], out)
+        code, said, error = command("convert", str(source), str(out), "--force", "--json")
+        assert (code, error) == (0, "") and json.loads(said)["proof"]["verdict"] == "verified"
+        assert not never_verified(out) and command("convert", str(source), str(out))[0] == 0
+
+    @pytest.mark.parametrize("name", ["rounded", "dequantized", "portable"])
+    def test_what_was_verified_is_finished(self, name: str, source: Path, made: dict[str, Path]) -> None:
+        options = {
+            "rounded": {"scale_dtype": "bfloat16"},
+            "dequantized": {"on_unsupported": "dequantize"},
+            "portable": {"layout": "compressed-tensors"},
+        }[name]
+        checkpoint = NO_KERNEL if name == "dequantized" else source
+        assert not xpuquant.convert(checkpoint, made[name], options=None, **options).is_new
+
+
 class TestPush:
     def test_what_was_never_verified_needs_a_word(self, made: dict[str, Path], tmp_path: Path) -> None:
         code, _, error = command("push", str(made["unverified"]), "me/x")

@@ -301,7 +301,7 @@ def test_what_wraps_a_quantized_module_is_refused_by_name(beside: str, tmp_path:
     """intel/auto-round algorithms/transforms/svdquant/wrapper.py: a quantized residual, smoothed and corrected."""
     checkpoint = Pico(gptq_config(), {f"{Q}.residual_linear": gptq(WEIGHT)}, {f"{Q}.{beside}": ones(64)})
     message = refusal(tmp_path, checkpoint)
-    assert f"{beside} F16 [64]" in message and "1 modules" in message and f"{Q}.residual_linear" in message
+    assert f"{beside} F16 [64]" in message and "1 module has" in message and f"{Q}.residual_linear" in message
 
 
 def test_lora_that_an_architecture_has_passes(tmp_path: Path) -> None:
