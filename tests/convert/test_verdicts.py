@@ -401,12 +401,12 @@ class TestRunAgain:
     @pytest.mark.parametrize("name", ["rounded", "dequantized", "portable"])
     def test_what_was_verified_is_finished(self, name: str, source: Path, made: dict[str, Path]) -> None:
         options = {
-            "rounded": {"scale_dtype": "bfloat16"},
-            "dequantized": {"on_unsupported": "dequantize"},
-            "portable": {"layout": "compressed-tensors"},
+            "rounded": xpuquant.Options(scale_dtype="BF16"),
+            "dequantized": xpuquant.Options(on_unsupported="dequantize"),
+            "portable": xpuquant.Options(layout="compressed-tensors"),
         }[name]
         checkpoint = NO_KERNEL if name == "dequantized" else source
-        assert not xpuquant.convert(checkpoint, made[name], options=None, **options).is_new
+        assert not xpuquant.convert(checkpoint, made[name], options=options).is_new
 
 
 class TestPush:
