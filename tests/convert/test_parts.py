@@ -91,7 +91,7 @@ def test_parts_of_different_conversions_do_not_mix(tmp_path: Path, capsys: pytes
     before = digests(out)
     others = (
         (["--scale-dtype", "bf16"], ["--scale-dtype keep", "--scale-dtype bfloat16"]),
-        (["--max-shard-size", "5GB"], ["--max-shard-size 20000", "--max-shard-size 5000000000"]),
+        (["--max-shard-size", "5GB"], ["--max-shard-size 20kB", "--max-shard-size 5GB"]),
         (["--layout", "compressed-tensors"], ["--layout xpu", "--layout compressed-tensors"]),
         (["--on-unsupported", "dequantize"], ["--on-unsupported refuse", "--on-unsupported dequantize"]),
         (["--fold-act-order", "--scale-dtype", "fp32"], ["no --fold-act-order", "--scale-dtype float32"]),
