@@ -115,15 +115,20 @@ def _bad(rows: Decoded) -> int:
     return 0 if limit is None else int(np.count_nonzero((rows.codes & 0x7F) >= limit))
 
 
+def _run_length(rows: Rows, K: int) -> int:
+    """Columns of a group, where each row has groups of its own and they are equal runs of columns; otherwise 0."""
+    groups = rows.scale.shape[1]
+    size = K // groups if groups > 1 and K % groups == 0 else 0
+    in_runs = size and len(rows.scale) == len(rows.codes) and (rows.col[::size] == np.arange(groups)).all()
+    return size if in_runs else 0
+
+
 def _dead(rows: Decoded) -> int:
     """Groups along K all of whose codes mean 0. Only where groups are equal runs of columns of a multiple of 8;
     scales that cover a whole row, block or tensor have no groups to die."""
     n, K = rows.codes.shape
-    groups = rows.scale.shape[1]
-    size = K // groups if groups > 1 and K % groups == 0 else 0
-    if rows.codes.itemsize != 1 or not size or size % 8 or len(rows.scale) != n:
-        return 0
-    if not (rows.col[::size] == np.arange(groups)).all():
+    groups, size = rows.scale.shape[1], _run_length(rows, K)
+    if rows.codes.itemsize != 1 or not size or size % 8:
         return 0
     codes = np.ascontiguousarray(rows.codes).view(np.uint64).reshape(n, groups, size // 8)
     # The sign bit of a float zero says nothing.
@@ -138,9 +143,8 @@ def _dead_nibbles(rows: Packed) -> int:
     """The same of packed codes; groups of a multiple of 16 columns."""
     from xpuquant.formats.packing.verify_loops import count_dead
 
-    n, groups = len(rows.codes), rows.scale.shape[1]
-    size = rows.K // groups if groups > 1 and rows.K % groups == 0 else 0
-    if not size or size % 16 or len(rows.scale) != n or not (rows.col[::size] == np.arange(groups)).all():
+    n, groups, size = len(rows.codes), rows.scale.shape[1], _run_length(rows, rows.K)
+    if not size or size % 16:
         return 0
     nothing = np.zeros((n, groups), np.uint8) if rows.number == "e2m1" else rows.zero_points()
     # The sign bit of a float zero says nothing.

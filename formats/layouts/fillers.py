@@ -112,19 +112,12 @@ class FillZeroPoints(Filler):
 
 
 @dataclass(frozen=True)
-class FillOctets(Filler):
-    """`[stop - start, K]` u8 codes of rows `start:stop`; two's complement (u8 XOR 128) where `signed`."""
+class OctetRows(Filler):
+    """A filler of rows `start:stop` whose codes are read as octets, one byte of the piece for each."""
 
     weight: IntWeight
     start: int
     stop: int
-    signed: bool
-
-    def fill(self, arrays: Arrays, out: Array) -> None:
-        octets = out.reshape(-1, self.weight.K)
-        self.weight.octets(self.start, self.stop).build(arrays, octets)
-        if self.signed:
-            np.bitwise_xor(octets, np.uint8(OCTET_ZERO), out=octets)
 
     def piece(self) -> Piece:
         inputs = self.weight.octets(self.start, self.stop).inputs
@@ -134,6 +127,19 @@ class FillOctets(Filler):
         """The rows in blocks."""
         for first, last in row_blocks(self.stop - self.start, self.weight.K, ROWS_MULTIPLE, limit):
             yield replace(self, start=self.start + first, stop=self.start + last).piece()
+
+
+@dataclass(frozen=True)
+class FillOctets(OctetRows):
+    """`[stop - start, K]` u8 codes of rows `start:stop`; two's complement (u8 XOR 128) where `signed`."""
+
+    signed: bool
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        octets = out.reshape(-1, self.weight.K)
+        self.weight.octets(self.start, self.stop).build(arrays, octets)
+        if self.signed:
+            np.bitwise_xor(octets, np.uint8(OCTET_ZERO), out=octets)
 
 
 def octet_pieces(weight: IntWeight, signed: bool) -> tuple[Piece, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from xpuquant.errors import Argument, UnsupportedError
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import Filler, Piece
+from xpuquant.formats.layouts.fillers import OctetRows
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, pack_nibbles
 from xpuquant.formats.weights.base import CACHED_CODES, ROWS_MULTIPLE, Arrays, row_blocks
 from xpuquant.formats.weights.integers import OCTET_ZERO, IntWeight, Regrouping
@@ -25,13 +25,10 @@ def _by_turns(high: Array, low: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class FillPlanes(Filler):
+class FillPlanes(OctetRows):
     """`[stop - start, 2K/8]` u4 words of rows `start:stop`: of each group the high nibbles, then the low ones."""
 
-    weight: IntWeight
     size: int
-    start: int
-    stop: int
 
     def fill(self, arrays: Arrays, out: Array) -> None:
         octets = np.empty((self.stop - self.start, self.weight.K), np.uint8)
@@ -42,20 +39,11 @@ class FillPlanes(Filler):
                 packed = pack_nibbles(nibbles)
                 words[first:last, :, plane] = packed.reshape(len(packed), -1, words.shape[3])
 
-    def piece(self) -> Piece:
-        inputs = self.weight.octets(self.start, self.stop).inputs
-        return Piece(inputs, (self.stop - self.start) * self.weight.K, self)
-
-    def cut(self, piece: Piece, limit: int) -> Iterator[Piece]:
-        """The rows in blocks."""
-        for first, last in row_blocks(self.stop - self.start, self.weight.K, ROWS_MULTIPLE, limit):
-            yield replace(self, start=self.start + first, stop=self.start + last).piece()
-
 
 def plane_pieces(weight: IntWeight, size: int) -> tuple[Piece, ...]:
     """`[N, 2K/8]` words of a whole weight, in blocks of rows."""
     blocks = row_blocks(weight.N, weight.K, ROWS_MULTIPLE)
-    return tuple(FillPlanes(weight, size, start, stop).piece() for start, stop in blocks)
+    return tuple(FillPlanes(weight, start, stop, size).piece() for start, stop in blocks)
 
 
 @dataclass(frozen=True)
