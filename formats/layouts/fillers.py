@@ -18,7 +18,8 @@ from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, SIGN_FLIP, pack_nib
 from xpuquant.formats.weights.base import CACHED_CODES, ROWS_MULTIPLE, Arrays, Weight, all_inputs, deal, row_blocks
 from xpuquant.formats.weights.decoded import to_bf16
 from xpuquant.formats.weights.floats import FP8_BLOCK, FloatWeight
-from xpuquant.formats.weights.integers import OCTET_ZERO, WORD_ZERO, IntWeight, Regrouping
+from xpuquant.formats.weights.integers import OCTET_ZERO, IntWeight, Regrouping
+from xpuquant.formats.weights.packed import WORD_ZERO
 from xpuquant.formats.weights.parts import BiasRows, FloatRows
 
 LINE_BYTES = 64

@@ -28,13 +28,10 @@ from xpuquant.formats.weights.base import (
     deal,
 )
 from xpuquant.formats.weights.decoded import even_groups, in_order
-from xpuquant.formats.weights.packed import Packed, word_octets
+from xpuquant.formats.weights.packed import WORD_ZERO, Packed, word_octets
 
 GROUP_MULTIPLE = 32
 """oneDNN's int4 matmul as vllm-xpu-kernels calls it (`XPUwNa16LinearKernel.can_implement`): g % 32 == 0."""
-
-WORD_ZERO = 8
-"""Zero point of u4 words that have no zero points of their own."""
 
 OCTET_ZERO = 128
 """Zero point of u8 octets that have no zero points of their own."""

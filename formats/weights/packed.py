@@ -15,8 +15,8 @@ from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.weights.decoded import Decoded, difference, distinct_pairs, same_scales, subtract_zeros
 
-ZERO = 8
-"""The zero point of every code of a weight that has none of its own."""
+WORD_ZERO = 8
+"""The zero point of every stored nibble of a weight that has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Packed:
         """uint8 `[n, G]`, written out."""
         if self.zeros is not None:
             return self.zeros
-        return np.full((len(self.codes), self.scale.shape[1]), ZERO, np.uint8)
+        return np.full((len(self.codes), self.scale.shape[1]), WORD_ZERO, np.uint8)
 
     def decoded(self) -> Decoded:
         """The same, one code to a byte."""
@@ -92,6 +92,6 @@ def _same(a: Packed, b: Packed) -> bool:
 
 def _same_zeros(a: Packed, b: Packed) -> bool:
     if a.zeros is None or b.zeros is None:
-        return all(side.zeros is None or bool((side.zeros == ZERO).all()) for side in (a, b))
+        return all(side.zeros is None or bool((side.zeros == WORD_ZERO).all()) for side in (a, b))
     ours, theirs = distinct_pairs(a.col, b.col)
     return bool((a.zeros[:, ours] == b.zeros[:, theirs]).all())

@@ -28,8 +28,8 @@ from xpuquant.formats.weights.base import (
 )
 from xpuquant.formats.weights.decoded import Decoded, Scaled
 from xpuquant.formats.weights.floats import FloatWeight
-from xpuquant.formats.weights.integers import OCTET_ZERO, WORD_ZERO, IntWeight
-from xpuquant.formats.weights.packed import Packed, Rows, unpacked_rows
+from xpuquant.formats.weights.integers import OCTET_ZERO, IntWeight
+from xpuquant.formats.weights.packed import WORD_ZERO, Packed, Rows, unpacked_rows
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ import numpy as np
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
-from xpuquant.formats.checkpoint import Array, columns, rows, whole
+from xpuquant.formats.checkpoint import Array, columns, rows
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.layouts.base import NO_EMBEDDINGS, Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
-from xpuquant.formats.layouts.fillers import FillGroupScales, FillOrder, FillZeroPoints, word_pieces
+from xpuquant.formats.layouts.base import NO_EMBEDDINGS, Conversion, Layout, Matrix, OutTensor, Refusal, Stored
+from xpuquant.formats.layouts.fillers import FillGroupScales, FillZeroPoints, word_pieces
+from xpuquant.formats.layouts.int_linears import layer_rows, order_of, source_columns, zero_nibbles
 from xpuquant.formats.layouts.modules import Linear, Module
 from xpuquant.formats.layouts.scales import rounded
-from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, unpack_nibbles
+from xpuquant.formats.packing.plain import NIBBLES_PER_WORD
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.decoded import Decoded, even_groups
 from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, regroup
@@ -61,8 +62,7 @@ class Int4Linear(Layout):
         if weight.has_zero_points:
             zeros = FillZeroPoints(weight, groups).piece()
             tensors.append(OutTensor(f"{name}.qzeros", "I32", (G, N // NIBBLES_PER_WORD), (zeros,)))
-        if weight.act_order:
-            tensors.append(OutTensor(f"{name}.g_idx", "I32", (K,), (Piece((), 4 * K, FillOrder(weight)),)))
+        tensors += order_of(name, weight)
         scheme = Scheme(
             layout=self.name,
             group_size=groups.size,
@@ -77,28 +77,24 @@ class Int4Linear(Layout):
         return ("qweight", "scales", *["qzeros"] * (not scheme.symmetric), *["g_idx"] * scheme.act_order)
 
     def matrices(self, stored: Stored) -> list[Matrix]:
-        qweight, scales = stored.tensors["qweight"], stored.tensors["scales"]
-        if qweight.dtype != "I32" or len(qweight.shape) != 2:
+        qweight, scheme = stored.tensors["qweight"], stored.scheme
+        if qweight.dtype != "I32" or len(qweight.shape) != 2 or scheme.scale_dtype not in FLOATS:
             raise DamagedError(f"{qweight.name} is {qweight.dtype} {list(qweight.shape)}, want I32 [N, K/8]")
         N, K = qweight.shape[0], qweight.shape[1] * NIBBLES_PER_WORD
-        G = K // stored.scheme.group_size
-        wanted = {"scales": (G, N), "qzeros": (G, N // NIBBLES_PER_WORD), "g_idx": (K,)}
-        for suffix, tensor in stored.tensors.items():
-            if suffix in wanted and tensor.shape != wanted[suffix]:
-                raise DamagedError(f"{tensor.name} has shape {list(tensor.shape)}, want {list(wanted[suffix])}")
-        if scales.dtype != stored.scheme.scale_dtype or scales.dtype not in FLOATS:
-            raise DamagedError(f"{scales.name} is {scales.dtype}, config.json says {stored.scheme.scale_dtype}")
+        G = K // scheme.group_size
+        stored.check("scales", scheme.scale_dtype, (G, N))
+        if not scheme.symmetric:
+            stored.check("qzeros", "I32", (G, N // NIBBLES_PER_WORD))
+        if scheme.act_order:
+            stored.check("g_idx", "I32", (K,))
         return [Matrix("linear", N, K)]
 
     def decode(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Decoded:
         decoded = self._stored_rows(stored, matrix, start, stop).decoded()
         if not stored.scheme.act_order:
             return decoded
-        order = stored.array("g_idx")
-        if not np.array_equal(np.sort(order), np.arange(matrix.K)):
-            raise DamagedError(f"{stored.name}.g_idx is not a permutation of 0..{matrix.K - 1}")
-        inverse = np.argsort(order)
-        return replace(decoded, codes=np.take(decoded.codes, inverse, axis=1), col=decoded.col[inverse])
+        at = source_columns(stored, matrix.K)
+        return replace(decoded, codes=np.take(decoded.codes, at, axis=1), col=decoded.col[at])
 
     def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Rows:
         if stored.scheme.act_order:
@@ -108,22 +104,10 @@ class Int4Linear(Layout):
     def _stored_rows(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Packed:
         """Rows in stored column order."""
         words = stored.load(rows(stored.tensors["qweight"], start, stop))
-        zeros = None
-        if not stored.scheme.symmetric:
-            first, last = start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD)
-            packed = stored.load(columns(stored.tensors["qzeros"], first, last)).view(np.uint8)
-            inside = slice(start - first * NIBBLES_PER_WORD, stop - first * NIBBLES_PER_WORD)
-            zeros = unpack_nibbles(packed)[:, inside].T
+        zeros = None if stored.scheme.symmetric else zero_nibbles(stored, start, stop).T
         scale = stored.load(columns(stored.tensors["scales"], start, stop)).T
         col = even_groups(matrix.K, stored.scheme.group_size)
         return Packed("int", word_octets(words), zeros, scale, np.arange(stop - start), col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
-        first, last = start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD)
-        parts = {
-            "qweight": lambda tensor: rows(tensor, start, stop),
-            "scales": lambda tensor: columns(tensor, start, stop),
-            "qzeros": lambda tensor: columns(tensor, first, last),
-            "g_idx": whole,
-        }
-        return {suffix: stored.load(parts[suffix](tensor)) for suffix, tensor in stored.tensors.items()}
+        return layer_rows(stored, start, stop)

@@ -23,10 +23,10 @@ import numpy as np
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import is_embedding
-from xpuquant.formats.checkpoint import Array, columns, rows, whole
+from xpuquant.formats.checkpoint import Array, columns, rows
 from xpuquant.formats.dtypes import FLOATS
-from xpuquant.formats.layouts.base import NO_EMBEDDINGS, Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
-from xpuquant.formats.layouts.fillers import FillOrder
+from xpuquant.formats.layouts.base import NO_EMBEDDINGS, Conversion, Layout, Matrix, OutTensor, Refusal, Stored
+from xpuquant.formats.layouts.int_linears import layer_rows, order_of, source_columns, zero_nibbles
 from xpuquant.formats.layouts.modules import Linear, Module
 from xpuquant.formats.layouts.plane_fillers import HIGH, FillPlaneScales, FillPlaneZeros, plane_pieces
 from xpuquant.formats.layouts.scales import rounded
@@ -69,8 +69,7 @@ class Int8Linear(Layout):
                 (FillPlaneZeros(weight, groups).piece(),),
             ),
         ]
-        if weight.act_order:
-            tensors.append(OutTensor(f"{name}.g_idx", "I32", (K,), (Piece((), 4 * K, FillOrder(weight)),)))
+        tensors += order_of(name, weight)
         scheme = Scheme(
             layout=self.name,
             group_size=groups.size,
@@ -101,20 +100,14 @@ class Int8Linear(Layout):
         words = stored.load(rows(stored.tensors["qweight"], start, stop))
         planes = unpack_nibbles(words.view(np.uint8)).reshape(n, -1, 2, size)
         codes = (planes[:, :, 0] << np.uint8(4) | planes[:, :, 1]).reshape(n, matrix.K)
-        first, last = start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD)
-        packed = stored.load(columns(stored.tensors["qzeros"], first, last)).view(np.uint8)
-        inside = slice(start - first * NIBBLES_PER_WORD, stop - first * NIBBLES_PER_WORD)
-        nibbles = unpack_nibbles(packed)[:, inside]
+        nibbles = zero_nibbles(stored, start, stop)
         col = even_groups(matrix.K, size)
         values = subtract_zeros(codes, (nibbles[0::2] << np.uint8(4) | nibbles[1::2]).T, 8, col)
         scale = stored.load(columns(stored.tensors["scales"], start, stop))
         self._check_scales(stored, scale)
         if stored.scheme.act_order:
-            order = stored.array("g_idx")
-            if not np.array_equal(np.sort(order), np.arange(matrix.K)):
-                raise DamagedError(f"{stored.name}.g_idx is not a permutation of 0..{matrix.K - 1}")
-            inverse = np.argsort(order)
-            values, col = np.take(values, inverse, axis=1), col[inverse]
+            at = source_columns(stored, matrix.K)
+            values, col = np.take(values, at, axis=1), col[at]
         return Decoded("int", values, scale[1::2].T, np.arange(n), col)
 
     def _check_scales(self, stored: Stored, scale: Array) -> None:
@@ -129,11 +122,4 @@ class Int8Linear(Layout):
             )
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
-        first, last = start // NIBBLES_PER_WORD, -(-stop // NIBBLES_PER_WORD)
-        parts = {
-            "qweight": lambda tensor: rows(tensor, start, stop),
-            "scales": lambda tensor: columns(tensor, start, stop),
-            "qzeros": lambda tensor: columns(tensor, first, last),
-            "g_idx": whole,
-        }
-        return {suffix: stored.load(parts[suffix](tensor)) for suffix, tensor in stored.tensors.items()}
+        return layer_rows(stored, start, stop)
