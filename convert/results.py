@@ -167,18 +167,18 @@ def _experts_per_token(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def kernel_and_releases(scheme: Scheme | None, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(the XPU kernel that reads a stored module, the releases that have it); see `ModuleOutcome`. None of what is not
-    quantized, or is not for XPU kernels.
+def kernel_and_releases(name: str, scheme: Scheme | None, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(the XPU kernel that reads the stored module `name`, the releases that have it); see `ModuleOutcome`.
+    None of what is not quantized, or is not for XPU kernels.
 
     Args:
         config: the model's config.json.
     """
-    return (None, None) if scheme is None else _kernel_and_releases(scheme, _experts_per_token(config))
+    return (None, None) if scheme is None else _kernel_and_releases(name, scheme, _experts_per_token(config))
 
 
-def _kernel_and_releases(scheme: Scheme, top_k: int | None) -> tuple[str, str | None]:
-    kernel = layouts_by_name()[scheme.layout].kernel_of(scheme)
+def _kernel_and_releases(name: str, scheme: Scheme, top_k: int | None) -> tuple[str, str | None]:
+    kernel = layouts_by_name()[scheme.layout].kernel_of(scheme, name)
     if not operators_of(scheme):
         return kernel, None
     oldest = since(scheme, top_k)
@@ -190,7 +190,7 @@ def _kernel_and_releases(scheme: Scheme, top_k: int | None) -> tuple[str, str | 
 
 def _module(planned: PlannedModule, top_k: int | None) -> ModuleOutcome:
     conversion, scheme = planned.conversion, planned.conversion.scheme
-    kernel, releases = (None, None) if scheme is None else _kernel_and_releases(scheme, top_k)
+    kernel, releases = (None, None) if scheme is None else _kernel_and_releases(conversion.name, scheme, top_k)
     return ModuleOutcome(
         conversion.name,
         kind_of(planned.source),

@@ -80,7 +80,7 @@ def _described(source: LocalSource | HubSource, record: Mapping[str, Any]) -> Co
             name,
             str(entry["from"]),
             None if "dequantized" in entry else str(entry["scheme"]),
-            *kernel_and_releases(schemes.get(name), source.checkpoint.config),
+            *kernel_and_releases(name, schemes.get(name), source.checkpoint.config),
             sizes.get(name, 0),
             tuple(map(str, entry["decisions"])),
         )

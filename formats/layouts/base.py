@@ -157,8 +157,8 @@ class Layout(ABC):
     family: str
     kernel: str
 
-    def kernel_of(self, scheme: Scheme) -> str:
-        """The XPU kernel that reads a module stored so."""
+    def kernel_of(self, scheme: Scheme, name: str) -> str:
+        """The XPU kernel that reads the module `name` stored so."""
         return self.kernel
 
     @abstractmethod

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.checkpoints import FIXTURES, oracles
 
+import xpuquant
 from xpuquant.conversion.cli.app import run
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme, scheme_of, to_ct_config
 from xpuquant.formats.safetensors import Tensor
@@ -59,6 +60,20 @@ def test_the_library_decodes_what_the_producer_meant(name: str, tmp_path: Path) 
         assert sha256(values) == wanted[module]["values_sha256"], module
         if ints is not None:
             assert sha256(ints) == wanted[module]["ints_sha256"], module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plans_name_the_kernel_of_experts(name: str) -> None:
+    """By vLLM's own loader: each expert has tensors of its own, and a grouped kernel reads all of them,
+    but for asymmetric ones, which it has no path for."""
+    modules = xpuquant.plan(FIXTURES / name, layout="compressed-tensors").modules
+    assert modules
+    for module in modules:
+        assert module.kernel is not None and module.scheme is not None
+        is_expert = re.search(r"\.experts\.[0-9]+\.", module.name) is not None
+        has_no_path = module.scheme.startswith("pack-quantized") and "asym" in module.scheme
+        wanted = ("none: " if has_no_path else "grouped GEMM ") if is_expert else ("int4_gemm", "fp8_gemm", "fp4_gemm")
+        assert module.kernel.startswith(wanted), (module.name, module.scheme, module.kernel)
 
 
 def by_library(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Array, rows, whole
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Piece, Refusal, Stored
@@ -30,9 +31,11 @@ _CODES = "F8_E4M3"
 class CtFp8(CtLayout):
     name = "ct_fp8"
     kernel = "fp8_gemm_w8a16"
+    expert_kernel = "grouped GEMM fp8"
 
-    def kernel_of(self, scheme: Scheme) -> str:
-        return "fp8_gemm" if scheme.granularity == "block" else self.kernel
+    def kernel_of(self, scheme: Scheme, name: str) -> str:
+        is_block_linear = scheme.granularity == "block" and expert_of(name) is None
+        return "fp8_gemm" if is_block_linear else super().kernel_of(scheme, name)
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, CtLinear) or not isinstance(module.weight, FloatWeight):

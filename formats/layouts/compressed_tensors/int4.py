@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Array, rows
 from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Piece, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
@@ -29,6 +30,12 @@ from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight
 class CtInt4(CtLayout):
     name = "ct_int4"
     kernel = "int4_gemm_w4a16"
+    expert_kernel = "grouped GEMM s4"
+
+    def kernel_of(self, scheme: Scheme, name: str) -> str:
+        if not scheme.symmetric and expert_of(name) is not None:
+            return "none: vLLM's own loader has no path for asymmetric experts"
+        return super().kernel_of(scheme, name)
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
         if not isinstance(module, CtLinear) or not isinstance(module.weight, IntWeight):

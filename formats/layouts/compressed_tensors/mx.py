@@ -29,17 +29,19 @@ from xpuquant.formats.weights.floats import MX_GROUP, FloatWeight
 class CtMx(CtLayout):
     """A layout of MX linears.
 
-    name        of the layout
-    kernel      that reads it once a loader has turned its exponents on their side
-    element     of the source that it takes; see `FloatWeight`
-    codes       suffix of the codes' tensor
-    dtype       their safetensors label
-    packed      columns per stored element
-    xpu_layout  name of the XPU layout that holds the same codes
+    name           of the layout
+    kernel         that reads a linear once a loader has turned its exponents on their side
+    expert_kernel  that reads the experts of a layer
+    element        of the source that it takes; see `FloatWeight`
+    codes          suffix of the codes' tensor
+    dtype          their safetensors label
+    packed         columns per stored element
+    xpu_layout     name of the XPU layout that holds the same codes
     """
 
     name: str
     kernel: str
+    expert_kernel: str
     element: str
     codes: str
     dtype: str
@@ -88,5 +90,5 @@ class CtMx(CtLayout):
         }
 
 
-CT_MXFP4 = CtMx("ct_mxfp4", "fp4_gemm", "e2m1", "weight_packed", "U8", 2, "mxfp4_linear")
-CT_MXFP8 = CtMx("ct_mxfp8", "fp8_gemm (mx)", "e4m3", "weight", "F8_E4M3", 1, "mxfp8_linear")
+CT_MXFP4 = CtMx("ct_mxfp4", "fp4_gemm", "grouped GEMM mxfp4", "e2m1", "weight_packed", "U8", 2, "mxfp4_linear")
+CT_MXFP8 = CtMx("ct_mxfp8", "fp8_gemm (mx)", "grouped GEMM mxfp8", "e4m3", "weight", "F8_E4M3", 1, "mxfp8_linear")

@@ -33,9 +33,16 @@ class CtStored(Stored):
 
 
 class CtLayout(Layout):
-    """What the layouts of the family share."""
+    """What the layouts of the family share.
+
+    expert_kernel  the XPU kernel that vLLM's own loader makes the experts of a layer ready for
+    """
 
     family = FAMILY
+    expert_kernel: str
+
+    def kernel_of(self, scheme: Scheme, name: str) -> str:
+        return self.kernel if expert_of(name) is None else self.expert_kernel
 
     def matrices(self, stored: Stored) -> list[Matrix]:
         weight = weight_of(stored)

@@ -32,7 +32,7 @@ class Fp8Linear(Layout):
     family = "xpu"
     kernel = "fp8_gemm_w8a16"
 
-    def kernel_of(self, scheme: Scheme) -> str:
+    def kernel_of(self, scheme: Scheme, name: str) -> str:
         return "fp8_gemm" if scheme.granularity == "block" else self.kernel
 
     def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
