@@ -98,8 +98,6 @@ def _unfit(scheme: Scheme, N: int, K: int, activation: str) -> str | None:
         return "the grouped GEMM cannot tell [N, K/32] scales from [K/32, N] where N == K/32"
     if layout == "int4_linear" and (K % 32 or g % 32 or (N % 8 and not scheme.symmetric)):
         return f"int4_gemm_w4a16 needs K={K} and groups of {g} in multiples of 32, and N={N} of 8 where asymmetric"
-    if layout == "mxfp8_linear" and K == 32:
-        return "fp8_gemm takes a single column of scales for per-token scales: K must exceed 32"
     if scheme.granularity == "block" and (N % scheme.block_n or K % g):
         return f"blocks of {scheme.block_n} × {g} must divide N={N} and K={K}"
     return None

@@ -98,8 +98,12 @@ def _int4_linear(tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: tor
 
 
 def _fp8_linear(tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Scales per tensor or channel, or one row of blocks, which is a scale per channel once it is spread."""
+    """Scales per tensor or channel, or one row of blocks or groups, which is a scale per channel once it is spread."""
+    import torch
+
     weight, scale = tensors["weight"], tensors["weight_scale"]
+    if scale.dtype == torch.uint8:  # exponents: powers of two, exact in float32
+        scale = scale.view(torch.float8_e8m0fnu).to(torch.float32)
     if scale.numel() > 1:
         scale = scale.reshape(1, -1)
         scale = scale.repeat_interleave(weight.shape[0] // scale.shape[1], dim=1)
@@ -109,14 +113,16 @@ def _fp8_linear(tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torc
 def rounds_activations(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether a linear's operator takes quantized activations only: MX layouts, and FP8 in blocks.
 
+    Where one row of blocks or of MXFP8 groups covers all of K, `fp8_gemm` would read a single column of activation
+    scales as one per token and the weight's as one per channel. It is one per channel: `fp8_gemm_w8a16` has that.
+
     `fp8_gemm_w8a16` takes blocks too, but square ones only before 0.1.16.1 (others silently wrong), and stock vLLM
     never calls it with any. `fp8_gemm` takes the blocks that the checkpoint has, in every release; it is what stock
     vLLM calls, with activations quantized per token and group of K, as checkpoints with blocks want them.
     """
-    if scheme.layout in ("mxfp4_linear", "mxfp8_linear"):
-        return True
-    # A single column of activation scales is read as one scale per token, and the weight's as one per channel.
-    return scheme.granularity == "block" and tensors["weight_scale"].shape[0] > 1
+    if scheme.layout == "mxfp4_linear":
+        return True  # `fp4_gemm` groups by 32 however many groups there are
+    return (scheme.layout == "mxfp8_linear" or scheme.granularity == "block") and tensors["weight_scale"].shape[0] > 1
 
 
 def _round_activations(
@@ -224,8 +230,10 @@ def _kernel_view(scheme: Scheme, weight: torch.Tensor) -> torch.Tensor:
     return weight.view(four_bit[scheme.layout]) if scheme.layout in four_bit else weight
 
 
-def check_experts(scheme: Scheme, top_k: int, activation: str, limit: float | None = None) -> Release:
+def check_experts(scheme: Scheme, top_k: int | None, activation: str, limit: float | None = None) -> Release:
     """The installed release, where this GPU and that release compute the experts; for what is meant see `fused_moe`.
+
+    `top_k` None: not known yet.
 
     Raises:
         EnvironmentFault: another GPU, or no fitting vllm-xpu-kernels.

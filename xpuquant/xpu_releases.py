@@ -189,7 +189,7 @@ _GATES = ("silu", "gelu", "gelu_tanh", "swigluoai")
 def refusal_of_experts(
     release: Release,
     scheme: Scheme,
-    top_k: int,
+    top_k: int | None,
     activation: str,
     limit: float | None,
     environment: Mapping[str, str],
@@ -198,12 +198,12 @@ def refusal_of_experts(
 
     Args:
         release: that is installed.
-        top_k: experts per token.
+        top_k: experts per token; None: not known yet.
         activation: vLLM's name.
         limit: where gate and up are clamped; None: nowhere.
         environment: of the process.
     """
-    if top_k not in release.top_k:
+    if top_k is not None and top_k not in release.top_k:
         better = since(scheme, top_k)
         fix = f"; {better} does" if better is not None else ""
         return f"{PACKAGE} {release.version} gathers {_listed(release.top_k)} experts per token, not {top_k}{fix}"

@@ -83,6 +83,14 @@ def test_a_single_row_of_blocks_is_not_read_as_channels(backend):
     assert hand.error(backend.linear(layer, x), hand.expected(weight, x, layer)) < tolerance("BF16", 128)
 
 
+@pytest.mark.parametrize("kind", ["mxfp8", "mxfp4"])
+def test_a_single_group_of_columns_is_not_read_as_a_scale_per_token(kind, backend):
+    """K = 32, of a whole layer or of a rank's part of one."""
+    layer, weight = hand.mx(96, 32, kind)
+    x = hand.activations(8, 32, "BF16")
+    assert hand.error(backend.linear(layer, x), hand.expected(weight, x, layer)) < tolerance("BF16", 32)
+
+
 @pytest.mark.parametrize("rows", [64, 16, 128])
 def test_blocks_of_any_rows_are_computed_in_every_release(rows, backend):
     """N = 576 in blocks of 64 rows is DeepSeek's and Kimi's `kv_a_proj_with_mqa`."""
@@ -111,7 +119,6 @@ REFUSED = [
     (lambda: hand.fp8(96, 256, "channel", experts=True), "no channel scales"),
     (lambda: hand.mx(8, 256, "mxfp8", experts=True), "cannot tell"),
     (lambda: hand.int4_linear(96, 80, 16), "multiples of 32"),
-    (lambda: hand.mx(96, 32, "mxfp8"), "K must exceed 32"),
 ]
 
 

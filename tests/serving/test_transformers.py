@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from xpuquant.errors import DamagedError, UnsupportedError
+from xpuquant.errors import DamagedError, EnvironmentFault, UnsupportedError
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -199,6 +200,41 @@ def test_refuses_a_tensor_of_another_shape(tmp_path: Path) -> None:
     # Transformers 5.20 and later refuse on their own.
     with pytest.raises((DamagedError, RuntimeError), match=r"qweight is torch.int32 \[128, 32\].*says|mismatched"):
         load(edit(folder, lambda t: t.update({name: t[name][:128].contiguous()})))
+
+
+def test_what_no_xpu_kernel_computes_is_said_before_the_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in vLLM, and although no GPU is here: a device map says where the model goes."""
+    from xpuquant import xpu_ops
+    from xpuquant.xpu_releases import served
+
+    folder = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS["int4"]).converted
+    config = json.loads((folder / "config.json").read_text())
+
+    def refused(error: type[Exception], said: str, device_map: Any = "xpu", **changes: Any) -> None:
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(error, match=said) as raised:
+            transformers.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+        assert "\n" not in str(raised.value)
+
+    for device_map in ("xpu", "xpu:1", {"": "xpu"}, {"model": torch.device("xpu", 0), "lm_head": "cpu"}):
+        refused(
+            UnsupportedError,
+            r"model\.layers\.0\.mlp\.experts: no XPU kernel gates as Qwen3MoeExperts",
+            device_map,
+            hidden_act="relu",
+        )
+    # What is installed, then the number of experts per token.
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1.14.1" if "vllm-xpu" in name else "5")
+    refused(EnvironmentFault, "vllm-xpu-kernels 0.1.14.1 is too old")
+    arch = SimpleNamespace(is_xe2_arch=lambda: True, int4_gemm_w4a16=None)
+    monkeypatch.setattr(xpu_ops, "installed", lambda: served()[-1])
+    monkeypatch.setattr(xpu_ops, "operators", lambda: arch)
+    refused(UnsupportedError, r"layers\.0\.mlp\.experts: .* experts per token, not 3", num_experts_per_tok=3)
+    # A CPU computes all of it.
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 3}))
+    transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
 
 
 def test_refuses_a_module_the_model_does_not_have(tmp_path: Path) -> None:

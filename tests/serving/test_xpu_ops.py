@@ -115,6 +115,19 @@ def test_blocks_of_fewer_rows_and_a_single_column_of_blocks(columns: int, releas
     ) * wanted.norm()
 
 
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp8-e5m2", "mxfp4"])
+def test_a_single_group_of_columns(name: str, release: Release) -> None:
+    """K = 32: `fp8_gemm` would read the one column of scales as one scale per token."""
+    torch.manual_seed(3)
+    tensors, values = PACK[SCHEMES[name].layout](torch.randn(48, 32).bfloat16(), SCHEMES[name])
+    assert tensors["weight_scale"].shape == (1, 48)
+    x = torch.randn(3, 32).bfloat16()
+    wanted = x.float() @ values.t()
+    # Of MXFP8 the scale is one per channel, for which activations are not rounded.
+    rounding = 0.2 if name == "mxfp4" else 2**-7
+    assert (xpu.linear(SCHEMES[name], tensors, x, None).float() - wanted).norm() < rounding * wanted.norm()
+
+
 @pytest.mark.parametrize("release", served()[-1:], indirect=True)  # their schemas are the same
 @pytest.mark.parametrize("name", ["int4", "int4-asym", "fp8-tensor", "fp8-channel", "fp8-block", "mxfp4", "mxfp8"])
 def test_a_linear_compiles_whole(name: str, release: Release) -> None:

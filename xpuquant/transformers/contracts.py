@@ -97,7 +97,9 @@ _LIMITS = ("limit", "swiglu_limit")
 def _probe(limits: set[float], interleaved: bool, device: torch.device) -> torch.Tensor:
     """`[m, 2]`: every gate with every up, of both signs, small, at the limits, and beyond any."""
     ends = [limit * factor for limit in limits if 0 < limit < 1e4 for factor in (0.9, 1.1, 3.0)]
-    side = torch.tensor(sorted({0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 6.5, 8.0, 20.0, 1e3, 1e5, *ends}), device=device)
+    values = sorted({0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 6.5, 8.0, 20.0, 1e3, 1e5, *ends})
+    # Not the default dtype, which is the model's own while it is made.
+    side = torch.tensor(values, dtype=torch.float32, device=device)
     side = torch.cat([-side, side])
     return torch.cartesian_prod(side, side)
 

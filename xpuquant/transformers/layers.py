@@ -122,6 +122,22 @@ class XpuquantExperts(Quantized):
         self._create(layers.expert_tensors(scheme, E, H, I))
         self._kernel: Any = None
 
+    def check_kernel(self, top_k: int | None) -> None:
+        """Say before the weights are loaded what would fail at the first forward on an Intel GPU.
+
+        Args:
+            top_k: experts per token; None where the model's config does not say it under a known name.
+
+        Raises:
+            EnvironmentFault, UnsupportedError: in one line, see `kernel_gate` and `xpu_ops.check_experts`.
+        """
+        from xpuquant.xpu_ops import check_experts
+
+        # Computed on the CPU: while a model is made, tensors are on the meta device unless told otherwise.
+        with torch.device("cpu"):
+            activation, limit = kernel_gate(self._replaced[0], self.scheme.interleaved, torch.device("cpu"))
+        check_experts(self.scheme, top_k, activation, limit)
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:

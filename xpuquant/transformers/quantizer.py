@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -59,7 +60,7 @@ class XpuquantQuantizer(HfQuantizer):
         self.other_experts = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Raises UnsupportedError where a module of the config is not in the model."""
+        """Raises UnsupportedError where a module of the config is not in the model, or no XPU kernel computes it."""
         renamings = [r for r in _conversions(model) if isinstance(r, WeightRenaming)]
         found = False
         for stored, scheme in self.quantization_config.modules.items():
@@ -92,6 +93,8 @@ class XpuquantQuantizer(HfQuantizer):
             for m in model.modules()
         )
         _keep_decays(model)
+        if _is_for_xpu(kwargs.get("device_map")):
+            _check_kernels(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Raises DamagedError, in one line, where a tensor was missing or misshapen: Transformers goes on then."""
@@ -148,6 +151,43 @@ def _keep_decays(model: Any) -> None:
     float32, and its exponent is then a decay over the whole context.
     """
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "A_log"}
+
+
+def _is_for_xpu(device_map: Any) -> bool:
+    """Whether some of a model goes to an Intel GPU, by what `from_pretrained` was told: a device, a number or a word of
+    Accelerate's for whatever accelerator there is, or a map to such. A model that is moved there later says what is
+    wrong at its first forward."""
+    for device in device_map.values() if isinstance(device_map, dict) else (device_map,):
+        if isinstance(device, int) or device in ("auto", "balanced", "balanced_low_0", "sequential"):
+            found = torch.accelerator.current_accelerator()
+            if found is not None and found.type == "xpu":
+                return True
+        elif device is not None and str(device).partition(":")[0] == "xpu":
+            return True
+    return False
+
+
+def _check_kernels(model: Any) -> None:
+    """Raise EnvironmentFault or UnsupportedError, in one line, for what no kernel of an Intel GPU here computes."""
+    from xpuquant.xpu_ops import operators
+
+    config = model.config.get_text_config()
+    found = (getattr(config, name, None) for name in _TOP_K)
+    top_k = next((value for value in found if isinstance(value, int)), None)
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
+    # Experts first: what they lack no installation mends.
+    for name, module in modules.items():
+        if isinstance(module, XpuquantExperts):
+            try:
+                module.check_kernel(top_k)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{name}: {error}") from None
+    if modules:
+        operators()
+
+
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "top_k")
+"""What configs of Transformers 5 call the number of experts per token."""
 
 
 def _found_as(model: Any, name: str) -> str:
