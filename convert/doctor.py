@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from xpuquant.ark_releases import ARK_FAULTS, ARK_PACKAGE, ark_release, check_ark
 from xpuquant.errors import EnvironmentFault, one_line
 from xpuquant.kernels import backends
-from xpuquant.xpu_releases import FAULTS, PACKAGE, check_release, release_of
+from xpuquant.xpu_releases import FAULTS, PACKAGE, Fault, check_release, release_of
 
 PACKAGES = (
     "xpuquant",
@@ -71,22 +73,31 @@ def examine() -> Diagnosis:
             "pip install torch --index-url https://download.pytorch.org/whl/xpu"
         )
     found = versions()
-    remarks += _kernel_release(found[PACKAGE])
+    for package in _KERNELS:
+        remarks += _kernel_release(package, found[package])
     system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
     return Diagnosis([_backend(name) for name in backends()], found, devices, remarks, system)
 
 
-def _kernel_release(version: str | None) -> list[str]:
-    """What is worth knowing of the installed vllm-xpu-kernels: whether it is served with, and what it gets wrong."""
+_KERNELS: Mapping[str, tuple[Callable[[str], None], Callable[[str], Any], tuple[Fault, ...]]] = {
+    PACKAGE: (check_release, release_of, FAULTS),
+    ARK_PACKAGE: (check_ark, ark_release, ARK_FAULTS),
+}
+"""Kernel library → what refuses a version of it, the release of that version, what releases get wrong."""
+
+
+def _kernel_release(package: str, version: str | None) -> list[str]:
+    """What is worth knowing of an installed kernel library: whether it is served with, and what it gets wrong."""
     if version is None:
         return []
+    check, release_of_version, faults = _KERNELS[package]
     try:
-        check_release(version)
+        check(version)
     except EnvironmentFault as error:
         return [str(error)]
-    release = release_of(version)
-    faults = [f"its {fault.operator} {fault.text}: {fault.answer}" for fault in FAULTS if fault.in_release(release)]
-    return [f"{PACKAGE} {version} is one that xpuquant serves with", *faults]
+    release = release_of_version(version)
+    wrong = [f"its {fault.operator} {fault.text}: {fault.answer}" for fault in faults if fault.in_release(release)]
+    return [f"{package} {version} is one that xpuquant serves with", *wrong]
 
 
 def versions() -> dict[str, str | None]:

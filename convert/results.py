@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xpuquant.ark_releases import ARK_LAYOUTS, ARK_PACKAGE, serving_ark
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, kind_of
@@ -14,7 +15,7 @@ from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sizes import size
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.scheme import Scheme
-from xpuquant.xpu_releases import operators_of, served, since
+from xpuquant.xpu_releases import TOP_K, operators_of, served, since
 
 if TYPE_CHECKING:
     from xpuquant.conversion.hub.publish import Pushed
@@ -58,7 +59,8 @@ class ModuleOutcome:
     source     what it was, e.g. `int4 g128 symmetric`
     scheme     what it is stored as, e.g. `int4_linear g128`; None where it is dequantized to bf16
     kernel     the XPU kernel that reads it; None where it is dequantized
-    releases   of vllm-xpu-kernels that serve it, e.g. `0.1.15.1 to 0.1.16.x`; None where that is stock vLLM's affair
+    releases   of vllm-xpu-kernels that serve it, e.g. `0.1.15.1 to 0.1.16.x`, then those of auto-round-lib where its
+               kernels compute it; None where that is stock vLLM's affair
     nbytes     bytes it is stored in
     decisions  what was decided from its tensors
     matrices   matrices it holds: one, or those of a stack of experts
@@ -160,7 +162,7 @@ def _experts_per_token(config: Mapping[str, Any]) -> int | None:
     """As config.json says, or its part for the language model; None where neither does."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts"):
+        for key in TOP_K:
             if type(part.get(key)) is int:
                 number: int = part[key]
                 return number
@@ -185,7 +187,8 @@ def _kernel_and_releases(name: str, scheme: Scheme, top_k: int | None) -> tuple[
     if oldest is None:
         return kernel, f"none gathers {top_k} experts per token"
     newest = ".".join(str(part) for part in served()[-1].number[:3])
-    return kernel, f"{oldest} to {newest}.x"
+    beside = f", {ARK_PACKAGE} {serving_ark()}" if scheme.layout in ARK_LAYOUTS else ""
+    return kernel, f"{oldest} to {newest}.x{beside}"
 
 
 def _module(planned: PlannedModule, top_k: int | None) -> ModuleOutcome:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xpuquant import xpu_ops
+from xpuquant.ark_releases import ARK_LAYOUTS
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
@@ -86,7 +87,7 @@ def _unfit(scheme: Scheme, N: int, K: int, activation: str) -> str | None:
     layout, g = scheme.layout, scheme.group_size
     if activation == "F32":
         return "the XPU operators take 16-bit activations only"
-    if layout in xpu_ops.ARK_LAYOUTS:
+    if layout in ARK_LAYOUTS:
         if (missing := fault_of(xpu_ops.ark)) is not None:
             return missing
         return f"ARK's expert kernels need N % 16 == 0, not N={N}" if N % 16 else None

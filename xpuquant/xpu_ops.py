@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from xpuquant.ark_releases import ARK_LAYOUTS, ARK_PACKAGE, check_ark, refusal_of_switches
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.scheme import Scheme
 from xpuquant.xpu_releases import PACKAGE, Release, check_release, refusal_of_experts, release_of, served
@@ -230,7 +231,9 @@ def _kernel_view(scheme: Scheme, weight: torch.Tensor) -> torch.Tensor:
     return weight.view(four_bit[scheme.layout]) if scheme.layout in four_bit else weight
 
 
-def check_experts(scheme: Scheme, top_k: int | None, activation: str, limit: float | None = None) -> Release:
+def check_experts(
+    scheme: Scheme, top_k: int | None, activation: str, limit: float | None = None, ep_size: int = 1
+) -> Release:
     """The installed release, where this GPU and that release compute the experts; for what is meant see `fused_moe`.
 
     `top_k` None: not known yet.
@@ -246,18 +249,12 @@ def check_experts(scheme: Scheme, top_k: int | None, activation: str, limit: flo
             "the kernels for others are given no scales"
         )
     reason = refusal_of_experts(release, scheme, top_k, activation, limit, os.environ)
-    if reason is not None:
-        raise UnsupportedError(reason)
     if scheme.layout in ARK_LAYOUTS:
         ark()
+        reason = reason or refusal_of_switches(ep_size, os.environ)
+    if reason is not None:
+        raise UnsupportedError(reason)
     return release
-
-
-OLDEST_ARK = (0, 16)
-"""The first auto-round-lib whose expert kernels take zero points."""
-
-ARK_LAYOUTS = ("uint4_experts", "int8_experts")
-"""Layouts that ARK computes, the rest being those of vllm-xpu-kernels."""
 
 
 def cast_when_loaded(scheme: Scheme, name: str) -> bool:
@@ -276,14 +273,12 @@ def ark() -> Any:
     """
     from importlib.metadata import PackageNotFoundError, version
 
-    wanted = ".".join(map(str, OLDEST_ARK))
     try:
-        found = version("auto-round-lib")
+        found = version(ARK_PACKAGE)
         import auto_round_kernel
     except (PackageNotFoundError, ImportError):
-        raise EnvironmentFault(f"auto-round-lib is not installed: pip install 'auto-round-lib>={wanted}'") from None
-    if tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdecimal()) < OLDEST_ARK:
-        raise EnvironmentFault(f"auto-round-lib {found} is too old: pip install 'auto-round-lib>={wanted}'")
+        found = None
+    check_ark(found)
     if getattr(auto_round_kernel, "xpu_lib", None) is None:
         raise EnvironmentFault(
             f"the XPU library of auto-round-lib {found} does not load: it needs an XPU build of torch"
@@ -427,7 +422,7 @@ def fused_moe(
     """
     import torch
 
-    release = check_experts(scheme, top_k, activation, limit)
+    release = check_experts(scheme, top_k, activation, limit, ep_size)
     if scheme.layout in ARK_LAYOUTS:
         return ArkMoe(scheme, tensors, activation, limit, expert_map)
     from vllm_xpu_kernels.fused_moe_interface import XpuFusedMoe

@@ -1,36 +1,43 @@
-"""Layout × operator × release of vllm-xpu-kernels: what stands behind each call; compared with docs/kernels.md.
+"""Layout × operator × release of vllm-xpu-kernels and of ARK: what stands behind a call, compared with docs/kernels.md.
 
-    kernel_table.py            print the table; exit status 1 where the page has another, with the cells that are worse
-    kernel_table.py --record   write it to the page
+    kernel_table.py            print the tables; exit status 1 where the page has others, with the cells that are worse
+    kernel_table.py --record   write them to the page
 
 executed    the operator's device code out of that wheel was run on a CPU, over stored bytes: `scripts/lanes/shipped`,
-            which fails where one no longer is
+            which fails where one no longer is; of ARK's prefill the kernel that widens a stack, not the product
 checked     the call is held to the schema and to the checks of that release, by stand-ins that read memory as it does
 otherwise   the reason why neither
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from shipped_table import EXECUTED as MARKS
+
+from xpuquant.ark_releases import ARK_FAULTS, ARK_PACKAGE, ArkRelease, released_ark
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.scheme import Scheme
 from xpuquant.xpu_releases import FAULTS, Release, operators_of, releases
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
-BEGIN, END = "<!-- by scripts/lanes/kernels --record -->\n", "<!-- end -->\n"
-EXECUTED = {
-    "remap_hidden_states",
-    "cutlass_grouped_gemm_interface",
-    "moe_gather",
-    "per_token_group_fp8_quant",
-    "per_token_group_quant_mxfp4",
+EXECUTED = {word for mark in MARKS["vllm_xpu_kernels"] for word in re.findall(r"\w+", mark)}
+"""Operators that `scripts/lanes/shipped` executes, among other words."""
+WHEELS = re.findall(r"[a-z][a-z-]*==[\d.]+", (Path(__file__).parent / "shipped").read_text())
+"""Those that it executes, as package==version."""
+ARK_CALLS = {
+    ("uint4_experts", "moe_gemm_decode"): ("ARK: moe_gemm_decode, int4", "executed"),
+    ("uint4_experts", "moe_gemm_prefill"): ("ARK: experts widened for prefill", "widening executed"),
+    ("int8_experts", "moe_gemm_decode"): (None, "checked"),
+    ("int8_experts", "moe_gemm_prefill"): ("ARK: experts widened for prefill", "widening executed"),
 }
-"""Those of the operators that layouts need which `scripts/lanes/shipped` executes, out of the wheels below."""
-WHEELS = ("0.1.15.4", "0.1.16.2")
-_RANKS = {"executed": 2, "checked": 1}
+"""(layout, operator) → (the mark of the tests that execute it, what is then said of it)."""
+_RANKS = {"executed": 3, "widening executed": 2, "checked": 1}
+Rows = list[tuple[str, str, dict[str, str]]]
 
 
 def cell(operator: str, release: Release) -> str:
@@ -42,10 +49,33 @@ def cell(operator: str, release: Release) -> str:
         mine = [fault for fault in FAULTS if fault.operator == operator and fault.in_release(release)]
         wrong = [fault.text for fault in mine if fault.answer == "not served"]
         return wrong[0] if wrong else "not served"
-    return "executed" if operator in EXECUTED and release.version in WHEELS else "checked"
+    return "executed" if operator in EXECUTED and f"vllm-xpu-kernels=={release.version}" in WHEELS else "checked"
 
 
-def rows() -> list[tuple[str, str, dict[str, str]]]:
+def ark_cell(layout: str, operator: str, release: ArkRelease) -> str:
+    if operator not in release.operators:
+        return "absent"
+    if not release.is_served:
+        wrong = [fault.text for fault in ARK_FAULTS if fault.in_release(release)]
+        return wrong[0] if wrong else "not served"
+    mark, said = ARK_CALLS[layout, operator]
+    is_run = mark in MARKS["auto_round_lib"] and f"{ARK_PACKAGE}=={release.version}" in WHEELS
+    return said if is_run else "checked"
+
+
+def ark_rows() -> Rows:
+    """As `rows`, of ARK's releases."""
+    return [
+        (
+            layout,
+            operator,
+            {release.version: ark_cell(layout, operator, release) for release in released_ark()},
+        )
+        for layout, operator in ARK_CALLS
+    ]
+
+
+def rows() -> Rows:
     """(layout, operator, version → cell), in the order of the calls."""
     schemes = []
     for name in layouts_by_name("xpu"):
@@ -61,22 +91,25 @@ def rows() -> list[tuple[str, str, dict[str, str]]]:
     ]
 
 
-def table() -> str:
+def table(found: Rows) -> str:
     """As Markdown; releases that agree in every cell share a column."""
-    found = rows()
+    versions = list(found[0][2])
 
-    def column(release: Release) -> tuple[str, ...]:
-        return tuple(cells[release.version] for _, _, cells in found)
+    def column(version: str) -> tuple[str, ...]:
+        return tuple(cells[version] for _, _, cells in found)
 
-    columns = [[release.version for release in group] for _, group in groupby(releases(), column)]
+    columns = [list(group) for _, group in groupby(versions, column)]
     heads = [group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in columns]
     lines = [["layout", "operator", *heads], ["---"] * (2 + len(heads))]
     lines += [[label, f"`{operator}`", *(cells[group[0]] for group in columns)] for label, operator, cells in found]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def on_page(text: str) -> str:
-    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)]
+def place(page: str, library: str) -> tuple[int, int]:
+    """Where on the page the table of a library begins and ends."""
+    begin = f"<!-- {library}, by scripts/lanes/kernels --record -->\n"
+    start = page.index(begin) + len(begin)
+    return start, page.index("<!-- end -->\n", start)
 
 
 def worse(old: str, new: str) -> list[str]:
@@ -95,19 +128,23 @@ def worse(old: str, new: str) -> list[str]:
     ]
 
 
-def main() -> int:
-    page, made = PAGE.read_text(), table()
-    recorded = on_page(page)
-    if sys.argv[1:] == ["--record"]:
-        PAGE.write_text(page.replace(BEGIN + recorded, BEGIN + made))
-        return 0
-    print(made)
-    if recorded == made:
-        return 0
-    print("\n".join(f"WORSE: {text}" for text in worse(recorded, made)))
-    print(f"{PAGE.name} has another table: scripts/lanes/kernels --record")
-    return 1
+def main(arguments: Sequence[str]) -> int:
+    page, status = PAGE.read_text(), 0
+    for library, found in (("vllm-xpu-kernels", rows()), ("auto-round-lib", ark_rows())):
+        start, stop = place(page, library)
+        recorded, made = page[start:stop], table(found)
+        if arguments == ["--record"]:
+            page = page[:start] + made + page[stop:]
+            continue
+        print(f"{library}\n{made}")
+        if recorded != made:
+            print("\n".join(f"WORSE: {text}" for text in worse(recorded, made)))
+            print(f"{PAGE.name} has another table of {library}: scripts/lanes/kernels --record")
+            status = 1
+    if arguments == ["--record"]:
+        PAGE.write_text(page)
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -14,10 +14,11 @@ import json
 import re
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from package_index import released
+from package_index import Released, released
 
 STORED = Path(__file__).parents[2] / "xpuquant" / "xpu_releases.json"
 LIBRARIES = {
@@ -99,13 +100,16 @@ def read_interface(source: str) -> dict[str, Any]:
     }
 
 
-def record(folder: Path) -> dict[str, Any]:
-    """Everything, with what does not change from release to release written once: value since version."""
+def recorded(wheels: Iterable[tuple[Released, dict[str, Any] | None]]) -> dict[str, Any]:
+    """Everything, with what does not change from release to release written once: value since version.
+
+    Args:
+        wheels: with what each offers, `schemas` and any facts; None: nothing. Oldest first.
+    """
     releases: dict[str, Any] = {}
     history: dict[str, dict[str, Any]] = {}
     schemas: dict[str, dict[str, Any]] = {}
-    for file in released("vllm-xpu-kernels", ".whl"):
-        facts = read(file.fetch(folder))
+    for file, facts in wheels:
         releases[file.version] = {"wheel": file.name, "sha256": file.sha256}
         if facts is None:
             releases[file.version]["empty"] = True
@@ -118,32 +122,38 @@ def record(folder: Path) -> dict[str, Any]:
     return {"releases": releases, "schemas": schemas, "facts": history}
 
 
-def written(recorded: dict[str, Any]) -> str:
+def written(found: dict[str, Any]) -> str:
     """One line an entry, so that a difference between two recordings is short."""
     parts = []
-    for part, entries in recorded.items():
+    for part, entries in found.items():
         lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
         parts.append(f" {json.dumps(part)}: {{\n" + ",\n".join(lines) + "\n }")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def main() -> int:
-    folder, *flags = sys.argv[1:]
-    found = written(record(Path(folder)))
-    if flags != ["--check"]:
-        STORED.write_text(found)
+def write_or_compare(stored: Path, found: dict[str, Any], check: bool) -> int:
+    """Write the file, or compare with it and name what differs; 1 where something does."""
+    text = written(found)
+    if not check:
+        stored.write_text(text)
         return 0
-    if found == STORED.read_text():
-        print(f"{STORED.name}: what the wheels offer")
+    if text == stored.read_text():
+        print(f"{stored.name}: what the wheels offer")
         return 0
-    old, new = json.loads(STORED.read_text()), json.loads(found)
+    old, new = json.loads(stored.read_text()), json.loads(text)
     for part, entries in new.items():
         for name in entries.keys() | old.get(part, {}).keys():
             if entries.get(name) != old.get(part, {}).get(name):
                 print(
-                    f"{STORED.name}: {part}.{name} is {old.get(part, {}).get(name)}, the wheels say {entries.get(name)}"
+                    f"{stored.name}: {part}.{name} is {old.get(part, {}).get(name)}, the wheels say {entries.get(name)}"
                 )
     return 1
+
+
+def main() -> int:
+    folder, *flags = sys.argv[1:]
+    found = recorded((file, read(file.fetch(Path(folder)))) for file in released("vllm-xpu-kernels", ".whl"))
+    return write_or_compare(STORED, found, flags == ["--check"])
 
 
 if __name__ == "__main__":

@@ -80,6 +80,12 @@ def test_a_plan_says_which_kernels_gather_so_many_experts(top_k: int, releases: 
     assert said["int4_experts"] == releases and said["int4_linear"] == "0.1.15.1 to 0.1.16.x"
 
 
+def test_a_plan_says_which_releases_of_ark_compute_its_experts() -> None:
+    found = xpuquant.inspect(MOE.parent / "llmcompressor-qwen3moe-w4a16-asym")
+    said = {m.scheme.split()[0]: m.releases for m in found.modules if m.scheme is not None}
+    assert said["uint4_experts"] == "0.1.15.1 to 0.1.16.x, auto-round-lib 0.16.x"
+
+
 def test_inspect() -> None:
     found = xpuquant.inspect(SOURCE, tensor_parallel=[2])
     assert isinstance(found, xpuquant.Inspection)

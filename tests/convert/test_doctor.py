@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from xpuquant.ark_releases import ARK_PACKAGE
 from xpuquant.conversion import doctor
 from xpuquant.conversion.cli.app import run
 from xpuquant.kernels import backends
+from xpuquant.xpu_releases import PACKAGE
 
 
 def test_every_backend_runs_or_says_why_not(capsys):
@@ -49,16 +51,27 @@ def test_intel_gpus_are_found_by_their_driver_s_nodes(vendor, expected, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("version", "said"),
+    ("package", "version", "said"),
     [
-        ("0.1.15.4", ["serves with", "fp8_gemm_w8a16 takes blocks for square", "gives rows without an expert"]),
-        ("0.1.16.2", ["serves with"]),
-        ("0.1.14.1", ["too old"]),
-        ("0.1.17.1", ["newer than this xpuquant knows"]),
-        (None, []),
+        (
+            PACKAGE,
+            "0.1.15.4",
+            ["serves with", "fp8_gemm_w8a16 takes blocks for square", "gives rows without an expert"],
+        ),
+        (PACKAGE, "0.1.16.2", ["serves with"]),
+        (PACKAGE, "0.1.14.1", ["too old"]),
+        (PACKAGE, "0.1.17.1", ["newer than this xpuquant knows"]),
+        (PACKAGE, None, []),
+        (
+            ARK_PACKAGE,
+            "0.16.0",
+            ["auto-round-lib 0.16.0 is one that xpuquant serves with", "its moe does not take rows"],
+        ),
+        (ARK_PACKAGE, "0.15.0", ["auto-round-lib 0.15.0 is too old"]),
+        (ARK_PACKAGE, None, []),
     ],
 )
-def test_it_says_what_is_known_of_the_installed_kernels(version, said):
-    remarks = doctor._kernel_release(version)
+def test_it_says_what_is_known_of_the_installed_kernels(package, version, said):
+    remarks = doctor._kernel_release(package, version)
     assert len(remarks) == len(said)
     assert all(words in remark for words, remark in zip(said, remarks, strict=True))

@@ -23,6 +23,7 @@ from support.models import EXPERTS, PACK, SCHEMES
 
 from xpuquant import layers
 from xpuquant import xpu_ops as xpu
+from xpuquant.ark_releases import ARK_LAYOUTS
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.scheme import Scheme
 from xpuquant.xpu_releases import Release, check_release, refusal_of_experts, release_of, served, since
@@ -159,7 +160,7 @@ ROUTES = torch.tensor([[0, 1], [3, 2], [1, 3], [-1, -1], [2, 0]])
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", [name for name in EXPERTS if EXPERTS[name].layout not in xpu.ARK_LAYOUTS])
+@pytest.mark.parametrize("name", [name for name in EXPERTS if EXPERTS[name].layout not in ARK_LAYOUTS])
 def test_the_wheel_s_own_experts_compute_what_is_stored(name: str, wheel: Release) -> None:
     """`XpuFusedMoe` of each release, from its constructor to the routed sum; a row of padding gives zeros."""
     E, H, I = 4, 256, 128
@@ -319,7 +320,7 @@ def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", [name for name in EXPERTS if EXPERTS[name].layout in xpu.ARK_LAYOUTS])
+@pytest.mark.parametrize("name", [name for name in EXPERTS if EXPERTS[name].layout in ARK_LAYOUTS])
 def test_ark_is_handed_the_stored_experts(name: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routed as `XpuFusedMoe` routes; each rank of an expert parallel group adds its part."""
     E, H, I = 4, 256, 128

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from xpuquant.errors import DamagedError, UnsupportedError, one_line
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 from xpuquant.transformers.layers import Quantized, XpuquantExperts, quantized
+from xpuquant.xpu_releases import TOP_K
 
 _FIX = "convert again, or download the repo again"
 
@@ -172,7 +173,7 @@ def _check_kernels(model: Any) -> None:
     from xpuquant.xpu_ops import operators
 
     config = model.config.get_text_config()
-    found = (getattr(config, name, None) for name in _TOP_K)
+    found = (getattr(config, name, None) for name in TOP_K)
     top_k = next((value for value in found if isinstance(value, int)), None)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
     # Experts first: what they lack no installation mends.
@@ -184,10 +185,6 @@ def _check_kernels(model: Any) -> None:
                 raise UnsupportedError(f"{name}: {error}") from None
     if modules:
         operators()
-
-
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "top_k")
-"""What configs of Transformers 5 call the number of experts per token."""
 
 
 def _found_as(model: Any, name: str) -> str:

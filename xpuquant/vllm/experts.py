@@ -45,7 +45,8 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             raise UnsupportedError(f"{self.prefix}: router weights on the input of several experts have no kernel")
         if current_platform.is_xpu():
             try:
-                check_experts(scheme, self.moe.experts_per_token, layer.activation.value, layer.swiglu_limit)
+                top_k, activation = self.moe.experts_per_token, layer.activation.value
+                check_experts(scheme, top_k, activation, layer.swiglu_limit, self.moe.ep_size)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{self.prefix}: {error}") from None
         for step in {scheme.group_size, scheme.block_n} - {0}:

@@ -7,8 +7,8 @@ Codes lie as they come, exponents are turned on their side.
     both           P.weight_scale  uint8 [K/32, N]        E8M0: 2^(byte - 127), 255 is NaN
 
 (OCP Microscaling Formats v1.0, section 5.4.1.) The kernels, `fp4_gemm` and `fp8_gemm` of vllm-xpu-kernels
-(csrc/xpu/onednn), take the weight as `.t()`, MXFP4's viewed as `float4_e2m1fn_x2`, and quantize the activations to the
-same format themselves: there is no 16-bit-activation kernel for MX linears.
+(csrc/xpu/onednn), take the weight as `.t()`, MXFP4's viewed as `float4_e2m1fn_x2`, and activations in the same format:
+there is no 16-bit-activation kernel for MX linears, but for MXFP8 of one group (`xpu_ops.rounds_activations`).
 """
 
 from __future__ import annotations

@@ -62,6 +62,21 @@ def test_no_linear_moves(scheme: str, tmp_path: Path, load: Any, moved: list[str
     assert [name for name in moved if not name.endswith(small)] == []
 
 
+def test_every_member_of_a_fused_projection_has_a_place() -> None:
+    """vLLM's names of members, a lightning indexer's among them (MiniMax-M3): each has an order of columns."""
+    import ast
+    import inspect
+
+    from vllm.model_executor.layers import linear
+
+    from xpuquant.vllm.linear import SHARDS
+
+    sets = [node for node in ast.walk(ast.parse(inspect.getsource(linear))) if isinstance(node, ast.Set | ast.List)]
+    members = [{e.value for e in node.elts if isinstance(e, ast.Constant)} for node in sets]
+    known = [names for names in members if {"q", "k", "v"} <= names]
+    assert known and set().union(*known) == set(SHARDS)
+
+
 def mapped(path: Path) -> list[range]:
     """Where a file lies in this process's memory."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
