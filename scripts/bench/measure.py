@@ -79,7 +79,8 @@ class Table:
             self._print(line.cells)
 
     def note(self, text: str) -> None:
-        """A sentence between the lines; not kept."""
+        """A sentence between the lines, and in the head of what is kept."""
+        self.head.append(text)
         print(f"  {text}", flush=True)
 
     @property
@@ -98,6 +99,13 @@ class Table:
         )
 
 
+def environment() -> dict[str, str]:
+    """Of a process that is timed. What pip installs is compiled beforehand; a source tree is by the first round, which
+    warms up, unless that is switched off: compiling all of it takes the better part of a second."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONSAFEPATH": "1"}
+
+
 def timed(command: Sequence[str | Path]) -> Run:
     """Run a command to its end, silently; what it said is shown when it fails.
 
@@ -106,9 +114,7 @@ def timed(command: Sequence[str | Path]) -> Run:
     """
     with tempfile.TemporaryFile("w+") as said:
         began = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | {"PYTHONSAFEPATH": "1"}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=environment())
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -119,6 +125,13 @@ def timed(command: Sequence[str | Path]) -> Run:
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
+def durable_copy(source: Path, out: Path) -> Run:
+    """`cp` of a folder and `sync` of the copy: its bytes are on the disk, as those of a conversion that returns."""
+    copy = timed(["cp", "-r", source, out])
+    flush = timed(["sync", *files_in(out)])
+    return Run(copy.wall + flush.wall, copy.cpu + flush.cpu, max(copy.peak, flush.peak))
+
+
 def apart(function: Callable[..., T], *arguments: Any) -> T:
     """Call a function in a process of its own, so that its memory is not ours."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -127,10 +140,15 @@ def apart(function: Callable[..., T], *arguments: Any) -> T:
 
 def warm(folder: Path) -> None:
     """Read every file, so that both sides find it in the page cache."""
-    for path in folder.iterdir():
+    for path in files_in(folder):
         with path.open("rb") as file:
             while file.read(1 << 22):
                 pass
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Every file below a folder."""
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def fresh(folder: Path) -> Path:
@@ -142,7 +160,12 @@ def fresh(folder: Path) -> Path:
 
 def median(runs: Iterable[Run]) -> float:
     """Of the wall times."""
-    return statistics.median(run.wall for run in runs)
+    return middle(run.wall for run in runs)
+
+
+def middle(figures: Iterable[float]) -> float:
+    """The median."""
+    return statistics.median(figures)
 
 
 def ratio(runs: Sequence[Run], others: Sequence[Run]) -> float:

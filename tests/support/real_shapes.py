@@ -138,6 +138,17 @@ def _mxfp4(N: int, K: int) -> Iterator[Entry]:
     )
 
 
+def _mxfp8(N: int, K: int) -> Iterator[Entry]:
+    # As in `_fp8_block`, every code is finite.
+    yield "weight", "F8_E4M3", (N, K), lambda: random_bytes(N * K) & np.uint8(0xF7)
+    yield (
+        "weight_scale",
+        "U8",
+        (N, K // 32),
+        lambda: random_bytes(N * K // 32) & np.uint8(0x1F) | np.uint8(0x60),
+    )
+
+
 def _ct_config(fmt: str, weights: dict[str, Any]) -> dict[str, Any]:
     group = {"targets": ["Linear"], "format": fmt, "weights": weights, "input_activations": None}
     return {
@@ -171,6 +182,7 @@ _AWQ_CONFIG = {
 }
 _INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
 _FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+_FLOAT8 = {**_FLOAT4, "num_bits": 8}
 _FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 _FORMATS: dict[str, tuple[dict[str, Any], Callable[[int, int], Iterator[Entry]]]] = {
@@ -181,8 +193,14 @@ _FORMATS: dict[str, tuple[dict[str, Any], Callable[[int, int], Iterator[Entry]]]
     "ct": (_ct_config("pack-quantized", _INT4), _pack_quantized),
     "fp8": (_FP8_CONFIG, _fp8_block),
     "mxfp4": (_ct_config("mxfp4-pack-quantized", _FLOAT4), _mxfp4),
+    "mxfp8": (_ct_config("mxfp8-quantized", _FLOAT8), _mxfp8),
 }
 FORMATS = tuple(_FORMATS)
+
+
+def config_of(fmt: str) -> dict[str, Any]:
+    """quantization_config of a checkpoint of format `fmt`."""
+    return _FORMATS[fmt][0]
 
 
 def write_checkpoint(folder: Path, fmt: str, model: Model, shard_bytes: int = SHARD_BYTES) -> int:
@@ -215,7 +233,7 @@ def write_checkpoint(folder: Path, fmt: str, model: Model, shard_bytes: int = SH
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "hidden_size": model.hidden,
-        "quantization_config": _FORMATS[fmt][0],
+        "quantization_config": config_of(fmt),
     }
     (folder / "config.json").write_text(json.dumps(config))
     return total
