@@ -106,9 +106,9 @@ def _kernels(verdict: Verdict) -> str | None:
 
 
 def _sanity(verdict: Verdict) -> str | None:
-    if not verdict.health:
+    if not verdict.sanity:
         return None
-    return f"{sum(h.groups for h in verdict.health.values()):,} scales of {len(verdict.health)} modules"
+    return f"{sum(h.groups for h in verdict.sanity.values()):,} scales of {len(verdict.sanity)} modules"
 
 
 _TITLES = {

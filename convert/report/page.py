@@ -17,7 +17,7 @@ from xpuquant.conversion.report.markdown import checks, matrix_name
 from xpuquant.conversion.report.sentences import headline
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.verify.agreement import BINS
-from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Health, Verdict
+from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Sanity, Verdict
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -102,7 +102,7 @@ def render_page(verdict: Verdict) -> str:
         histogram=_histogram(ran),
         sizes=_sizes(verdict.before, verdict.after),
         runs=_runs(ids) if ran else None,
-        health=_health(verdict.health) if verdict.health else None,
+        sanity=_sanity(verdict.sanity) if verdict.sanity else None,
         not_run=_not_run(verdict),
         unchecked=verdict.unchecked,
         modules=len(verdict.schemes),
@@ -236,10 +236,10 @@ def _run(run: Agreement) -> Sequence[Cell]:
     )
 
 
-def _health(health: Mapping[str, Health]) -> Table:
+def _sanity(sanity: Mapping[str, Sanity]) -> Table:
     titles = ("Scales", "NaN, Inf", "Zero", "Dead groups", "Largest / rms scale", "Codes at an end")
     rows = []
-    for name, h in health.items():
+    for name, h in sanity.items():
         outlier = h.scale_max / h.scale_typical if h.scale_typical else 0.0
         ends = h.saturated / max(h.codes, 1)
         cells = (

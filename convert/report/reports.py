@@ -79,7 +79,7 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
             "histogram_upper_edges": list(BINS),
             "runs": [_run(run) for run in verdict.kernels],
         },
-        "sanity": {name: _plain(asdict(health)) for name, health in verdict.health.items()},
+        "sanity": {name: _plain(asdict(sanity)) for name, sanity in verdict.sanity.items()},
         "bytes": {"before": dict(verdict.before), "after": dict(verdict.after)},
     }
 

@@ -324,7 +324,7 @@ def _merged(verdicts: Sequence[Verdict], source: StreamedSource) -> Verdict:
         shards=sum(verdict.shards for verdict in verdicts),
         exact=[checked for verdict in verdicts for checked in verdict.exact],
         kernels=[run for verdict in verdicts for run in verdict.kernels],
-        health={name: health for verdict in verdicts for name, health in verdict.health.items()},
+        sanity={name: sanity for verdict in verdicts for name, sanity in verdict.sanity.items()},
         findings=[finding for verdict in verdicts for finding in verdict.findings],
         schemes={name: scheme for verdict in verdicts for name, scheme in verdict.schemes.items()},
         before=sizes(source),

@@ -1,1 +1,1 @@
-"""Whether a converted repo may be deployed: integrity, exactness, kernels, health. Output is only read."""
+"""Whether a converted repo may be deployed: integrity, exactness, kernels, sanity. Output is only read."""

@@ -2,7 +2,7 @@
 
 What flows: a worker takes a module, walks its matrices in blocks of rows that fit the cache, decodes the block from the
 source and from the output to the common form of `weights/decoded.py`, by code that shares nothing with the conversion's
-fast path, and compares integers and scale values for equality. The same pass counts what `health.py` warns of
+fast path, and compares integers and scale values for equality. The same pass counts what `sanity.py` warns of
 and digests the decoded form, so that a later check needs no source: `check_recorded`. Unquantized tensors are compared
 byte by byte. Scales that were rounded on request are compared with the rounded ones, and what that changed is counted.
 """
@@ -27,10 +27,10 @@ from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.verify.column_cache import ColumnCache
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.digests import KIND, MatrixDigest, digest_in, module_digest
-from xpuquant.conversion.verify.health import HealthCount
 from xpuquant.conversion.verify.proof import Checked, Claim, Rounding
 from xpuquant.conversion.verify.rounding import RoundedScales, change
-from xpuquant.conversion.verify.verdict import CONTRADICTIONS, Health, contradiction
+from xpuquant.conversion.verify.sanity import SanityCount
+from xpuquant.conversion.verify.verdict import CONTRADICTIONS, Sanity, contradiction
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Array, Slice, as_bytes, columns, rows, whole
@@ -54,7 +54,7 @@ Matrices = Mapping[tuple[str, int | None], Matrix]
 """The matrices of a stored module by role and expert."""
 
 
-def check_exact(origin: Origin, check: Check) -> tuple[list[Checked], dict[str, Health]]:
+def check_exact(origin: Origin, check: Check) -> tuple[list[Checked], dict[str, Sanity]]:
     """Compare everything the plan describes with everything the repo holds.
 
     Returns:
@@ -67,16 +67,16 @@ def check_exact(origin: Origin, check: Check) -> tuple[list[Checked], dict[str, 
     plan, source, repo = origin.plan, origin.source, check.repo
     _same_tensors(plan, repo)
 
-    def module(planned: PlannedModule) -> tuple[Checked, Health | None]:
+    def module(planned: PlannedModule) -> tuple[Checked, Sanity | None]:
         return _ModuleCheck(planned, source, check).result()
 
-    def dequantized(name: str, weights: Sequence[Weight]) -> tuple[Checked, Health | None]:
+    def dequantized(name: str, weights: Sequence[Weight]) -> tuple[Checked, Sanity | None]:
         return _check_dequantized(repo.tensors[name], weights, source, repo, check.progress), None
 
-    def passed(tensor: Tensor) -> tuple[Checked, Health | None]:
+    def passed(tensor: Tensor) -> tuple[Checked, Sanity | None]:
         return _check_bytes(source, tensor, repo, check.progress), None
 
-    def bias(split: BiasRows, name: str) -> tuple[Checked, Health | None]:
+    def bias(split: BiasRows, name: str) -> tuple[Checked, Sanity | None]:
         return _check_split_bias(split, source, repo.tensors[name], repo), None
 
     # Largest first, so that no worker is left with a long one at the end.
@@ -86,10 +86,10 @@ def check_exact(origin: Origin, check: Check) -> tuple[list[Checked], dict[str, 
     calls += [partial(passed, one) for one in plan.passed]
     calls += [partial(bias, split, name) for name, split in plan.split_biases.items()]
     results = run_all(check.jobs, calls)
-    return [checked for checked, _ in results], {c.name: health for c, health in results if health is not None}
+    return [checked for checked, _ in results], {c.name: sanity for c, sanity in results if sanity is not None}
 
 
-def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checked], dict[str, Health]]:
+def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checked], dict[str, Sanity]]:
     """Compare the decoded repo with the digests recorded at conversion. They were taken in the pass that compared every
     value with the source, so equal digests mean equal values.
 
@@ -104,10 +104,10 @@ def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checke
     tensors: Mapping[str, str] = record.get("tensors_sha256", {})
     dequantized = {name for entry in modules.values() for name in entry.get("dequantized", ())}
 
-    def module(stored: Stored) -> tuple[Checked, Health | None]:
+    def module(stored: Stored) -> tuple[Checked, Sanity | None]:
         return _check_module_digest(stored, modules.get(stored.name, {}), check)
 
-    def plain(tensor: Tensor) -> tuple[Checked, Health | None]:
+    def plain(tensor: Tensor) -> tuple[Checked, Sanity | None]:
         digest, expected = _tensor_digest(repo, tensor, check.progress), tensors.get(tensor.name)
         error = None if expected in (None, digest) else "bytes differ from those converted"
         is_matrix = tensor.name in dequantized
@@ -118,7 +118,7 @@ def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checke
     calls = [partial(module, stored) for stored in repo.modules.values()]
     calls += [partial(plain, tensor) for tensor in repo.plain.values()]
     results = run_all(check.jobs, calls)
-    counted = {checked.name: health for checked, health in results if health is not None}
+    counted = {checked.name: sanity for checked, sanity in results if sanity is not None}
     return [checked for checked, _ in results], counted
 
 
@@ -168,11 +168,11 @@ class _ModuleCheck:
         self._check = check
         self._scheme = scheme
         self._stored = stored if stored is None else replace(stored, load=ColumnCache(stored.load))
-        self._health = HealthCount(scheme.symmetric)
+        self._sanity = SanityCount(scheme.symmetric)
         self._digests: list[MatrixDigest] = []
         self._rounding = None if planned.conversion.rounded is None else Rounding(planned.conversion.rounded)
 
-    def result(self) -> tuple[Checked, Health | None]:
+    def result(self) -> tuple[Checked, Sanity | None]:
         """What was found, and counted where all of it could be decoded."""
         name, weights, stored = self._planned.conversion.name, self._planned.weights, self._stored
         if stored is None or stored.scheme != self._scheme:
@@ -189,7 +189,7 @@ class _ModuleCheck:
             wrong = wrong or _check_input_scale(self._planned, self._source, stored)
         except CONTRADICTIONS as fault:
             return self._checked(contradiction(fault)), None
-        return self._checked(wrong, module_digest(stored, self._digests)), self._health.health
+        return self._checked(wrong, module_digest(stored, self._digests)), self._sanity.sanity
 
     def _checked(self, error: str | None, digest: str | None = None) -> Checked:
         name, matrices = self._planned.conversion.name, len(self._planned.weights)
@@ -215,7 +215,7 @@ class _ModuleCheck:
             if wrong is not None:
                 return f"rows {start}:{stop}: {wrong}"
             digest.update(actual)
-            self._health.update(actual)
+            self._sanity.update(actual)
         self._digests.append(digest)
         if rounded is None or self._rounding is None:
             return None
@@ -230,7 +230,7 @@ def _scale_name(weight: Weight) -> str:
     return next((name for name in names if "scale" in name.rpartition(".")[2]), weight.name)
 
 
-def _check_module_digest(stored: Stored, entry: Mapping[str, Any], check: Check) -> tuple[Checked, Health | None]:
+def _check_module_digest(stored: Stored, entry: Mapping[str, Any], check: Check) -> tuple[Checked, Sanity | None]:
     """One module against its digest.
 
     Args:
@@ -239,7 +239,7 @@ def _check_module_digest(stored: Stored, entry: Mapping[str, Any], check: Check)
     kind, expected = digest_in(entry)
     rounding = rounding_in(entry)
     name, stored, repo = stored.name, replace(stored, load=ColumnCache(stored.load)), check.repo
-    health, digests, layout = HealthCount(stored.scheme.symmetric), list[MatrixDigest](), repo.layout(stored)
+    sanity, digests, layout = SanityCount(stored.scheme.symmetric), list[MatrixDigest](), repo.layout(stored)
 
     held = Claim.EXACT if rounding is None else Claim.ROUNDED
 
@@ -256,13 +256,13 @@ def _check_module_digest(stored: Stored, entry: Mapping[str, Any], check: Check)
                 show = layout.as_packed if kind == KIND else layout.decode
                 rows = in_rows(show(stored, matrix, start, stop))
                 digest.update(rows)
-                health.update(rows)
+                sanity.update(rows)
         found = module_digest(stored, digests)
     except CONTRADICTIONS as fault:
         return checked(contradiction(fault)), None
     check.progress(sum(tensor.nbytes for tensor in stored.tensors.values()))
     error = None if expected in (None, found) else "decodes to something else than was converted"
-    return checked(error, found if expected else None), health.health
+    return checked(error, found if expected else None), sanity.sanity
 
 
 def rounding_in(entry: Mapping[str, Any]) -> Rounding | None:

@@ -29,10 +29,10 @@ from xpuquant.conversion.verify.contents import check_contents
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.exactness import check_exact, check_recorded, find_matrix, matrices_by_role
 from xpuquant.conversion.verify.expected import DecodeRows, Subject
-from xpuquant.conversion.verify.health import findings
 from xpuquant.conversion.verify.integrity import check_integrity, check_written
 from xpuquant.conversion.verify.proof import Checked, Claim
 from xpuquant.conversion.verify.rounding import odd, round_scales
+from xpuquant.conversion.verify.sanity import findings
 from xpuquant.conversion.verify.verdict import (
     CONTRADICTIONS,
     NO_DEMANDS,
@@ -40,7 +40,7 @@ from xpuquant.conversion.verify.verdict import (
     Agreement,
     Demands,
     Finding,
-    Health,
+    Sanity,
     Verdict,
 )
 from xpuquant.errors import Argument, DamagedError, UsageError, XpuquantError, one_line
@@ -147,7 +147,7 @@ def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Ver
         kernels = partial(_kernels, _source_subjects(origin, check.repo), check)
         # Few matrices, in one thread: it would otherwise be alone at the end.
         running = beside.submit(kernels) if check.jobs > 1 else None
-        exact, health = check_exact(origin, check)
+        exact, sanity = check_exact(origin, check)
         ran = kernels() if running is None else running.result()
     verdict = Verdict(
         name,
@@ -158,24 +158,24 @@ def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Ver
         kernels=ran,
         **_of_source(origin),
     )
-    return _with_exactness(verdict, check.repo, exact, health)
+    return _with_exactness(verdict, check.repo, exact, sanity)
 
 
 def _against_source(verdict: Verdict, origin: Origin, check: Check) -> Verdict:
     """A verdict on integrity, and the rest by comparing with the source."""
     try:
-        exact, health = check_exact(origin, check)
+        exact, sanity = check_exact(origin, check)
     except DamagedError as error:
         what = f"{error}; is this the source it was converted from?"
         return _with_findings(verdict, Finding("exactness", _shown(origin.source), what))
     origin.source.check_unchanged()
     ran = _kernels(_source_subjects(origin, check.repo), check)
-    return _with_exactness(replace(verdict, kernels=ran, **_of_source(origin)), check.repo, exact, health)
+    return _with_exactness(replace(verdict, kernels=ran, **_of_source(origin)), check.repo, exact, sanity)
 
 
 def _against_record(verdict: Verdict, record: Mapping[str, Any], check: Check) -> Verdict:
     """A verdict on integrity, and the rest by comparing with what xpuquant.json says."""
-    exact, health = check_recorded(record, check)
+    exact, sanity = check_recorded(record, check)
     is_recorded = any(one.claim is Claim.RECORDED for one in exact)
     verdict = replace(
         verdict,
@@ -183,7 +183,7 @@ def _against_record(verdict: Verdict, record: Mapping[str, Any], check: Check) -
         before=record.get("source", {}).get("bytes_by_dtype", {}),
         kernels=_kernels(_stored_subjects(check.repo), check),
     )
-    return _with_exactness(verdict, check.repo, exact, health)
+    return _with_exactness(verdict, check.repo, exact, sanity)
 
 
 def _of_source(origin: Origin) -> dict[str, Any]:
@@ -199,14 +199,14 @@ def _with_findings(verdict: Verdict, *found: Finding) -> Verdict:
     return replace(verdict, findings=(*verdict.findings, *found))
 
 
-def _with_exactness(verdict: Verdict, repo: Repo, exact: Sequence[Checked], health: Mapping[str, Health]) -> Verdict:
-    """The verdict with its part on exactness and health, and with what the repo holds."""
+def _with_exactness(verdict: Verdict, repo: Repo, exact: Sequence[Checked], sanity: Mapping[str, Sanity]) -> Verdict:
+    """The verdict with its part on exactness and sanity, and with what the repo holds."""
     found = {one.name: one for one in exact}
     strange = [Finding("exactness", one.name, what, fails=False) for one in exact if (what := _odd_rounding(one))]
     return replace(
-        _with_findings(verdict, *strange, *findings(health, found)),
+        _with_findings(verdict, *strange, *findings(sanity, found)),
         exact=exact,
-        health=health,
+        sanity=sanity,
         schemes={name: stored.scheme.label() for name, stored in repo.modules.items()},
         after=_by_dtype((tensor.dtype, tensor.nbytes) for tensor in repo.tensors.values()),
     )

@@ -121,7 +121,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Health:
+class Sanity:
     """What a deployer may want to know about one module's numbers.
 
     groups          scales of the module
@@ -186,7 +186,7 @@ class Verdict:
     exact        modules and unquantized tensors, each with what may be claimed of it
     kernels      every kernel run, and the runs refused
     unavailable  backend → why it cannot run here
-    health       module → its numbers
+    sanity       module → its numbers
     findings     failures and warnings that are no `Checked` and no `Agreement`
     schemes      module → scheme label
     before       dtype → bytes of the source; empty where unknown
@@ -202,7 +202,7 @@ class Verdict:
     exact: Sequence[Checked] = ()
     kernels: Sequence[Agreement] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
-    health: Mapping[str, Health] = field(default_factory=dict)
+    sanity: Mapping[str, Sanity] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     schemes: Mapping[str, str] = field(default_factory=dict)
     before: Mapping[str, int] = field(default_factory=dict)
@@ -322,7 +322,7 @@ class Verdict:
                     Agreement(**{**entry, "M": tuple(entry["M"]), "histogram": tuple(entry["histogram"])})
                     for entry in data["kernels"]
                 ],
-                "health": {name: Health(**entry) for name, entry in data["health"].items()},
+                "sanity": {name: Sanity(**entry) for name, entry in data["sanity"].items()},
                 "findings": [Finding(**entry) for entry in data["findings"]],
                 "demands": Demands(**{key: _tuples(value) for key, value in data["demands"].items()}),
             }

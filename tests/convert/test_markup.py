@@ -33,7 +33,7 @@ from xpuquant.conversion.repo.yaml_front import MOST_CHARACTERS, read_mapping
 from xpuquant.conversion.report.markdown import render_markdown
 from xpuquant.conversion.report.markup import fenced, listed, markdown, table, text
 from xpuquant.conversion.verify.proof import Checked
-from xpuquant.conversion.verify.verdict import Agreement, Finding, Health, Verdict
+from xpuquant.conversion.verify.verdict import Agreement, Finding, Sanity, Verdict
 from xpuquant.errors import one_line
 
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -176,7 +176,7 @@ def test_reports_with_names_of_strangers(names: list[str]) -> None:
         exact=[Checked(a, 1, b)],
         kernels=[run, replace(run, error=None, reason=c)],
         unavailable={d: e},
-        health={a: Health()},
+        sanity={a: Sanity()},
         schemes={a: b, b: c},
         findings=[Finding("integrity", c, d), Finding("sanity", d, e, fails=False)],
     )

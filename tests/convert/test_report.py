@@ -21,7 +21,7 @@ from xpuquant.conversion.report.reports import as_data, write_reports
 from xpuquant.conversion.report.sentences import exactness, in_one_line
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.proof import Checked, Claim, Proof, Rounding
-from xpuquant.conversion.verify.verdict import Agreement, Finding, Health, Verdict
+from xpuquant.conversion.verify.verdict import Agreement, Finding, Sanity, Verdict
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = 'model.layers.3.<script>alert("x")</script>|`&.q_proj'
@@ -30,7 +30,7 @@ NASTY = 'model.layers.3.<script>alert("x")</script>|`&.q_proj'
 def verdict(layers: int = 32, *, broken: bool = True) -> Verdict:
     """A verdict like that of a model of `layers` layers."""
     rng = np.random.default_rng(0)
-    runs, schemes, health = [], {}, {}
+    runs, schemes, sanity = [], {}, {}
     for layer in range(layers):
         for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
             name = f"model.layers.{layer}.{kind}"
@@ -60,7 +60,7 @@ def verdict(layers: int = 32, *, broken: bool = True) -> Verdict:
             )
             if not (broken and (layer, kind) == (9, "mlp.down_proj")):
                 runs.append(replace(run, M=(1, 2, 8, 33, 64), wrong_layout=1.4) if layer == 0 else run)
-            health[name] = Health(groups=131072, codes=1 << 24, saturated=1 << 18, scale_max=0.03, scale_typical=0.01)
+            sanity[name] = Sanity(groups=131072, codes=1 << 24, saturated=1 << 18, scale_max=0.03, scale_typical=0.01)
     return Verdict(
         repo="Model-xpu",
         producer="xpuquant 0",
@@ -69,7 +69,7 @@ def verdict(layers: int = 32, *, broken: bool = True) -> Verdict:
         exact=[Checked(name, 1, None, "00") for name in schemes] + [Checked("norm", 0, None, "00")],
         kernels=runs,
         unavailable={"vllm_xpu": "needs an Intel GPU: pip install vllm-xpu-kernels"},
-        health=health,
+        sanity=sanity,
         findings=[Finding("sanity", "model.layers.3.mlp.up_proj", "2 of 9 scales are 0", fails=False)] * broken,
         schemes=schemes,
         before={"I32": 4_000_000, "F16": 1_000},
@@ -85,7 +85,7 @@ def nasty() -> Verdict:
         exact=[Checked(NASTY, 1, "differs <i>")],
         kernels=[run],
         unavailable={"b": "<u>why</u>"},
-        health={NASTY: Health()},
+        sanity={NASTY: Sanity()},
         schemes={NASTY: "s"},
         after={"<dtype>": 1},
         findings=[Finding("integrity", "<a>\x1b[31m", "bad\nline")],

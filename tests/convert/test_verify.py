@@ -17,9 +17,9 @@ from support.checkpoints import FIXTURES
 from xpuquant.conversion.cli.app import run
 from xpuquant.conversion.verify.column_cache import ColumnCache
 from xpuquant.conversion.verify.digests import MatrixDigest
-from xpuquant.conversion.verify.health import HealthCount, findings
 from xpuquant.conversion.verify.proof import Checked, Claim
-from xpuquant.conversion.verify.verdict import Agreement, Finding, Health, Verdict
+from xpuquant.conversion.verify.sanity import SanityCount, findings
+from xpuquant.conversion.verify.verdict import Agreement, Finding, Sanity, Verdict
 from xpuquant.formats.checkpoint import Slice, columns, whole
 from xpuquant.formats.layouts.base import Matrix
 from xpuquant.formats.safetensors import Tensor
@@ -159,41 +159,41 @@ def decoded(codes, scale) -> Decoded:
 
 
 class TestSanity:
-    def count(self, codes, scale) -> Health:
-        counter = HealthCount()
+    def count(self, codes, scale) -> Sanity:
+        counter = SanityCount()
         counter.update(decoded(codes, scale))
-        return counter.health
+        return counter.sanity
 
     def test_by_eye(self):
         codes = np.array([[-8] * 8 + [7] * 4 + [0] * 4, [0] * 8 + [1] * 8], np.int8)
-        health = self.count(codes, np.array([[1, 0], [np.nan, np.inf]], np.float16))
-        assert (health.groups, health.codes) == (4, 16)  # saturation: the first row of four
-        assert (health.bad_scales, health.zero_scales, health.dead_groups, health.saturated) == (2, 1, 1, 12)
+        sanity = self.count(codes, np.array([[1, 0], [np.nan, np.inf]], np.float16))
+        assert (sanity.groups, sanity.codes) == (4, 16)  # saturation: the first row of four
+        assert (sanity.bad_scales, sanity.zero_scales, sanity.dead_groups, sanity.saturated) == (2, 1, 1, 12)
 
     def test_scales_of_a_block_are_counted_once(self):
-        counter = HealthCount()
+        counter = SanityCount()
         for start in (0, 8):
             row = np.arange(start, start + 8) // 16
             counter.update(Decoded("e4m3", np.zeros((8, 32), np.uint8), np.ones((1, 1)), row, np.zeros(32, int)))
-        assert counter.health.groups == 1
+        assert counter.sanity.groups == 1
 
     def test_nan_fails_only_where_it_is_not_the_source_s(self):
-        health = {"m": Health(groups=4, bad_scales=1, codes=32)}
+        sanity = {"m": Sanity(groups=4, bad_scales=1, codes=32)}
         for claim in Claim:
-            fails = [finding.fails for finding in findings(health, {"m": Checked("m", 1, None, claim=claim)})]
+            fails = [finding.fails for finding in findings(sanity, {"m": Checked("m", 1, None, claim=claim)})]
             assert fails == [claim is Claim.NOT_CHECKED]
-        assert [finding.fails for finding in findings(health, {"m": Checked("m", 1, "differs")})] == [True]
-        assert [finding.fails for finding in findings(health, {})] == [True]
+        assert [finding.fails for finding in findings(sanity, {"m": Checked("m", 1, "differs")})] == [True]
+        assert [finding.fails for finding in findings(sanity, {})] == [True]
 
     def test_warnings_name_what_is_odd(self):
-        health = {
-            "m": Health(
+        sanity = {
+            "m": Sanity(
                 groups=100, zero_scales=1, dead_groups=2, codes=100, saturated=30, scale_max=101.0, scale_typical=1.0
             )
         }
-        said = [finding.what for finding in findings(health, {})]
-        assert len(said) == 4 and all(not finding.fails for finding in findings(health, {}))
-        assert list(findings({"m": Health(groups=100, codes=100, saturated=13)}, {})) == []
+        said = [finding.what for finding in findings(sanity, {})]
+        assert len(said) == 4 and all(not finding.fails for finding in findings(sanity, {}))
+        assert list(findings({"m": Sanity(groups=100, codes=100, saturated=13)}, {})) == []
 
 
 class TestDigests:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xpuquant.conversion.verify.proof import Checked, Claim
-from xpuquant.conversion.verify.verdict import Finding, Health
+from xpuquant.conversion.verify.verdict import Finding, Sanity
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.packed import Packed, Rows
@@ -35,21 +35,21 @@ _NOT_FINITE = {"e4m3": 0x7F, "e5m2": 0x7C}
 
 
 @dataclass
-class HealthCount:
+class SanityCount:
     """Counts one module, block by block.
 
     symmetric  zero points are in the middle, so -8 and 7 are the ends of the range
     """
 
     symmetric: bool = True
-    health: Health = field(default_factory=Health)
+    sanity: Sanity = field(default_factory=Sanity)
     _squares: float = 0.0
     _finite: int = 0
     _last_row: int = -1
 
     def update(self, rows: Rows) -> None:
         """Count rows of one matrix."""
-        h = self.health
+        h = self.sanity
         scale = self._new(rows)
         bad, zero, largest = self._scales(scale)
         sample = rows.codes[::_SAMPLE]
@@ -59,7 +59,7 @@ class HealthCount:
             saturated = _saturated_nibbles(rows.number, sample, self.symmetric)
         else:
             saturated = _saturated(rows.number, sample, self.symmetric)
-        self.health = Health(
+        self.sanity = Sanity(
             groups=h.groups + scale.size,
             bad_scales=h.bad_scales + bad,
             zero_scales=h.zero_scales + zero,
@@ -152,13 +152,13 @@ def _dead_nibbles(rows: Packed) -> int:
     return int(count_dead(rows.codes.view(np.uint64).reshape(n, groups, size // 16), nothing, mask))
 
 
-def findings(health: Mapping[str, Health], checked: Mapping[str, Checked]) -> Iterator[Finding]:
+def findings(sanity: Mapping[str, Sanity], checked: Mapping[str, Checked]) -> Iterator[Finding]:
     """What is worth a look.
 
     Args:
         checked: module → what was found of it. Whatever is odd about numbers that are the source's is the source's.
     """
-    for name, h in health.items():
+    for name, h in sanity.items():
         found = checked.get(name)
         is_of_source = found is not None and found.is_of_source
         then = found is not None and found.claim is Claim.RECORDED
