@@ -1,4 +1,4 @@
-"""Bytes as people write them (`5GB`) and read them (`4.1 GB`), and seconds as they read them."""
+"""Bytes as people write them (`5GB`) and read them (`4.1 GB`); seconds and counts as they read them."""
 
 from __future__ import annotations
 
@@ -55,3 +55,12 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """`1 module`, `2,048 modules`, `1 matrix decodes`: a number with what it counts, and its verb where `one` has one.
+
+    Args:
+        several: None: `one` with an s.
+    """
+    return f"{count:,} {one if count == 1 else several or one + 's'}"

@@ -21,6 +21,9 @@ ROOT = TESTS.parent
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
+# Reports say when they were made: with this, equal conversions write equal files, and tests compare all of them.
+os.environ.setdefault("SOURCE_DATE_EPOCH", "1795780800")
+
 with suppress(ImportError):  # the slow lanes' environments have no hypothesis
     from hypothesis import settings
 

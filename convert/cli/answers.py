@@ -16,7 +16,7 @@ from xpuquant.conversion.report.markdown import checks
 from xpuquant.conversion.report.reports import as_data, by_claim
 from xpuquant.conversion.report.sentences import by_kernel, decibels, exactness, headline, in_one_line, unquantized
 from xpuquant.conversion.results import Converted, ModuleOutcome, PartConverted, Planned
-from xpuquant.conversion.sizes import size
+from xpuquant.conversion.sizes import counted, size
 from xpuquant.conversion.verify.proof import Proof
 from xpuquant.conversion.verify.verdict import Outcome
 from xpuquant.formats.scheme import compact
@@ -70,7 +70,7 @@ def _converted(result: Converted, output: Output) -> Answer:
         ("", ""),
         (
             ("left as is", left_alone(plan)),
-            ("size", f"{size(plan.source.nbytes)} → {size(plan.write_bytes)} in {len(plan.shards)} shard(s)"),
+            ("size", f"{size(plan.source.nbytes)} → {size(plan.write_bytes)} in {counted(len(plan.shards), 'shard')}"),
             (str(outcome) if result.is_new else "checked", checked),
             ("written to", out),
             *([("took", output.took(plan.read_bytes))] if result.is_new else []),
@@ -90,7 +90,7 @@ def _converted(result: Converted, output: Output) -> Answer:
 
 
 def _part(result: PartConverted) -> Answer:
-    made = f"{len(result.shards)} of {result.of} shards, {size(result.nbytes)}"
+    made = f"{len(result.shards)} of {counted(result.of, 'shard')}, {size(result.nbytes)}"
     text = f"part {result.part}: {made}, staged in {result.out}"
     hint = f"when every part is done: {shlex.join(['xpuquant', 'finish', result.source, str(result.out)])}"
     return Answer([text, hint], {"part": result.part, "shards": {n: f.sha256 for n, f in result.shards.items()}}, text)
@@ -127,7 +127,7 @@ def pushed(result: Pushed, output: Output) -> Answer:
     there = f", {len(result.unchanged)} were there" if result.unchanged else ""
     rows = [
         ("pushed to", result.url if result.revision == "main" else f"{result.url} ({result.revision})"),
-        ("uploaded", f"{len(result.uploaded)} files, {size(result.nbytes)}{there}"),
+        ("uploaded", f"{counted(len(result.uploaded), 'file')}, {size(result.nbytes)}{there}"),
         ("compared", "every checksum on the Hub equals the local one"),
         ("took", output.took(result.nbytes)),
     ]
@@ -231,7 +231,7 @@ def left_alone(plan: Planned) -> str:
     total = sum(tensor.nbytes for tensor in plan.passed)
     matrices = [tensor.name for tensor in plan.passed if len(tensor.shape) >= 2]
     shown = ", ".join(compact(name.removesuffix(".weight") for name in matrices)[:8])
-    return f"{len(plan.passed)} tensors ({size(total)}), not quantized in the source: norms, {shown}"
+    return f"{counted(len(plan.passed), 'tensor')} ({size(total)}), not quantized in the source: norms, {shown}"
 
 
 def plan_data(plan: Planned) -> dict[str, Any]:

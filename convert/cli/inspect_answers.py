@@ -14,7 +14,7 @@ from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.gpus import EXPERT_GENERATIONS, GPUS, KEPT_FREE, USED, Gpu
 from xpuquant.conversion.plan.survey import modules_have
 from xpuquant.conversion.repo.description import ConvertedRepo
-from xpuquant.conversion.sizes import duration, size
+from xpuquant.conversion.sizes import counted, duration, size
 from xpuquant.formats.scheme import compact, expand
 
 if TYPE_CHECKING:
@@ -38,7 +38,11 @@ def _converted_repo(found: ConvertedRepo) -> Answer:
         ("repo", _at_commit(repo)),
         ("is", f"{what}{' with ' * bool(asked)}{', '.join(asked)}"),
         ("from", f"{_at_commit(origin)}, {size(origin.nbytes)}"),
-        ("size", f"{size(repo.nbytes)}, {len(found.modules)} quantized modules, {found.plain} other tensors"),
+        (
+            "size",
+            f"{size(repo.nbytes)}, {counted(len(found.modules), 'quantized module')}, "
+            f"{counted(found.plain, 'other tensor')}",
+        ),
         ("when converted", found.verified or "not verified"),
         *((f"served by {name}", versions) for name, versions in found.needs.items()),
     ]
@@ -76,7 +80,7 @@ def _checkpoint(found: Inspection) -> Answer:
         ("", ""),
         (
             ("checkpoint", found.source.name),
-            ("model", f"{found.model_type or 'unknown'}, {found.tensors} tensors"),
+            ("model", f"{found.model_type or 'unknown'}, {counted(found.tensors, 'tensor')}"),
             ("format", f"{', '.join(found.formats) or 'unknown'} ({says})"),
             ("size", size(found.source.nbytes)),
             ("converts", verdict),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xpuquant.conversion.options import Options
+from xpuquant.conversion.sizes import counted
 from xpuquant.errors import Argument, UnsupportedError
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Checkpoint
@@ -109,7 +110,7 @@ def refusal(refused: Mapping[str, str], dequantizable: bool, layout: str) -> Uns
 
 def modules_have(count: int) -> str:
     """`1 module has`, `2 modules have`: the beginning of a sentence."""
-    return "1 module has" if count == 1 else f"{count} modules have"
+    return counted(count, "module has", "modules have")
 
 
 def kind_of(module: Module) -> str:

@@ -21,7 +21,7 @@ from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.card_merge import CARD, generate, loaded_by_transformers, served_by_vllm
 from xpuquant.conversion.report.markup import Markdown, fenced, joined, listed, markdown, table
 from xpuquant.conversion.report.sentences import headline
-from xpuquant.conversion.sizes import size
+from xpuquant.conversion.sizes import counted, size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.formats.dtypes import numpy_dtype
@@ -307,7 +307,7 @@ def _converted(facts: CardFacts) -> Markdown:
 
 
 def _sizes(facts: CardFacts) -> Markdown:
-    rows = [("before", size(facts.source_bytes)), ("after", f"{size(facts.bytes)} in {facts.shards} file(s)")]
+    rows = [("before", size(facts.source_bytes)), ("after", f"{size(facts.bytes)} in {counted(facts.shards, 'file')}")]
     return markdown("## Size\n\n{rows}", rows=table(("weights", "size"), rows))
 
 

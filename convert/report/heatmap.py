@@ -1,77 +1,89 @@
-"""verify.svg: layer × module, coloured by how close the kernel's output is to float64. Also stands in verify.html.
+"""Layer × module: how much of its tolerance a kernel used. What is shown, for the page and for the card's picture.
 
-Text takes the colour of the page's scheme, light or dark, by a media query: the picture has no background of its own.
+The scale is anchored: 0 is float64's own result, 100 % is the tolerance, and what is beyond fails. So a healthy model
+looks healthy, whatever its decibels are, and two pictures can be compared.
 """
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 
 from xpuquant.conversion.report.markdown import matrix_name
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Verdict
 
-_WIDTH = 900.0
-_CELL_HEIGHT = 20.0
-_CELL_WIDTH = (7.0, 26.0)
-_LABEL_CHARACTER = 6.6
-_TOP, _BOTTOM = 46.0, 64.0
-_LEAST_RANGE_DB = 12.0
-"""Colours span at least this much, so that differences of a tenth of a decibel do not look like a pattern."""
+NEAR, FAR = (15, 133, 133), (184, 122, 32)
+"""RGB at 0 and at the tolerance: teal and amber, told apart by those who see no red or no green. Both stand out by 3 to
+1 from a white and from a dark page, as do all between them."""
 
-_PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-"""Five points of viridis (Smith and van der Walt, 2015): even in lightness, and safe for the colour-blind."""
-
-_STYLE = """
-.hm text{font:12px system-ui,-apple-system,"Segoe UI",sans-serif;fill:#24292f}
-.hm .soft{fill:#57606a}
-.hm .cell{stroke:#fff;stroke-width:1}
-.hm .bad{fill:#d1242f}
-.hm .none{fill:url(#hatch)}
-.hm .cross{stroke:#fff;stroke-width:1.6}
-.hm a:hover .cell,.hm a:focus .cell{stroke:#0969da;stroke-width:2}
-@media(prefers-color-scheme:dark){.hm text{fill:#e6edf3}.hm .soft{fill:#9da7b3}.hm .cell{stroke:#0d1117}}
-"""
+FAILED_COLOUR = "#cf222e"
+_MANY_TIMES = 10.0
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
-def heat_map(verdict: Verdict, linked: Mapping[Agreement, str] | None = None) -> str:
-    """The picture, as a complete SVG element.
+class State(StrEnum):
+    """What a square says."""
 
-    Args:
-        linked: run → the id of its row on the page; cells become links to them.
+    PASSED = "passed"
+    FAILED = "failed"
+    UNSEEN = "unseen"
+    """No kernel ran, or the float64 reference alone, which says nothing of kernels."""
+
+
+@dataclass(frozen=True)
+class Square:
+    """One module: the run that stands for it (see `Verdict.cell`), and that run in words."""
+
+    module: str
+    state: State
+    run: Agreement | None
+    said: str
+
+    @property
+    def colour(self) -> str | None:
+        """`#rrggbb`; None where nothing was seen."""
+        if self.state is State.UNSEEN or self.run is None:
+            return None
+        return FAILED_COLOUR if self.state is State.FAILED else colour(self.run.used or 0.0)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """rows    label → layer → square
+    layers  those that occur, in order; -1 is for modules without a number in their name
     """
+
+    rows: Mapping[str, Mapping[int, Square]]
+    layers: Sequence[int]
+
+    @property
+    def squares(self) -> Sequence[Square]:
+        return [square for members in self.rows.values() for square in members.values()]
+
+    @property
+    def states(self) -> frozenset[State]:
+        """Those that occur: a legend explains no others."""
+        return frozenset(square.state for square in self.squares)
+
+    @property
+    def largest(self) -> Square | None:
+        """The square nearest to its tolerance, or farthest beyond it."""
+        seen = [square for square in self.squares if square.state is not State.UNSEEN]
+        return max(seen, key=lambda square: (square.run and square.run.used) or 0.0, default=None)
+
+
+def heat_map(verdict: Verdict) -> HeatMap:
+    """Every quantized module of a verdict."""
     rows, layers = table_of(verdict.schemes)
-    cells = {name: verdict.cell(name) for name in verdict.schemes}
-    label = 16 + _LABEL_CHARACTER * max([len(row) for row in rows], default=10)
-    step = min(max((_WIDTH - label) / max(len(layers), 1), _CELL_WIDTH[0]), _CELL_WIDTH[1])
-    scale = Scale([run for run in cells.values() if run is not None and run.passed and _is_real(run)])
-    width = max(label + step * len(layers) + 12, 520)
-    height = _TOP + _CELL_HEIGHT * len(rows) + _BOTTOM
-    parts = [
-        f'<svg class="hm" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'width="{width:.0f}" height="{height:.0f}" role="img" aria-label="{_text(_caption(verdict))}">',
-        f"<style>{_STYLE}</style>",
-        '<defs><pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" '
-        'patternTransform="rotate(45)"><rect width="6" height="6" fill="#8b949e" fill-opacity=".25"/>'
-        '<rect width="2" height="6" fill="#8b949e"/></pattern></defs>',
-        f'<text x="0" y="14">{_text(_caption(verdict))}</text>',
-    ]
-    parts += _axis(layers, label, step)
-    for y, (row, members) in enumerate(rows.items()):
-        top = _TOP + y * _CELL_HEIGHT
-        parts.append(f'<text x="{label - 8:.1f}" y="{top + 14:.1f}" text-anchor="end">{_text(row)}</text>')
-        for layer, name in members.items():
-            x = label + step * layers.index(layer)
-            parts.append(_cell(name, cells[name], x, top, step, scale, linked or {}))
-    shown = list(cells.values())
-    failed = any(run is not None and not run.passed for run in shown)
-    unseen = any(run is None or not _is_real(run) for run in shown)
-    parts += scale.legend(label, _TOP + _CELL_HEIGHT * len(rows) + 18, failed, unseen)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    squares = {
+        label: {layer: _square(name, verdict.cell(name)) for layer, name in members.items()}
+        for label, members in rows.items()
+    }
+    return HeatMap(squares, layers)
 
 
 def table_of(modules: Sequence[str] | Mapping[str, str]) -> tuple[dict[str, dict[int, str]], list[int]]:
@@ -89,89 +101,45 @@ def table_of(modules: Sequence[str] | Mapping[str, str]) -> tuple[dict[str, dict
     return rows, sorted({layer for members in rows.values() for layer in members})
 
 
-class Scale:
-    """Decibels to colours."""
-
-    def __init__(self, runs: Sequence[Agreement]) -> None:
-        values = [run.sqnr_db for run in runs if run.sqnr_db is not None and math.isfinite(run.sqnr_db)]
-        low, high = (min(values), max(values)) if values else (0.0, 0.0)
-        middle = (low + high) / 2
-        self.low = min(low, middle - _LEAST_RANGE_DB / 2)
-        self.high = max(high, middle + _LEAST_RANGE_DB / 2)
-        self.is_empty = not values
-
-    def colour(self, sqnr_db: float) -> str:
-        at = min(max((sqnr_db - self.low) / (self.high - self.low), 0.0), 1.0) * (len(_PALETTE) - 1)
-        first = min(int(at), len(_PALETTE) - 2)
-        mixed = (a + (b - a) * (at - first) for a, b in zip(_PALETTE[first], _PALETTE[first + 1], strict=True))
-        return "#" + "".join(f"{round(value):02x}" for value in mixed)
-
-    def legend(self, x: float, y: float, bad: bool, none: bool) -> list[str]:
-        parts: list[str] = []
-        if not self.is_empty:
-            steps = 40
-            for i in range(steps):
-                db = self.low + (self.high - self.low) * (i + 0.5) / steps
-                parts.append(f'<rect x="{x + 4 * i:.0f}" y="{y}" width="4.5" height="10" fill="{self.colour(db)}"/>')
-            parts.append(f'<text class="soft" x="{x:.0f}" y="{y + 25}">{self.low:.0f} dB</text>')
-            end = x + 4 * steps
-            parts.append(f'<text class="soft" x="{end:.0f}" y="{y + 25}" text-anchor="end">{self.high:.0f} dB</text>')
-            x = end + 24
-        if bad:
-            parts.append(f'<rect class="bad" x="{x:.0f}" y="{y}" width="14" height="10"/>')
-            parts.append(f'<text class="soft" x="{x + 20:.0f}" y="{y + 9.5}">fails</text>')
-            x += 70
-        if none:
-            parts.append(f'<rect class="none" x="{x:.0f}" y="{y}" width="14" height="10"/>')
-            parts.append(f'<text class="soft" x="{x + 20:.0f}" y="{y + 9.5}">no real kernel ran here</text>')
-        return parts
+def colour(share: float) -> str:
+    """`#rrggbb` of a share of the tolerance, 0 to 1."""
+    at = min(max(share, 0.0), 1.0)
+    return "#" + "".join(f"{round(near + (far - near) * at):02x}" for near, far in zip(NEAR, FAR, strict=True))
 
 
-def _axis(layers: Sequence[int], label: float, step: float) -> list[str]:
-    every = next(n for n in (1, 2, 4, 5, 8, 10, 16, 20, 50, 1000) if n * step >= 22)
-    shown = [(i, layer) for i, layer in enumerate(layers) if layer >= 0 and layer % every == 0]
-    return [f'<text class="soft" x="{label - 8:.1f}" y="{_TOP - 7}" text-anchor="end">layer</text>'] * bool(shown) + [
-        f'<text class="soft" x="{label + step * (i + 0.5):.1f}" y="{_TOP - 7}" text-anchor="middle">{layer}</text>'
-        for i, layer in shown
-    ]
+def percent(share: float | None) -> str:
+    """`22 %`, `<1 %`; of many times the tolerance `35 ×`; nothing of None."""
+    if share is None:
+        return ""
+    if share >= _MANY_TIMES:
+        return "∞" if math.isinf(share) else f"{share:,.0f} ×"
+    return "<1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
 
 
-def _cell(
-    name: str,
-    run: Agreement | None,
-    x: float,
-    y: float,
-    width: float,
-    scale: Scale,
-    linked: Mapping[Agreement, str],
-) -> str:
-    box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{_CELL_HEIGHT:.1f}"'
-    if run is None or (not _is_real(run) and run.passed):
-        said = "no kernel ran" if run is None else "only the float64 reference ran"
-        return f'<rect class="cell none" {box}><title>{_text(f"{name}: {said}")}</title></rect>'
-    sqnr = run.sqnr_db
-    figure = f"relative error {run.error:.1e}" + (f", {sqnr:.1f} dB" if sqnr is not None else "")
-    title = f"<title>{_text(f'{matrix_name(run)}: {run.backend}, {figure}')}</title>"
-    if not run.passed:
-        a, b = (x + width / 2 - 4, x + width / 2 + 4), (y + _CELL_HEIGHT / 2 - 4, y + _CELL_HEIGHT / 2 + 4)
-        drawn = (
-            f'<g><rect class="cell bad" {box}/><path class="cross" d="M{a[0]:.1f} {b[0]:.1f}L{a[1]:.1f} {b[1]:.1f}'
-            f'M{a[0]:.1f} {b[1]:.1f}L{a[1]:.1f} {b[0]:.1f}"/>{title}</g>'
-        )
-    else:
-        drawn = f'<rect class="cell" {box} fill="{scale.colour(math.inf if sqnr is None else sqnr)}">{title}</rect>'
-    return f'<a href="#{linked[run]}">{drawn}</a>' if run in linked else drawn
+def of_tolerance(share: float | None) -> str:
+    """`22 % of the tolerance`, `35 times the tolerance`."""
+    if share is None or math.isinf(share):
+        return "beyond any tolerance"
+    return f"{share:,.0f} times the tolerance" if share >= _MANY_TIMES else f"{percent(share)} of the tolerance"
 
 
-def _is_real(run: Agreement) -> bool:
-    return run.backend != REFERENCE
+def shown_layers(layers: Sequence[int], step: float, room: float = 24.0) -> frozenset[int]:
+    """Which layers have their number written above them, where a column is `step` wide and a number takes `room`."""
+    every = next(n for n in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 1000) if n * step >= room or n == 1000)
+    return frozenset(layer for layer in layers if layer >= 0 and layer % every == 0)
 
 
-def _caption(verdict: Verdict) -> str:
-    names = dict.fromkeys(run.backend for run in verdict.kernels if run.ran and _is_real(run))
-    return f"Kernel output against float64, signal to noise per module ({', '.join(names) or 'no real kernel ran'})"
+def real_kernels(verdict: Verdict) -> str:
+    """The kernel libraries that ran, the reference left out; empty where none did."""
+    return ", ".join(dict.fromkeys(run.backend for run in verdict.kernels if run.ran and run.backend != REFERENCE))
 
 
-def _text(text: str) -> str:
-    """Escaped; names come from strangers' files."""
-    return html.escape("".join(c if c.isprintable() else "?" for c in text), quote=True)
+def _square(name: str, run: Agreement | None) -> Square:
+    if run is None:
+        return Square(name, State.UNSEEN, None, f"{name}: no kernel ran")
+    if run.backend == REFERENCE and run.passed:
+        return Square(name, State.UNSEEN, run, f"{name}: only the float64 reference ran")
+    said = "accepts a wrong layout: its agreement shows nothing" if run.blind else of_tolerance(run.used)
+    state = State.PASSED if run.passed else State.FAILED
+    verb = "" if run.passed else "fails, "
+    return Square(name, state, run, f"{matrix_name(run)}: {verb}{run.backend} {run.activation}, {said}")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from xpuquant.conversion.report.markup import Markdown, joined, listed, markdown, table
 from xpuquant.conversion.report.sentences import exactness, headline, unquantized
+from xpuquant.conversion.sizes import counted
 from xpuquant.conversion.verify.proof import Claim
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Outcome, Verdict
 
@@ -66,7 +67,7 @@ def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
         warned = sum(finding.check == kind for finding in verdict.warnings)
         result = f"FAIL ({failing})" if failing else "not run" if what is None else "not all" if gaps else "pass"
         if warned:
-            result += f", {warned} warning{'s' * (warned > 1)}"
+            result += f", {counted(warned, 'warning')}"
         looked = what or (_NOT_RUN.get(kind, "") if not verdict.failing else "see below")
         rows.append((kind, result, looked))
     return rows
@@ -74,11 +75,11 @@ def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
 
 def _integrity(verdict: Verdict) -> str | None:
     if verdict.files:
-        return f"sha256 of {verdict.files} files; headers, index and config.json against each other"
+        return f"sha256 of {counted(verdict.files, 'file')}; headers, index and config.json against each other"
     if verdict.shards:
         return (
-            f"headers and sizes of {verdict.shards} shards, read again; the sha256 of each was taken from its bytes as "
-            "they were written"
+            f"headers and sizes of {counted(verdict.shards, 'shard')}, read again; the sha256 of each was taken from "
+            "its bytes as they were written"
         )
     return None
 
@@ -89,7 +90,9 @@ def _exactness(verdict: Verdict) -> str | None:
     if unchecked and not proof.wrong:
         return None
     modules = sum(1 for checked in verdict.exact if checked.matrices)
-    return f"{modules:,} modules: {exactness(proof)}; {unquantized(proof)}; against {verdict.basis or 'nothing'}"
+    return (
+        f"{counted(modules, 'module')}: {exactness(proof)}; {unquantized(proof)}; against {verdict.basis or 'nothing'}"
+    )
 
 
 def _kernels(verdict: Verdict) -> str | None:
@@ -102,13 +105,15 @@ def _kernels(verdict: Verdict) -> str | None:
     noticed = ", each noticed" if all(run.passed for run in ran) else ""
     tried = sum(run.wrong_layout is not None for run in ran)
     by = ", ".join(real) or "the float64 reference alone"
-    return f"{computed} of {len(verdict.schemes)} modules by {by}; {tried} wrong layouts tried{noticed}"
+    modules = counted(len(verdict.schemes), "module")
+    return f"{computed} of {modules} by {by}; {counted(tried, 'wrong layout')} tried{noticed}"
 
 
 def _sanity(verdict: Verdict) -> str | None:
     if not verdict.sanity:
         return None
-    return f"{sum(h.groups for h in verdict.sanity.values()):,} scales of {len(verdict.sanity)} modules"
+    scales = sum(h.groups for h in verdict.sanity.values())
+    return f"{counted(scales, 'scale')} of {counted(len(verdict.sanity), 'module')}"
 
 
 _TITLES = {

@@ -6,27 +6,35 @@ everything is still there to read.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xpuquant.conversion.report.heatmap import heat_map
+from xpuquant.conversion.report.bars import histogram
+from xpuquant.conversion.report.glossary import CHECKS, COLUMNS
+from xpuquant.conversion.report.heatmap import (
+    HeatMap,
+    Square,
+    State,
+    colour,
+    heat_map,
+    of_tolerance,
+    percent,
+    real_kernels,
+    shown_layers,
+)
 from xpuquant.conversion.report.markdown import checks, matrix_name
 from xpuquant.conversion.report.sentences import headline
-from xpuquant.conversion.sizes import size
-from xpuquant.conversion.verify.agreement import BINS
-from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Sanity, Verdict
+from xpuquant.conversion.sizes import counted, size
+from xpuquant.conversion.verify.verdict import Agreement, Sanity, Verdict
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 _MOST_LISTED = 200
-_BAR_STEP = 36.0
-_BAR_BASE = 112.0
-_BAR_HEIGHT = 76.0
-_LABELLED_SHARE = 0.05
-"""Bars of a smaller share have no room for their figure."""
+_SQUARE_WIDTH = 9.0
+"""Pixels of a square of the heat map at the least: by it layers get their numbers."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +68,46 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and rows of as many cells."""
+    """Columns, and rows of as many cells. The first cell of a row names it."""
 
     columns: Sequence[Column]
     rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class GridColumn:
+    """A layer of the heat map; `is_numbered` where there is room for its number."""
+
+    layer: int
+    is_numbered: bool
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The heat map as the page shows it.
+
+    rows   label → a square or none for each column
+    links  square → the id of its run's row
+    at     where on the scale the largest share stands, 0 to 1; None where it is beyond or nothing was seen
+    """
+
+    columns: Sequence[GridColumn]
+    rows: Mapping[str, Sequence[Square | None]]
+    links: Mapping[Square, str]
+    states: frozenset[State]
+    said: str
+    at: float | None
+    ends: tuple[str, str]
 
 
 def render_page(verdict: Verdict) -> str:
     """The whole page."""
     # 80 ms, which a conversion has no use for until its end.
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
     def printable(value: Any) -> Any:
         """Names come from strangers' files: escaped by the environment, and without control characters."""
-        if not isinstance(value, str) or isinstance(value, Markup):
+        if not isinstance(value, str) or hasattr(value, "__html__"):
             return value
         return "".join(c if c.isprintable() else "?" for c in value)
 
@@ -87,19 +120,19 @@ def render_page(verdict: Verdict) -> str:
         keep_trailing_newline=True,
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    ran = [run for run in verdict.kernels if run.ran]
+    ran = sorted((run for run in verdict.kernels if run.ran), key=lambda run: run.used or 0.0, reverse=True)
     ids = {run: f"r{i}" for i, run in enumerate(ran)}
     return template.render(
         title=verdict.repo,
-        producer=verdict.producer or "unknown",
         outcome=str(verdict.outcome),
-        sentence=headline(verdict),
-        checks=_checks(verdict),
+        sentence=headline(verdict)[:1].upper() + headline(verdict)[1:],
+        facts=_facts(verdict),
+        checks=checks(verdict),
         failures=[finding.line() for finding in verdict.failing],
         gaps=[gap.line() for gap in verdict.gaps],
         warnings=[finding.line() for finding in verdict.warnings],
-        heat_map=Markup(heat_map(verdict, ids)) if verdict.schemes else None,
-        histogram=_histogram(ran),
+        grid=_grid(heat_map(verdict), ids, real_kernels(verdict)) if verdict.schemes else None,
+        histogram=histogram(ran),
         sizes=_sizes(verdict.before, verdict.after),
         runs=_runs(ids) if ran else None,
         sanity=_sanity(verdict.sanity) if verdict.sanity else None,
@@ -107,84 +140,45 @@ def render_page(verdict: Verdict) -> str:
         unchecked=verdict.unchecked,
         modules=len(verdict.schemes),
         most_listed=_MOST_LISTED,
+        glossary={"Checks": CHECKS, "Columns": COLUMNS},
     ).lstrip()
 
 
-def _checks(verdict: Verdict) -> Table:
-    rows = []
-    for check, result, what in checks(verdict):
-        kind = "bad" if result.startswith("FAIL") else "ok" if result.startswith("pass") else "soft"
-        rows.append(Row((Cell(check), Cell(result, f"{kind} wrap"), Cell(what, "wrap"))))
-    return Table(_columns("Check", "Result", "What was looked at"), rows)
+def _facts(verdict: Verdict) -> dict[str, str]:
+    """What a reader asks first. What is not known is not named."""
+    schemes = Counter(verdict.schemes.values())
+    before, after = sum(verdict.before.values()), sum(verdict.after.values())
+    setting = verdict.setting
+    facts = {
+        "Checked": setting.date if setting else "",
+        "Model": verdict.model,
+        "Stored as": ", ".join(f"{scheme} ({counted(count, 'module')})" for scheme, count in schemes.items()),
+        "Size": size(after) + (f", {size(before)} in the source" if before else "") if after else "",
+        "Source": verdict.source,
+        "Compared with": verdict.basis,
+        "Hardware": setting.hardware if setting else "",
+        "Versions": ", ".join(f"{tool} {version}" for tool, version in setting.versions.items()) if setting else "",
+        "Written by": verdict.producer or "unknown",
+    }
+    return {name: said for name, said in facts.items() if said}
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bar of the histogram, in units of its picture."""
-
-    colour: int
-    x: float
-    y: float
-    width: float
-    height: float
-    said: str
-    label: str
-
-    @property
-    def middle(self) -> float:
-        return round(self.x + self.width / 2, 1)
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Shares of |error| / rms, a bar for each power of ten and dtype of the activations."""
-
-    outputs: int
-    backends: str
-    dtypes: Sequence[str]
-    edges: Sequence[str]
-    bars: Sequence[Bar]
-
-
-def _histogram(ran: Sequence[Agreement]) -> Histogram | None:
-    real = [run for run in ran if run.backend != REFERENCE] or list(ran)
-    counts: dict[str, list[int]] = {}
-    for run in real:
-        held = counts.setdefault(run.activation, [0] * (len(BINS) + 1))
-        counts[run.activation] = [a + b for a, b in zip(held, run.histogram or held, strict=True)]
-    counts = {dtype: of_dtype for dtype, of_dtype in counts.items() if sum(of_dtype)}
-    if not counts:
-        return None
-    return Histogram(
-        outputs=sum(sum(of_dtype) for of_dtype in counts.values()),
-        backends=", ".join(dict.fromkeys(run.backend for run in real)),
-        dtypes=list(counts),
-        edges=[f"10{_superscript(round(math.log10(edge)))}" for edge in BINS] + ["more"],
-        bars=[
-            _bar(order, len(counts), i, dtype, count, sum(of_dtype))
-            for order, (dtype, of_dtype) in enumerate(counts.items())
-            for i, count in enumerate(of_dtype)
-        ],
+def _grid(shown: HeatMap, ids: Mapping[Agreement, str], kernels: str) -> Grid:
+    numbered, largest = shown_layers(shown.layers, _SQUARE_WIDTH), shown.largest
+    used = None if largest is None or largest.run is None else largest.run.used
+    links = {square: ids[square.run] for square in shown.squares if square.run is not None and square.run in ids}
+    said = ""
+    if largest is not None and largest.run is not None:
+        said = f"{of_tolerance(used)}, {matrix_name(largest.run)} ({kernels or largest.run.backend})"
+    return Grid(
+        columns=[GridColumn(layer, layer in numbered) for layer in shown.layers],
+        rows={label: [members.get(layer) for layer in shown.layers] for label, members in shown.rows.items()},
+        links=links,
+        states=shown.states,
+        said=said,
+        at=round(used, 3) if used is not None and used <= 1 else None,
+        ends=(colour(0), colour(1)),
     )
-
-
-def _bar(order: int, dtypes: int, i: int, dtype: str, count: int, total: int) -> Bar:
-    width, share = (_BAR_STEP - 6) / dtypes, count / total
-    height = max(2.0, share * _BAR_HEIGHT) if count else 0.0
-    below = f"errors up to {BINS[i]:.0e}" if i < len(BINS) else "larger errors"
-    return Bar(
-        colour=order % 3,
-        x=round(3 + i * _BAR_STEP + order * width, 1),
-        y=round(_BAR_BASE - height, 1),
-        width=round(width, 1),
-        height=round(height, 1),
-        said=f"{dtype}: {below} of the rms: {count} outputs, {share:.1%}",
-        label=f"{share:.0%}" if share >= _LABELLED_SHARE else "",
-    )
-
-
-def _superscript(number: int) -> str:
-    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _sizes(before: Mapping[str, int], after: Mapping[str, int]) -> Table | None:
@@ -207,10 +201,12 @@ def _size(nbytes: int) -> Cell:
 
 def _runs(ids: Mapping[Agreement, str]) -> Table:
     columns = [
-        *_columns("Module", "Backend", "Scheme"),
+        *_columns("Module"),
+        *_numbers("Of tolerance"),
+        *_columns("Backend", "Acts", "M"),
         *_numbers("N", "K", "Rows"),
-        *_columns("M", "Acts"),
         *_numbers("Rel. error", "Deviation", "Tolerance", "SQNR dB", "Max abs", "Cosine", "Wrong layout"),
+        *_columns("Scheme"),
     ]
     return Table(columns, [Row(_run(run), anchor) for run, anchor in ids.items()])
 
@@ -219,20 +215,21 @@ def _run(run: Agreement) -> Sequence[Cell]:
     error, sqnr, wrong = run.error or 0.0, run.sqnr_db, run.wrong_layout
     return (
         Cell(matrix_name(run)),
+        Cell(percent(run.used), "num" if run.passed else "num bad", run.used),
         Cell(run.backend),
-        Cell(run.scheme),
+        Cell(run.activation),
+        Cell(" ".join(map(str, run.M))),
         _number(run.N),
         _number(run.K),
         _number(run.rows),
-        Cell(" ".join(map(str, run.M))),
-        Cell(run.activation),
         _number(error, f"{error:.2e}"),
-        Cell(f"{run.deviation:.1e}", "num" if run.passed else "num bad", run.deviation),
+        _number(run.deviation, f"{run.deviation:.1e}"),
         _number(run.tolerance, f"{run.tolerance:.1e}"),
         _number(-1.0 if sqnr is None else min(sqnr, 999.0), "" if sqnr is None else f"{sqnr:.1f}"),
         _number(run.max_abs, f"{run.max_abs:.1e}"),
         _number(run.cosine, f"{run.cosine:.7f}"),
         _number(wrong or 0.0, "" if wrong is None else f"{wrong:.1e}"),
+        Cell(run.scheme),
     )
 
 

@@ -15,10 +15,10 @@ from dataclasses import asdict
 from typing import Any
 
 from xpuquant.conversion.repo.checksums import UNSEALED, seal
-from xpuquant.conversion.report.heatmap import heat_map
 from xpuquant.conversion.report.markdown import render_markdown
 from xpuquant.conversion.report.page import render_page
 from xpuquant.conversion.report.sentences import headline
+from xpuquant.conversion.report.svg import picture
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.agreement import BINS, ROWS
 from xpuquant.conversion.verify.expected import SEED
@@ -37,7 +37,7 @@ def write_reports(tree: Tree, verdict: Verdict) -> list[str]:
     texts = {
         "verify.md": render_markdown(verdict),
         "verify.html": render_page(verdict),
-        "verify.svg": heat_map(verdict),
+        "verify.svg": picture(verdict),
     }
     contents = {name: text.encode() for name, text in texts.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
@@ -57,6 +57,9 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
         "sentence": headline(verdict),
         "repo": verdict.repo,
         "producer": verdict.producer,
+        "model": verdict.model,
+        "source": verdict.source,
+        "setting": None if verdict.setting is None else asdict(verdict.setting),
         "failures": verdict.failures,
         "not_checked": [gap.line() for gap in verdict.gaps],
         "warnings": [finding.line() for finding in verdict.warnings],
@@ -122,6 +125,7 @@ def _run(run: Agreement) -> dict[str, Any]:
         "relative_error": run.error,
         "deviation": run.deviation,
         "tolerance": run.tolerance,
+        "of_tolerance": run.used,
         "sqnr_db": run.sqnr_db,
         "max_abs": run.max_abs,
         "cosine": run.cosine,

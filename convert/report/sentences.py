@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from xpuquant.conversion.sizes import counted
 from xpuquant.conversion.verify.proof import Claim, Proof, Proven, Rounding
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Outcome, Verdict
 from xpuquant.formats.dtypes import numpy_dtype
@@ -37,11 +38,11 @@ def in_one_line(verdict: Verdict) -> str:
     if verdict.unchecked:
         missing = "; ".join(verdict.unavailable.values())
         parts.append(
-            f"{len(verdict.unchecked)} of {len(verdict.schemes)} modules computed by no real kernel here"
+            f"{len(verdict.unchecked)} of {counted(len(verdict.schemes), 'module')} computed by no real kernel here"
             + (f" ({missing})" if missing else "")
         )
     if verdict.warnings:
-        parts.append(f"{len(verdict.warnings)} warnings in verify.md")
+        parts.append(f"{counted(len(verdict.warnings), 'warning')} in verify.md")
     return "; ".join(parts)
 
 
@@ -50,22 +51,20 @@ def exactness(proof: Proof) -> str:
     to float16 (238 of 256 scales changed, largest relative change 3.9e-03)`."""
     said = [*_decoded(proof), *_recorded(proof)]
     for part in _of(proof, Claim.DEQUANTIZED):
-        changed = "" if part.rounding is None else f" ({_changes(part.rounding, 'values')})"
-        said.append(
-            f"{part.matrices:,} matrices dequantized to bf16: each value is the exact one rounded once{changed}"
-        )
-    said += [f"{part.matrices:,} matrices compared with nothing" for part in _of(proof, Claim.NOT_CHECKED)]
+        changed = "" if part.rounding is None else f" ({_changes(part.rounding, 'value')})"
+        said.append(f"{_matrices(part)} dequantized to bf16: each value is the exact one rounded once{changed}")
+    said += [f"{_matrices(part)} compared with nothing" for part in _of(proof, Claim.NOT_CHECKED)]
     if proof.wrong:
-        said.append(f"{proof.wrong} modules or tensors differ")
+        said.append(counted(proof.wrong, "module or tensor differs", "modules or tensors differ"))
     return "; ".join(said) or "no matrices"
 
 
 def _decoded(proof: Proof) -> Iterator[str]:
     """What was compared with the source and decodes to it."""
-    said = [f"{part.matrices:,} matrices decode exactly to the source" for part in _of(proof, Claim.EXACT)]
+    said = [f"{_decode(part.matrices)} exactly to the source" for part in _of(proof, Claim.EXACT)]
     for part in _of(proof, Claim.ROUNDED):
-        verb = "" if said else " matrices decode to the source"
-        said.append(f"{part.matrices:,}{verb} with scales rounded to {_rounded(part)}")
+        what = f"{part.matrices:,}" if said else f"{_decode(part.matrices)} to the source"
+        said.append(f"{what} with scales rounded to {_rounded(part)}")
     if said:
         yield ", ".join(said)
 
@@ -74,7 +73,7 @@ def _recorded(proof: Proof) -> Iterator[str]:
     """What was compared with a record, and what that says of the conversion."""
     if not (count := proof.matrices(Claim.RECORDED)):
         return
-    said = [f"{count:,} matrices decode to what was recorded at conversion"]
+    said = [f"{_decode(count)} to what was recorded at conversion"]
     for part in _of(proof, Claim.RECORDED):
         if part.recorded is Claim.ROUNDED:
             said.append(f"{part.matrices:,} of them with scales rounded to {_rounded(part)}")
@@ -86,9 +85,9 @@ def _recorded(proof: Proof) -> Iterator[str]:
 def unquantized(proof: Proof) -> str:
     """How many unquantized tensors were compared byte by byte, and with what."""
     words = {
-        Claim.EXACT: "are the same bytes",
-        Claim.RECORDED: "are the bytes recorded at conversion",
-        Claim.NOT_CHECKED: "were compared with nothing",
+        Claim.EXACT: "the same bytes",
+        Claim.RECORDED: "the bytes recorded at conversion",
+        Claim.NOT_CHECKED: "compared with nothing",
     }
     total = sum(proof.tensors.values())
     said = [f"{proof.tensors[claim]:,} of {total:,} {what}" for claim, what in words.items() if claim in proof.tensors]
@@ -111,6 +110,14 @@ def decibels(run: Agreement) -> str:
     return "exact" if math.isinf(run.sqnr_db) and run.error == 0 else f"{run.sqnr_db:.0f} dB"
 
 
+def _decode(matrices: int) -> str:
+    return counted(matrices, "matrix decodes", "matrices decode")
+
+
+def _matrices(part: Proven) -> str:
+    return counted(part.matrices, "matrix", "matrices")
+
+
 def _of(proof: Proof, claim: Claim) -> Sequence[Proven]:
     return [part for part in proof.parts if part.claim is claim]
 
@@ -118,10 +125,11 @@ def _of(proof: Proof, claim: Claim) -> Sequence[Proven]:
 def _rounded(part: Proven) -> str:
     if part.rounding is None:
         return "another dtype"
-    return f"{numpy_dtype(part.rounding.dtype).name} ({_changes(part.rounding, 'scales')})"
+    return f"{numpy_dtype(part.rounding.dtype).name} ({_changes(part.rounding, 'scale')})"
 
 
 def _changes(total: Rounding, what: str) -> str:
+    numbers = counted(total.numbers, what)
     if not total.changed:
-        return f"none of {total.numbers:,} {what} changed"
-    return f"{total.changed:,} of {total.numbers:,} {what} changed, largest relative change {total.largest:.1e}"
+        return f"none of {numbers} changed"
+    return f"{total.changed:,} of {numbers} changed, largest relative change {total.largest:.1e}"

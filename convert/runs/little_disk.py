@@ -329,4 +329,5 @@ def _merged(verdicts: Sequence[Verdict], source: StreamedSource) -> Verdict:
         schemes={name: scheme for verdict in verdicts for name, scheme in verdict.schemes.items()},
         before=sizes(source),
         after=after,
+        setting=verdicts[-1].setting,
     )

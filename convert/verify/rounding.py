@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from xpuquant.conversion.sizes import counted
 from xpuquant.conversion.verify.proof import Rounding
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.dtypes import numpy_dtype
@@ -77,7 +78,7 @@ class RoundedScales:
             return None
         name = numpy_dtype(self.rounding.dtype).name
         return (
-            f"{self.lost} of {self.rounding.numbers} scales do not fit {name} ({self._first_lost}); "
+            f"{self.lost} of {counted(self.rounding.numbers, 'scale')} do not fit {name} ({self._first_lost}); "
             "keep the source's scale dtype"
         )
 

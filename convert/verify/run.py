@@ -33,6 +33,7 @@ from xpuquant.conversion.verify.integrity import check_integrity, check_written
 from xpuquant.conversion.verify.proof import Checked, Claim
 from xpuquant.conversion.verify.rounding import odd, round_scales
 from xpuquant.conversion.verify.sanity import findings
+from xpuquant.conversion.verify.setting import model_of, setting_of
 from xpuquant.conversion.verify.verdict import (
     CONTRADICTIONS,
     NO_DEMANDS,
@@ -110,6 +111,7 @@ def verify(
         files=integrity.files,
         unavailable=_unavailable(chosen),
         demands=demands,
+        setting=setting_of(chosen),
     )
     if integrity.record is None:
         return verdict
@@ -123,6 +125,7 @@ def verify(
         verdict = _with_findings(verdict, *check_contents(origin, Tree(folder), integrity.record))
     if integrity.repo is None:
         return verdict
+    verdict = replace(verdict, model=model_of(read_json(Tree(folder), "config.json")))
     check = Check(integrity.repo, chosen, jobs, progress, full=True, every=every)
     try:
         if origin is None:
@@ -156,6 +159,8 @@ def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Ver
         findings=check_written(origin.plan.shards, check.repo.tree),
         unavailable=_unavailable(check.backends),
         kernels=ran,
+        model=model_of(origin.source.checkpoint.config),
+        setting=setting_of(check.backends),
         **_of_source(origin),
     )
     return _with_exactness(verdict, check.repo, exact, sanity)
@@ -176,11 +181,12 @@ def _against_source(verdict: Verdict, origin: Origin, check: Check) -> Verdict:
 def _against_record(verdict: Verdict, record: Mapping[str, Any], check: Check) -> Verdict:
     """A verdict on integrity, and the rest by comparing with what xpuquant.json says."""
     exact, sanity = check_recorded(record, check)
-    is_recorded = any(one.claim is Claim.RECORDED for one in exact)
+    is_recorded, recorded = any(one.claim is Claim.RECORDED for one in exact), record.get("source", {})
     verdict = replace(
         verdict,
         basis="the digests recorded at conversion, in its own xpuquant.json" if is_recorded else "",
-        before=record.get("source", {}).get("bytes_by_dtype", {}),
+        before=recorded.get("bytes_by_dtype", {}),
+        source=_at(str(recorded.get("name", "")), recorded.get("revision")),
         kernels=_kernels(_stored_subjects(check.repo), check),
     )
     return _with_exactness(verdict, check.repo, exact, sanity)
@@ -188,7 +194,12 @@ def _against_record(verdict: Verdict, record: Mapping[str, Any], check: Check) -
 
 def _of_source(origin: Origin) -> dict[str, Any]:
     """What a verdict says of the source it was made with."""
-    return {"basis": f"every value of the source, {_shown(origin.source)}", "before": sizes(origin.source)}
+    name = _shown(origin.source)
+    return {
+        "basis": f"every value of the source, {name}",
+        "before": sizes(origin.source),
+        "source": _at(name, origin.source.revision),
+    }
 
 
 def _kernels(subjects: Iterable[Subject], check: Check) -> list[Agreement]:
@@ -272,6 +283,11 @@ def _unavailable(chosen: Sequence[Backend]) -> dict[str, str]:
 def _shown(source: Source) -> str:
     """A source without this machine's folders."""
     return source.name.rstrip("/").rpartition("/")[2] if source.revision is None else source.name
+
+
+def _at(name: str, revision: object) -> str:
+    """A repo with its commit."""
+    return f"{name} at {revision}" if revision else name
 
 
 def sizes(source: Source) -> dict[str, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from xpuquant.conversion.sizes import counted
 from xpuquant.conversion.verify.proof import Checked, Claim
 from xpuquant.conversion.verify.verdict import Finding, Sanity
 from xpuquant.formats.checkpoint import Array
@@ -164,12 +165,17 @@ def findings(sanity: Mapping[str, Sanity], checked: Mapping[str, Checked]) -> It
         then = found is not None and found.claim is Claim.RECORDED
         origin = ("; so they were when it was converted" if then else "; so has the source") if is_of_source else ""
         if h.bad_scales or h.bad_codes:
-            what = f"{h.bad_scales} scales and {h.bad_codes} codes are NaN or infinite{origin}"
+            what = f"{counted(h.bad_scales, 'scale')} and {counted(h.bad_codes, 'code')} are NaN or infinite{origin}"
             yield Finding("sanity", name, what, fails=not is_of_source)
         if h.zero_scales:
-            yield Finding("sanity", name, f"{h.zero_scales} of {h.groups} scales are 0{origin}", False)
+            yield Finding(
+                "sanity",
+                name,
+                f"{h.zero_scales} of {counted(h.groups, 'scale')} {'is' if h.zero_scales == 1 else 'are'} 0{origin}",
+                False,
+            )
         if h.dead_groups > _DEAD_SHARE * h.groups:
-            yield Finding("sanity", name, f"{h.dead_groups} of {h.groups} groups hold only zeros", False)
+            yield Finding("sanity", name, f"only zeros in {h.dead_groups} of {counted(h.groups, 'group')}", False)
         if h.saturated > _SATURATED_SHARE * h.codes:
             share = f"{h.saturated / h.codes:.0%} of the codes are at an end of their range"
             yield Finding("sanity", name, share, False)

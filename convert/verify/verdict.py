@@ -9,7 +9,9 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from xpuquant.conversion.sizes import counted
 from xpuquant.conversion.verify.proof import Checked, Claim, Proof, Rounding
+from xpuquant.conversion.verify.setting import Setting
 from xpuquant.errors import DamagedError, one_line
 from xpuquant.formats.guard import UNFORESEEN, show
 
@@ -97,6 +99,15 @@ class Agreement:
     @property
     def passed(self) -> bool:
         return self.error is None or (self.deviation <= self.tolerance and not self.blind)
+
+    @property
+    def used(self) -> float | None:
+        """The deviation as a share of the tolerance: 1 is the most that passes, and infinite what is not a number. None
+        where it did not run."""
+        if self.error is None:
+            return None
+        share = self.deviation / self.tolerance if self.tolerance else math.inf
+        return math.inf if math.isnan(share) else share
 
     @property
     def sqnr_db(self) -> float | None:
@@ -192,6 +203,9 @@ class Verdict:
     before       dtype → bytes of the source; empty where unknown
     after        dtype → bytes of the output
     demands      what it had to show
+    model        what config.json calls the model; empty where it was not read
+    source       what it was converted from: a repo and its commit, or a folder's name; empty where unknown
+    setting      when, where and with which versions; None where nobody noted it
     """
 
     repo: str
@@ -208,6 +222,9 @@ class Verdict:
     before: Mapping[str, int] = field(default_factory=dict)
     after: Mapping[str, int] = field(default_factory=dict)
     demands: Demands = NO_DEMANDS
+    model: str = ""
+    source: str = ""
+    setting: Setting | None = None
 
     @cached_property
     def proof(self) -> Proof:
@@ -258,8 +275,9 @@ class Verdict:
         matrices, tensors = self.proof.matrices(Claim.NOT_CHECKED), self.proof.tensors.get(Claim.NOT_CHECKED, 0)
         if matrices or tensors:
             what = (
-                f"{matrices:,} matrices and {tensors:,} unquantized tensors have no recorded digest and were compared "
-                "with nothing, as after a conversion without verification; verify against the source to check them"
+                f"{counted(matrices, 'matrix', 'matrices')} and {counted(tensors, 'unquantized tensor')} have no "
+                "recorded digest and were compared with nothing, as after a conversion without verification; verify "
+                "against the source to check them"
             )
             yield Finding("exactness", self.repo, what, fails=False)
         if not self.exact:
@@ -279,7 +297,7 @@ class Verdict:
                 continue
             refused = (run.reason for run in self.kernels if run.backend == backend and not run.ran and run.reason)
             why = self.unavailable.get(backend) or next(refused, None)
-            what = f"computed {len(computed)} of {len(self.schemes)} modules"
+            what = f"computed {len(computed)} of {counted(len(self.schemes), 'module')}"
             what += f": {why}" if why else f", among others not {left[0]}"
             yield Finding("kernels", backend, what, fails=False)
 
@@ -325,6 +343,7 @@ class Verdict:
                 "sanity": {name: Sanity(**entry) for name, entry in data["sanity"].items()},
                 "findings": [Finding(**entry) for entry in data["findings"]],
                 "demands": Demands(**{key: _tuples(value) for key, value in data["demands"].items()}),
+                "setting": None if data["setting"] is None else Setting(**data["setting"]),
             }
         )
 

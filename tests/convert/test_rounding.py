@@ -123,7 +123,7 @@ class TestScalesThatDoNotFit:
         assert verdict is not None and verdict.passed
         said = [finding.what for finding in verdict.warnings]
         assert "2 scales and 0 codes are NaN or infinite; so has the source" in said
-        assert "1 of 768 scales are 0; so has the source" in said
+        assert "1 of 768 scales is 0; so has the source" in said
 
     def test_scales_that_lose_most_of_their_bits_are_a_warning(self, tmp_path):
         source = with_scales(BF16_SCALES, tmp_path / "source", SCALE, {5: 1e-7})

@@ -257,6 +257,7 @@ DOOR = "convert/tree.py"
 ELSEWHERE = {
     "convert/doctor.py": "devices of this machine, below /dev and /sys",
     "convert/report/page.py": "a template of this package",
+    "convert/verify/setting.py": "the processor's name, in /proc",
 }
 """Module → what it opens, which is no file of a source or an output."""
 
