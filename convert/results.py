@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,7 @@ class Converted:
              checks that again
     pushed   what was published on the Hub; None where that was not asked for
     is_new   False where an earlier run had converted it already, and this one only published
+    kept     of an earlier run that was stopped: file name → bytes that were found sound and not made again
     """
 
     plan: Planned
@@ -126,6 +127,7 @@ class Converted:
     verdict: Verdict | None
     pushed: Pushed | None = None
     is_new: bool = True
+    kept: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

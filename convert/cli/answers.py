@@ -82,6 +82,7 @@ def _converted(result: Converted, output: Output) -> Answer:
     ]
     data = plan_data(plan) | {
         "out": out,
+        "kept": dict(sorted(result.kept.items())),
         "shards": {name: {"sha256": f.sha256, "bytes": f.nbytes} for name, f in sorted(result.shards.items())},
         "proof": {"verdict": str(outcome), "matrices": by_claim(proof)} if result.is_new else None,
         "verification": None if verdict is None else as_data(verdict),

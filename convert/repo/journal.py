@@ -1,9 +1,13 @@
-"""The journal of a conversion: which shards are complete. A JSON object a line, appended and flushed to the disk.
+"""The journal of a conversion: which shards are complete, and how far those under way have come. A JSON object a line.
 
     {"plan": "<digest>", "options": {...}}                     first: what is being converted
     {"source": "<name>", "host": "<name>", "size": 123, "mtime_ns": 1, "ctime_ns": 1, "inode": 1}
                                                                one per shard of a source here: which file it was
+    {"shard": "<name>", "sha256": "<hex>", "reached": 123}     now and then: the first 123 bytes of an unfinished one
     {"shard": "<name>", "sha256": "<hex>", "nbytes": 123}      one per finished shard
+
+Lines are appended, and flushed to the disk but for those on unfinished shards: what they claim is hashed before it is
+believed, so that one which a power cut takes away costs no more than the bytes it told of.
 
 A whole conversion keeps one journal, each part of one (`runs/parts.py`) its own. A journal ends where a line is not
 sound: cut short by a crash, or written by somebody else. What follows is cut off, so that the next line is not glued to
@@ -15,9 +19,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.tree import Identity, Tree, wrong_name
@@ -40,6 +44,13 @@ class Finished:
     nbytes: int
 
 
+class Reached(NamedTuple):
+    """How far a shard under way had come: its first `nbytes` bytes, and their sha256 in hex."""
+
+    nbytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Record:
     """What a journal says.
@@ -47,12 +58,14 @@ class Record:
     plan      digest of the plan and the source, see `Plan.digest`
     finished  shard's name → what it is
     sources   (machine, source's shard) → which file it was, seen from there
+    reached   shard's name → how far it had come, each time that was noted
     """
 
     plan: str
     options: Options
     finished: Mapping[str, Finished]
     sources: Mapping[tuple[str, str], Identity]
+    reached: Mapping[str, Sequence[Reached]]
 
 
 class JournalFile:
@@ -75,6 +88,7 @@ class JournalFile:
         opening: tuple[str, Options] | None = None
         finished: dict[str, Finished] = {}
         sources: dict[tuple[str, str], Identity] = {}
+        reached: dict[str, list[Reached]] = {}
         length = 0
         with os.fdopen(fd, "rb") as file:
             while length < _MAX_BYTES and (text := file.readline(_LONGEST_LINE)):
@@ -85,6 +99,8 @@ class JournalFile:
                         break
                 elif (entry := _entry(line)) is not None:
                     finished[entry[0]] = entry[1]
+                elif (step := _reached(line)) is not None:
+                    reached.setdefault(step[0], []).append(step[1])
                 elif (source := _source(line)) is not None:
                     sources[source[0]] = source[1]
                 else:
@@ -92,7 +108,7 @@ class JournalFile:
                 length += len(text)
             if length != os.fstat(fd).st_size:
                 os.ftruncate(fd, length)
-        return None if opening is None else Record(*opening, finished, sources)
+        return None if opening is None else Record(*opening, finished, sources, reached)
 
     def opening(self) -> tuple[str, Options] | None:
         """Plan and options of its first line, which whoever holds its lock may be writing; None where it has none.
@@ -127,12 +143,17 @@ class JournalFile:
         """Note a complete shard. Thread-safe."""
         self._append({"shard": shard, "sha256": finished.sha256, "nbytes": finished.nbytes})
 
-    def _append(self, *lines: Mapping[str, Any]) -> None:
+    def append_reached(self, shard: str, reached: Reached) -> None:
+        """Note how far a shard has come. Thread-safe; waits for no disk."""
+        self._append({"shard": shard, "sha256": reached.sha256, "reached": reached.nbytes}, flushed=False)
+
+    def _append(self, *lines: Mapping[str, Any], flushed: bool = True) -> None:
         fd = self._tree.update(self._name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         with os.fdopen(fd, "ab") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
-            os.fsync(fd)
+            if flushed:
+                os.fsync(fd)
 
 
 def is_seen_from_here(record: Record) -> bool:
@@ -178,12 +199,23 @@ def _opening(line: Mapping[str, Any]) -> tuple[str, Options] | None:
 
 
 def _entry(line: Mapping[str, Any]) -> tuple[str, Finished] | None:
-    shard, sha256, nbytes = line.get("shard"), line.get("sha256"), line.get("nbytes")
+    found = _digest(line, "nbytes")
+    return None if found is None else (found[0], Finished(found[1], found[2]))
+
+
+def _reached(line: Mapping[str, Any]) -> tuple[str, Reached] | None:
+    found = _digest(line, "reached")
+    return None if found is None else (found[0], Reached(found[2], found[1]))
+
+
+def _digest(line: Mapping[str, Any], of: str) -> tuple[str, str, int] | None:
+    """A shard's name, a sha256 and the number of bytes that it is of, which stands under that key."""
+    shard, sha256, nbytes = line.get("shard"), line.get("sha256"), line.get(of)
     if not isinstance(shard, str) or not isinstance(sha256, str) or type(nbytes) is not int:
         return None
     if wrong_name(shard) is not None or "/" in shard or _SHA256.fullmatch(sha256) is None or nbytes < 0:
         return None
-    return shard, Finished(sha256, nbytes)
+    return shard, sha256, nbytes
 
 
 def _source(line: Mapping[str, Any]) -> tuple[tuple[str, str], Identity] | None:

@@ -2,8 +2,9 @@
 
 Everything is written into `OUT/.xpuquant/files` first. Beside that folder lie the journal of the conversion and those
 of its parts (`repo/journal.py`). A run that finds journals of the same plan skips the shards they list, after hashing
-them again: a line proves that the bytes were handed to the system, not that a power cut left them on disk. An
-unfinished shard is started over. `Staging.publish` moves the staged files into OUT, config.json last of all, so that
+them again: a line proves that the bytes were handed to the system, not that a power cut left them on disk. With an
+unfinished shard it goes on where the journal says that it had come, after hashing it up to there
+(`write/resumption.py`). `Staging.publish` moves the staged files into OUT, config.json last of all, so that
 nothing before that moment can be opened as a model.
 
 Who excludes whom: a conversion holds the lock of OUT's staging folder alone; the parts of one hold it together, and
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +27,13 @@ from xpuquant.conversion.repo.journal import (
     STAGING,
     Finished,
     JournalFile,
+    Reached,
     Record,
     check_sources,
     is_seen_from_here,
 )
 from xpuquant.conversion.repo.replace import SHARD
+from xpuquant.conversion.sizes import size
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.errors import Argument, EnvironmentFault, UnsupportedError, UsageError
 
@@ -49,14 +52,22 @@ class Staging:
 
     files  where the output's files are made. Nothing else lies in it: a source may have a file of any name.
     tree   the staging folder: what is only known until the end lies beside them
+    kept   bytes of an earlier run that need not be made again, by shard
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, note: Callable[[str], None] = lambda text: None) -> None:
+        """
+        Args:
+            note: told what of an earlier run is kept.
+        """
         self.out = out
+        self._note = note
         self._out = Tree(out)
         self.tree = self._out.below(STAGING)
         self.files = staged_files(out)
+        self.kept: dict[str, int] = {}
         self._journal = JournalFile(self.tree, _JOURNAL)
+        self._reached: dict[str, list[Reached]] = {}
         self._lock_fd: int | None = None
 
     @property
@@ -148,11 +159,33 @@ class Staging:
             # A journal may be a stranger's: what is no shard of ours is not taken out of OUT.
             if SHARD.fullmatch(name) and not self.files.holds_anything(name) and self._out.holds(name):
                 self._out.move(name, self.files)
-        return still_there(self.files, entries)
+        self._reached = merged(records.values())
+        done = still_there(self.files, entries)
+        self.kept = {name: finished.nbytes for name, finished in done.items()}
+        note_finished(done, self._note)
+        return done
 
     def finish(self, shard: str, finished: Finished) -> None:
         """Note a complete shard."""
         self._journal.append(shard, finished)
+
+    def reached(self, shard: str) -> Sequence[Reached]:
+        """How far earlier runs came with a shard, as they noted it: to be hashed before it is believed."""
+        return self._reached.get(shard, ())
+
+    def note_reached(self, shard: str, reached: Reached) -> None:
+        """Note how far a shard has come."""
+        self._journal.append_reached(shard, reached)
+
+    def keep(self, shard: str, nbytes: int) -> None:
+        """An unfinished shard of an earlier run was sound up to there."""
+        self.kept[shard] = nbytes
+        note_kept(shard, nbytes, self._note)
+
+    def noted_bytes(self, done: Mapping[str, Finished]) -> int:
+        """Bytes of unfinished shards that lie here already, by what earlier runs noted."""
+        here = [name for name in self._reached if name not in done and self.files.holds(name)]
+        return sum(min(self.files.size(name), max(step.nbytes for step in self._reached[name])) for name in here)
 
     def publish(self, files: Sequence[str], config: bytes) -> None:
         """Move staged files into OUT, then write config.json, then drop the staging folder.
@@ -206,6 +239,27 @@ def still_there(files: Tree, noted: Iterable[tuple[str, Finished]]) -> dict[str,
         if files.holds(name) and files.size(name) == finished.nbytes and hash_file(files, name) == finished.sha256:
             done[name] = finished
     return done
+
+
+def merged(records: Iterable[Record]) -> dict[str, list[Reached]]:
+    """How far shards had come, by several journals."""
+    found: dict[str, list[Reached]] = {}
+    for record in records:
+        for shard, steps in record.reached.items():
+            found.setdefault(shard, []).extend(steps)
+    return found
+
+
+def note_finished(done: Mapping[str, Finished], note: Callable[[str], None]) -> None:
+    """Say which shards are not made again."""
+    if done:
+        total = size(sum(finished.nbytes for finished in done.values()))
+        note(f"resumed: {len(done)} finished shard{'s' * (len(done) > 1)} kept, {total}")
+
+
+def note_kept(shard: str, nbytes: int, note: Callable[[str], None]) -> None:
+    """Say how much of an unfinished shard is not made again."""
+    note(f"resumed: {size(nbytes)} of {shard} kept")
 
 
 def _is_same_source(record: Record, sources: Mapping[str, Identity]) -> bool:

@@ -147,7 +147,7 @@ def convert_streaming(
     if target is None:
         check_places(plan, source, out)
     digest = plan.digest(source.fingerprint())
-    with Staging(out) as staging:
+    with Staging(out, reporter.note) as staging:
         done = staging.begin(digest, options, force)
         keep_card(staging)
         clear_output(out)
@@ -157,7 +157,7 @@ def convert_streaming(
         reporter.phase("stream", 3 * plan.write_bytes)
         shards, verdict = work.run(reporter, out.resolve().name if target is None else target.repo_id)
         files, config = stage_repo(plan, source, staging, shards, verdict, command, metadata)
-        result = Converted(summary(plan, source), out, shards, verdict)
+        result = Converted(summary(plan, source), out, shards, verdict, kept=staging.kept)
         if target is None:
             staging.publish([*(shard.name for shard in plan.shards), *files], config)
             return result

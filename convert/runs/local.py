@@ -87,11 +87,11 @@ def convert_checkpoint(
     check_places(plan, source, out)
     metadata = metadata_of(source)
     reporter.begins(about_to(plan, source, str(out)))
-    with Staging(out) as staging:
+    with Staging(out, reporter.note) as staging:
         done = staging.begin(plan.digest(source.fingerprint()), options, force, source.identities())
         keep_card(staging)
         clear_output(out)
-        check_disk(out, plan.write_bytes - sum(finished.nbytes for finished in done.values()))
+        check_disk(out, plan.write_bytes - sum(f.nbytes for f in done.values()) - staging.noted_bytes(done))
         reporter.phase("convert", plan.write_bytes)
         shards = executor(
             plan,
@@ -106,7 +106,7 @@ def convert_checkpoint(
         if verify:
             verdict = check_staged(plan, source, staging.files, out.resolve().name, jobs, reporter)
         write_repo(plan, source, staging, shards, verdict, command, metadata)
-    return Converted(summary(plan, source), out, shards, verdict)
+    return Converted(summary(plan, source), out, shards, verdict, kept=staging.kept)
 
 
 def downloaded(source: Source, options: Options, reporter: Reporter) -> Source:

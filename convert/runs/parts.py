@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,26 @@ from xpuquant.conversion.options import Options, contrast
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Reporter
-from xpuquant.conversion.repo.journal import STAGING, Finished, JournalFile, Record, check_sources, is_seen_from_here
-from xpuquant.conversion.repo.staging import LOCK, Staging, check_output, journals, staged_files, still_there, take_lock
+from xpuquant.conversion.repo.journal import (
+    STAGING,
+    Finished,
+    JournalFile,
+    Reached,
+    Record,
+    check_sources,
+    is_seen_from_here,
+)
+from xpuquant.conversion.repo.staging import (
+    LOCK,
+    Staging,
+    check_output,
+    journals,
+    note_finished,
+    note_kept,
+    staged_files,
+    still_there,
+    take_lock,
+)
 from xpuquant.conversion.results import PartConverted
 from xpuquant.conversion.runs.local import check_places
 from xpuquant.conversion.sources.base import Source
@@ -92,8 +110,10 @@ class PartStaging:
     files  where the shards are made, beside those of the other parts
     """
 
-    def __init__(self, out: Path, part: Part) -> None:
+    def __init__(self, out: Path, part: Part, note: Callable[[str], None] = lambda text: None) -> None:
         self.out = out
+        self._note = note
+        self._reached: Mapping[str, Sequence[Reached]] = {}
         self.files = staged_files(out)
         self._tree = Tree(out).below(STAGING)
         self._part = part
@@ -148,7 +168,10 @@ class PartStaging:
         check_sources(record, sources)
         if not is_seen_from_here(record):
             self._journal.note_sources(sources)
-        return still_there(self.files, record.finished.items())
+        self._reached = record.reached
+        done = still_there(self.files, record.finished.items())
+        note_finished(done, self._note)
+        return done
 
     def _check_others(self, digest: str, options: Options) -> None:
         for name in journals(self._tree):
@@ -160,6 +183,18 @@ class PartStaging:
         """Note a complete shard."""
         self.files.sync(shard)  # another machine will read it
         self._journal.append(shard, finished)
+
+    def reached(self, shard: str) -> Sequence[Reached]:
+        """How far an earlier run of this part came with a shard, as it noted it."""
+        return self._reached.get(shard, ())
+
+    def note_reached(self, shard: str, reached: Reached) -> None:
+        """Note how far a shard has come."""
+        self._journal.append_reached(shard, reached)
+
+    def keep(self, shard: str, nbytes: int) -> None:
+        """An unfinished shard of an earlier run was sound up to there."""
+        note_kept(shard, nbytes, self._note)
 
 
 def make_part(
@@ -173,7 +208,7 @@ def make_part(
     check_places(plan, source, out)
     mine = plan.part(share(plan, part))
     reporter.phase("convert", mine.write_bytes)
-    with PartStaging(out, part) as staging:
+    with PartStaging(out, part, reporter.note) as staging:
         done = staging.begin(plan.digest(source.fingerprint()), options, source.identities())
         finished = execute_plan(mine, source, staging, jobs, done, reporter.advance)
     return PartConverted(str(part), source.name, out, finished, len(plan.shards), mine.write_bytes)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from typing import Any
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.journal import STAGING, Finished
+from xpuquant.conversion.repo.journal import STAGING, Finished, Reached
 from xpuquant.conversion.repo.staging import Staging, staged_files
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.folder import LocalSource
@@ -75,6 +76,15 @@ class _Attempt:
         self.files.sync(shard)  # another machine will read it
         self.files.move(shard, self._target)
         self._staging.remove_empty(self._name)
+
+    def reached(self, shard: str) -> Sequence[Reached]:
+        return ()  # another attempt's folder is another's
+
+    def note_reached(self, shard: str, reached: Reached) -> None:
+        pass
+
+    def keep(self, shard: str, nbytes: int) -> None:
+        pass
 
 
 def execute_on_ray(

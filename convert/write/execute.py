@@ -4,36 +4,21 @@ What flows: as many shards as there are jobs are written at the same time, each 
 the order of the plan.
 
 What survives a crash: a shard that is finished is noted with its sha256 in the journal; an unfinished one lies in the
-staging folder, where nothing can open it as a model, and is written again.
+staging folder, where nothing can open it as a model, and is gone on with from the last place that was noted of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Source
-from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.read_ahead import Stopped, Workers
-from xpuquant.conversion.write.shard_writer import ShardWriter
-
-
-class ShardStore(Protocol):
-    """Where shards are made and noted: the staging folder of a conversion, as a whole or as one part sees it."""
-
-    @property
-    def files(self) -> Tree:
-        """Folder the files are written in."""
-        ...
-
-    def finish(self, shard: str, finished: Finished) -> None:
-        """A shard is complete and closed."""
-        ...
+from xpuquant.conversion.write.shard_writer import ShardStore, ShardWriter
 
 
 def execute_plan(
@@ -69,7 +54,7 @@ def execute_plan(
 
         def write(shard: Shard) -> tuple[str, Finished]:
             with workers.slot():
-                result = ShardWriter(shard, source, staging.files, workers, progress, read_again).run()
+                result = ShardWriter(shard, source, staging, workers, progress, read_again).run()
             source.check_unchanged()
             staging.finish(shard.name, result)
             return shard.name, result

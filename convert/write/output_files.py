@@ -50,33 +50,43 @@ class OutputFile(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    @property
+    def handed(self) -> int:
+        """Bytes from the front that the system has: they survive the end of this process."""
+        ...
+
     def append(self, data: Array) -> None:
         """Write `data` (flat uint8) at the end. The caller may change it after the call."""
         ...
 
 
-def create(tree: Tree, name: str, nbytes: int, read_again: bool) -> OutputFile:
+def create(tree: Tree, name: str, nbytes: int, read_again: bool, begin: int = 0) -> OutputFile:
     """Make a file, in place of what is there.
 
     Args:
         nbytes: its size.
         read_again: whether it is read soon, by this machine.
+        begin: bytes of what is there that are kept: what is appended comes after them.
 
     Raises:
-        OSError
+        OSError. UsageError, DamagedError: nothing can be kept of it, it is a link or no file.
     """
     direct = getattr(os, "O_DIRECT", None)
     if read_again or direct is None:
-        return CachedFile(tree, name, nbytes)
-    return DirectFile(tree, name, nbytes, direct)
+        return CachedFile(tree, name, nbytes, begin)
+    return DirectFile(tree, name, nbytes, direct, begin)
 
 
 class CachedFile:
     """Writes through the page cache."""
 
-    def __init__(self, tree: Tree, name: str, nbytes: int) -> None:
-        self._fd = _open(tree, name, nbytes)
-        self._end = self._flushed = 0
+    def __init__(self, tree: Tree, name: str, nbytes: int, begin: int = 0) -> None:
+        self._fd = _open(tree, name, nbytes, begin)
+        self._end = self._flushed = begin
+
+    @property
+    def handed(self) -> int:
+        return self._end
 
     def __enter__(self) -> CachedFile:
         return self
@@ -98,17 +108,19 @@ class CachedFile:
 class DirectFile:
     """Writes past the page cache, in a thread of its own."""
 
-    def __init__(self, tree: Tree, name: str, nbytes: int, flag: int) -> None:
+    def __init__(self, tree: Tree, name: str, nbytes: int, flag: int, begin: int = 0) -> None:
+        before = _last_unit(tree, name, begin)
         try:
-            self._fd = _open(tree, name, nbytes, flag)
+            self._fd = _open(tree, name, nbytes, begin, flag)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._fd = _open(tree, name, nbytes)
+            self._fd = _open(tree, name, nbytes, begin)
         self._flag = flag
         self._nbytes = nbytes
-        self._begin = 0  # of the block that is being filled, in the file
+        self._begin = begin - len(before)  # of the block that is being filled, in the file
         self._filled = 0  # bytes of it
+        self._handed = begin
         self._fault: BaseException | None = None
         self._free: queue.SimpleQueue[Array] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[tuple[Array, int, int] | None] = queue.SimpleQueue()
@@ -118,6 +130,11 @@ class DirectFile:
         self._block = self._free.get()
         self._writer = threading.Thread(target=self._write_blocks, name="direct", daemon=True)
         self._writer.start()
+        self.append(np.frombuffer(before, np.uint8))
+
+    @property
+    def handed(self) -> int:
+        return self._handed
 
     def __enter__(self) -> DirectFile:
         return self
@@ -160,6 +177,7 @@ class DirectFile:
             try:
                 if self._fault is None:
                     self._write_block(data[:nbytes], offset)
+                    self._handed = offset + nbytes
             except BaseException as error:  # raised by the caller, who would otherwise wait for the block
                 self._fault = error
             self._free.put(data)
@@ -176,14 +194,24 @@ class DirectFile:
             _write(self._fd, data.data, offset)
 
 
-def _open(tree: Tree, name: str, nbytes: int, flag: int = 0) -> int:
-    fd = tree.create(name, flag)
+def _open(tree: Tree, name: str, nbytes: int, begin: int, flag: int = 0) -> int:
+    fd = tree.update(name, os.O_RDWR | flag) if begin else tree.create(name, flag)
     try:
         os.ftruncate(fd, nbytes)
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def _last_unit(tree: Tree, name: str, begin: int) -> bytes:
+    """The bytes before `begin` that are written again with those that follow, in one unit of the disk."""
+    nbytes = begin % _ALIGNMENT
+    if not nbytes:
+        return b""
+    with os.fdopen(tree.open(name), "rb") as file:
+        file.seek(begin - nbytes)
+        return file.read(nbytes)
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

@@ -1,7 +1,8 @@
 """One shard of the output: made, hashed and written by the thread that owns it, others making ahead if there are any.
 
 What flows: the owner takes the shard's tasks in file order. A task is made chunk by chunk; each chunk goes into the
-shard's sha256 and into its file. One thread does this, because sha256 knows no other order; more threads write more
+shard's sha256 and into its file. Now and then the owner notes how far it has come, and begins where an earlier run had
+come to (`resumption.py`). One thread does this, because sha256 knows no other order; more threads write more
 shards. Where fewer shards are left than there are jobs, idle threads make tasks ahead (`read_ahead.py`), and the owner
 waits only for them, and for the disk.
 
@@ -16,21 +17,22 @@ Three sizes, each for its own reason:
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.journal import Finished
+from xpuquant.conversion.repo.journal import Finished, Reached
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.output_files import create
 from xpuquant.conversion.write.read_ahead import TASKS_AHEAD, TASKS_AT_ONCE, ChunkQueue, Stopped, Task, Workers
+from xpuquant.conversion.write.resumption import Steps, kept_prefix
 from xpuquant.errors import EnvironmentFault
 from xpuquant.formats.checkpoint import Array, Slice, as_array, as_bytes
 from xpuquant.formats.layouts.base import Piece
@@ -42,12 +44,20 @@ _ALIGNMENT = 64
 """Of each input in memory, so that wide loads are aligned."""
 
 
-def tasks(shard: Shard) -> Iterator[Task]:
-    """Cut a shard's data into tasks, in file order."""
+def tasks(shard: Shard, begin: int = 0) -> Iterator[Task]:
+    """Cut a shard's data into tasks, in file order.
+
+    Args:
+        begin: byte of the file at which the first of them begins, which is the end of the header or of a piece.
+    """
     gathered: list[Piece] = []
     nbytes = 0
+    end = len(shard.header)
     for tensor in shard.tensors:
         for piece in tensor.pieces:
+            end += piece.nbytes
+            if end <= begin:
+                continue
             if gathered and nbytes + piece.nbytes > CHUNK_BYTES:
                 yield tuple(gathered)
                 gathered, nbytes = [], 0
@@ -57,6 +67,31 @@ def tasks(shard: Shard) -> Iterator[Task]:
         yield tuple(gathered)
 
 
+class ShardStore(Protocol):
+    """Where shards are made and noted: the staging folder of a conversion, as a whole or as one part sees it."""
+
+    @property
+    def files(self) -> Tree:
+        """Folder the files are written in."""
+        ...
+
+    def finish(self, shard: str, finished: Finished) -> None:
+        """A shard is complete and closed."""
+        ...
+
+    def reached(self, shard: str) -> Sequence[Reached]:
+        """How far earlier runs came with a shard, as they noted it; to be hashed before it is believed."""
+        ...
+
+    def note_reached(self, shard: str, reached: Reached) -> None:
+        """A shard has come so far, and the system has all of it."""
+        ...
+
+    def keep(self, shard: str, nbytes: int) -> None:
+        """So much of an earlier run's unfinished shard is sound, and is not made again."""
+        ...
+
+
 class ShardWriter:
     """Writes one shard; see the module's docstring for the order of things."""
 
@@ -64,14 +99,14 @@ class ShardWriter:
         self,
         shard: Shard,
         source: Source,
-        tree: Tree,
+        store: ShardStore,
         workers: Workers,
         progress: Progress,
         read_again: bool = True,
     ) -> None:
         self._shard = shard
         self._source = source
-        self._tree = tree
+        self._store = store
         self._workers = workers
         self._progress = progress
         self._read_again = read_again
@@ -85,23 +120,33 @@ class ShardWriter:
         Raises:
             EnvironmentFault: it cannot be written. DamagedError: the source ended early. Stopped: another failed.
         """
-        shard = self._shard
-        digest = hashlib.sha256(shard.header)
+        shard, store = self._shard, self._store
         try:
-            with create(self._tree, shard.name, shard.nbytes, self._read_again) as file:
-                file.append(np.frombuffer(shard.header, np.uint8))
-                self._progress(len(shard.header))
-                for chunk in self._chunks():
-                    digest.update(chunk.data)
+            made = kept_prefix(store.files, shard, store.reached(shard.name))
+            if made.nbytes:
+                store.keep(shard.name, made.nbytes)
+                self._progress(made.nbytes)
+            steps = Steps(shard, made.nbytes)
+            with create(store.files, shard.name, shard.nbytes, self._read_again, made.nbytes) as file:
+                for chunk in self._bytes_from(made.nbytes):
+                    made.update(chunk.data)
                     file.append(chunk)
+                    for reached in steps.passed(made, file):
+                        store.note_reached(shard.name, reached)
                     self._progress(chunk.size)
         except OSError as error:
-            raise EnvironmentFault(f"{self._tree.path / shard.name}: cannot be written ({error.strerror})") from error
-        return Finished(digest.hexdigest(), shard.nbytes)
+            raise EnvironmentFault(f"{store.files.path / shard.name}: cannot be written ({error.strerror})") from error
+        return Finished(made.digest.hexdigest(), shard.nbytes)
 
-    def _chunks(self) -> Iterator[Array]:
-        """The shard's bytes after the header, in file order; each array is good until the next is asked for."""
-        coming = tasks(self._shard)
+    def _bytes_from(self, begin: int) -> Iterator[Array]:
+        """The shard from a byte on, in file order; each array is good until the next is asked for."""
+        header = self._shard.header
+        if begin < len(header):
+            yield np.frombuffer(header, np.uint8)
+        yield from self._chunks(tasks(self._shard, begin))
+
+    def _chunks(self, coming: Iterator[Task]) -> Iterator[Array]:
+        """The bytes of tasks, in their order; each array is good until the next is asked for."""
         try:
             while True:
                 while len(self._ahead) <= TASKS_AHEAD - TASKS_AT_ONCE:

@@ -23,11 +23,14 @@ from support.fuzz.case import command, digests
 from support.fuzz.faulty import READS, Dead, Faults
 from support.fuzz.tally import count
 
+from xpuquant.conversion.write import resumption, shard_writer
+
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
 ROUNDS = int(os.environ.get("XPUQUANT_TRUST_ROUNDS", "3"))
 """Random moments per signal; scripts/lanes/trust takes more."""
 LONG = ROUNDS > 3
 NOBODY = 65534
+CHUNK_BYTES, NOTED_BYTES = 8192, 20_000
 
 
 @pytest.fixture
@@ -98,6 +101,9 @@ class TestEveryOperation:
     def through_or_past_the_page_cache(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         """What is not read again is written in another way."""
         monkeypatch.setattr(sys.modules[__name__], "OPTIONS", request.param)
+        # Notes inside a shard, of which there would be none in so small ones.
+        monkeypatch.setattr(shard_writer, "CHUNK_BYTES", CHUNK_BYTES)
+        monkeypatch.setattr(resumption, "NOTED_BYTES", NOTED_BYTES)
 
     @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT], ids=errno.errorcode.get)
     def test_failing_once(self, error: int, source: Path, expected: dict[str, str], room: Path) -> None:
@@ -394,9 +400,18 @@ class TestSource:
         assert command(*arguments(source, out), "--force")[0] == 0
 
 
+NOTING = f"""
+import runpy
+from xpuquant.conversion.write import resumption, shard_writer
+shard_writer.CHUNK_BYTES, resumption.NOTED_BYTES = {CHUNK_BYTES}, {NOTED_BYTES}
+runpy.run_module("xpuquant", run_name="__main__", alter_sys=True)
+"""
+"""The program, noting inside of small shards."""
+
+
 def start(source: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "xpuquant", *arguments(source, out)],
+        [sys.executable, "-P", "-c", NOTING, *arguments(source, out)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
