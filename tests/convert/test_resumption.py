@@ -107,7 +107,7 @@ def staged(out: Path) -> Path:
 def kept(text: str) -> str | None:
     """What was said of an unfinished shard."""
     match = re.search(r"^resumed: (\S+ kB) of model\.safetensors kept$", text, re.MULTILINE)
-    return match and match[1]
+    return None if match is None else match[1]
 
 
 def said(nbytes: int) -> str:
@@ -366,7 +366,12 @@ def test_the_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Notes cost no flush: there are as many of those as without."""
     synced: list[int] = []
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), real(fd)))
+
+    def counted(fd: int) -> None:
+        synced.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", counted)
     assert convert(tmp_path / "noted", "--no-verify") == 0
     with_notes = len(synced)
     monkeypatch.setattr(resumption, "NOTED_BYTES", 1 << 40)
