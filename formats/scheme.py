@@ -25,7 +25,7 @@ FORMAT_VERSIONS = (1, 2)
 """Those that are read. A repo is written in the oldest that has all of its layouts: older releases read what they can,
 and refuse the rest in one line."""
 
-_SINCE_2 = frozenset({"int8_linear", "uint4_experts", "int8_experts"})
+_SINCE_2 = frozenset({"int8_linear", "uint4_experts", "int8_experts", "fp8_channel_experts"})
 """Layouts that version 1 does not have."""
 
 MAX_MODULES = 1_000_000
@@ -43,7 +43,7 @@ class Scheme:
 
     layout       the on-disk contract, defined in `formats/layouts/`: `int4_linear`, `int4_experts`, `fp8_linear`,
                  `fp8_experts`, `mxfp4_linear`, `mxfp4_experts`, `mxfp8_linear`, `mxfp8_experts`, `int8_linear`,
-                 `uint4_experts`, `int8_experts`
+                 `uint4_experts`, `int8_experts`, `fp8_channel_experts`
     granularity  what one scale covers: `group` (along K), `tensor`, `channel` (one per n), `block`
     group_size   elements of K per scale (`group`, and the K side of `block`); 0 otherwise
     block_n      rows of N per scale (`block`); 0 otherwise
@@ -82,6 +82,16 @@ class Scheme:
         words += ["asymmetric"] * (not self.symmetric) + ["act-order"] * self.act_order
         words += ["e5m2"] * (self.weight_dtype == "F8_E5M2") + ["interleaved"] * self.interleaved
         return " ".join(words)
+
+
+ARK_MULTIPLE = 32
+"""Columns of an expert's matrix, a step of the products in ARK's kernels; and its rows, which are columns of the other
+matrix (`_validate_moe_quant_args` in auto_round_kernel wants 16 of those)."""
+
+
+def columns_multiple(scheme: Scheme) -> int:
+    """What the columns of a rank's part must be a multiple of where no group says it; 0: nothing."""
+    return ARK_MULTIPLE if scheme.layout == "fp8_channel_experts" else 0
 
 
 def expand(pattern: str) -> list[str]:

@@ -19,7 +19,7 @@ _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
 
 
-_ROWS_FIRST = ("int4_experts", "mxfp4_experts", "uint4_experts", "int8_experts")
+_ROWS_FIRST = ("int4_experts", "mxfp4_experts", "uint4_experts", "int8_experts", "fp8_channel_experts")
 """Experts whose matrices lie as `[N, K]`; others lie transposed."""
 
 

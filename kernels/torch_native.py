@@ -156,7 +156,8 @@ def _fp8(layer: Layer, x: Array) -> Array:
 
     device = _device()
     weight = to_torch(layer.tensors["weight"], device)
-    weight = weight if layer.scheme.experts else weight.t()  # [K, N] over the stored bytes
+    upright = not layer.scheme.experts or layer.scheme.layout == "fp8_channel_experts"
+    weight = weight.t() if upright else weight  # [K, N] over the stored bytes
     scales = _fp8_scales(layer).to(device)
     size = layer.K // len(scales)
     result = np.zeros((len(x), layer.N), np.float32)
@@ -181,6 +182,8 @@ def _fp8_scales(layer: Layer) -> torch.Tensor:
     scheme, scale = layer.scheme, to_torch(layer.tensors["weight_scale"])
     if scheme.granularity == "block":
         return scale.repeat_interleave(scheme.block_n, dim=1)[:, : layer.N].contiguous()
+    if scheme.layout == "fp8_channel_experts":
+        return scale.reshape(layer.N, -1).t().float().contiguous()
     if scheme.granularity == "group":
         exponents = scale.t() if scheme.experts else scale
         return exponents.contiguous().view(torch.float8_e8m0fnu).to(torch.float32)

@@ -78,11 +78,15 @@ def expert_tensors(scheme: Scheme, E: int, H: int, I: int) -> dict[str, Stored]:
             tensors[name] = Stored((E, N, K // 2), torch.uint8)
         elif scheme.layout == "int8_experts":
             tensors[name] = Stored((E, N, K), torch.int8 if scheme.symmetric else torch.uint8)
+        elif scheme.layout == "fp8_channel_experts":
+            tensors[name] = Stored((E, N, K), _FP8[scheme.weight_dtype])
         else:
             tensors[name] = Stored((E, K, N), _FP8[scheme.weight_dtype])
         shape: tuple[int, ...] = (E, N, K // scheme.group_size) if scheme.group_size else (E,)
         if scheme.granularity == "block":
             shape = (E, K // scheme.group_size, N // scheme.block_n)
+        elif scheme.granularity == "channel":
+            shape = (E, N)
         tensors[f"{name}_scale"] = Stored(shape, scale_dtype(scheme))
         if not scheme.symmetric:
             tensors[f"{name}_zero_point"] = Stored(shape, torch.uint8)
@@ -143,6 +147,8 @@ def dequantize(scheme: Scheme, tensors: Mapping[str, torch.Tensor], dtype: torch
     if layout in ("mxfp4_linear", "mxfp4_experts"):
         values = torch.tensor(_E2M1, device=weight.device)[_nibbles(weight).int()]
         return _grouped(values, _powers(scale if layout == "mxfp4_linear" else scale.t())).to(dtype)
+    if layout == "fp8_channel_experts":
+        return _grouped(weight, scale.reshape(len(weight), -1).t()).to(dtype)
     if scheme.experts:
         weight = weight.t()
     if layout.startswith("mxfp8"):

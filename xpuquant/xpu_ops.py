@@ -299,7 +299,7 @@ def ark_gemm(
     Args:
         scheme: how the stack is stored.
         weight: `[E, N, K/2]` or `[E, N, K]`.
-        scale: `[E, N, K/g]` in the dtype of x.
+        scale: `[E, N, K/g]`, or `[E, N]` where it covers a channel, in the dtype of x.
         zeros: likewise; None where the scheme is symmetric.
         x: `[M, K]` bfloat16 or float16, the rows of one expert after those of the one before.
         rows: int32 `[E]`, rows of each expert.
@@ -308,12 +308,13 @@ def ark_gemm(
 
     return ark().moe(  # type: ignore[no-any-return]
         x,
-        weight.view(torch.uint8),  # int8 too: without zero points its bytes are read as signed
+        # int8 as uint8: without zero points its bytes are read as signed. FP8 is told by its dtype.
+        weight if weight.is_floating_point() else weight.view(torch.uint8),
         rows,
-        scales=scale,
+        scales=scale.unsqueeze(-1) if scheme.granularity == "channel" else scale,
         zeros=zeros,
         weight_bits=4 if scheme.layout == "uint4_experts" else 8,
-        group_size=scheme.group_size,
+        group_size=scheme.group_size or x.shape[1],
         asym=not scheme.symmetric,
     )
 

@@ -136,7 +136,7 @@ def operators_of(scheme: Scheme) -> tuple[str, ...]:
     """What computes a module that is stored so, in the order of the calls; nothing for layouts of other loaders."""
     if scheme.layout in ("int4_experts", "fp8_experts", "mxfp4_experts", "mxfp8_experts"):
         return ("remap_hidden_states", "cutlass_grouped_gemm_interface", "moe_gather")
-    if scheme.layout in ("uint4_experts", "int8_experts"):
+    if scheme.layout in ("uint4_experts", "int8_experts", "fp8_channel_experts"):
         return ("remap_hidden_states", "moe_gather")  # with ARK's GEMM between them
     if scheme.layout == "fp8_linear" and scheme.granularity == "block":
         return ("per_token_group_fp8_quant", "fp8_gemm")

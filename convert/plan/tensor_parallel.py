@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.formats.architecture import layer_of, splits_along_k
 from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.scheme import Scheme, columns_multiple
 
 _WORD = 8
 
@@ -52,9 +52,10 @@ def _along_n(scheme: Scheme, N: int, ranks: int) -> str | None:
 def _along_k(scheme: Scheme, K: int, ranks: int) -> str | None:
     if scheme.act_order:
         return "the act-order permutation of K crosses ranks"
-    unit = scheme.group_size or _WORD
+    unit = scheme.group_size or columns_multiple(scheme) or _WORD
     if scheme.group_size == K and scheme.layout != "int8_linear":
         return None if K % (ranks * _WORD) == 0 else f"K={K} does not split by {ranks}"
     if K % (ranks * unit):
-        return f"K={K} does not split into {ranks} parts of whole groups of {unit}"
+        what = f"whole groups of {unit}" if scheme.group_size else f"multiples of {unit}"
+        return f"K={K} does not split into {ranks} parts of {what}"
     return None

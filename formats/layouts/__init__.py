@@ -11,6 +11,7 @@ from xpuquant.formats.layouts.compressed_tensors.fp8 import CtFp8
 from xpuquant.formats.layouts.compressed_tensors.int4 import CtInt4
 from xpuquant.formats.layouts.compressed_tensors.mx import CT_MXFP4, CT_MXFP8
 from xpuquant.formats.layouts.xpu.ark_experts import Int8Experts, Uint4Experts
+from xpuquant.formats.layouts.xpu.fp8_channel_experts import Fp8ChannelExperts
 from xpuquant.formats.layouts.xpu.fp8_experts import Fp8Experts
 from xpuquant.formats.layouts.xpu.fp8_linear import Fp8Linear
 from xpuquant.formats.layouts.xpu.int4_experts import Int4Experts
@@ -27,6 +28,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Int8Experts(),
     Fp8Linear(),
     Fp8Experts(),
+    Fp8ChannelExperts(),
     MXFP4_LINEAR,
     MXFP8_LINEAR,
     Mxfp4Experts(),

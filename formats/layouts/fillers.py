@@ -249,7 +249,7 @@ class FillScales(Filler):
 class FillBlockScales(Filler):
     """`[K / column_step, N / row_step]` scales of one weight, `[N / row_step, K / column_step]` where `by_row`.
 
-    dtype  `F32` (every source dtype widens to it exactly), or `U8` for exponents
+    dtype  label of a float (every source dtype widens to `F32` exactly), or `U8` for exponents
     """
 
     weight: FloatWeight
@@ -261,7 +261,11 @@ class FillBlockScales(Filler):
     def fill(self, arrays: Arrays, out: Array) -> None:
         scales = self.weight.scales(0, self.weight.N).build(arrays)
         spread = self.weight.spread(scales, self.row_step, self.column_step)
-        values = np.ascontiguousarray(spread).view(np.uint8) if self.dtype == "U8" else spread.astype(np.float32)
+        values = (
+            np.ascontiguousarray(spread).view(np.uint8)
+            if self.dtype == "U8"
+            else cast(spread.astype(np.float32), self.dtype, self.weight.scale.name)
+        )
         target = values if self.by_row else values.T
         out.view(numpy_dtype(self.dtype)).reshape(target.shape)[...] = target
 

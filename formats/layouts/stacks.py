@@ -19,7 +19,7 @@ from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.base import row_blocks
-from xpuquant.formats.weights.floats import FloatWeight, view
+from xpuquant.formats.weights.floats import ELEMENTS, FloatWeight, view
 from xpuquant.formats.weights.parts import source_matrices
 
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
@@ -71,6 +71,13 @@ def float_stack(module: Module) -> tuple[ExpertStack, list[FloatWeight]] | None:
     sources = [source for _, _, weight in module.matrices() for source in source_matrices(weight)]
     floats = [source for source in sources if isinstance(source, FloatWeight)]
     return (module, floats) if len(floats) == len(sources) else None
+
+
+def fp8_stack(module: Module) -> tuple[ExpertStack, list[FloatWeight]] | None:
+    """A stack all of whose source matrices are FP8 with float scales, and these; None for any other module."""
+    if (floats := float_stack(module)) is None:
+        return None
+    return None if any(source.is_mx or source.dtype not in ELEMENTS for source in floats[1]) else floats
 
 
 def several_dtypes(sources: Sequence[FloatWeight]) -> str | None:

@@ -29,13 +29,17 @@ _ELEMENTS = {
     "int8_experts": "I8",
     "fp8_linear": "F8_E4M3",
     "fp8_experts": "F8_E4M3",
+    "fp8_channel_experts": "F8_E4M3",
     "mxfp8_linear": "F8_E4M3",
     "mxfp8_experts": "F8_E4M3",
     "mxfp4_linear": "F4",
     "mxfp4_experts": "F4",
 }
 _TRANSPOSED = ("fp8_experts", "mxfp8_experts")  # stored [K, N]
-_SCALES_BY_ROW = ("int4_experts", "uint4_experts", "int8_experts", "mxfp4_experts", "mxfp8_experts")  # stored [N, K/g]
+_SCALES_BY_ROW = (  # stored [N, K/g]
+    *("int4_experts", "uint4_experts", "int8_experts", "mxfp4_experts", "mxfp8_experts"),
+    "fp8_channel_experts",
+)
 _INTEGERS = ("U4", "S4", "U8", "I8")
 
 

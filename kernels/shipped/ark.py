@@ -1,4 +1,4 @@
-"""ARK's expert kernels for XPU, out of a released auto-round-lib wheel: int4 and int8, with or without zero points.
+"""ARK's expert kernels for XPU, out of a released auto-round-lib wheel: int4 and int8 with or without zero points, FP8.
 
 Its library holds what vllm-xpu-kernels lacks: `(code − zero) · scale` for experts. Prefill widens a stack to 16 bits
 and multiplies that; decoding multiplies the codes. Source of the launches: repository auto-round of 2026-08-22,
@@ -21,8 +21,10 @@ _STORE = 32  # columns that a work group of the widening kernels writes side by 
 _LANES = 16
 
 
-def _name(wheel: Wheel, kernel: str, scales: Array, asymmetric: bool) -> str:
-    return wheel.named(_LIBRARY, f"{len(kernel)}{kernel}I{SYCL[scales.dtype.name]}Lb{int(asymmetric)}E", "_ZTSN3ark")
+def _name(wheel: Wheel, kernel: str, scales: Array, flag: bool, more: str = "") -> str:
+    """The instance for scales of this dtype with a first flag: zero points or not; of FP8, E4M3 or E5M2."""
+    instance = f"{len(kernel)}{kernel}I{SYCL[scales.dtype.name]}Lb{int(flag)}E{more}"
+    return wheel.named(_LIBRARY, instance, "_ZTSN3ark")
 
 
 def widen(wheel: Wheel, weight: Array, scales: Array, zeros: Array | None = None, bits: int = 4) -> Array:
@@ -31,7 +33,7 @@ def widen(wheel: Wheel, weight: Array, scales: Array, zeros: Array | None = None
     Args:
         wheel: whose kernel.
         weight: uint8 `[E, N, K/2]` (the even column in the low nibble) or, for 8 bits, `[E, N, K]`; codes are signed
-            without `zeros`, unsigned with them.
+            without `zeros`, unsigned with them. Or FP8 `[E, N, K]`.
         scales: float16 or bfloat16 `[E, N, K/g]`.
         zeros: true zero points in the dtype of the scales, `[E, N, K/g]`.
         bits: 4 or 8.
@@ -40,11 +42,18 @@ def widen(wheel: Wheel, weight: Array, scales: Array, zeros: Array | None = None
         `[E, K, N]` in the dtype of the scales.
     """
     E, N, groups = scales.shape
-    K = weight.shape[2] * (2 if bits == 4 else 1)
+    fp8 = weight.dtype.kind not in "iu"
+    K = weight.shape[2] * (2 if bits == 4 and not fp8 else 1)
     out = aligned((E, K, N), scales.dtype)
     stored = [placed(scales)] if zeros is None else [placed(scales), placed(zeros)]
     sizes = [np.int32(N), np.int32(K // groups), np.int32(groups)]
     arguments: list[Any]
+    if fp8:
+        # Its codes are read out of a table, as by default (ARK_FP8_DECODE_USE_LUT).
+        name = _name(wheel, "MoEDequantKernelFP8", scales, weight.dtype.name == "float8_e4m3fn", "Lb1E")
+        arguments = [None, np.int32(N), np.int32(K), *sizes[1:], *stored, placed(weight.view(np.uint8)), out]
+        launch(wheel, _LIBRARY, name, arguments, _STORE, -(-N // _STORE), K // 4, E)
+        return out
     if bits == 4:
         kernel, words = "MoEDequantKernelInt4Fast", K // 8
         arguments = [None, *sizes, *stored, np.int32(K // 2), placed(weight), np.int32(K), out]

@@ -20,7 +20,7 @@ _GROUPS = (32, 64, 128, 256)
 # Rows to a call: the host takes its smallest tile for so many, and each tile is a kernel to build.
 _ROWS = {"int4_experts": 4, "mxfp4_experts": 4}
 _ROWS_OF_FP8 = 8
-_BITS = {"uint4_experts": 4, "int8_experts": 8}
+_BITS = {"uint4_experts": 4, "int8_experts": 8, "fp8_channel_experts": 8}
 """Layouts that ARK's kernels read, and the width of their codes."""
 
 
@@ -93,11 +93,11 @@ class Shipped:
 def _widened(layer: Layer, dtype: np.dtype[Any]) -> Array:
     """What prefill multiplies activations of this dtype with: float32 `[K, N]`."""
     tensors, released = layer.tensors, wheel.found("auto_round_lib")[-1]
-    zeros = tensors.get("weight_zero_point")
+    weight, zeros = tensors["weight"], tensors.get("weight_zero_point")
     stack = ark.widen(
         released,
-        tensors["weight"].view(np.uint8)[None],
-        tensors["weight_scale"].astype(dtype)[None],
+        weight.view(np.uint8)[None] if weight.dtype.kind in "iu" else weight[None],
+        tensors["weight_scale"].astype(dtype).reshape(1, layer.N, -1),
         None if zeros is None else zeros.astype(dtype)[None],
         _BITS[layer.scheme.layout],
     )

@@ -61,6 +61,24 @@ def test_codes_less_zero_points_times_scales_rounded_once(released, bits, asymme
         assert hand.error(wrong, stack.truth) > 0.5
 
 
+@pytest.mark.operator("ARK: experts widened for prefill")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [G, K])
+@pytest.mark.parametrize("element", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_fp8_codes_times_scales_per_group_or_channel_rounded_once(released, element, group, dtype):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (E, N, K)).astype(np.uint8).view(element)
+    codes[~np.isfinite(codes.astype(np.float32))] = 1
+    scales = rng.uniform(1e-3, 1e-2, (E, N, K // group)).astype(DTYPES[dtype])
+    truth = codes.astype(float) * np.repeat(scales.astype(float), group, axis=2)
+    found = ark.widen(released, codes, scales).swapaxes(1, 2)
+    assert np.array_equal(found, truth.astype(np.float32).astype(found.dtype))
+    other = ml_dtypes.float8_e5m2 if element is ml_dtypes.float8_e4m3fn else ml_dtypes.float8_e4m3fn
+    wrong = ark.widen(released, codes.view(other), scales).swapaxes(1, 2).astype(float)
+    assert hand.error(np.nan_to_num(wrong, posinf=0, neginf=0), truth) > 0.5
+    assert hand.error(ark.widen(released, codes[:, ::-1].copy(), scales).swapaxes(1, 2), truth) > 0.5
+
+
 @pytest.mark.operator("ARK: moe_gemm_decode, int4")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("asymmetric", [False, True])

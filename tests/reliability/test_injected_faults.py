@@ -30,6 +30,7 @@ CASES = {
     "fp8 block": "llmcompressor-llama-fp8-block",
     "fp8 static": "llmcompressor-llama-fp8-static",
     "fp8 experts": "llmcompressor-qwen3moe-fp8-block",
+    "fp8 experts per channel": "llmcompressor-qwen3moe-fp8-dynamic",
     "mxfp8": "llmcompressor-llama-mxfp8",
     "mxfp4": "llmcompressor-llama-mxfp4",
     "mxfp4 experts": "llmcompressor-qwen3moe-mxfp4",

@@ -18,10 +18,14 @@ def moe(
 ) -> torch.Tensor:
     """What `_validate_moe_quant_args` of auto_round_kernel checks, then the sum by its docstring."""
     E, N, K = len(rows), weights.shape[1], x.shape[1]
-    assert weights.dtype == torch.uint8 and weights.shape == (E, N, K * weight_bits // 8) and N % 16 == 0
+    fp8 = weights.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    assert (weights.dtype == torch.uint8 or fp8) and weights.shape == (E, N, K * weight_bits // 8) and N % 16 == 0
     assert rows.dtype == torch.int32 and scales.dtype == x.dtype and scales.shape == (E, N, K // group_size)
     codes = weights if weight_bits == 8 else torch.stack([weights & 15, weights >> 4], dim=-1).flatten(2)
-    if asym:
+    if fp8:
+        assert zeros is None and not asym
+        values = weights.float()
+    elif asym:
         assert zeros is not None and zeros.dtype == x.dtype and zeros.shape == scales.shape
         values = codes.float() - zeros.float().repeat_interleave(group_size, 2)
     else:

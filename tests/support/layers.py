@@ -139,6 +139,20 @@ def fp8(
     return Layer(scheme, N, K, tensors), codes.astype(np.float64) * wide
 
 
+def fp8_channel_expert(
+    N: int, K: int, g: int = 0, *, scale: str = "F32", dtype: Any = ml_dtypes.float8_e4m3fn, seed: int = 0
+) -> tuple[Layer, Array]:
+    """An expert of `fp8_channel_experts`; g = 0: a scale per channel."""
+    rng = np.random.default_rng(seed)
+    codes = rng.normal(scale=60, size=(N, K)).astype(dtype)
+    scales = rng.uniform(1e-4, 1e-3, (N, K // (g or K))).astype(DTYPES[scale])
+    granularity = "group" if g else "channel"
+    label = "F8_E4M3" if dtype is ml_dtypes.float8_e4m3fn else "F8_E5M2"
+    scheme = Scheme("fp8_channel_experts", granularity, g, scale_dtype=scale, weight_dtype=label)
+    weight = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), g or K, axis=1)
+    return Layer(scheme, N, K, {"weight": codes, "weight_scale": scales if g else scales[:, 0]}), weight
+
+
 def mx(N: int, K: int, kind: str, *, experts: bool = False, seed: int = 0) -> tuple[Layer, Array]:
     """`kind`: "mxfp4" or "mxfp8"."""
     rng = np.random.default_rng(seed)
@@ -203,6 +217,9 @@ _FLOAT: dict[str, Callable[[], tuple[Layer, Array]]] = {
     "fp8 e5m2 tensor": lambda: fp8(96, 256, "tensor", dtype=ml_dtypes.float8_e5m2),
     "fp8 expert tensor": lambda: fp8(128, 256, "tensor", experts=True),
     "fp8 expert block": lambda: fp8(128, 256, "block", experts=True),
+    "fp8 expert channel": lambda: fp8_channel_expert(128, 256),
+    "fp8 expert group": lambda: fp8_channel_expert(128, 256, 64, scale="BF16"),
+    "fp8 expert e5m2 channel": lambda: fp8_channel_expert(128, 256, dtype=ml_dtypes.float8_e5m2),
     "mxfp8": lambda: mx(96, 256, "mxfp8"),
     "mxfp8 expert": lambda: mx(128, 256, "mxfp8", experts=True),
     "mxfp4": lambda: mx(96, 256, "mxfp4"),

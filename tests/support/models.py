@@ -163,6 +163,9 @@ def fp8(weight: torch.Tensor, scheme: Scheme) -> Packed:
         scale = blocks.abs().amax((1, 3)) / largest
         spread = scale[:, None, :, None].expand_as(blocks).reshape(N, K)
         stored_scale = scale.t().contiguous()
+    elif scheme.granularity == "group":
+        stored_scale = (grouped(wide, scheme.group_size).abs().amax(-1) / largest).bfloat16()
+        spread = stored_scale.float().repeat_interleave(scheme.group_size, dim=1)
     elif scheme.granularity == "channel":
         stored_scale = wide.abs().amax(1) / largest
         spread = stored_scale[:, None]
@@ -172,7 +175,8 @@ def fp8(weight: torch.Tensor, scheme: Scheme) -> Packed:
     stored = (wide / spread).clamp(-largest, largest).to(dtype)
     values = stored.float() * spread
     if scheme.experts:
-        return {"": stored.t().contiguous(), "_scale": stored_scale}, values
+        rows = stored if scheme.layout == "fp8_channel_experts" else stored.t().contiguous()
+        return {"": rows, "_scale": stored_scale}, values
     tensors = {"weight": stored, "weight_scale": stored_scale}
     return tensors | ({"input_scale": torch.tensor([0.5])} if scheme.input_scale else {}), values
 
@@ -189,6 +193,7 @@ PACK: dict[str, Callable[[torch.Tensor, Scheme], Packed]] = {
     "mxfp8_experts": mxfp8,
     "fp8_linear": fp8,
     "fp8_experts": fp8,
+    "fp8_channel_experts": fp8,
 }
 
 SCHEMES: dict[str, Scheme] = {
@@ -215,6 +220,8 @@ EXPERTS: dict[str, Scheme] = {
     "int8-asym": Scheme("int8_experts", group_size=64, symmetric=False),
     "fp8-tensor": Scheme("fp8_experts", granularity="tensor", scale_dtype="F32"),
     "fp8-block": Scheme("fp8_experts", granularity="block", group_size=128, block_n=128, scale_dtype="F32"),
+    "fp8-channel": Scheme("fp8_channel_experts", granularity="channel", scale_dtype="F32"),
+    "fp8-group": Scheme("fp8_channel_experts", group_size=32),
     "mxfp4": Scheme("mxfp4_experts", group_size=32, scale_dtype="U8"),
     "mxfp8": Scheme("mxfp8_experts", group_size=32, scale_dtype="U8"),
     "fp8-e5m2": Scheme("fp8_experts", granularity="tensor", scale_dtype="F32", weight_dtype="F8_E5M2"),

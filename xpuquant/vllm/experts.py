@@ -13,8 +13,9 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from xpuquant import layers
+from xpuquant.ark_releases import ARK_LAYOUTS
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.scheme import Scheme, columns_multiple
 from xpuquant.xpu_ops import cast_when_loaded, check_experts, fused_moe, run_experts
 
 
@@ -49,7 +50,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 check_experts(scheme, top_k, activation, layer.swiglu_limit, self.moe.ep_size)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{self.prefix}: {error}") from None
-        for step in {scheme.group_size, scheme.block_n} - {0}:
+        for step in {scheme.group_size, scheme.block_n, columns_multiple(scheme)} - {0}:
             if I % step:
                 raise UnsupportedError(
                     f"{self.prefix}: {I} intermediate features on each rank are no multiple of {step}; "
@@ -114,10 +115,12 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         first = name.startswith("gate_up_proj")
         if name.endswith("_bias"):
             return 1 if first else None
-        rows_first = self.scheme.layout in ("int4_experts", "mxfp4_experts", "uint4_experts", "int8_experts")
+        rows_first = self.scheme.layout in ("int4_experts", "mxfp4_experts", *ARK_LAYOUTS)
         if name.endswith(("_scale", "_zero_point")):
             if self.scheme.granularity == "tensor":
                 return None
+            if self.scheme.granularity == "channel":
+                return 1 if first else None
             rows_first = self.scheme.granularity != "block"
         return 1 if first == rows_first else 2
 

@@ -39,14 +39,10 @@ from xpuquant.formats.layouts.stacks import (
     stored_matrices,
 )
 from xpuquant.formats.packing.plain import unpack_nibbles
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.scheme import ARK_MULTIPLE, Scheme
 from xpuquant.formats.weights.decoded import Decoded, even_groups, subtract_zeros
 from xpuquant.formats.weights.integers import IntWeight, common_group_size, divide_groups
 from xpuquant.formats.weights.packed import Packed
-
-ARK_MULTIPLE = 32
-"""Columns of an expert's matrix, a step of the kernels' product; and its rows, which are columns of the other matrix
-(`_validate_moe_quant_args` in auto_round_kernel wants 16 of those)."""
 
 ARK_GROUP_SIZES = (128, 64, 32, 16)
 """Groups that are written. The kernels take any even size; longer ones are cut, for tensor parallelism to cut I."""

@@ -6,9 +6,9 @@
     P.down_proj_scale     F32 [E], or [E, I/128, H/128]
     P.gate_up_proj_bias, P.down_proj_bias  [E, 2I], [E, H]  where the model has them
 
-P ends in `.experts`. The kernel takes one scale per expert and GEMM, or blocks of 128 x 128; nothing per channel.
-Gate and up that were quantized with different per-tensor scales share a GEMM: serving engines requantize both to the
-larger scale. Here they become blocks, which is exact.
+P ends in `.experts`. The kernel takes one scale per expert and GEMM, or blocks of 128 x 128; nothing per channel,
+which is `fp8_channel_experts`. Gate and up that were quantized with different per-tensor scales share a GEMM: serving
+engines requantize both to the larger scale. Here they become blocks, which is exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xpuquant.formats.checkpoint import Array
-from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Piece, Refusal, Stored
+from xpuquant.formats.layouts.base import Conversion, Layout, Matrix, OutTensor, Piece, Stored
 from xpuquant.formats.layouts.fillers import FillExpertScales
 from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.layouts.scales import block_start, kept
@@ -28,7 +28,7 @@ from xpuquant.formats.layouts.stacks import (
     expert_bias,
     expert_scale,
     float_members,
-    float_stack,
+    fp8_stack,
     roles_of_stacks,
     several_dtypes,
     stack_suffixes,
@@ -46,15 +46,13 @@ class Fp8Experts(Layout):
     family = "xpu"
     kernel = "grouped GEMM fp8"
 
-    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | Refusal | None:
-        if (floats := float_stack(module)) is None:
+    def offer(self, module: Module, scale_dtype: str | None) -> Conversion | None:
+        if (floats := fp8_stack(module)) is None:
             return None
         stack, sources = floats
-        if any(source.is_mx or source.dtype not in ELEMENTS for source in sources):
-            return None
+        if grouped_gemm_refusal(stack, sources) is not None:
+            return None  # `fp8_channel_experts` takes it, or says why nothing does
         blocks = not _per_tensor(stack, sources)
-        if (reason := _refusal(stack, sources, blocks)) is not None:
-            return Refusal(reason)
         tensors: list[OutTensor] = []
         for name, roles in roles_of_stacks(stack):
             codes = transposed_tensor(stack, name, roles)
@@ -116,26 +114,22 @@ class Fp8Experts(Layout):
         return arrays | expert_bias(stored, part, matrix, taken)
 
 
-def _refusal(stack: ExpertStack, sources: Sequence[FloatWeight], blocks: bool) -> str | None:
-    """Why the kernel cannot take the stack.
-
-    Args:
-        blocks: its scales would be stored as blocks.
-    """
+def grouped_gemm_refusal(stack: ExpertStack, sources: Sequence[FloatWeight]) -> str | None:
+    """Why the grouped GEMM of vllm-xpu-kernels cannot take a stack of FP8 experts; None where it can."""
     if any(source.granularity == "channel" for source in sources):
-        return "per-channel fp8 experts have no XPU kernel (one scale per expert, or 128x128 blocks)"
+        return "the grouped GEMM has no fp8 scales per channel"
     if (reason := several_dtypes(sources)) is not None:
         return reason
-    if not blocks:
+    if _per_tensor(stack, sources):
         return None
-    cause = "fp8 block scales"
+    cause = "the grouped GEMM's fp8 blocks"
     if all(source.granularity == "tensor" for source in sources):
         cause = f"{'different' if _known(stack) else 'possibly different'} per-tensor scales of gate and up"
     if stack.interleaved and len(stack.upper_roles) == 2:
         return f"{cause} cannot cover columns that alternate gate and up"
     for source in sources:
         if source.granularity == "block" and (source.block[0] % FP8_BLOCK or source.block[1] % FP8_BLOCK):
-            return f"fp8 blocks of {source.block[0]}x{source.block[1]} have no XPU expert kernel (128x128)"
+            return f"the grouped GEMM has no fp8 blocks of {source.block[0]}x{source.block[1]} (128x128)"
         if source.N % FP8_BLOCK or source.K % FP8_BLOCK:
             return f"{cause} need N and K to be multiples of {FP8_BLOCK}, an expert has [{source.N}, {source.K}]"
     return None

@@ -21,6 +21,8 @@ TENSOR = [
     ("qwen3_moe", "int4-asym", "uint4"),
     ("mixtral", "int4", "int8-asym"),
     ("mixtral", "fp8-channel", "mxfp8"),
+    ("qwen3_moe", "fp8-channel", "fp8-channel"),
+    ("mixtral", "int4", "fp8-group"),
     ("mixtral", "mxfp4", "fp8-block"),
     ("gpt_oss", "mxfp4", "mxfp4"),
 ]
@@ -28,6 +30,7 @@ EXPERT = [
     ("qwen3_moe", "int4", "int4"),
     ("qwen3_moe", "int4-asym", "uint4"),
     ("mixtral", "int4", "int8-asym"),
+    ("qwen3_moe", "fp8-channel", "fp8-channel"),
     ("gpt_oss", "mxfp4", "mxfp4"),
 ]
 TOLERANCE = 2e-3
