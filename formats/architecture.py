@@ -80,9 +80,10 @@ LAYERS: Mapping[str, LayerKind] = {
 }
 """The last part of a module's name → what is known of it. Layers in one tensor are in its order."""
 
-ALIASES = ((".block_sparse_moe.", ".mlp."), (".mamba.", ".mixer."))
+ALIASES = ((".block_sparse_moe.", ".mlp."), (".mamba.", ".mixer."), (".moe.", ".mlp."))
 """Two names of one thing. Mixtral: published checkpoints and vLLM have the first, Transformers the second. MiniMax-M2:
-files have the first, vLLM asks for the second. Granite 4, Falcon-H1, Jamba, Zamba2: likewise."""
+files have the first, vLLM asks for the second. Granite 4, Falcon-H1, Jamba, Zamba2: likewise. Step-3.7: files
+and vLLM have the first, Transformers the second."""
 
 _UNKNOWN = LayerKind()
 _ALONG_K = tuple(leaf for leaf, layer in LAYERS.items() if layer.along_k)

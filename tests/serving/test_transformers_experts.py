@@ -20,14 +20,13 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from support.models import EXPERTS, PACK  # noqa: E402
 
-from xpuquant.transformers.contracts import check_experts_class, kernel_gate  # noqa: E402
+from xpuquant.transformers.contracts import check_experts_class, kernel_gate, takes_rows_by_expert  # noqa: E402
 from xpuquant.transformers.layers import XpuquantExperts, quantized  # noqa: E402
 
 REFUSED = {
     "DbrxExperts": "own way",  # three matrices without experts of their own
     "InklingSharedExperts": "own way",  # each token goes to all
     "JetMoeParallelExperts": "own way",  # one matrix
-    "Llama4TextExperts": "own way",  # takes no routes
     "LongcatFlashExperts": "own way",  # some experts return their input
     "MuseSparkExperts": "has_post_expert_norm=True",
     "NemotronHExperts": "has_gate=False",
@@ -118,9 +117,10 @@ def test_computes_as_the_class_does_or_refuses(module: str, name: str) -> None:
     x = torch.randn(16, H, generator=torch.Generator().manual_seed(4))
     ids = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i))[:2] for i in range(16)])
     weights = torch.rand(16, 2, generator=torch.Generator().manual_seed(5))
-    wanted = experts(x, ids, weights)
+    asked = (x,) if takes_rows_by_expert(experts) else (x, ids, weights)
+    wanted = experts(*asked)
     assert wanted.abs().max() > 0.1
-    torch.testing.assert_close(ours(x, ids, weights), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours(*asked), wanted, atol=1e-5, rtol=1e-4)
 
 
 def stand_in(experts: Any) -> XpuquantExperts:
@@ -128,7 +128,7 @@ def stand_in(experts: Any) -> XpuquantExperts:
     scheme = scheme_of(experts)
     ours = quantized(scheme, experts)
     assert isinstance(ours, XpuquantExperts)
-    turned = getattr(experts, "is_transposed", False)
+    turned = getattr(experts, "is_transposed", takes_rows_by_expert(experts))
     stored: dict[str, list[torch.Tensor]] = {}
     for part in ("gate_up_proj", "down_proj"):
         for expert in range(E):

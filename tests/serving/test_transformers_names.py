@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+from support.families.catalogue import FAMILIES as SERVED  # noqa: E402
+from support.families.models import tiny  # noqa: E402
 from support.floats import Floats, block, expert_weights, fp8_tensors  # noqa: E402
 from support.models import EXPERTS, FAMILIES, MOE, PACK, SCHEMES, write  # noqa: E402
 
@@ -150,6 +152,22 @@ def test_conv1d(auto: str, tmp_path: Path) -> None:
     )
     model = transformers.GPT2LMHeadModel(config).bfloat16()
     agree(*convert_by_hand(model, tmp_path, r".*\.(c_attn|c_proj|c_fc)\.weight", turned=True), auto)
+
+
+def test_names_that_a_renaming_knows_by_the_dot_after_them(tmp_path: Path) -> None:
+    """DeepSeek-V4: `\\.wo_a\\.` of the files is `o_a_proj`, which multiplies group by group in its own way."""
+    model = tiny_family("deepseek_v4")
+    agree(*convert_by_hand(model, tmp_path, r".*\.attn\.(wo_a|wo_b|wq_a|wq_b|wkv)\.weight"))
+
+
+def test_a_router_that_is_a_linear_by_its_class_alone(tmp_path: Path) -> None:
+    """Llama 4's returns scores; AutoRound's model-free export packs it."""
+    pair = convert_by_hand(tiny_family("llama4"), tmp_path, r".*\.router\.weight")
+    agree(*pair, "AutoModelForImageTextToText")
+
+
+def tiny_family(name: str) -> Any:
+    return tiny(next(family for family in SERVED if family.name == name))
 
 
 def routed(folder: Path, scheme: str) -> Any:
@@ -343,3 +361,14 @@ def test_one_layer_of_experts_left_alone(tmp_path: Path) -> None:
         scheme["modules"] = [n.replace("{0-1}.mlp.experts", "1.mlp.experts") for n in scheme["modules"]]
     (pair.converted / "config.json").write_text(json.dumps(config))
     agree(pair.converted, pair.plain)
+
+
+def test_unquantized_experts_beside_quantized_linears_are_saved(tmp_path: Path) -> None:
+    """Their stacks are taken apart as Transformers does; with quantized ones beside them that cannot be."""
+    others = dict.fromkeys(("gate_proj", "up_proj", "down_proj"))
+    pair = write(tmp_path, "qwen3_moe", SCHEMES["int4"], others=others)
+    model = transformers.AutoModelForCausalLM.from_pretrained(pair.converted, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    stored, saved = (load_file(folder / "model.safetensors") for folder in (pair.converted, tmp_path / "saved"))
+    assert stored.keys() == saved.keys() and any(".experts.0." in name for name in saved)
+    assert all(torch.equal(stored[name], saved[name]) for name in stored)

@@ -3,13 +3,14 @@
 Transformers swaps the forward of a class of experts itself (for grouped GEMMs), where the class is decorated with
 `transformers.integrations.moe.use_experts_implementation`: the decorator's arguments are then all that a stand-in has
 to know, and `_apply_gate` is what lies between the two matrices. A class without the decorator may do anything:
-Longcat-Flash's has experts that return their input, Llama 4's takes no routes.
+Longcat-Flash's has experts that return their input.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ Gate = Callable[[torch.Tensor], torch.Tensor]
 UNDECORATED = ("transformers.models.step3p7.modeling_step3p7.Step3p7Experts",)
 """Classes that were read: undecorated, because their constructor takes another argument, and alike in all else."""
 
+ROWS_BY_EXPERT = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts",)
+"""Classes that are given rows instead of routes, as many for each expert, router weights in them already;
+`gate_up_proj` is `[E, H, 2I]`, gate then up."""
+
 _ANY = ("is_transposed", "is_concatenated", "has_bias")
 """Arguments of the decorator that are served, whatever they say: how `gate_up_proj` and `down_proj` lie in the source,
 and what the scheme says too."""
@@ -32,9 +37,8 @@ and what the scheme says too."""
 def check_experts_class(experts: Any, scheme: Scheme) -> None:
     """Raise UnsupportedError, in one line, where a module computes anything but a routed sum of gated experts, or reads
     its rows otherwise than they are stored."""
-    kind = type(experts)
-    name = kind.__name__
-    if not _is_declared(experts) and f"{kind.__module__}.{kind.__qualname__}" not in UNDECORATED:
+    name = type(experts).__name__
+    if not (_is_declared(experts) or takes_rows_by_expert(experts) or _full_name(experts) in UNDECORATED):
         raise UnsupportedError(
             f"{name} computes in its own way, which xpuquant does not know in Transformers: "
             "load the source repo instead"
@@ -57,17 +61,30 @@ def check_experts_class(experts: Any, scheme: Scheme) -> None:
         raise UnsupportedError(f"the stack is stored {'with' if scheme.bias else 'without'} biases, and {name} {says}")
 
 
+def takes_rows_by_expert(experts: Any) -> bool:
+    """Whether a module is one of `ROWS_BY_EXPERT`."""
+    return _full_name(experts) in ROWS_BY_EXPERT
+
+
 def stack_sizes(experts: Any) -> tuple[int, int, int]:
     """E, H and I of the stack."""
     E, first, second = experts.down_proj.shape
-    H, I = (second, first) if getattr(experts, "is_transposed", False) else (first, second)
+    transposed = getattr(experts, "is_transposed", takes_rows_by_expert(experts))
+    H, I = (second, first) if transposed else (first, second)
     return E, H, I
 
 
 def gate_of(experts: Any) -> Gate:
     """What lies between the two matrices, `[m, 2I]` → `[m, I]`."""
+    if takes_rows_by_expert(experts):
+        return partial(_gate_then_up, experts.act_fn)
     gate: Gate = experts._apply_gate
     return gate
+
+
+def _gate_then_up(act_fn: Gate, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return act_fn(gate) * up
 
 
 def kernel_gate(experts: Any, interleaved: bool, device: torch.device) -> tuple[str, float | None]:
@@ -102,6 +119,10 @@ def _probe(limits: set[float], interleaved: bool, device: torch.device) -> torch
     side = torch.tensor(values, dtype=torch.float32, device=device)
     side = torch.cat([-side, side])
     return torch.cartesian_prod(side, side)
+
+
+def _full_name(experts: Any) -> str:
+    return f"{type(experts).__module__}.{type(experts).__qualname__}"
 
 
 def _is_declared(experts: Any) -> bool:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from xpuquant import layers
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
-from xpuquant.transformers.contracts import check_experts_class, gate_of, kernel_gate, stack_sizes
+from xpuquant.transformers.contracts import check_experts_class, gate_of, kernel_gate, stack_sizes, takes_rows_by_expert
 
 
 def quantized(scheme: Scheme, module: nn.Module) -> nn.Module:
@@ -22,14 +22,26 @@ def quantized(scheme: Scheme, module: nn.Module) -> nn.Module:
         UnsupportedError: nothing does.
     """
     if scheme.experts:
-        return XpuquantExperts(scheme, module)
-    if isinstance(module, nn.Linear | Conv1D):
+        kind = XpuquantRowsByExpert if takes_rows_by_expert(module) else XpuquantExperts
+        return kind(scheme, module)
+    if isinstance(module, nn.Linear | Conv1D) and _multiplies_alone(module):
         return XpuquantLinear(scheme, module)
     weight = module._parameters.get("weight")
     reads_it_stored = "weight" in layers.linear_tensors(scheme, 1, 1)
     if isinstance(module, nn.Embedding) or weight is None or weight.ndim != 2 or reads_it_stored:
         raise UnsupportedError(f"a {type(module).__name__} cannot be loaded as {scheme.label()}: not a linear")
     return XpuquantRouter.take_over(scheme, module)
+
+
+def _multiplies_alone(module: nn.Linear | Conv1D) -> bool:
+    """Whether a module computes what its base class does. DeepSeek-V4's `o_a_proj` multiplies group by group, the
+    routers of Llama 4 and Phi-MoE return scores: they are linears by their class alone."""
+    kind = type(module)
+    return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _ALIKE
+
+
+_ALIKE = ("FalconLinear",)
+"""Classes with a `forward` of their own that is a linear's."""
 
 
 class Quantized(nn.Module):
@@ -94,7 +106,8 @@ class XpuquantLinear(Decoding):
 
 class XpuquantRouter(Decoding):
     """Instead of a module that multiplies with its `weight` `[N, K]` in its own way: it goes on doing so, with the
-    decoded one. Some producers quantize routers (vLLM's pull request 17829)."""
+    decoded one. Some producers quantize routers (vLLM's pull request 17829), or linears that are none
+    (`_multiplies_alone`)."""
 
     @classmethod
     def take_over(cls, scheme: Scheme, module: nn.Module) -> nn.Module:
@@ -156,3 +169,14 @@ class XpuquantExperts(Quantized):
             activation, limit = kernel_gate(self._replaced[0], self.scheme.interleaved, hidden_states.device)
             self._kernel = fused_moe(self.scheme, tensors, ids.shape[1], activation, limit)
         return run_experts(self._kernel, hidden_states, top_k_weights, ids)
+
+
+class XpuquantRowsByExpert(XpuquantExperts):
+    """Instead of Llama 4's, which is given every token for every expert, times a router weight that may be 0."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """`[E * m, H]`, m rows for each expert → `[E * m, H]`."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        experts = torch.arange(self.num_experts, device=rows.device)
+        ids = experts.repeat_interleave(len(rows) // self.num_experts).unsqueeze(-1)
+        return super().forward(rows, ids, torch.ones_like(ids, dtype=rows.dtype))

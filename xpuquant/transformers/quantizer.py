@@ -6,6 +6,7 @@ Importing this module registers it; `transformers_autoload` imports it where the
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from xpuquant import layers
 from xpuquant.errors import DamagedError, UnsupportedError, one_line
+from xpuquant.formats.architecture import ALIASES
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 from xpuquant.transformers.layers import Quantized, XpuquantExperts, quantized
 from xpuquant.xpu_releases import TOP_K
@@ -58,17 +61,15 @@ class XpuquantQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: XpuquantTransformersConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.other_experts = False
+        self.own_experts = self.other_experts = False
+        self.aliases: dict[str, str] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Raises UnsupportedError where a module of the config is not in the model, or no XPU kernel computes it."""
         renamings = [r for r in _conversions(model) if isinstance(r, WeightRenaming)]
         found = False
         for stored, scheme in self.quantization_config.modules.items():
-            name = stored
-            for renaming in renamings:
-                name, _ = renaming.rename_source_key(name)
-            name = _found_as(model, name)
+            name = self._alias_of(model, _found_as(model, _renamed(renamings, stored, scheme)), scheme)
             try:
                 module = model.get_submodule(name)
             except AttributeError:
@@ -88,14 +89,22 @@ class XpuquantQuantizer(HfQuantizer):
                 f"{type(model).__name__} has none of the quantized modules of the repo, such as {one_line(stored)}"
             )
         self.other_experts = any(
-            hasattr(m, "gate_up_proj")
-            and getattr(m.gate_up_proj, "ndim", 0) == 3
-            and not isinstance(m, XpuquantExperts)
+            getattr(getattr(m, "gate_up_proj", None), "ndim", 0) == 3 and not isinstance(m, XpuquantExperts)
             for m in model.modules()
         )
+        self.own_experts = any(isinstance(m, XpuquantExperts) for m in model.modules())
         _keep_decays(model)
         if _is_for_xpu(kwargs.get("device_map")):
             _check_kernels(model)
+
+    def _alias_of(self, model: nn.Module, name: str, scheme: Scheme) -> str:
+        """The name of a stack of experts in this model, where that has another; its tensors are then renamed so."""
+        for pair in ALIASES if scheme.experts and not _has(model, name) else ():
+            for old, new in (pair, pair[::-1]):
+                if old in name and _has(model, name.replace(old, new)):
+                    self.aliases[old] = new
+                    return name.replace(old, new)
+        return name
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Raises DamagedError, in one line, where a tensor was missing or misshapen: Transformers goes on then."""
@@ -112,22 +121,37 @@ class XpuquantQuantizer(HfQuantizer):
                     )
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """Without those that would take the stacks of experts apart again when the model is saved."""
+        """Without those that would take the stacks of experts apart again when the model is saved; with ours."""
+        ours = [
+            WeightRenaming(source_patterns=re.escape(f"{old}experts."), target_patterns=f"{new}experts.")
+            for old, new in self.aliases.items()
+        ]
         if self.other_experts:
-            return weight_conversions
+            return [*weight_conversions, *ours]
         stacks = ("experts.gate_up_proj", "experts.down_proj")
-        return [
+        return ours + [
             c
             for c in weight_conversions
             if not (isinstance(c, WeightConverter) and any(s in t for t in c.target_patterns for s in stacks))
         ]
 
     def is_serializable(self) -> bool:
-        return not self.other_experts
+        """Not where only some stacks are quantized: Transformers would take either all of them apart, or none."""
+        return not (self.own_experts and self.other_experts)
 
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _renamed(renamings: list[Any], stored: str, scheme: Scheme) -> str:
+    """Transformers' name of a module of the repo. It renames tensors: patterns may end in the dot before a suffix."""
+    sizes = (1, 1, 1) if scheme.experts else (1, 1)
+    tensors = layers.expert_tensors(scheme, *sizes) if scheme.experts else layers.linear_tensors(scheme, *sizes)
+    name = f"{stored}.{next(iter(tensors))}"
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name.rpartition(".")[0]
 
 
 def _conversions(model: Any) -> list[Any]:
@@ -228,8 +252,6 @@ def _is_beyond_the_last_layer(model: Any, name: str) -> bool:
 
 def _unused(model: nn.Module, name: str) -> bool:
     """Whether Transformers leaves this part of a checkpoint out on purpose (multi-token prediction layers)."""
-    import re
-
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, f"{name}.weight") for pattern in patterns)
 

@@ -1,7 +1,8 @@
 """Runs models under vLLM, one after the other, and prints what they say as JSON. A program of its own.
 
-    generate.py '{"models": ["DIR", ...], "tp": 1, "ep": false, "dtype": "bfloat16"}'
+    generate.py '{"models": ["DIR", ...], "tp": 1, "ep": false, "dtype": "bfloat16", "engine": {}}'
 
+`engine`: more arguments of vLLM's `LLM`.
 One line per model: {"model": DIR, "tokens": [[...], ...], "logprobs": [[...], ...]}, or {"error": "..."}.
 """
 
@@ -48,6 +49,7 @@ def main() -> None:
                 enable_expert_parallel=job.get("ep", False),
                 seed=0,
                 disable_log_stats=True,
+                **job.get("engine", {}),
             )
             prompts = tokenized or [{"prompt_token_ids": ids} for ids in PROMPTS]
             outputs = [out.outputs[0] for out in llm.generate(prompts, sampling, use_tqdm=False)]
