@@ -1,13 +1,14 @@
 """`diff A B`: are these the same tensors? The fastest answer to "is it the checkpoint?"
 
-Names, dtypes, shapes and bytes of two folders, files or repositories on the Hub, however they are sharded. Values are
-compared as bytes: a NaN equals itself, and -0 is not 0.
+Names, dtypes, shapes and bytes of two folders, files or repositories on the Hub, however they are sharded. Tensors are
+compared as bytes: a NaN equals itself, and -0 is not 0. Modules that two folders store otherwise, such as a checkpoint
+and its conversion, are then compared by their values (`decoded_diff.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import row_blocks
 
 if TYPE_CHECKING:
+    from xpuquant.conversion.decoded_diff import ModuleValues
     from xpuquant.conversion.sources.hub import Remote
 
 _BLOCK_BYTES = 4 << 20
@@ -57,6 +59,9 @@ class Difference:
     types           name → (dtype and shape in A, in B)
     values          tensors of equal type and other values; empty where values were not compared
     same            tensors found equal, and their bytes
+    decoded         modules and float tensors that are stored otherwise, compared by their values
+    left            tensors of the lists above whose values are not compared in `decoded`
+    not_decoded     why values were not compared so; None where they were, or did not have to be
     """
 
     a: str
@@ -68,10 +73,24 @@ class Difference:
     same: int
     same_bytes: int
     compared_values: bool
+    decoded: Sequence[ModuleValues] = ()
+    left: Sequence[str] = ()
+    not_decoded: str | None = None
 
     @property
     def equal(self) -> bool:
+        """Whether every tensor is the same, by name, dtype, shape and, where they were compared, bytes."""
         return not (self.only_a or self.only_b or self.types or self.values)
+
+    @property
+    def same_values(self) -> bool:
+        """Whether every tensor is the same, or part of what is stored otherwise and of equal values."""
+        return self.equal or (not self.left and bool(self.decoded) and all(one.same for one in self.decoded))
+
+    @property
+    def suspects(self) -> set[str]:
+        """Every tensor that is not the same on both sides."""
+        return {*self.only_a, *self.only_b, *self.types, *(one.name for one in self.values)}
 
 
 class Tensors:
@@ -141,8 +160,12 @@ def _remote(name: str) -> Remote:
         return Remote(connect(), name, None)
 
 
-def compare(a: str, b: str, *, values: bool, reporter: Reporter) -> Difference:
+def compare(a: str, b: str, *, values: bool, decode: bool = True, reporter: Reporter) -> Difference:
     """Compare two of: a folder, a file, `owner/name` on the Hub.
+
+    Args:
+        values: compare bytes.
+        decode: compare the values of what two folders store otherwise; not without `values`.
 
     Raises:
         UsageError: no such folder, or no safetensors in it. DamagedError: not sound safetensors files.
@@ -164,7 +187,7 @@ def compare(a: str, b: str, *, values: bool, reporter: Reporter) -> Difference:
             reporter.advance(ours.tensors[name].nbytes)
             found += [difference] if difference is not None else []
     equal = set(alike) - {difference.name for difference in found}
-    return Difference(
+    stored = Difference(
         a,
         b,
         sorted(ours.tensors.keys() - theirs.tensors.keys()),
@@ -175,6 +198,20 @@ def compare(a: str, b: str, *, values: bool, reporter: Reporter) -> Difference:
         sum(ours.tensors[name].nbytes for name in equal),
         values,
     )
+    return stored if stored.equal or not (values and decode) else _decoded(stored)
+
+
+def _decoded(stored: Difference) -> Difference:
+    """The same with the values of what is stored otherwise."""
+    from xpuquant.conversion.decoded_diff import compare_modules, open_sides, same_floats
+
+    sides = open_sides(stored.a, stored.b)
+    if isinstance(sides, str):
+        return replace(stored, left=sorted(stored.suspects), not_decoded=sides)
+    modules, spoken = compare_modules(*sides, stored.suspects)
+    floats = same_floats(*sides, [name for name in stored.types if name not in spoken])
+    left = sorted(stored.suspects - spoken - floats.keys())
+    return replace(stored, decoded=(*modules, *floats.values()), left=left)
 
 
 def _same_file(ours: Tensors, theirs: Tensors, mine: str, other: str) -> bool:

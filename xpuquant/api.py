@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xpuquant.arguments import public
+from xpuquant.conversion.decoded_diff import ModuleValues
 from xpuquant.conversion.diff import Difference, compare
 from xpuquant.conversion.doctor import BackendHealth, Diagnosis, examine
 from xpuquant.conversion.explanation import Explanation, explain_module
@@ -53,6 +54,7 @@ __all__ = [
     "Finished",
     "Inspection",
     "ModuleOutcome",
+    "ModuleValues",
     "Options",
     "PartConverted",
     "Planned",
@@ -311,21 +313,25 @@ def verify(
 
 
 @public
-def diff(a: StrPath, b: StrPath, *, values: bool = True, progress: ProgressCallback | None = None) -> Difference:
+def diff(
+    a: StrPath, b: StrPath, *, values: bool = True, decode: bool = True, progress: ProgressCallback | None = None
+) -> Difference:
     """Compare the tensors of two folders, .safetensors files or repositories on the Hub, however they are sharded.
 
     Args:
         values: compare bytes too, not only names, dtypes and shapes.
-        progress: told how far the comparison is.
+        decode: compare the values of modules that two folders store otherwise: a checkpoint and its conversion, a model
+            quantized by two tools, or one that is not quantized. Not without `values`.
+        progress: told how far the comparison of bytes is.
 
     Returns:
-        What they do not share; `equal` where that is nothing.
+        What they do not share; `equal` where that is nothing, `same_values` where only the way of storing differs.
 
     Raises:
         UsageError: no such folder or file. DamagedError: not sound safetensors files.
     """
     with _reporter(progress) as reporter:
-        return compare(os.fspath(a), os.fspath(b), values=values, reporter=reporter)
+        return compare(os.fspath(a), os.fspath(b), values=values, decode=decode, reporter=reporter)
 
 
 @public

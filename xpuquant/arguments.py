@@ -88,6 +88,7 @@ KINDS: Mapping[str, Kind] = {
     "require_exact": _SWITCH,
     "every": _SWITCH,
     "values": _SWITCH,
+    "decode": _SWITCH,
     "part": Kind("i/n with 1 <= i <= n, for example 3/16", _text),
     "ray": Kind("auto, local, or a cluster's host:port", _text),
     "push_to": Kind("owner/name on the Hub", _text),

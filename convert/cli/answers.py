@@ -24,6 +24,7 @@ from xpuquant.formats.weights.base import PIECE_BYTES
 
 if TYPE_CHECKING:
     from xpuquant.conversion.cli.output import Output
+    from xpuquant.conversion.decoded_diff import ModuleValues
     from xpuquant.conversion.diff import Difference
     from xpuquant.conversion.doctor import Diagnosis
     from xpuquant.conversion.hub.publish import Pushed
@@ -177,15 +178,36 @@ def compared(difference: Difference) -> Answer:
     for v in d.values:
         gap = "" if v.max_abs is None else f", by {v.max_abs:.3g} at the most"
         rows.append((v.name, f"{v.differ} of {v.elements} values differ, the first at {v.first}{gap}"))
+    left = {*d.left} if d.decoded else {name for name, _ in rows}
+    rows = [row for row in rows if row[0] in left]
     what = "equal, bytes and all" if d.compared_values else "equal in name, dtype and shape (bytes not compared)"
     parts: list[str | TextTable] = []
     if rows:
         parts.append(TextTable("", ("tensor", "difference"), rows, most=_MAX_DIFFERENCES))
-    brief = f"{d.same} tensors ({size(d.same_bytes)}) are {what}; {len(rows)} are not"
+    other = [one for one in d.decoded if not one.same]
+    if other:
+        columns = ("module", "values that differ", "by at most", "largest in A", "the first")
+        parts.append(TextTable("", columns, [_differing(one) for one in other], most=_MAX_DIFFERENCES))
+    said = [f"{d.same} tensors ({size(d.same_bytes)}) are {what}"]
+    if d.decoded:
+        said.append(f"{len(d.decoded) - len(other)} modules are stored otherwise, of equal values")
+    if other:
+        said.append(f"{len(other)} differ in value")
+    said += [f"{len(rows)} are not"] if rows or not d.decoded else []
+    brief = "; ".join(said)
+    if d.not_decoded is not None:
+        parts.append(f"note: values of modules that are stored otherwise were not compared: {d.not_decoded}")
     parts.append(brief)
-    data: dict[str, Any] = {"equal": d.equal, **asdict(d)}
+    data: dict[str, Any] = {"equal": d.equal, "same_values": d.same_values, **asdict(d)}
     data["types"] = {name: list(types) for name, types in d.types.items()}
     return Answer(parts, data, brief)
+
+
+def _differing(one: ModuleValues) -> tuple[str, str, str, str, str]:
+    if one.problem is not None:
+        return one.name, "not compared", "", "", one.problem
+    counted = f"{one.differ} of {one.elements}"
+    return one.name, counted, f"{one.max_abs:.3g}", f"{one.largest:.3g}", one.first or ""
 
 
 def diagnosed(diagnosis: Diagnosis) -> Answer:

@@ -175,3 +175,9 @@ SecondArgument = Annotated[str, typer.Argument(metavar="B", help="The other one.
 ValuesOption = Annotated[
     bool, typer.Option("--values/--no-values", help="Compare bytes, or only names, dtypes and shapes.")
 ]
+DecodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--decode/--no-decode", help="Compare the values of modules that two folders store otherwise, or only bytes."
+    ),
+]

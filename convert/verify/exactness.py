@@ -35,7 +35,7 @@ from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Array, Slice, as_bytes, columns, rows, whole
 from xpuquant.formats.layouts.base import Matrix, Stored
-from xpuquant.formats.layouts.modules import ExpertStack
+from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import PIECE_BYTES, ROWS_MULTIPLE, Arrays, Recipe, Weight, row_blocks
 from xpuquant.formats.weights.decoded import Decoded, in_order, to_bf16
@@ -185,8 +185,7 @@ class _ModuleCheck:
                 if wrong is not None:
                     return self._checked(wrong if weight.name == name else f"{weight.name}: {wrong}"), None
                 self._check.progress(self._planned.nbytes // max(len(weights), 1))
-            wrong = _check_biases(self._planned, self._source, stored)
-            wrong = wrong or _check_input_scale(self._planned, self._source, stored)
+            wrong = difference_beside(self._planned.source, self._source, stored)
         except CONTRADICTIONS as fault:
             return self._checked(contradiction(fault)), None
         return self._checked(wrong, module_digest(stored, self._digests)), self._sanity.sanity
@@ -379,9 +378,13 @@ def _dequantized_tensor(weight: Weight, repo: Repo) -> Tensor:
     return view(stack, stack.dtype, stack.shape[1:], expert[1])
 
 
-def _check_biases(planned: PlannedModule, source: Source, stored: Stored) -> str | None:
+def difference_beside(module: Module, source: Source, stored: Stored) -> str | None:
+    """The first difference of what a stored module has beside its matrices: biases of experts, activation scales."""
+    return _check_biases(module, source, stored) or _check_input_scale(module, source, stored)
+
+
+def _check_biases(stack: Module, source: Source, stored: Stored) -> str | None:
     """Stacked expert biases: the same values in the rows of their matrices."""
-    stack = planned.source
     if not isinstance(stack, ExpertStack) or not stack.biases:
         return None
     upper, down = stored.array("gate_up_proj_bias"), stored.array("down_proj_bias")
@@ -401,12 +404,12 @@ def _check_biases(planned: PlannedModule, source: Source, stored: Stored) -> str
     return None
 
 
-def _check_input_scale(planned: PlannedModule, source: Source, stored: Stored) -> str | None:
+def _check_input_scale(module: Module, source: Source, stored: Stored) -> str | None:
     """A static activation scale: the same value, widened to float32."""
     if not stored.scheme.input_scale:
         return None
     held = stored.array("input_scale").reshape(-1)
-    for _, _, weight in planned.weights:
+    for _, _, weight in module.matrices():
         tensor = getattr(weight, "input_scale", None)
         if tensor is None:
             return f"{weight.name}.input_scale: the source has none"

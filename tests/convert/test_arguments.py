@@ -60,7 +60,18 @@ for _name in ("backends", "require_backends"):
     WRONG[_name] += ["reference", [""], [3], {"reference": 1}, ["no such library"]]
 WRONG["context"] += [0, "8192", True]
 WRONG["part"] += ["3/2", "0/1", (1, 2), "1", 1, None]
-for _name in ("verify", "force", "stream", "private", "pr", "every", "values", "fold_act_order", "unverified"):
+for _name in (
+    "verify",
+    "force",
+    "stream",
+    "private",
+    "pr",
+    "every",
+    "values",
+    "decode",
+    "fold_act_order",
+    "unverified",
+):
     WRONG[_name] += ["no", 0, 1, "True"]
 WRONG["options"] += [{"layout": "xpu"}, "xpu", Options]
 WRONG["scale_dtype"] += [3, "int3", np.float16, "U8"]
