@@ -25,7 +25,9 @@ FORMAT_VERSIONS = (1, 2)
 """Those that are read. A repo is written in the oldest that has all of its layouts: older releases read what they can,
 and refuse the rest in one line."""
 
-_SINCE_2 = frozenset({"int8_linear", "uint4_experts", "int8_experts", "fp8_channel_experts"})
+_SINCE_2 = frozenset(
+    {"int8_linear", "uint4_experts", "int8_experts", "fp8_channel_experts", "nvfp4_linear", "nvfp4_experts"}
+)
 """Layouts that version 1 does not have."""
 
 MAX_MODULES = 1_000_000
@@ -43,7 +45,7 @@ class Scheme:
 
     layout       the on-disk contract, defined in `formats/layouts/`: `int4_linear`, `int4_experts`, `fp8_linear`,
                  `fp8_experts`, `mxfp4_linear`, `mxfp4_experts`, `mxfp8_linear`, `mxfp8_experts`, `int8_linear`,
-                 `uint4_experts`, `int8_experts`, `fp8_channel_experts`
+                 `uint4_experts`, `int8_experts`, `fp8_channel_experts`, `nvfp4_linear`, `nvfp4_experts`
     granularity  what one scale covers: `group` (along K), `tensor`, `channel` (one per n), `block`
     group_size   elements of K per scale (`group`, and the K side of `block`); 0 otherwise
     block_n      rows of N per scale (`block`); 0 otherwise
@@ -56,6 +58,7 @@ class Scheme:
     interleaved  True: rows of `gate_up_proj` alternate gate, up (gpt-oss); False: all gate, then all up
     weight_dtype safetensors label of the stored codes (fp8 and mxfp8 layouts only); not written where it is
                  F8_E4M3, as nearly every checkpoint has it
+    divides      True: the global scale is a divisor, not a factor (NVFP4 layouts only); not written where False
     """
 
     layout: str
@@ -69,6 +72,7 @@ class Scheme:
     bias: bool = False
     interleaved: bool = False
     weight_dtype: str = "F8_E4M3"
+    divides: bool = False
 
     @property
     def experts(self) -> bool:
@@ -171,9 +175,11 @@ def to_config(modules: Mapping[str, Scheme], producer: str) -> dict[str, Any]:
 
 def _written(scheme: Scheme) -> dict[str, Any]:
     keys = asdict(scheme)
-    # A later key of version 1: readers that do not know it can read every repo that does not need it.
+    # Later keys: readers that do not know one can read every repo that does not need it.
     if scheme.weight_dtype == Scheme.weight_dtype:
         del keys["weight_dtype"]
+    if not scheme.divides:
+        del keys["divides"]
     return keys
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.base import Array, Layer, as_planes, fault_of, planes_scheme, unsigned_int4
+from xpuquant.kernels.base import Array, Layer, fault_of
+from xpuquant.kernels.integers import as_integers, finished, integer_scheme, unsigned_int4
 
 
 @cache
@@ -51,7 +52,7 @@ class Ark:
         missing = self.unavailable()
         if missing is not None:
             return missing
-        scheme, K = planes_scheme(scheme, K)
+        scheme, K = integer_scheme(scheme, K)
         if scheme.layout in _BITS:
             return None
         # Its QuantLinearFP8 accepts FP8 and MXFP8 on a CPU, and leaves the output zero or unwritten.
@@ -73,7 +74,8 @@ class Ark:
         reason = self.refuses(layer.scheme, layer.N, layer.K)
         if reason is not None:
             raise UnsupportedError(reason)
-        layer, x = as_planes(layer, x)
+        stored = layer
+        layer, x = as_integers(layer, x)
         if layer.scheme.act_order:
             x = x[:, layer.tensors["g_idx"]]
         module = _integers(layer)
@@ -81,7 +83,7 @@ class Ark:
             module.bias = to_torch(layer.tensors["bias"].astype(np.float32))
         module.post_init()
         with torch.inference_mode():
-            return from_torch(module(to_torch(x.astype(np.float32))))
+            return finished(stored, from_torch(module(to_torch(x.astype(np.float32)))))
 
 
 def _integers(layer: Layer) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,9 +22,9 @@ class Layer:
     scheme   the stored scheme
     N, K     out and in features
     tensors  role → array with the on-disk dtype and shape (ml_dtypes types for bf16 and fp8). Roles are the
-             contract's suffixes: `qweight`, `scales`, `qzeros`, `g_idx` (int4, int8 linear); `weight`,
-             `weight_scale`, `input_scale` (fp8, mxfp4, mxfp8 linear). For one expert of a stack: `weight`,
-             `weight_scale`, `weight_zero_point`, `bias`, the expert's slice of `gate_up_proj`,
+             contract's suffixes: `qweight`, `scales`, `qzeros`, `g_idx` (int4, int8 linear), `global_scale` (nvfp4);
+             `weight`, `weight_scale`, `input_scale` (fp8, mxfp4, mxfp8 linear). For one expert of a stack: `weight`,
+             `weight_scale`, `weight_zero_point`, `global_scale`, `bias`, the expert's slice of `gate_up_proj`,
              `gate_up_proj_scale` (or down_proj's) without the leading E. `bias` `[N]` where the linear has one.
     """
 
@@ -32,39 +32,6 @@ class Layer:
     N: int
     K: int
     tensors: Mapping[str, Array]
-
-
-def unsigned_int4(layer: Layer) -> tuple[Array, Array]:
-    """The words and scales of an int4 layer as an int4 linear has them, also those of an expert.
-
-    Returns:
-        int32 words `[N, K/8]` of unsigned nibbles, and scales `[K/g, N]`.
-    """
-    if layer.scheme.layout == "int4_experts":  # signed nibbles become unsigned with their high bit flipped
-        return (layer.tensors["weight"] ^ np.uint8(0x88)).view(np.int32), layer.tensors["weight_scale"].T
-    if layer.scheme.layout == "uint4_experts":
-        return np.ascontiguousarray(layer.tensors["weight"]).view(np.int32), layer.tensors["weight_scale"].T
-    return layer.tensors["qweight"], layer.tensors["scales"]
-
-
-def planes_scheme(scheme: Scheme, K: int) -> tuple[Scheme, int]:
-    """The int4 scheme and K by which kernels know the two planes of an int8 linear; any other scheme as it is."""
-    if scheme.layout != "int8_linear":
-        return scheme, K
-    return replace(scheme, layout="int4_linear", symmetric=False, act_order=False), 2 * K
-
-
-def as_planes(layer: Layer, x: Array) -> tuple[Layer, Array]:
-    """An int8 linear as the int4 linear that its planes are, and activations in which each group comes twice; any
-    other layer as it is."""
-    scheme, K = planes_scheme(layer.scheme, layer.K)
-    if K == layer.K:
-        return layer, x
-    if layer.scheme.act_order:
-        x = x[:, layer.tensors["g_idx"]]
-    twice = np.repeat(x.reshape(len(x), -1, 1, scheme.group_size), 2, axis=2).reshape(len(x), K)
-    tensors = {role: tensor for role, tensor in layer.tensors.items() if role != "g_idx"}
-    return Layer(scheme, layer.N, K, tensors), twice
 
 
 def fault_of(load: Callable[[], object]) -> str | None:

@@ -17,7 +17,8 @@ import numpy as np
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.base import Array, Layer, as_planes, fault_of, planes_scheme, unsigned_int4
+from xpuquant.kernels.base import Array, Layer, fault_of
+from xpuquant.kernels.integers import as_integers, finished, integer_scheme, unsigned_int4
 
 
 @cache
@@ -62,7 +63,7 @@ class Ipex:
         missing = self.unavailable()
         if missing is not None:
             return missing
-        scheme, K = planes_scheme(scheme, K)
+        scheme, K = integer_scheme(scheme, K)
         if scheme.layout not in ("int4_linear", "int4_experts"):
             return f"IPEX has no weight-only kernel for {scheme.layout}"
         if activation != "BF16":
@@ -87,7 +88,8 @@ class Ipex:
         reason = self.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
         if reason is not None:
             raise UnsupportedError(reason)
-        layer, x = as_planes(layer, x)
+        stored = layer
+        layer, x = as_integers(layer, x)
         scheme, tensors = layer.scheme, layer.tensors
         if scheme.act_order:
             x = x[:, tensors["g_idx"]]
@@ -111,7 +113,7 @@ class Ipex:
             quantization.QuantDtype.INT4,
         )
         with torch.inference_mode():
-            return from_torch(module(to_torch(x, device)))
+            return finished(stored, from_torch(module(to_torch(x, device))))
 
 
 def _minus_one(layer: Layer) -> Array:

@@ -19,7 +19,10 @@ _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
 
 
-_ROWS_FIRST = ("int4_experts", "mxfp4_experts", "uint4_experts", "int8_experts", "fp8_channel_experts")
+_ROWS_FIRST = (
+    *("int4_experts", "mxfp4_experts", "uint4_experts", "int8_experts"),
+    *("fp8_channel_experts", "nvfp4_experts"),
+)
 """Experts whose matrices lie as `[N, K]`; others lie transposed."""
 
 
@@ -31,12 +34,17 @@ def dequantize(layer: Layer) -> Array:
     tensors = layer.tensors
     if layer.scheme.layout in ("int4_linear", "int8_linear"):
         stored = _int4_linear(layer)
+    elif layer.scheme.layout == "nvfp4_linear":
+        stored = _nvfp4_linear(layer)
     else:
         codes = _codes(layer.scheme, tensors["weight"])
         if "weight_zero_point" in tensors:
             zeros = tensors["weight_zero_point"].astype(np.float64)
             codes = codes - zeros.repeat(layer.K // zeros.shape[1], axis=1)
         stored = codes * _scales(layer.scheme, layer.N, layer.K, tensors["weight_scale"])
+    if "global_scale" in tensors:
+        number = float(tensors["global_scale"].reshape(()))
+        stored = stored / number if layer.scheme.divides else stored * number
     if "g_idx" not in tensors:
         return stored
     source = np.empty_like(stored)
@@ -85,6 +93,14 @@ def _int4_linear(layer: Layer) -> Array:
     values: Array = (_nibbles(layer.tensors["qweight"]) - zeros.T) * scales.T
     summed: Array = values.reshape(layer.N, -1, planes, repeats).sum(axis=2)
     return summed.reshape(layer.N, layer.K)
+
+
+def _nvfp4_linear(layer: Layer) -> Array:
+    """The sum of a group's two planes of signed nibbles, times its scale, `[N, K]`."""
+    groups = layer.tensors["scales"].shape[0]
+    planes = _nibbles(layer.tensors["qweight"]).astype(np.float64).reshape(layer.N, groups, 2, layer.K // groups) - 8
+    values: Array = planes.sum(axis=2) * layer.tensors["scales"].astype(np.float64).T[:, :, None]
+    return values.reshape(layer.N, layer.K)
 
 
 def _scales(scheme: Scheme, N: int, K: int, scale: Array) -> Array:

@@ -17,7 +17,8 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.activation_terms import fp8_terms
-from xpuquant.kernels.base import Array, Layer, as_planes, planes_scheme, unsigned_int4
+from xpuquant.kernels.base import Array, Layer
+from xpuquant.kernels.integers import as_integers, finished, integer_scheme, unsigned_int4
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ class TorchNative:
         missing = self.unavailable()
         if missing is not None:
             return missing
-        scheme, K = planes_scheme(scheme, K)
+        scheme, K = integer_scheme(scheme, K)
         if scheme.layout in ("int4_linear", "int4_experts"):
             return _refuses_int4(scheme, N, K, activation)
         if "fp8" in scheme.layout:
@@ -65,11 +66,13 @@ class TorchNative:
         reason = self.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
         if reason is not None:
             raise UnsupportedError(reason)
-        layer, x = as_planes(layer, x)
+        stored = layer
+        layer, x = as_integers(layer, x)
         if layer.scheme.act_order:
             x = x[:, layer.tensors["g_idx"]]
         result = _int4(layer, x) if layer.scheme.layout.startswith("int4") else _fp8(layer, x)
-        return result + layer.tensors["bias"].astype(np.float32) if "bias" in layer.tensors else result
+        result = result + layer.tensors["bias"].astype(np.float32) if "bias" in layer.tensors else result
+        return finished(stored, result)
 
 
 @cache

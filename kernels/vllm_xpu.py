@@ -21,7 +21,8 @@ from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.activation_terms import fp8_terms, mx_terms
-from xpuquant.kernels.base import Array, Layer, fault_of, planes_scheme
+from xpuquant.kernels.base import Array, Layer, fault_of
+from xpuquant.kernels.integers import integer_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ class VllmXpu:
 
 def _unfit(scheme: Scheme, N: int, K: int, activation: str) -> str | None:
     """Why no operator takes this layer, by the checks in vllm-xpu-kernels and vLLM's XPU kernel classes."""
-    scheme, K = planes_scheme(scheme, K)
+    scheme, K = integer_scheme(scheme, K)
     layout, g = scheme.layout, scheme.group_size
     if activation == "F32":
         return "the XPU operators take 16-bit activations only"
@@ -119,7 +120,8 @@ def _products(layer: Layer, x: Array, device: str) -> Iterator[torch.Tensor]:
     bias = stored.pop("bias", None)
     if scheme.experts:
         zeros = stored.get("weight_zero_point")
-        yield xpu_ops.expert_linear(scheme, stored["weight"], stored["weight_scale"], bias, a, zeros)
+        number = stored.get("global_scale")
+        yield xpu_ops.expert_linear(scheme, stored["weight"], stored["weight_scale"], bias, a, zeros, number)
     elif xpu_ops.rounds_activations(scheme, stored):
         for codes, scales in _terms(scheme, x):
             term, term_scale = to_torch(codes, device), to_torch(scales, device)

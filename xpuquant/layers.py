@@ -52,6 +52,12 @@ def linear_tensors(scheme: Scheme, N: int, K: int) -> dict[str, Stored]:
         if scheme.act_order:
             tensors["g_idx"] = Stored((K,), torch.int32)
         return tensors
+    if scheme.layout == "nvfp4_linear":
+        return {
+            "qweight": Stored((N, 2 * K // 8), torch.int32),
+            "scales": Stored((K // scheme.group_size, N), scale),
+            "global_scale": Stored((1,), torch.float32),
+        }
     if scheme.layout == "mxfp4_linear":
         return {
             "weight": Stored((N, K // 2), torch.uint8),
@@ -76,7 +82,7 @@ def expert_tensors(scheme: Scheme, E: int, H: int, I: int) -> dict[str, Stored]:
     for name, N, K in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
         if packed:
             tensors[name] = Stored((E, N, K // 2), torch.uint8)
-        elif scheme.layout == "int8_experts":
+        elif scheme.layout in ("int8_experts", "nvfp4_experts"):
             tensors[name] = Stored((E, N, K), torch.int8 if scheme.symmetric else torch.uint8)
         elif scheme.layout == "fp8_channel_experts":
             tensors[name] = Stored((E, N, K), _FP8[scheme.weight_dtype])
@@ -90,6 +96,8 @@ def expert_tensors(scheme: Scheme, E: int, H: int, I: int) -> dict[str, Stored]:
         tensors[f"{name}_scale"] = Stored(shape, scale_dtype(scheme))
         if not scheme.symmetric:
             tensors[f"{name}_zero_point"] = Stored(shape, torch.uint8)
+        if scheme.layout == "nvfp4_experts":  # of gate and of up, or of down
+            tensors[f"{name}_global_scale"] = Stored((E, N // I if name == "gate_up_proj" else 1), torch.float32)
         if scheme.bias:
             tensors[f"{name}_bias"] = Stored((E, N), torch.bfloat16)
     return tensors
@@ -109,6 +117,12 @@ def _grouped(values: torch.Tensor, scale: torch.Tensor, block_n: int = 1) -> tor
     return (values.float().view(N // block_n, block_n, groups, K // groups) * spread).view(N, K)
 
 
+def _with_global_scale(scheme: Scheme, values: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """`values [N, K]` under NVFP4's global scale: one number, or one for each of as many equal parts of the rows."""
+    rows = number.repeat_interleave(len(values) // len(number)).unsqueeze(-1)
+    return values / rows if scheme.divides else values * rows
+
+
 def _powers(exponents: torch.Tensor) -> torch.Tensor:
     return exponents.view(torch.float8_e8m0fnu).float()
 
@@ -118,8 +132,8 @@ def dequantize(scheme: Scheme, tensors: Mapping[str, torch.Tensor], dtype: torch
 
     Args:
         scheme: how it is stored.
-        tensors: suffix → stored tensor; for an expert `weight`, `weight_scale` and `weight_zero_point`, its slices
-            of the stacked tensors.
+        tensors: suffix → stored tensor; for an expert `weight`, `weight_scale`, `weight_zero_point` and
+            `global_scale`, its slices of the stacked tensors.
         dtype: of the result; computed in float32 and rounded once.
     """
     layout = scheme.layout
@@ -134,7 +148,13 @@ def dequantize(scheme: Scheme, tensors: Mapping[str, torch.Tensor], dtype: torch
         if layout == "int8_linear":  # of each group the high nibbles, then the low ones
             wide = wide.view(N, groups // 2, 2, K // groups).sum(2).view(N, K // 2)
         return wide.to(dtype)
+    if layout == "nvfp4_linear":
+        planes = _nibbles(tensors["qweight"]).view(-1, tensors["scales"].shape[0], 2, scheme.group_size).to(torch.int8)
+        twice = (planes.sum(2, dtype=torch.int8) - 16).flatten(1)
+        return _with_global_scale(scheme, _grouped(twice, tensors["scales"]), tensors["global_scale"]).to(dtype)
     weight, scale = tensors["weight"], tensors["weight_scale"]
+    if layout == "nvfp4_experts":
+        return _with_global_scale(scheme, _grouped(weight, scale.t()), tensors["global_scale"]).to(dtype)
     if layout == "int4_experts":
         signed = (_nibbles(weight) ^ 8).to(torch.int8) - 8
         return _grouped(signed, scale.t()).to(dtype)
@@ -227,6 +247,7 @@ def _expert_linear(
     scheme: Scheme, tensors: Mapping[str, torch.Tensor], name: str, expert: int, x: torch.Tensor
 ) -> torch.Tensor:
     parts = {"weight": "", "weight_scale": "_scale", "weight_zero_point": "_zero_point"}
+    parts["global_scale"] = "_global_scale"
     stored = {role: tensors[name + part][expert] for role, part in parts.items() if name + part in tensors}
     bias = tensors.get(f"{name}_bias")
     return F.linear(x, dequantize(scheme, stored, x.dtype), None if bias is None else bias[expert].to(x.dtype))

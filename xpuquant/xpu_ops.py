@@ -77,15 +77,35 @@ def linear(
         x: bfloat16 or float16; where the scheme is act-order, with its columns permuted already.
         bias: `[N]` in the dtype of x.
     """
+    if scheme.layout == "nvfp4_linear":
+        product = _int4_linear(tensors, _twice(x, x.shape[1] // tensors["scales"].shape[0]), None)
+        return with_global_scale(scheme, product, tensors["global_scale"], bias)
     if scheme.layout == "int8_linear":
-        # Two planes of nibbles: each group of the activations meets the high ones, then the low ones.
-        g = 2 * x.shape[1] // tensors["scales"].shape[0]
-        x = x.reshape(x.shape[0], -1, 1, g).expand(-1, -1, 2, -1).reshape(x.shape[0], 2 * x.shape[1])
+        x = _twice(x, 2 * x.shape[1] // tensors["scales"].shape[0])
     if scheme.layout in ("int4_linear", "int8_linear"):
         return _int4_linear(tensors, x, bias)
     if rounds_activations(scheme, tensors):
         return rounded_linear(scheme, tensors, *_round_activations(scheme, tensors, x), x.dtype, bias)
     return _fp8_linear(tensors, x, bias)
+
+
+def _twice(x: torch.Tensor, g: int) -> torch.Tensor:
+    """`[M, 2K]`: each g columns twice, for the two planes of nibbles that a group of the weight has."""
+    return x.reshape(x.shape[0], -1, 1, g).expand(-1, -1, 2, -1).reshape(x.shape[0], 2 * x.shape[1])
+
+
+def with_global_scale(
+    scheme: Scheme, product: torch.Tensor, number: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What NVFP4 has beside a kernel's product: its global scale, float32, and then the bias; rounded once more.
+
+    Args:
+        product: `[M, N]`.
+        number: float32, of shapes that broadcast over it.
+        bias: `[N]`.
+    """
+    wide = product / number if scheme.divides else product * number  # in float32: that of `number`
+    return (wide if bias is None else wide + bias).to(product.dtype)
 
 
 def _int4_linear(tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -196,6 +216,7 @@ def expert_linear(
     bias: torch.Tensor | None,
     x: torch.Tensor,
     zeros: torch.Tensor | None = None,
+    number: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x · Wᵀ (+ bias)` of one expert, `[M, N]`: the grouped GEMM that `XpuFusedMoe` calls for both projections, or
     ARK's.
@@ -207,12 +228,14 @@ def expert_linear(
         bias: `[N]` in the dtype of x.
         x: bfloat16 or float16.
         zeros: its slice of the zero points, in the dtype of x.
+        number: its matrix's global scale, float32 (NVFP4).
     """
     import torch
 
     rows = torch.tensor([len(x)], dtype=torch.int32, device=x.device)
     if scheme.layout in ARK_LAYOUTS:
-        return ark_gemm(scheme, weight[None], scale[None], None if zeros is None else zeros[None], x, rows)
+        product = ark_gemm(scheme, weight[None], scale[None], None if zeros is None else zeros[None], x, rows)
+        return product if number is None else with_global_scale(scheme, product, number)
     weight, scale = _kernel_view(scheme, weight[None]), scale[None]
     if scheme.granularity == "tensor":
         scale = scale.reshape(1)
@@ -260,6 +283,8 @@ def check_experts(
 def cast_when_loaded(scheme: Scheme, name: str) -> bool:
     """Whether the kernel of a stack reads its tensor `name` as the activations' dtype, whatever it is stored in: what
     the grouped GEMM does to biases and int4 scales, and ARK to scales and zero points."""
+    if name.endswith("global_scale"):
+        return False  # not the kernel's
     if name.endswith(("_bias", "_zero_point")):
         return True
     return name.endswith("_scale") and scheme.layout in ("int4_experts", *ARK_LAYOUTS)
@@ -377,9 +402,22 @@ class ArkMoe:
 
     def _gemm(self, name: str, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         tensors = self.tensors
-        return ark_gemm(
+        product = ark_gemm(
             self.scheme, tensors[name], tensors[f"{name}_scale"], tensors.get(f"{name}_zero_point"), x, rows
         )
+        numbers = tensors.get(f"{name}_global_scale")
+        return product if numbers is None else self._scaled(product, numbers, rows)
+
+    def _scaled(self, product: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`[m, N]` times the global scales of each row's expert, `[E, parts]`: of gate and of up, or of down."""
+        import torch
+
+        m, N = product.shape
+        # Rows lie by expert. Those of no expert of this rank come last, hold anything, and are read by nobody.
+        ends = rows.cumsum(0)
+        expert = torch.searchsorted(ends, torch.arange(m, device=ends.device), right=True).clamp_(max=len(rows) - 1)
+        parts = product.view(m, numbers.shape[1], -1)
+        return with_global_scale(self.scheme, parts, numbers[expert].unsqueeze(-1)).view(m, N)
 
     def _activated(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`[m, 2I]` → `[m, I]`, by the operators that `XpuFusedMoe` uses."""

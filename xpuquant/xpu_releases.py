@@ -136,13 +136,14 @@ def operators_of(scheme: Scheme) -> tuple[str, ...]:
     """What computes a module that is stored so, in the order of the calls; nothing for layouts of other loaders."""
     if scheme.layout in ("int4_experts", "fp8_experts", "mxfp4_experts", "mxfp8_experts"):
         return ("remap_hidden_states", "cutlass_grouped_gemm_interface", "moe_gather")
-    if scheme.layout in ("uint4_experts", "int8_experts", "fp8_channel_experts"):
+    if scheme.layout in ("uint4_experts", "int8_experts", "fp8_channel_experts", "nvfp4_experts"):
         return ("remap_hidden_states", "moe_gather")  # with ARK's GEMM between them
     if scheme.layout == "fp8_linear" and scheme.granularity == "block":
         return ("per_token_group_fp8_quant", "fp8_gemm")
     return {
         "int4_linear": ("int4_gemm_w4a16",),
         "int8_linear": ("int4_gemm_w4a16",),
+        "nvfp4_linear": ("int4_gemm_w4a16",),
         "fp8_linear": ("fp8_gemm_w8a16",),
         "mxfp4_linear": ("per_token_group_quant_mxfp4", "fp4_gemm"),
         "mxfp8_linear": ("per_token_group_fp8_quant", "fp8_gemm"),

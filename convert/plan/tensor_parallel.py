@@ -53,7 +53,7 @@ def _along_k(scheme: Scheme, K: int, ranks: int) -> str | None:
     if scheme.act_order:
         return "the act-order permutation of K crosses ranks"
     unit = scheme.group_size or columns_multiple(scheme) or _WORD
-    if scheme.group_size == K and scheme.layout != "int8_linear":
+    if scheme.group_size == K and scheme.layout not in ("int8_linear", "nvfp4_linear"):
         return None if K % (ranks * _WORD) == 0 else f"K={K} does not split by {ranks}"
     if K % (ranks * unit):
         what = f"whole groups of {unit}" if scheme.group_size else f"multiples of {unit}"

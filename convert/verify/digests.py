@@ -9,9 +9,10 @@ gate_up, down):
 
     codes    XXH3-128 of the codes, row by row in source column order. Of `Packed` rows two to a byte, the even column
              low: `u4` unsigned, `e2m1` as they are. Of `Decoded` rows int8 (int16 above 4 bits) for `int` (code minus
-             zero point), uint8 for fp8 codes
+             zero point), int8 for `2e2m1` (twice the number), uint8 for fp8 codes
     zeros    XXH3-128 of the zero points uint8 `[N, G]` of `u4`; `-` where there are none
-    scales   XXH3-128 of the stored scale rows that cover each weight row, in their dtype, little-endian
+    scales   XXH3-128 of the stored scale rows that cover each weight row, in their dtype, little-endian; of `2e2m1`
+             under the global scale, float64
     columns  XXH3-128 of the scale column of each weight column, int32
 
 and the digest is the sha256 of lines: the scheme as JSON with sorted keys; `role expert N K number scale-dtype codes
@@ -108,7 +109,10 @@ class MatrixDigest:
 
 def module_digest(stored: Stored, matrices: Sequence[MatrixDigest]) -> str:
     """The digest of a module, from those of its matrices."""
-    digest = hashlib.sha256(f"{json.dumps(asdict(stored.scheme), sort_keys=True)}\n".encode())
+    scheme = asdict(stored.scheme)
+    if not stored.scheme.divides:  # a later key than the digests of repos that have no such scheme
+        del scheme["divides"]
+    digest = hashlib.sha256(f"{json.dumps(scheme, sort_keys=True)}\n".encode())
     for matrix in matrices:
         digest.update(f"{matrix.line()}\n".encode())
     for suffix in sorted(stored.tensors):

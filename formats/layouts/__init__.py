@@ -19,6 +19,8 @@ from xpuquant.formats.layouts.xpu.int4_linear import Int4Linear
 from xpuquant.formats.layouts.xpu.int8_linear import Int8Linear
 from xpuquant.formats.layouts.xpu.mx_experts import Mxfp4Experts, Mxfp8Experts
 from xpuquant.formats.layouts.xpu.mx_linear import MXFP4_LINEAR, MXFP8_LINEAR
+from xpuquant.formats.layouts.xpu.nvfp4_experts import Nvfp4Experts
+from xpuquant.formats.layouts.xpu.nvfp4_linear import Nvfp4Linear
 
 LAYOUTS: tuple[Layout, ...] = (
     Int4Linear(),
@@ -33,6 +35,8 @@ LAYOUTS: tuple[Layout, ...] = (
     MXFP8_LINEAR,
     Mxfp4Experts(),
     Mxfp8Experts(),
+    Nvfp4Linear(),
+    Nvfp4Experts(),
     CtInt4(),
     CtFp8(),
     CT_MXFP4,

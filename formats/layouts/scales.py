@@ -64,11 +64,13 @@ def kept(stored: str, asked: str | None) -> tuple[str, ...]:
     """The fact about scales that a kernel takes in one form only, where the user asked for another.
 
     Args:
-        stored: label of the dtype they are stored in: `F32`, or `U8` for exponents.
+        stored: label of the dtype they are stored in: `F32`, `U8` for exponents, `BF16` for those of NVFP4.
         asked: label of the dtype that the user wants; None for the source's.
     """
     if asked in (None, stored):
         return ()
+    if stored == "BF16":
+        return ("scales are bfloat16 whatever --scale-dtype says: it holds all that NVFP4 can have",)
     form = "exponents" if stored == "U8" else "float32"
     return (f"scales are {form} whatever --scale-dtype says: the kernel takes nothing else",)
 

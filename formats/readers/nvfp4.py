@@ -1,62 +1,24 @@
-"""Reader for NVFP4: groups of 16 columns with fp8 scales, and one float32 scale over all. No XPU kernel takes it.
+"""Reader for NVFP4: groups of 16 columns with fp8 scales, and one float32 scale over all.
 
-    P.weight_packed        U8 [N, K/2]         as MXFP4's
-    P.weight_scale         F8_E4M3 [N, K/16]
-    P.weight_global_scale  F32 [1]             compressed-tensors, AutoRound: a divisor
-    P.weight_scale_2       F32 [] or [1]       ModelOpt, which calls the codes `weight`: a multiplier
-    P.input_global_scale, P.input_scale        activation scales; not needed
-
-Read so that it can be dequantized.
+P.weight_packed        U8 [N, K/2]         as MXFP4's
+P.weight_scale         F8_E4M3 [N, K/16]
+P.weight_global_scale  F32 [1]             compressed-tensors, AutoRound: a divisor
+P.weight_scale_2       F32 [] or [1]       ModelOpt, which calls the codes `weight`: a multiplier
+P.input_global_scale, P.input_scale        of W4A4: static scales of the activations, which stay in 16 bits on an XPU
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-
 from xpuquant.errors import DamagedError
-from xpuquant.formats.checkpoint import Checkpoint, whole
+from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.base import Parts, check_static, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
-from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import Arrays, DecodedRecipe, Recipe, RowsRecipe, Weight
-from xpuquant.formats.weights.decoded import Decoded
-from xpuquant.formats.weights.floats import FloatWeight, view
+from xpuquant.formats.weights.base import Weight
+from xpuquant.formats.weights.floats import view
+from xpuquant.formats.weights.nvfp4 import GROUP, Nvfp4Weight
 
-GROUP = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nvfp4Weight(FloatWeight):
-    """MXFP4's codes under two levels of scales. `divides`: the global one is a divisor."""
-
-    global_scale: Tensor
-    divides: bool
-
-    @property
-    def is_mx(self) -> bool:
-        return False
-
-    @property
-    def kind(self) -> str:
-        return "nvfp4"
-
-    def decoded(self, start: int, stop: int) -> DecodedRecipe:
-        recipe = super().decoded(start, stop)
-
-        def build(arrays: Arrays) -> Decoded:
-            *below, overall = arrays
-            decoded = recipe.build(below)
-            factor = overall.astype(np.float64).reshape(())
-            scale = decoded.scale.astype(np.float64)
-            scale = scale / factor if self.divides else scale * factor
-            return Decoded("e2m1", decoded.codes, scale, decoded.row, decoded.col)
-
-        return Recipe((*recipe.inputs, whole(self.global_scale)), build)
-
-    def as_packed(self, start: int, stop: int) -> RowsRecipe:
-        return Weight.as_packed(self, start, stop)  # FloatWeight's would leave the global scale out
+_ACTIVATION_SUFFIXES = ("input_global_scale", "input_scale")
+_ACTIVATIONS_STAY = "activations stay in 16 bits, where the checkpoint quantizes them: their static scales are dropped"
 
 
 class Nvfp4:
@@ -68,8 +30,7 @@ class Nvfp4:
             "weight_scale",
             "weight_global_scale",
             "weight_scale_2",
-            "input_global_scale",
-            "input_scale",
+            *_ACTIVATION_SUFFIXES,
         }
     )
 
@@ -85,9 +46,9 @@ class Nvfp4:
         scale = need(parts, "weight_scale", name, dtype="F8_E4M3", dims=2)
         divides = "weight_global_scale" in parts
         overall = need(parts, "weight_global_scale" if divides else "weight_scale_2", name, dtype="F32")
-        for suffix in ("input_global_scale", "input_scale"):
-            if suffix in parts:
-                check_static(parts[suffix])
+        of_activations = [parts[suffix] for suffix in _ACTIVATION_SUFFIXES if suffix in parts]
+        for tensor in of_activations:
+            check_static(tensor)
         N, K = stored.shape[0], 2 * stored.shape[1]
         if scale.shape != (N, -(-K // GROUP)) or overall.shape not in ((), (1,)):
             raise DamagedError(f"{scale.name} has shape {list(scale.shape)}; NVFP4 of {[N, K]} needs {[N, K // GROUP]}")
@@ -98,7 +59,7 @@ class Nvfp4:
                 N=N,
                 K=K,
                 tensors=tuple(parts[suffix] for suffix in parts if suffix in self.suffixes or suffix == "weight"),
-                facts=("NVFP4, from the dtypes and shapes",),
+                facts=("NVFP4, from the dtypes and shapes", *[_ACTIVATIONS_STAY] * bool(of_activations)),
                 element="e2m1",
                 granularity="group",
                 block=(1, GROUP),

@@ -25,8 +25,8 @@ class Decoded:
     """Rows `[n, K]` of a weight, in the source's column order.
 
     number  what a code means: `int` (code minus zero point), `e2m1` (a nibble), `e4m3`/`e5m2` (a byte),
-            `float` (an unquantized value, widened)
-    codes   `[n, K]`: int8 or int16 for `int`, uint8 for the float codes, a float for `float`
+            `2e2m1` (twice what a nibble of e2m1 means), `float` (an unquantized value, widened)
+    codes   `[n, K]`: int8 or int16 for `int`, int8 for `2e2m1`, uint8 for the float codes, a float for `float`
     scale   `[A, B]` multipliers, in the dtype they are stored in (E8M0 as its ml_dtypes type)
     row     `[n]`: row of `scale` that covers weight row n
     col     `[K]`: column of `scale` that covers weight column k

@@ -18,7 +18,8 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of, numpy_dtype
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.activation_terms import mx_terms
-from xpuquant.kernels.base import Array, Layer, as_planes, fault_of, planes_scheme
+from xpuquant.kernels.base import Array, Layer, fault_of
+from xpuquant.kernels.integers import as_integers, finished, integer_scheme
 from xpuquant.kernels.onednn import api
 from xpuquant.kernels.onednn.api import BIAS, SCALES, SRC, WEIGHTS, ZERO_POINTS, Matmul, Quantization, Shape
 
@@ -40,6 +41,7 @@ _SCALES_BY_ROW = (  # stored [N, K/g]
     *("int4_experts", "uint4_experts", "int8_experts", "mxfp4_experts", "mxfp8_experts"),
     "fp8_channel_experts",
 )
+_GROUPS_OF_16 = ("uint4_experts", "int8_experts")  # as ARK's kernels take them too
 _INTEGERS = ("U4", "S4", "U8", "I8")
 
 
@@ -130,13 +132,13 @@ class OneDNN:
 
         Asks the library, so the answer is that of this processor: docs/kernels.md has what several said.
         """
-        scheme, K = planes_scheme(scheme, K)
+        scheme, K = integer_scheme(scheme, K)
         if scheme.layout not in _ELEMENTS:
             return f"no oneDNN description of layout {scheme.layout}"
         missing = self.unavailable()
         if missing is not None:
             return missing
-        if _element(scheme) in _INTEGERS and scheme.group_size % 32:
+        if _element(scheme) in _INTEGERS and scheme.group_size % 32 and scheme.layout not in _GROUPS_OF_16:
             # oneDNN 3.13 accepts groups of 48 on a CPU and computes garbage.
             return f"the XPU operators take groups in multiples of 32, not of {scheme.group_size}"
         matmul = _matmul(scheme, N, K, 8, activation)
@@ -151,7 +153,7 @@ class OneDNN:
 
     def implementation(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str:
         """oneDNN's name for the code it chose, as in its log. Raises UnsupportedError where refused."""
-        scheme, K = planes_scheme(scheme, K)
+        scheme, K = integer_scheme(scheme, K)
         return api.implementation(_matmul(_as_run(scheme, N, K, activation), N, K, 8, activation))
 
     def is_fast(self, scheme: Scheme, N: int, K: int) -> bool:
@@ -167,7 +169,8 @@ class OneDNN:
             UnsupportedError: oneDNN has no such matmul on this device; the reason.
             DamagedError: a tensor has another size than the scheme says.
         """
-        layer, x = as_planes(layer, x)
+        stored = layer
+        layer, x = as_integers(layer, x)
         scheme, N, K = layer.scheme, layer.N, layer.K
         if scheme.act_order:
             x = x[:, layer.tensors["g_idx"]]
@@ -191,7 +194,7 @@ class OneDNN:
                 bias = None  # once, with the first term
             out = np.empty((len(x), N), numpy_dtype(activation))
             result += api.run(matmul, arguments, out).astype(np.float32)
-        return result
+        return finished(stored, result)
 
 
 def _sources(scheme: Scheme, x: Array) -> Iterator[tuple[Array, Array | None]]:

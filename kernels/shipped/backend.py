@@ -14,6 +14,7 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.base import Array, Layer
+from xpuquant.kernels.integers import as_integers, finished, integer_scheme
 from xpuquant.kernels.shipped import ark, device, operators, wheel
 
 _GROUPS = (32, 64, 128, 256)
@@ -39,6 +40,7 @@ class Shipped:
         missing = self.unavailable()
         if missing is not None:
             return missing
+        scheme, K = integer_scheme(scheme, K)
         if not scheme.experts:
             return (
                 "the wheel's linears are oneDNN's, which makes GPU machine code: only its expert kernels run on a CPU"
@@ -70,12 +72,14 @@ class Shipped:
         Raises:
             UnsupportedError: see `refuses`.
         """
-        scheme, tensors = layer.scheme, layer.tensors
-        reason = self.refuses(scheme, layer.N, layer.K, label_of(x.dtype))
+        reason = self.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
         if reason is not None:
             raise UnsupportedError(reason)
+        stored = layer
+        layer, x = as_integers(layer, x)
+        scheme, tensors = layer.scheme, layer.tensors
         if scheme.layout in _BITS:
-            return x.astype(np.float32) @ _widened(layer, x.dtype)
+            return finished(stored, x.astype(np.float32) @ _widened(layer, x.dtype))
         released = wheel.found()[-1]
         weight, scale, bias = tensors["weight"][None], tensors["weight_scale"], tensors.get("bias")
         if scheme.layout == "int4_experts":

@@ -36,6 +36,8 @@ ARK_CALLS = {
     ("int8_experts", "moe_gemm_prefill"): ("ARK: experts widened for prefill", "widening executed"),
     ("fp8_channel_experts", "moe_gemm_decode"): (None, "checked"),
     ("fp8_channel_experts", "moe_gemm_prefill"): ("ARK: experts widened for prefill", "widening executed"),
+    ("nvfp4_experts", "moe_gemm_decode"): (None, "checked"),
+    ("nvfp4_experts", "moe_gemm_prefill"): ("ARK: experts widened for prefill", "widening executed"),
 }
 """(layout, operator) → (the mark of the tests that execute it, what is then said of it)."""
 _RANKS = {"executed": 3, "widening executed": 2, "checked": 1}

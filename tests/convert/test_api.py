@@ -21,7 +21,7 @@ pytest_plugins = "support.hub.fixtures"
 
 SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
-REFUSED = FIXTURES / "llmcompressor-llama-nvfp4a16"
+REFUSED = FIXTURES / "llmcompressor-llama-fp8-block-ragged"
 DOWN = "model.layers.0.mlp.down_proj"
 
 

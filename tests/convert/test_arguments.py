@@ -23,7 +23,8 @@ from xpuquant.conversion.runs.request import EXCLUDES
 from xpuquant.errors import Argument, UsageError, XpuquantError
 
 SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
-REFUSED = FIXTURES / "llmcompressor-llama-nvfp4a16"
+REFUSED = FIXTURES / "llmcompressor-llama-fp8-block-ragged"
+NOT_PORTABLE = FIXTURES / "llmcompressor-llama-w8a8"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(xpuquant, name)
     for name in xpuquant.__all__
@@ -213,7 +214,7 @@ def errors(folder: Path) -> list[XpuquantError]:
     calls: list[Callable[[], object]] = [
         lambda: xpuquant.convert(SOURCE, out, layout="compressed-tensors"),
         lambda: xpuquant.convert(REFUSED, folder / "a"),
-        lambda: xpuquant.convert(REFUSED, folder / "a", layout="compressed-tensors"),
+        lambda: xpuquant.convert(NOT_PORTABLE, folder / "a", layout="compressed-tensors"),
         lambda: xpuquant.convert(SOURCE, folder / "a", revision="main"),
         lambda: xpuquant.convert(SOURCE, folder / "a", stream=True),
         lambda: xpuquant.convert(SOURCE, folder / "a", stream=True, ray="local"),

@@ -17,7 +17,7 @@ from xpuquant.conversion.rates import VERIFIED, seconds
 
 SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
-REFUSED = FIXTURES / "llmcompressor-llama-nvfp4a16"
+REFUSED = FIXTURES / "llmcompressor-llama-fp8-block-ragged"
 
 # Numbers of the published config.json of each.
 LLAMA = {

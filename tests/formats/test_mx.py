@@ -10,7 +10,6 @@ from support.checkpoints import FIXTURES
 from support.floats import (
     E8M0,
     EXPERTS,
-    FP8,
     Floats,
     expert_modules,
     expert_weights,
@@ -272,48 +271,6 @@ def test_square_exponents_of_mxfp8_experts_are_refused(tmp_path):
     weights = expert_weights(mxfp8, H=2048, I=32, E=1)
     message = refusal(tmp_path, Pico(MXFP8_CONFIG, expert_modules(weights, mx_tensors)))
     assert "experts of [64, 2048] have square exponents" in message
-
-
-# NVFP4.
-
-
-def nvfp4(modelopt=False):
-    weight = random("e2m1", 16, 64, 1, 16)
-    scales = np.random.default_rng(3).integers(1, 0x7E, (16, 4)).astype(np.uint8).view(FP8["e4m3"])
-    if modelopt:
-        one = np.array(1, np.float32)
-        return weight, {
-            "weight": weight.packed,
-            "weight_scale": scales,
-            "weight_scale_2": one / 2,
-            "input_scale": one,
-        }
-    return weight, {
-        "weight_packed": weight.packed,
-        "weight_scale": scales,
-        "weight_global_scale": np.array([2.0], np.float32),
-        "input_global_scale": np.array([3.0], np.float32),
-    }
-
-
-@pytest.mark.parametrize("modelopt", [False, True])
-def test_nvfp4_is_refused_by_name_or_dequantized(tmp_path, modelopt):
-    weight, tensors = nvfp4(modelopt)
-    config = {"quant_method": "modelopt"} if modelopt else float_ct_config("nvfp4-pack-quantized", "tensor_group", 4)
-    pico = Pico(config, {DOWN: tensors})
-    assert f"nvfp4 has no XPU kernel: {DOWN}" in refusal(tmp_path, pico)
-    out = convert(pico.write(tmp_path / "in"), tmp_path / "out", on_unsupported="dequantize")
-    scales = tensors["weight_scale"].astype(np.float64) / 2  # exact: so are the products in bf16
-    expected = Floats("e2m1", weight.codes, scales, 1, 16).values
-    np.testing.assert_array_equal(out.array(f"{DOWN}.weight").astype(np.float64), expected)
-    assert not [name for name in out.repo.tensors if "scale" in name]
-
-
-def test_nvfp4_of_other_shapes_is_damage(tmp_path):
-    _, tensors = nvfp4()
-    tensors["weight_scale"] = tensors["weight_scale"][:, :3]
-    pico = Pico(float_ct_config("nvfp4-pack-quantized", "tensor_group", 4), {DOWN: tensors})
-    assert "NVFP4 of [16, 64] needs [16, 4]" in refusal(tmp_path, pico, DamagedError)
 
 
 def test_experts_that_do_not_belong_together_are_damage(tmp_path):

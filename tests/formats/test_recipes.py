@@ -80,7 +80,11 @@ def test_packed_rows_mean_what_the_decoded_ones_do(name, without_loops):
         for start in range(0, weight.N, 32):
             stop = min(start + 32, weight.N)
             packed = unpacked_rows(made(source, weight.as_packed(start, stop)))
-            assert difference(made(source, weight.decoded(start, stop)), packed) is None
+            decoded = made(source, weight.decoded(start, stop))
+            if packed.number == decoded.number:
+                assert difference(decoded, packed) is None
+            else:  # NVFP4 is compared as the integers that it becomes
+                assert np.array_equal(packed.values(), decoded.values())
 
 
 def test_the_fast_path_does_need_its_loops(without_loops):

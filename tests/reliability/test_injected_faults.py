@@ -34,6 +34,8 @@ CASES = {
     "mxfp8": "llmcompressor-llama-mxfp8",
     "mxfp4": "llmcompressor-llama-mxfp4",
     "mxfp4 experts": "llmcompressor-qwen3moe-mxfp4",
+    "nvfp4": "llmcompressor-llama-nvfp4a16",
+    "nvfp4 experts": "llmcompressor-qwen3moe-nvfp4a16",
     "gpt-oss": "handpacked-gptoss-mxfp4",
 }
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from support import released_wheels, xpu_stand_ins
 from support.ark import moe
-from support.models import EXPERTS, PACK, SCHEMES
+from support.models import EXPERTS, PACK, SCHEMES, pack_matrices
 
 from xpuquant import layers
 from xpuquant import xpu_ops as xpu
@@ -334,8 +334,8 @@ def test_ark_is_handed_the_stored_experts(name: str, ranks: int, monkeypatch: py
     monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(silu_and_mul=silu_and_mul), raising=False)
     torch.manual_seed(3)
     tensors: dict[str, torch.Tensor] = {}
-    for part, N, K in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
-        packed = [PACK[scheme.layout](torch.randn(N, K).bfloat16() / 8, scheme)[0] for _ in range(E)]
+    for part, shapes in (("gate_up_proj", [(I, H)] * 2), ("down_proj", [(H, I)])):
+        packed = [pack_matrices([torch.randn(*each).bfloat16() / 8 for each in shapes], scheme)[0] for _ in range(E)]
         tensors |= {part + end: torch.stack([one[end] for one in packed]) for end in packed[0]}
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == {
         n: (stored.shape, stored.dtype) for n, stored in layers.expert_tensors(scheme, E, H, I).items()

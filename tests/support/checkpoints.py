@@ -15,7 +15,6 @@ FIXTURES = TESTS / "fixtures"
 LARGER = Path(os.environ.get("XPUQUANT_CHECKPOINTS", ROOT.parent / "shared" / "checkpoints"))
 
 REFUSED = {
-    "llmcompressor-llama-nvfp4a16": "nvfp4",
     "llmcompressor-llama-fp8-block-ragged": "fp8 blocks need K to be a multiple of 128, K=192",
 }
 """Checkpoints that must be refused → a part of the reason. The larger set's README names its own."""
@@ -25,6 +24,8 @@ LAID_OUT = {
     "gptq/gptqmodel-qwen3-w8g64-asym",
     "autoround/qwen3-mixed-bits",
     "compressed-tensors/llama-w8a8",
+    "compressed-tensors/llama-nvfp4a16",
+    "autoround/qwen3-nvfp4",
 }
 """Those of the larger set that 0.1.0 refused for want of a kernel, and that convert since."""
 

@@ -189,6 +189,47 @@ def mxfp4_ct_config(**keys: Any) -> dict[str, Any]:
     return float_ct_config("mxfp4-pack-quantized", "group", 4, **keys)
 
 
+@dataclass(frozen=True)
+class Nvfp4(Floats):
+    """NVFP4: `scales` are e4m3, and `number` is over all.
+
+    divides  `number` is a divisor (compressed-tensors), not a factor (ModelOpt)
+    """
+
+    number: float = 1.0
+    divides: bool = True
+
+    @property
+    def values(self) -> Array:
+        """float64 `[N, K]`."""
+        scales = TABLES["e4m3"][self.scales.view(np.uint8)]
+        number = np.float64(np.float32(self.number))
+        return TABLES["e2m1"][self.codes] * np.repeat(scales / number if self.divides else scales * number, 16, axis=1)
+
+    @property
+    def tensors(self) -> Tensors:
+        """By the names of the producer."""
+        number = np.array(self.number, np.float32)
+        if self.divides:
+            return {
+                "weight_packed": self.packed,
+                "weight_scale": self.scales,
+                "weight_global_scale": number.reshape(1),
+            }
+        return {"weight": self.packed, "weight_scale": self.scales, "weight_scale_2": number}
+
+
+def nvfp4(N: int, K: int, seed: int = 0, *, number: float = 2468.1357, divides: bool = True) -> Nvfp4:
+    """Every code, minus zero too, and every scale that is a number, subnormal ones too."""
+    rng = np.random.default_rng(seed)
+    scales = rng.integers(0, 0x7F, (N, K // 16)).astype(np.uint8).view(FP8["e4m3"])
+    return Nvfp4("e2m1", rng.integers(0, 16, (N, K)).astype(np.uint8), scales, 1, 16, number, divides)
+
+
+NVFP4_CT_CONFIG = float_ct_config("nvfp4-pack-quantized", "tensor_group", 4)
+NVFP4_MODELOPT_CONFIG = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
 def expert_modules(
     weights: Mapping[tuple[int, str], Floats],
     pack: Any,

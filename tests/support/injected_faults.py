@@ -196,6 +196,19 @@ def order_shifted(repo: Repo) -> bool:
     return name is not None
 
 
+def scales_of_the_neighbour_group(repo: Repo) -> bool:
+    """Each group with the scale of the one before."""
+    name = repo.find(*_SCALES)
+    if name is None or len(repo.shape(name)) < 2:
+        return False
+    axis = -2 if name.endswith(".scales") else -1
+    before = repo.read(name)
+    values = before.reshape(*repo.shape(name), -1)
+    after = np.ascontiguousarray(np.roll(values, 1, axis=axis - 1)).reshape(-1)
+    repo.write(name, after)
+    return not np.array_equal(before, after)
+
+
 def rows_rolled(repo: Repo) -> bool:
     name = repo.find("qweight", "weight_scale", "experts.down_proj")
     name = repo.find("qweight", "experts.down_proj") or (name and name.removesuffix("_scale"))
@@ -306,6 +319,13 @@ def config_granularity(repo: Repo) -> bool:
     return _config(lambda scheme: scheme.update(granularity=other[scheme["granularity"]]))(repo)
 
 
+def config_divides(repo: Repo) -> bool:
+    """A factor for a divisor, or the other way round."""
+    if repo.find("global_scale", "down_proj_global_scale") is None:
+        return False
+    return _config(lambda scheme: scheme.update(divides=not scheme.get("divides", False)))(repo)
+
+
 def config_without_a_module(repo: Repo) -> bool:
     return _config(lambda scheme: scheme["modules"].pop())(repo)
 
@@ -344,6 +364,8 @@ FAULTS: dict[str, Fault] = {
     "gate and up of experts exchanged": _halves_swapped("experts.gate_up_proj", "experts.gate_up_proj_scale"),
     "gate and up columns exchanged": columns_swapped,
     "two experts exchanged": experts_exchanged,
+    "global scale, lowest bit": _flip("global_scale", "down_proj_global_scale", at=0, mask=0x01),
+    "scales of the neighbour group": scales_of_the_neighbour_group,
     "g_idx shifted by one": order_shifted,
     "s4 and u4 exchanged": _all(0x88, *_CODES),
     "zero points one too small": _all(0x11, "qzeros"),
@@ -363,6 +385,7 @@ FAULTS: dict[str, Fault] = {
     "index: tensor not listed": index_without_a_tensor,
     "config: group size": config_group_size,
     "config: granularity": config_granularity,
+    "config: global scale inverted": config_divides,
     "config: a module not named": config_without_a_module,
     "config: scale dtype": config_scale_dtype,
 }

@@ -107,6 +107,28 @@ def ark_expert(
     return Layer(Scheme(layout, group_size=g, scale_dtype=scale, symmetric=symmetric), N, K, tensors), weight
 
 
+def nvfp4(
+    N: int, K: int, *, experts: bool = False, divides: bool = True, bias: bool = False, seed: int = 0
+) -> tuple[Layer, Array]:
+    """Twice E2M1 as bytes (experts), or as two planes of nibbles, group by group of 16 columns."""
+    rng = np.random.default_rng(seed)
+    twice = (2 * np.array(E2M1)).astype(int)[rng.integers(0, 16, (N, K))]
+    scales = (rng.integers(8, 16, (N, K // 16)) * 2.0 ** rng.integers(-12, -6, (N, K // 16))).astype(DTYPES["BF16"])
+    number = np.array([rng.uniform(0.5, 1) if divides else rng.uniform(1, 2)], np.float32)
+    weight = twice * np.repeat(scales.astype(np.float64), 16, axis=1)
+    weight = weight / np.float64(number[0]) if divides else weight * np.float64(number[0])
+    tensors: dict[str, Array] = {"weight": twice.astype(np.int8), "weight_scale": scales, "global_scale": number}
+    if not experts:
+        high = rng.integers(np.maximum(twice - 7, -8), np.minimum(twice + 8, 7) + 1)  # any two nibbles with that sum
+        planes = [plane[:, at : at + 16] + 8 for at in range(0, K, 16) for plane in (high, twice - high)]
+        words = pack_words(np.concatenate(planes, axis=1))
+        tensors = {"qweight": words, "scales": np.ascontiguousarray(scales.T), "global_scale": number}
+    if bias:
+        tensors["bias"] = rng.normal(size=N).astype(DTYPES["BF16"])
+    layout = "nvfp4_experts" if experts else "nvfp4_linear"
+    return Layer(Scheme(layout, group_size=16, divides=divides), N, K, tensors), weight
+
+
 def fp8(
     N: int,
     K: int,
@@ -224,6 +246,10 @@ _FLOAT: dict[str, Callable[[], tuple[Layer, Array]]] = {
     "mxfp8 expert": lambda: mx(128, 256, "mxfp8", experts=True),
     "mxfp4": lambda: mx(96, 256, "mxfp4"),
     "mxfp4 expert": lambda: mx(128, 256, "mxfp4", experts=True),
+    "nvfp4": lambda: nvfp4(96, 256),
+    "nvfp4 factor bias": lambda: nvfp4(96, 256, divides=False, bias=True),
+    "nvfp4 expert": lambda: nvfp4(128, 256, experts=True),
+    "nvfp4 expert factor": lambda: nvfp4(128, 256, experts=True, divides=False),
 }
 CASES = (*_INT4, *_FLOAT)
 

@@ -136,6 +136,33 @@ def mxfp4(weight: torch.Tensor, scheme: Scheme) -> Packed:
     return {"weight": pack_tensor(signed), "weight_scale": exponent.t().contiguous()}, values.reshape(weight.shape)
 
 
+def nvfp4(weight: torch.Tensor, scheme: Scheme) -> Packed:
+    """Twice the E2M1 numbers: two planes of nibbles group by group, or bytes; scales as e4m3 gives them, halved."""
+    twice, scale, number, values = _nvfp4(weight, scheme.divides)
+    if scheme.experts:
+        return {"": twice.flatten(1), "_scale": scale, "_global_scale": number}, values
+    first = twice.clamp(-8, 7)
+    planes = torch.stack([first, twice - first], 2).flatten(1) + 8
+    tensors = {"qweight": pack_tensor(planes.to(torch.uint8)).view(torch.int32), "scales": scale.t().contiguous()}
+    return tensors | {"global_scale": number}, values
+
+
+def _nvfp4(weight: torch.Tensor, divides: bool) -> tuple[torch.Tensor, ...]:
+    groups = grouped(weight, 16)
+    overall = groups.abs().max() / (6 * 448)
+    scale = (groups.abs().amax(-1) / 6 / overall).to(torch.float8_e4m3fn).float()
+    code = (groups.abs().div((scale * overall).clamp(min=1e-30).unsqueeze(-1)).unsqueeze(-1) - E2M1).abs().argmin(-1)
+    twice = (2 * E2M1[code] * groups.sign()).to(torch.int8)
+    power = torch.exp2(torch.floor(torch.log2(overall)))
+    number = (overall / power).reshape(1)  # 1 to 2
+    if divides:
+        number = 1 / number
+    halved = (scale * power / 2).bfloat16()
+    wide = twice.double() * halved.double().unsqueeze(-1)
+    values = wide / number.double() if divides else wide * number.double()
+    return twice, halved, number, values.float().reshape(weight.shape)
+
+
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
@@ -191,6 +218,8 @@ PACK: dict[str, Callable[[torch.Tensor, Scheme], Packed]] = {
     "mxfp4_experts": mxfp4,
     "mxfp8_linear": mxfp8,
     "mxfp8_experts": mxfp8,
+    "nvfp4_linear": nvfp4,
+    "nvfp4_experts": nvfp4,
     "fp8_linear": fp8,
     "fp8_experts": fp8,
     "fp8_channel_experts": fp8,
@@ -210,6 +239,8 @@ SCHEMES: dict[str, Scheme] = {
     "fp8-block": Scheme("fp8_linear", granularity="block", group_size=128, block_n=128, scale_dtype="F32"),
     "mxfp4": Scheme("mxfp4_linear", group_size=32, scale_dtype="U8"),
     "mxfp8": Scheme("mxfp8_linear", group_size=32, scale_dtype="U8"),
+    "nvfp4": Scheme("nvfp4_linear", group_size=16, divides=True),
+    "nvfp4-factor": Scheme("nvfp4_linear", group_size=16),
     "fp8-e5m2": Scheme("fp8_linear", granularity="channel", scale_dtype="F32", weight_dtype="F8_E5M2"),
     "mxfp8-e5m2": Scheme("mxfp8_linear", group_size=32, scale_dtype="U8", weight_dtype="F8_E5M2"),
 }
@@ -224,9 +255,22 @@ EXPERTS: dict[str, Scheme] = {
     "fp8-group": Scheme("fp8_channel_experts", group_size=32),
     "mxfp4": Scheme("mxfp4_experts", group_size=32, scale_dtype="U8"),
     "mxfp8": Scheme("mxfp8_experts", group_size=32, scale_dtype="U8"),
+    "nvfp4": Scheme("nvfp4_experts", group_size=16, divides=True),
+    "nvfp4-factor": Scheme("nvfp4_experts", group_size=16),
     "fp8-e5m2": Scheme("fp8_experts", granularity="tensor", scale_dtype="F32", weight_dtype="F8_E5M2"),
     "mxfp8-e5m2": Scheme("mxfp8_experts", group_size=32, scale_dtype="U8", weight_dtype="F8_E5M2"),
 }
+
+
+def pack_matrices(matrices: list[torch.Tensor], scheme: Scheme) -> Packed:
+    """Gate and up of an expert, or down alone, as the stack has them: each with a global scale of its own."""
+    if scheme.layout != "nvfp4_experts":
+        return PACK[scheme.layout](torch.cat(matrices), scheme)
+    packed = [PACK[scheme.layout](matrix, scheme) for matrix in matrices]
+    tensors = {end: torch.cat([tensors[end] for tensors, _ in packed]) for end in packed[0][0]}
+    return tensors, torch.cat([values for _, values in packed])
+
+
 FAMILIES = (
     "llama",
     "qwen2",
@@ -381,8 +425,7 @@ def _pack_stack(
     for e in range(E):
         for out, sources in (("gate_up_proj", names[:2]), ("down_proj", names[2:])):
             matrices = [parts[out][e].t()] if fused else [parts[f"{e}.{source}.weight"] for source in sources]
-            weight = torch.cat(matrices)
-            tensors, values = PACK[scheme.layout](weight, scheme)
+            tensors, values = pack_matrices(matrices, scheme)
             for suffix, tensor in tensors.items():
                 gathered.setdefault(out + suffix, []).append(tensor)
             if fused:
@@ -392,7 +435,8 @@ def _pack_stack(
                 plain[f"{stack}.{e}.{source}.weight"] = part
     for name, tensors_of in gathered.items():
         stacked = torch.stack(tensors_of)
-        converted[f"{stack}.{name}"] = stacked.reshape(E) if stacked.shape == (E, 1) else stacked
+        scalars = stacked.shape == (E, 1) and not name.endswith("_global_scale")
+        converted[f"{stack}.{name}"] = stacked.reshape(E) if scalars else stacked
     for name in ("gate_up_proj_bias", "down_proj_bias") if fused else ():
         converted[f"{stack}.{name}"] = parts[name].bfloat16()
     return scheme

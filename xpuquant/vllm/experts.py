@@ -113,6 +113,8 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _cut_dim(self, name: str) -> int | None:
         """The dimension of a stored tensor along which tensor parallelism cuts I; None: nowhere."""
         first = name.startswith("gate_up_proj")
+        if name.endswith("_global_scale"):
+            return None
         if name.endswith("_bias"):
             return 1 if first else None
         rows_first = self.scheme.layout in ("int4_experts", "mxfp4_experts", *ARK_LAYOUTS)

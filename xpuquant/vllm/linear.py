@@ -54,8 +54,9 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.sizes = sizes
         self.gather = scheme.act_order and input_size > K
         # A group as long as the whole K stays one group on every rank.
-        # (The planes of int8 lie beside each other within a group: that cannot be cut.)
-        whole = scheme.group_size == input_size and input_size > K and scheme.layout != "int8_linear"
+        # (Two planes lie beside each other within a group: that cannot be cut.)
+        planes = scheme.layout in ("int8_linear", "nvfp4_linear")
+        whole = scheme.group_size == input_size and input_size > K and not planes
         group = K if whole else scheme.group_size
         if group and K % group:
             raise UnsupportedError(
@@ -98,7 +99,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         """Nothing moves: parameters lose their loaders, and fused scalars become a scale per row."""
         scheme = self.scheme
-        if scheme.layout == "int4_linear" and scheme.symmetric:
+        if scheme.layout in ("int4_linear", "nvfp4_linear") and scheme.symmetric:
             # Made before vLLM compiles, which keeps parameters as inputs of what it compiles.
             layer.qzeros = Parameter(eight(layer.qweight.device), requires_grad=False)
         for suffix, param in list(layer.named_parameters(recurse=False)):
@@ -109,6 +110,9 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             sizes = torch.tensor(self.sizes, device=layer.weight_scale.device)
             layer.weight_scale = Parameter(layer.weight_scale.data.repeat_interleave(sizes), requires_grad=False)
             self.scheme = replace(scheme, granularity="channel")
+        if scheme.layout == "nvfp4_linear" and len(self.sizes) > 1:
+            sizes = torch.tensor(self.sizes, device=layer.global_scale.device)
+            layer.global_scale = Parameter(layer.global_scale.data.repeat_interleave(sizes), requires_grad=False)
         self.parts = self._split(layer) if scheme.act_order else None
 
     def _split(self, layer: Any) -> list[dict[str, torch.Tensor]] | None:

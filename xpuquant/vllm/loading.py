@@ -140,7 +140,7 @@ def names_of(scheme: Scheme) -> set[str]:
 
 
 # Suffixes that nothing but a quantized module has.
-_ONLY_QUANTIZED = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_scale"})
+_ONLY_QUANTIZED = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_scale", "global_scale"})
 
 
 def _check(name: str, suffix: str, scheme: Scheme, tensor: torch.Tensor) -> None:

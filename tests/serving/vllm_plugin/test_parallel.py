@@ -20,6 +20,7 @@ TENSOR = [
     ("qwen3_moe", "int4", "int4"),
     ("qwen3_moe", "int4-asym", "uint4"),
     ("mixtral", "int4", "int8-asym"),
+    ("qwen3_moe", "nvfp4", "nvfp4"),
     ("mixtral", "fp8-channel", "mxfp8"),
     ("qwen3_moe", "fp8-channel", "fp8-channel"),
     ("mixtral", "int4", "fp8-group"),
@@ -31,6 +32,7 @@ EXPERT = [
     ("qwen3_moe", "int4-asym", "uint4"),
     ("mixtral", "int4", "int8-asym"),
     ("qwen3_moe", "fp8-channel", "fp8-channel"),
+    ("qwen3_moe", "nvfp4", "nvfp4"),
     ("gpt_oss", "mxfp4", "mxfp4"),
 ]
 TOLERANCE = 2e-3
