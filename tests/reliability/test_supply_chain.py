@@ -34,6 +34,7 @@ FREE = (
     "MPL",
     "Mozilla Public License",
     "Unlicense",
+    "GNU Lesser General Public License",
 )
 
 

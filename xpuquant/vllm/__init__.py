@@ -1,4 +1,4 @@
-"""The vLLM plugin: `pip install xpuquant` beside vLLM, then `vllm serve OUT`.
+"""The vLLM plugin: xpuquant installed beside vLLM, then `vllm serve OUT`.
 
 vLLM calls `register` in every process (entry point group `vllm.general_plugins`). A repo whose
 `quantization_config` says `quant_method: xpuquant` is then served by the classes of this package:
