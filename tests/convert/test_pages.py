@@ -43,7 +43,7 @@ _BLOCK = re.compile(
 """A block of code, fenced or indented, with its mark."""
 
 _TYPED = re.compile(r"(xpuquant|pip|vllm|hf|make|python|scripts/\S+)(\s|$)")
-_GROUP = typer.main.get_command(COMMANDS)
+_GROUP = typer.main.get_group(COMMANDS)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def test_every_command_is_one(page: str) -> None:
         words = shlex.split(line.typed, comments=True)
         where = f"{page}:{line.number}: {line.typed}"
         if words[0] == "xpuquant":
-            command = _GROUP.commands[words[1]]  # type: ignore[attr-defined]
+            command = _GROUP.commands[words[1]]
             command.make_context(words[1], words[2:], resilient_parsing=False)
         for word in words:
             if re.match(r"scripts/[\w/.-]+$", word):
@@ -128,12 +128,12 @@ def test_every_command_is_one(page: str) -> None:
     for name, rest in spans:
         if name in ("COMMAND", "help") or name.startswith("-"):
             continue
-        assert name in _GROUP.commands, f"{page}: xpuquant {name}"  # type: ignore[attr-defined]
+        assert name in _GROUP.commands, f"{page}: xpuquant {name}"
         options = {
             option
             for parameter in _GROUP.commands[name].params
             for option in [*parameter.opts, *parameter.secondary_opts]
-        }  # type: ignore[attr-defined]
+        }
         for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", rest):
             assert option in {*options, "--help"}, f"{page}: xpuquant {name} {option}"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
