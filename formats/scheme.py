@@ -28,7 +28,7 @@ and refuse the rest in one line."""
 _SINCE_2 = frozenset(
     {"int8_linear", "uint4_experts", "int8_experts", "fp8_channel_experts", "nvfp4_linear", "nvfp4_experts"}
 )
-"""Layouts that version 1 does not have."""
+"""Layouts that version 1 does not have. Nor has it experts without a gate."""
 
 MAX_MODULES = 1_000_000
 """Modules that a config may name."""
@@ -56,6 +56,8 @@ class Scheme:
     input_scale  True: a static activation scale is stored (fp8 linear only)
     bias         True: experts carry `gate_up_proj_bias` and `down_proj_bias`
     interleaved  True: rows of `gate_up_proj` alternate gate, up (gpt-oss); False: all gate, then all up
+    gated        False: experts have no gate, and a stack `up_proj` in the place of `gate_up_proj`; not written where it
+                 is True
     weight_dtype safetensors label of the stored codes (fp8 and mxfp8 layouts only); not written where it is
                  F8_E4M3, as nearly every checkpoint has it
     divides      True: the global scale is a divisor, not a factor (NVFP4 layouts only); not written where False
@@ -73,6 +75,12 @@ class Scheme:
     interleaved: bool = False
     weight_dtype: str = "F8_E4M3"
     divides: bool = False
+    gated: bool = True
+
+    @property
+    def stacks(self) -> tuple[str, str]:
+        """Of experts: the names of the stack of their first matrices and of their second."""
+        return ("gate_up_proj" if self.gated else "up_proj"), "down_proj"
 
     @property
     def experts(self) -> bool:
@@ -84,6 +92,7 @@ class Scheme:
         size = {"group": f"g{self.group_size}", "block": f"{self.block_n}x{self.group_size}"}
         words = [self.layout, size.get(self.granularity, self.granularity)]
         words += ["asymmetric"] * (not self.symmetric) + ["act-order"] * self.act_order
+        words += ["no-gate"] * (not self.gated)
         words += ["e5m2"] * (self.weight_dtype == "F8_E5M2") + ["interleaved"] * self.interleaved
         return " ".join(words)
 
@@ -155,7 +164,7 @@ def _ranges(numbers: list[int]) -> str:
 
 def format_version(schemes: Iterable[Scheme]) -> int:
     """The version that a repo with these schemes is written in."""
-    return 2 if any(scheme.layout in _SINCE_2 for scheme in schemes) else 1
+    return 2 if any(scheme.layout in _SINCE_2 or not scheme.gated for scheme in schemes) else 1
 
 
 def to_config(modules: Mapping[str, Scheme], producer: str) -> dict[str, Any]:
@@ -176,10 +185,9 @@ def to_config(modules: Mapping[str, Scheme], producer: str) -> dict[str, Any]:
 def _written(scheme: Scheme) -> dict[str, Any]:
     keys = asdict(scheme)
     # Later keys: readers that do not know one can read every repo that does not need it.
-    if scheme.weight_dtype == Scheme.weight_dtype:
-        del keys["weight_dtype"]
-    if not scheme.divides:
-        del keys["divides"]
+    for later in ("weight_dtype", "gated", "divides"):
+        if keys[later] == getattr(Scheme, later):
+            del keys[later]
     return keys
 
 

@@ -79,7 +79,8 @@ def expert_tensors(scheme: Scheme, E: int, H: int, I: int) -> dict[str, Stored]:
     """Name → tensor of a stack of experts."""
     packed = scheme.layout in ("int4_experts", "uint4_experts", "mxfp4_experts")
     tensors: dict[str, Stored] = {}
-    for name, N, K in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
+    first, second = scheme.stacks
+    for name, N, K in ((first, I * (1 + scheme.gated), H), (second, H, I)):
         if packed:
             tensors[name] = Stored((E, N, K // 2), torch.uint8)
         elif scheme.layout in ("int8_experts", "nvfp4_experts"):
@@ -194,6 +195,16 @@ def linear(
     return F.linear(x, dequantize(scheme, tensors, x.dtype), bias)
 
 
+def activated(scheme: Scheme, name: str, upper: torch.Tensor, limit: float | None = None) -> torch.Tensor:
+    """What lies between the two matrices of an expert: `gated`, or without a gate the activation of vLLM's name that
+    ends in `_no_mul`, `[M, I]` → `[M, I]`."""
+    if scheme.gated:
+        return gated(name, upper, scheme.interleaved, limit)
+    if name not in ("relu2_no_mul", "relu2"):
+        raise NotImplementedError(f"xpuquant computes no '{name}' experts without a gate: relu2")
+    return F.relu(upper.float()).square().to(upper.dtype)
+
+
 def gated(name: str, gate_up: torch.Tensor, interleaved: bool, limit: float | None = None) -> torch.Tensor:
     """The gated activation between the two matrices of an expert: `[M, 2I]` → `[M, I]`.
 
@@ -229,16 +240,17 @@ def experts(
         x: `[M, H]`.
         weights: routing weights `[M, k]`.
         ids: the chosen experts `[M, k]`, as indices into the stack; negative: not on this rank.
-        activate: the gated activation, `[m, 2I]` → `[m, I]`.
+        activate: the activation, `[m, 2I]` → `[m, I]`, or `[m, I]` → `[m, I]` without a gate.
 
     Returns:
         `[M, H]` in the dtype of `x`, summed in float32.
     """
+    first, second = scheme.stacks
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in sorted(set(ids.flatten().tolist()) - {-1}):
         rows, slots = (ids == expert).nonzero(as_tuple=True)
-        gate_up = _expert_linear(scheme, tensors, "gate_up_proj", expert, x[rows])
-        out = _expert_linear(scheme, tensors, "down_proj", expert, activate(gate_up))
+        upper = _expert_linear(scheme, tensors, first, expert, x[rows])
+        out = _expert_linear(scheme, tensors, second, expert, activate(upper))
         total.index_add_(0, rows, out.float() * weights[rows, slots].float().unsqueeze(-1))
     return total.to(x.dtype)
 

@@ -397,7 +397,8 @@ class ArkMoe:
             total_experts_num=self.experts if self.expert_map is None else self.expert_map.shape[0],
             local_experts_num=self.experts,
         )
-        out = self._gemm("down_proj", self._activated(self._gemm("gate_up_proj", gathered, rows)), rows)
+        first, second = self.scheme.stacks
+        out = self._gemm(second, self._activated(self._gemm(first, gathered, rows)), rows)
         torch.ops._moe_C.moe_gather(output, out, topk_weights, places, self.experts)
 
     def _gemm(self, name: str, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -420,9 +421,13 @@ class ArkMoe:
         return with_global_scale(self.scheme, parts, numbers[expert].unsqueeze(-1)).view(m, N)
 
     def _activated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """`[m, 2I]` → `[m, I]`, by the operators that `XpuFusedMoe` uses."""
+        """`[m, 2I]` → `[m, I]`, or `[m, I]` without a gate, by the operators that `XpuFusedMoe` uses."""
         import torch
 
+        if not self.scheme.gated:
+            out = torch.empty_like(gate_up)
+            getattr(torch.ops._C, self.activation)(out, gate_up)
+            return out
         I = gate_up.shape[1] // 2
         if self.limit:
             gate_up[:, :I].clamp_(max=self.limit)
@@ -466,18 +471,19 @@ def fused_moe(
         return ArkMoe(scheme, tensors, activation, limit, expert_map)
     from vllm_xpu_kernels.fused_moe_interface import XpuFusedMoe
 
-    w13, w2 = tensors["gate_up_proj"].data, tensors["down_proj"].data
+    first, second = scheme.stacks
+    w13, w2 = tensors[first].data, tensors[second].data
     if scheme.layout == "int4_experts":
         w13.xpu_fused_moe = True  # type: ignore[attr-defined]
     else:
         w13, w2 = _kernel_view(scheme, w13), _kernel_view(scheme, w2)
     moe = XpuFusedMoe(
         w13=w13,
-        w13_scales=tensors["gate_up_proj_scale"].data,
-        w13_bias=tensors.get("gate_up_proj_bias"),
+        w13_scales=tensors[f"{first}_scale"].data,
+        w13_bias=tensors.get(f"{first}_bias"),
         w2=w2,
-        w2_scales=tensors["down_proj_scale"].data,
-        w2_bias=tensors.get("down_proj_bias"),
+        w2_scales=tensors[f"{second}_scale"].data,
+        w2_bias=tensors.get(f"{second}_bias"),
         n_experts_per_token=top_k,
         activation=activation,
         num_experts=w13.shape[0],

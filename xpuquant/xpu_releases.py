@@ -190,6 +190,10 @@ _GATES = ("silu", "gelu", "gelu_tanh", "swigluoai")
 """What both `XpuFusedMoe` and `layers.gated` compute, by vLLM's names."""
 
 
+_GATELESS = ("relu2_no_mul",)
+"""The same of experts without a gate: `XpuFusedMoe` takes `[E, I, H]` for it alone."""
+
+
 def refusal_of_experts(
     release: Release,
     scheme: Scheme,
@@ -211,13 +215,16 @@ def refusal_of_experts(
         better = since(scheme, top_k)
         fix = f"; {better} does" if better is not None else ""
         return f"{PACKAGE} {release.version} gathers {_listed(release.top_k)} experts per token, not {top_k}{fix}"
-    if activation not in _GATES or activation not in release.activations:
-        return f"no XPU kernel computes '{activation}' experts: {', '.join(_GATES)}"
+    known = _GATES if scheme.gated else _GATELESS
+    if activation not in known or activation not in release.activations:
+        without = "" if scheme.gated else " without a gate"
+        return f"no XPU kernel computes '{activation}' experts{without}: {', '.join(known)}"
     if (activation == "swigluoai") != scheme.interleaved:
         rows = "alternate gate and up" if scheme.interleaved else "are all gate, then all up"
         return f"the kernel of '{activation}' reads other rows than the stored ones, which {rows}"
-    if limit and scheme.interleaved:
-        return f"gate and up that alternate cannot be clamped at {limit}: the kernel would clamp the wrong rows"
+    if limit and (scheme.interleaved or not scheme.gated):
+        what = "gate and up that alternate" if scheme.interleaved else "experts without a gate"
+        return f"{what} cannot be clamped at {limit}: the kernel would clamp the wrong rows"
     for switch, is_on in (
         ("VLLM_XPU_FUSED_MOE_USE_REF", scheme.layout in ("int4_experts", "mxfp8_experts")),
         ("VLLM_XPU_FUSED_MOE_NATIVE_MXFP8", scheme.layout == "mxfp8_experts"),

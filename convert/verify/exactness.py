@@ -387,7 +387,7 @@ def _check_biases(stack: Module, source: Source, stored: Stored) -> str | None:
     """Stacked expert biases: the same values in the rows of their matrices."""
     if not isinstance(stack, ExpertStack) or not stack.biases:
         return None
-    upper, down = stored.array("gate_up_proj_bias"), stored.array("down_proj_bias")
+    upper, down = (stored.array(f"{part}_bias") for part in stored.scheme.stacks)
     half = upper.shape[1] // 2
     # Halves that were joined to one matrix have two biases, in the order of its rows.
     alternate = stack.interleaved and "gate" in stack.weights
@@ -397,6 +397,8 @@ def _check_biases(stack: Module, source: Source, stored: Stored) -> str | None:
         "gate": upper[:, 0::2] if alternate else upper[:, :half],
         "up": upper[:, 1::2] if alternate else upper[:, half:],
     }
+    if not stack.gated:
+        rows["up"] = upper
     for role, slices in stack.biases.items():
         for expert, part in enumerate(slices):
             if not np.array_equal(read_slice(source, part).reshape(-1), rows[role][expert], equal_nan=True):

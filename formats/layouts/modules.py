@@ -53,7 +53,7 @@ class ExpertStack:
     """The experts of one layer.
 
     name         `model.layers.0.mlp.experts`
-    weights      role → weight of each expert, in order; roles gate, up, down or gate_up, down
+    weights      role → weight of each expert, in order; roles gate, up, down or gate_up, down; up, down without a gate
     biases       role → bias slice of each expert (dtype of the source); empty where there are none
     interleaved  gate and up rows alternate in the output (gpt-oss's activation reads them so)
     """
@@ -68,8 +68,13 @@ class ExpertStack:
         return len(self.weights["down"])
 
     @property
+    def gated(self) -> bool:
+        """Whether the first GEMM makes a gate as well."""
+        return set(self.weights) != GATELESS
+
+    @property
     def upper_roles(self) -> tuple[str, ...]:
-        """The roles that make up `gate_up_proj`: gate and up, or the one that already is both."""
+        """The roles that make up the first GEMM: gate and up, the one that already is both, or up alone."""
         return tuple(role for role in self.weights if role != "down")
 
     @property
@@ -169,8 +174,6 @@ def _stack(
     roles, experts = check_complete(checkpoint, name, {*members, *plain}, gated)
     if plain:
         return LooseExperts(name, members, not_quantized(plain, roles, experts), is_interleaved(checkpoint))
-    if set(roles) == GATELESS:
-        return LooseExperts(name, members, "experts without a gate (up and down alone) have no layout yet")
     weights: dict[str, tuple[Weight, ...]] = {}
     for role in roles:
         weights[role] = tuple(members[role, expert] for expert in range(experts))
@@ -268,9 +271,10 @@ def _stacked_biases(
 ) -> dict[str, tuple[Slice, ...]]:
     """Biases that stayed stacked, `[E, 2I]` and `[E, H]`, beside experts that were taken apart (AutoRound, model-free):
     in the order of the fused rows."""
-    tensors = [checkpoint.tensors.get(f"{name}.{stack}_bias") for stack in ("gate_up_proj", "down_proj")]
+    upper = "up" if set(weights) == GATELESS else "gate_up"
+    tensors = [checkpoint.tensors.get(f"{name}.{role}_proj_bias") for role in (upper, "down")]
     found: dict[str, tuple[Slice, ...]] = {}
-    for role, tensor in zip(("gate_up", "down"), tensors, strict=True):
+    for role, tensor in zip((upper, "down"), tensors, strict=True):
         if tensor is None:
             continue
         members = weights["down"] if role == "down" else [w for key, (w, *_) in weights.items() if key != "down"]

@@ -1,7 +1,8 @@
 """The experts of a layer on disk, `gate_up_proj` and `down_proj` in one tensor each, and which rows are which matrix.
 
 A stack lies as rows, `[E, N, ...]`, or (fp8) physically transposed, `[E, K, N]`, as the grouped GEMM reads it. Rows of
-`gate_up_proj`, or its columns where transposed, are all gate, then all up; gpt-oss alternates gate, up.
+`gate_up_proj`, or its columns where transposed, are all gate, then all up; gpt-oss alternates gate, up. Experts without
+a gate have `up_proj` in its place: what is said of `gate_up_proj` `[E, 2I, ...]` holds for `up_proj` `[E, I, ...]`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from xpuquant.formats.weights.base import row_blocks
 from xpuquant.formats.weights.floats import ELEMENTS, FloatWeight, view
 from xpuquant.formats.weights.parts import source_matrices
 
-EXPERT_STACKS = ("gate_up_proj", "down_proj")
-
 GEMM_N_MULTIPLE = 8
 """Rows of an expert's matrix: C++ check of the grouped GEMM (vllm-xpu-kernels csrc/xpu/grouped_gemm)."""
 
@@ -32,7 +31,8 @@ GEMM_N_MULTIPLE = 8
 
 def roles_of_stacks(stack: ExpertStack) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """(name, roles in it) of each stacked tensor."""
-    return tuple(zip(EXPERT_STACKS, (stack.upper_roles, ("down",)), strict=True))
+    first, second = Scheme("", gated=stack.gated).stacks
+    return (first, stack.upper_roles), (second, ("down",))
 
 
 def alternates(stack: ExpertStack, roles: tuple[str, ...]) -> bool:
@@ -106,18 +106,18 @@ def transposed_tensor(stack: ExpertStack, name: str, roles: tuple[str, ...]) -> 
 
 def stack_suffixes(scheme: Scheme) -> tuple[str, ...]:
     """Tensors of a stack of experts."""
-    names = tuple(name for part in EXPERT_STACKS for name in (part, f"{part}_scale"))
-    return names + tuple(f"{part}_bias" for part in EXPERT_STACKS) * scheme.bias
+    names = tuple(name for part in scheme.stacks for name in (part, f"{part}_scale"))
+    return names + tuple(f"{part}_bias" for part in scheme.stacks) * scheme.bias
 
 
-def part_of(matrix: Matrix) -> str:
+def part_of(scheme: Scheme, matrix: Matrix) -> str:
     """Which stacked tensor holds a matrix."""
-    return "down_proj" if matrix.role == "down" else "gate_up_proj"
+    return scheme.stacks[matrix.role == "down"]
 
 
 def place(stored: Stored, N: int, matrix: Matrix, start: int, stop: int) -> slice:
     """Which of the N rows (columns, where transposed) of an expert are rows `start:stop` of a matrix."""
-    if matrix.role not in ("gate", "up"):
+    if matrix.role not in ("gate", "up") or not stored.scheme.gated:
         return slice(start, stop, 1)
     if stored.scheme.interleaved:
         return slice(2 * start + (matrix.role == "up"), 2 * stop, 2)
@@ -131,23 +131,22 @@ def stored_matrices(stored: Stored, packed: int = 1) -> list[Matrix]:
     gpt-oss sources have one fused matrix or two; the stored form is the same, so gate and up are always listed
     (as views of alternating rows where interleaved).
     """
-    E, both, upper = stored.tensors["gate_up_proj"].shape
-    _, H, lower = stored.tensors["down_proj"].shape
-    return _matrices(E, both // 2, upper * packed, H, lower * packed)
+    first, second = stored.scheme.stacks
+    E, rows_of_first, upper = stored.tensors[first].shape
+    _, H, lower = stored.tensors[second].shape
+    return _matrices(stored.scheme, E, rows_of_first, upper * packed, H, lower * packed)
 
 
-def _matrices(E: int, I: int, upper_K: int, H: int, lower_K: int) -> list[Matrix]:
-    return [
-        Matrix(role, N, K, expert)
-        for expert in range(E)
-        for role, N, K in (("gate", I, upper_K), ("up", I, upper_K), ("down", H, lower_K))
-    ]
+def _matrices(scheme: Scheme, E: int, rows_of_first: int, upper_K: int, H: int, lower_K: int) -> list[Matrix]:
+    roles = ("gate", "up") if scheme.gated else ("up",)
+    uppers = [(role, rows_of_first // len(roles), upper_K) for role in roles]
+    return [Matrix(role, N, K, expert) for expert in range(E) for role, N, K in (*uppers, ("down", H, lower_K))]
 
 
 def part_rows(stored: Stored, matrix: Matrix, start: int, stop: int) -> tuple[str, Callable[[str], Array]]:
     """Where rows `start:stop` of a matrix lie: the tensor's suffix, and a function that reads the same rows of a
     tensor that shares its row order (the weight, its scale, its bias)."""
-    part = part_of(matrix)
+    part = part_of(stored.scheme, matrix)
     N = stored.tensors[part].shape[1]
     assert matrix.expert is not None, "a matrix of a stack is an expert's"
     top = matrix.expert * N
@@ -172,23 +171,24 @@ def transposed_matrices(stored: Stored) -> list[Matrix]:
     Raises:
         DamagedError: not fp8 `[E, K, N]` of the scheme's type.
     """
-    for part in EXPERT_STACKS:
+    first, second = stored.scheme.stacks
+    for part in (first, second):
         weight = stored.tensors[part]
         wanted = stored.scheme.weight_dtype
         if weight.dtype != wanted or len(weight.shape) != 3:
             raise DamagedError(
                 f"{weight.name} is {weight.dtype} {list(weight.shape)}, config.json says {wanted} [E, K, N]"
             )
-    E, H, both = stored.tensors["gate_up_proj"].shape
-    experts, I, N = stored.tensors["down_proj"].shape
-    if (experts, I, N) != (E, both // 2, H):
-        raise DamagedError(f"{stored.name}: down_proj is {[experts, I, N]}, gate_up_proj {[E, H, both]}")
-    return _matrices(E, I, H, H, I)
+    E, H, columns_of_first = stored.tensors[first].shape
+    experts, I, N = stored.tensors[second].shape
+    if (experts, I * (1 + stored.scheme.gated), N) != (E, columns_of_first, H):
+        raise DamagedError(f"{stored.name}: {second} is {[experts, I, N]}, {first} {[E, H, columns_of_first]}")
+    return _matrices(stored.scheme, E, columns_of_first, H, H, I)
 
 
 def transposed_codes(stored: Stored, matrix: Matrix, start: int, stop: int) -> tuple[str, slice, Array]:
     """(stack's name, the columns taken, the array `[K, n]`) of rows `start:stop` of a matrix."""
-    part = part_of(matrix)
+    part = part_of(stored.scheme, matrix)
     weight = _expert_tensor(stored.tensors[part], matrix)
     taken = place(stored, weight.shape[1], matrix, start, stop)
     codes = stored.load(columns(weight, taken.start, taken.stop))

@@ -296,7 +296,7 @@ def test_fp8_blocks_cannot_alternate(tmp_path):
     weights = {(0, "gate"): block(128, 128), (0, "up"): block(128, 128), (0, "down"): block(128, 128)}
     modules = expert_modules(weights, lambda weight: fp8_tensors(weight, "weight_scale_inv"))
     message = refusal(tmp_path, Pico({"quant_method": "fp8"}, modules, config=GPT_OSS))
-    assert "fp8 block scales cannot cover columns that alternate gate and up" in message
+    assert "the grouped GEMM's fp8 blocks cannot cover columns that alternate gate and up" in message
 
 
 @pytest.mark.parametrize(

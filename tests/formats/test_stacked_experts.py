@@ -146,10 +146,20 @@ def channels(weights, parts):
 
 
 @pytest.mark.parametrize("case", CHANNELS)
-def test_advice_to_dequantize_is_given_where_it_works(tmp_path, case):
-    """Refused or converted: where the refusal advises to dequantize, that gives what the unquantized model has."""
+def test_a_scale_per_row_in_stacks(tmp_path, case):
     config, parts = CHANNELS[case]
     weights = expert_weights(lambda N, K, seed: channel(N, K, seed, scale=np.float32), H, I, E)
+    out = convert(Pico(config, channels(weights, parts)[0]).write(tmp_path / "in"), tmp_path / "out")
+    (name,) = out.repo.modules
+    assert out.repo.modules[name].scheme.label() == "fp8_channel_experts channel"
+    check(out, weights, name)
+
+
+@pytest.mark.parametrize("case", CHANNELS)
+def test_advice_to_dequantize_is_given_where_it_works(tmp_path, case):
+    """Where a refusal, here of sizes, advises to dequantize, that gives what the unquantized model has."""
+    config, parts = CHANNELS[case]
+    weights = expert_weights(lambda N, K, seed: channel(N, K, seed, scale=np.float32), H, 48, E)
     modules, plain = channels(weights, parts)
     pico = Pico(config, modules)
     assert "on_unsupported='dequantize'" in refusal(tmp_path / "in", pico)
@@ -167,7 +177,7 @@ def test_a_stack_whose_down_is_not_quantized(tmp_path):
     assert "unquantized: down of every expert" in refusal(tmp_path, Pico(deepseek_config(), modules, plain))
 
 
-def test_experts_without_a_gate_are_named_so(tmp_path):
+def test_experts_without_a_gate(tmp_path):
     """Nemotron-3: https://github.com/vllm-project/vllm/pull/25863."""
     weights = expert_weights(lambda N, K, seed: tensor(N, K, seed), H, I, E)
     modules = {
@@ -175,8 +185,12 @@ def test_experts_without_a_gate_are_named_so(tmp_path):
         for e in range(E)
         for role in ("up", "down")
     }
-    message = refusal(tmp_path, Pico({"quant_method": "modelopt", "quant_algo": "FP8"}, modules))
-    assert "experts without a gate" in message and "backbone.layers.1.mixer.experts" in message
+    pico = Pico({"quant_method": "modelopt", "quant_algo": "FP8"}, modules)
+    out, name = convert(pico.write(tmp_path / "in"), tmp_path / "out"), "backbone.layers.1.mixer.experts"
+    assert out.repo.modules[name].scheme.label() == "fp8_experts tensor no-gate"
+    for e in range(E):
+        for role in ("up", "down"):
+            np.testing.assert_array_equal(out.values(name, role, e), weights[e, role].values)
 
 
 def test_transposed_stacks_are_refused(tmp_path):

@@ -29,6 +29,7 @@ CASES = [
     ("gpt_oss", "mxfp4", "mxfp4"),
     ("gpt_oss", "mxfp8", "fp8-block"),
     ("mixtral", "fp8-tensor", "mxfp8"),
+    *(("nemotron_h", "int4", experts) for experts in EXPERTS),
 ]
 
 

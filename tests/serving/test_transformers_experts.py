@@ -29,7 +29,6 @@ REFUSED = {
     "JetMoeParallelExperts": "own way",  # one matrix
     "LongcatFlashExperts": "own way",  # some experts return their input
     "MuseSparkExperts": "has_post_expert_norm=True",
-    "NemotronHExperts": "has_gate=False",
     "NllbMoeExperts": "own way",  # a ModuleDict
     "SwitchTransformersExperts": "own way",  # likewise
 }
@@ -66,7 +65,8 @@ class AnyConfig:
     """Answers what constructors of experts ask for, whatever a model calls it."""
 
     _experts_implementation = "eager"
-    hidden_act = hidden_activation = mlp_hidden_act = "silu"
+    hidden_act = hidden_activation = "silu"
+    mlp_hidden_act = "relu2"
     swiglu_alpha = 1.3
     moe_latent_size = None
 
@@ -97,7 +97,8 @@ def make(module: str, name: str) -> Any:
 
 def scheme_of(experts: Any) -> Scheme:
     interleaved = not getattr(experts, "is_concatenated", True)
-    return replace(SCHEME, group_size=32, interleaved=interleaved, bias=getattr(experts, "has_bias", False))
+    bias, gated = getattr(experts, "has_bias", False), getattr(experts, "has_gate", True)
+    return replace(SCHEME, group_size=32, interleaved=interleaved, bias=bias, gated=gated)
 
 
 @pytest.mark.parametrize(("module", "name"), CLASSES, ids=[name for _, name in CLASSES])
@@ -130,7 +131,7 @@ def stand_in(experts: Any) -> XpuquantExperts:
     assert isinstance(ours, XpuquantExperts)
     turned = getattr(experts, "is_transposed", takes_rows_by_expert(experts))
     stored: dict[str, list[torch.Tensor]] = {}
-    for part in ("gate_up_proj", "down_proj"):
+    for part in scheme.stacks:
         for expert in range(E):
             weight = getattr(experts, part).data[expert]
             tensors, values = PACK[scheme.layout](weight.t().contiguous() if turned else weight, scheme)
@@ -154,12 +155,17 @@ def stand_in(experts: Any) -> XpuquantExperts:
 def test_the_gate_that_a_kernel_is_told_is_the_class_s(module: str, name: str) -> None:
     """Clamp limits and names found are what `layers.gated`, and with it vLLM's kernels, computes."""
     experts = make(module, name)
-    find = partial(kernel_gate, experts, scheme_of(experts).interleaved, torch.device("cpu"))
+    find = partial(kernel_gate, experts, scheme_of(experts), torch.device("cpu"))
     if name == "GptOssExperts":
         with pytest.raises(UnsupportedError, match="GptOssExperts"):
             find()
         experts.alpha, experts.limit = 1.702, 7.0
         assert find() == ("swigluoai", None)
+    elif name == "NemotronHExperts":
+        assert find() == ("relu2_no_mul", None)
+        experts.act_fn = transformers.activations.ACT2FN["silu"]
+        with pytest.raises(UnsupportedError, match=f"gates as {name} does, whose activation is SiLU"):
+            find()
     elif name in NO_KERNEL:
         with pytest.raises(UnsupportedError, match=f"gates as {name} does"):
             find()
@@ -180,6 +186,11 @@ def test_rows_that_alternate_and_biases_must_be_the_class_s() -> None:
         quantized(replace(SCHEME, interleaved=True), plain)
     with pytest.raises(UnsupportedError, match="with biases, and Qwen3MoeExperts has none"):
         quantized(replace(SCHEME, bias=True), plain)
+    with pytest.raises(UnsupportedError, match="stored without a gate, and Qwen3MoeExperts has one"):
+        quantized(replace(SCHEME, gated=False), plain)
+    gateless = make("transformers.models.nemotron_h.modeling_nemotron_h", "NemotronHExperts")
+    with pytest.raises(UnsupportedError, match="stored with a gate, and NemotronHExperts has none"):
+        quantized(SCHEME, gateless)
     other = make("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts")
     with pytest.raises(UnsupportedError, match="without biases, and GptOssExperts adds them"):
         quantized(replace(SCHEME, interleaved=True), other)
@@ -204,9 +215,9 @@ def test_other_activations() -> None:
     tanhs = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
     for act, name in (("silu", "silu"), ("swish", "silu"), ("gelu", "gelu"), *((act, "gelu_tanh") for act in tanhs)):
         experts.act_fn = transformers.activations.ACT2FN[act]
-        assert kernel_gate(experts, False, torch.device("cpu")) == (name, None)
+        assert kernel_gate(experts, SCHEME, torch.device("cpu")) == (name, None)
     for act in ("relu", "relu2", "quick_gelu", "gelu_10", "mish"):
         experts.act_fn = transformers.activations.ACT2FN[act]
         refusal = f"no XPU kernel gates as Qwen3MoeExperts does, whose activation is {type(experts.act_fn).__name__}"
         with pytest.raises(UnsupportedError, match=refusal):
-            kernel_gate(experts, False, torch.device("cpu"))
+            kernel_gate(experts, SCHEME, torch.device("cpu"))

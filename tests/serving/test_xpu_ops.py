@@ -11,6 +11,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -160,14 +161,15 @@ ROUTES = torch.tensor([[0, 1], [3, 2], [1, 3], [-1, -1], [2, 0]])
 
 
 @pytest.mark.network
+@pytest.mark.parametrize("gate", ["silu", "relu2_no_mul"])
 @pytest.mark.parametrize("name", [name for name in EXPERTS if EXPERTS[name].layout not in ARK_LAYOUTS])
-def test_the_wheel_s_own_experts_compute_what_is_stored(name: str, wheel: Release) -> None:
+def test_the_wheel_s_own_experts_compute_what_is_stored(name: str, gate: str, wheel: Release) -> None:
     """`XpuFusedMoe` of each release, from its constructor to the routed sum; a row of padding gives zeros."""
     E, H, I = 4, 256, 128
-    scheme = EXPERTS[name]
+    scheme = replace(EXPERTS[name], gated=gate == "silu")
     tensors: dict[str, torch.Tensor] = {}
     torch.manual_seed(3)
-    for part, (N, K) in {"gate_up_proj": (2 * I, H), "down_proj": (H, I)}.items():
+    for part, (N, K) in zip(scheme.stacks, ((I * (1 + scheme.gated), H), (H, I)), strict=True):
         stacked = [PACK[scheme.layout](torch.randn(N, K).bfloat16() / 8, scheme)[0] for _ in range(E)]
         for suffix in stacked[0]:
             stack = torch.stack([one[suffix] for one in stacked])
@@ -175,19 +177,15 @@ def test_the_wheel_s_own_experts_compute_what_is_stored(name: str, wheel: Releas
     if scheme.layout == "int4_experts":
         tensors |= {n: t.bfloat16() for n, t in tensors.items() if n.endswith("_scale")}
     before = {n: (t.data_ptr(), t.clone().view(torch.uint8)) for n, t in tensors.items()}
-    moe = xpu.fused_moe(scheme, tensors, top_k=2, activation="silu")
-    for part, held in (("gate_up_proj", moe.w13), ("down_proj", moe.w2)):
+    moe = xpu.fused_moe(scheme, tensors, top_k=2, activation=gate)
+    for part, held in zip(scheme.stacks, (moe.w13, moe.w2), strict=True):
         assert held.data_ptr() == before[part][0], "nothing is copied"
     x = torch.randn(len(ROUTES), H).bfloat16()
     x[3] = torch.nan  # what padding holds
     weights = torch.rand(ROUTES.shape)
     out = xpu.run_experts(moe, x, weights, ROUTES.int())
     known = x.nan_to_num()
-
-    def gate(gate_up: torch.Tensor) -> torch.Tensor:
-        return layers.gated("silu", gate_up, interleaved=False)
-
-    wanted = layers.experts(scheme, tensors, known, weights, ROUTES, gate).float()
+    wanted = layers.experts(scheme, tensors, known, weights, ROUTES, partial(layers.activated, scheme, gate)).float()
     assert (out.float() - wanted).norm() < 2**-6 * wanted.norm()
     assert not out[3].any()
     assert all(torch.equal(t.view(torch.uint8), before[n][1]) for n, t in tensors.items()), "nothing is converted"
@@ -211,6 +209,7 @@ def test_another_way_to_take_int4_is_noticed(wheel: Release, monkeypatch: pytest
         xpu.fused_moe(scheme, tensors, top_k=2, activation="silu")
 
 
+GATELESS = replace(EXPERTS["int4"], gated=False)
 INTERLEAVED = replace(EXPERTS["mxfp4"], interleaved=True)
 NEW, OLD = served()[-1], release_of("0.1.15.4")
 REFUSED = [
@@ -221,6 +220,9 @@ REFUSED = [
     (NEW, EXPERTS["int4"], 8, "swigluoai", None, {}, "reads other rows than the stored ones, which are all gate"),
     (NEW, INTERLEAVED, 8, "silu", None, {}, "reads other rows than the stored ones, which alternate"),
     (NEW, INTERLEAVED, 8, "swigluoai", 7.0, {}, "cannot be clamped at 7.0"),
+    (NEW, GATELESS, 8, "relu2_no_mul", 7.0, {}, "experts without a gate cannot be clamped at 7.0"),
+    (NEW, GATELESS, 8, "silu_no_mul", None, {}, "computes 'silu_no_mul' experts without a gate: relu2_no_mul"),
+    (NEW, EXPERTS["int4"], 8, "relu2_no_mul", None, {}, "computes 'relu2_no_mul' experts: silu"),
     (NEW, EXPERTS["int4"], 8, "silu", None, {"VLLM_XPU_FUSED_MOE_USE_REF": "1"}, "USE_REF=1 chooses code"),
     (NEW, EXPERTS["mxfp8"], 8, "silu", None, {"VLLM_XPU_FUSED_MOE_NATIVE_MXFP8": "off"}, "NATIVE_MXFP8=off chooses"),
 ]
@@ -237,6 +239,7 @@ def test_what_would_fail_at_the_first_forward_is_said_before(
 def test_what_the_kernels_take_is_not_refused() -> None:
     for release in served():
         assert refusal_of_experts(release, EXPERTS["int4"], 8, "silu", 7.0, {}) is None
+        assert refusal_of_experts(release, GATELESS, 6, "relu2_no_mul", None, {}) is None
         assert refusal_of_experts(release, INTERLEAVED, 4, "swigluoai", None, {}) is None
         # The reference code reads these layouts as they are stored.
         assert (
@@ -314,35 +317,41 @@ def moe_gather(out: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, pla
     out.copy_((taken * weights.float().unsqueeze(-1)).sum(1))
 
 
+def relu2_no_mul(out: torch.Tensor, up: torch.Tensor) -> None:
+    out.copy_(up.float().relu().square())
+
+
 def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
     gate, up = gate_up.float().chunk(2, dim=-1)
     out.copy_(torch.nn.functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("gate", ["silu", "relu2_no_mul"])
 @pytest.mark.parametrize("name", [name for name in EXPERTS if EXPERTS[name].layout in ARK_LAYOUTS])
-def test_ark_is_handed_the_stored_experts(name: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ark_is_handed_the_stored_experts(name: str, gate: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routed as `XpuFusedMoe` routes; each rank of an expert parallel group adds its part."""
     E, H, I = 4, 256, 128
-    scheme = EXPERTS[name]
+    scheme = replace(EXPERTS[name], gated=gate == "silu")
     for module in ("vllm_xpu_kernels", "vllm_xpu_kernels.fused_moe_interface"):
         monkeypatch.setitem(sys.modules, module, ModuleType(module))
     monkeypatch.setattr(xpu, "ark", lambda: SimpleNamespace(moe=moe))
     monkeypatch.setattr(xpu, "check_experts", lambda *_: NEW)
     stand_ins = SimpleNamespace(remap_hidden_states=remap_hidden_states, moe_gather=moe_gather)
     monkeypatch.setattr(torch.ops, "_moe_C", stand_ins, raising=False)
-    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(silu_and_mul=silu_and_mul), raising=False)
+    monkeypatch.setattr(
+        torch.ops, "_C", SimpleNamespace(silu_and_mul=silu_and_mul, relu2_no_mul=relu2_no_mul), raising=False
+    )
     torch.manual_seed(3)
     tensors: dict[str, torch.Tensor] = {}
-    for part, shapes in (("gate_up_proj", [(I, H)] * 2), ("down_proj", [(H, I)])):
+    for part, shapes in zip(scheme.stacks, ([(I, H)] * (1 + scheme.gated), [(H, I)]), strict=True):
         packed = [pack_matrices([torch.randn(*each).bfloat16() / 8 for each in shapes], scheme)[0] for _ in range(E)]
         tensors |= {part + end: torch.stack([one[end] for one in packed]) for end in packed[0]}
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == {
         n: (stored.shape, stored.dtype) for n, stored in layers.expert_tensors(scheme, E, H, I).items()
     }
     x, weights, ids = torch.randn(6, H).bfloat16(), torch.rand(6, 2), torch.rand(6, E).topk(2).indices
-    gate = lambda both: layers.gated("silu", both, interleaved=False)  # noqa: E731
-    wanted = layers.experts(scheme, tensors, x, weights, ids, gate)
+    wanted = layers.experts(scheme, tensors, x, weights, ids, partial(layers.activated, scheme, gate))
     total = torch.zeros(6, H)
     for rank in range(ranks):
         here = slice(rank * E // ranks, (rank + 1) * E // ranks)
@@ -350,6 +359,6 @@ def test_ark_is_handed_the_stored_experts(name: str, ranks: int, monkeypatch: py
         places = torch.full((E,), -1, dtype=torch.int32)
         places[here] = torch.arange(E // ranks, dtype=torch.int32)
         expert_map = places if ranks > 1 else None
-        run = xpu.fused_moe(scheme, mine, 2, "silu", ep_rank=rank, ep_size=ranks, expert_map=expert_map)
+        run = xpu.fused_moe(scheme, mine, 2, gate, ep_rank=rank, ep_size=ranks, expert_map=expert_map)
         total += xpu.run_experts(run, x, weights, ids).float()
     torch.testing.assert_close(total, wanted.float(), atol=0.02 * wanted.abs().max().item(), rtol=0)

@@ -324,6 +324,20 @@ def tiny(family: str, dtype: torch.dtype = torch.bfloat16, **changes: object) ->
         "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
         "deepseek_v2": {**moe, **mla, "topk_method": "greedy"},
         "deepseek_v3": {**moe, **mla, "topk_method": "noaux_tc"},
+        # Experts without a gate.
+        "nemotron_h": {
+            "head_dim": 64,
+            "layers_block_type": ["mamba", "moe", "full_attention", "moe"],
+            "n_routed_experts": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_shared_expert_intermediate_size": 128,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 16,
+            "mamba_n_groups": 1,
+            **moe,
+        },
         "gpt_oss": {
             "head_dim": 64,
             "num_local_experts": 8,
@@ -420,10 +434,12 @@ def _pack_stack(
         scheme = replace(scheme, interleaved=True, bias=True)
     else:
         E = 1 + max(int(part.split(".")[0]) for part in parts)
-    names = ("w1", "w3", "w2") if "0.w1.weight" in parts else ("gate_proj", "up_proj", "down_proj")
+    names: tuple[str, ...] = ("w1", "w3", "w2") if "0.w1.weight" in parts else ("gate_proj", "up_proj", "down_proj")
+    if not fused and f"0.{names[0]}.weight" not in parts:
+        scheme, names = replace(scheme, gated=False), names[1:]
     gathered: dict[str, list[torch.Tensor]] = {}
     for e in range(E):
-        for out, sources in (("gate_up_proj", names[:2]), ("down_proj", names[2:])):
+        for out, sources in zip(scheme.stacks, (names[:-1], names[-1:]), strict=True):
             matrices = [parts[out][e].t()] if fused else [parts[f"{e}.{source}.weight"] for source in sources]
             tensors, values = pack_matrices(matrices, scheme)
             for suffix, tensor in tensors.items():

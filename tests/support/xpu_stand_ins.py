@@ -22,6 +22,7 @@ Array = hand.Array
 LIBRARY = {
     **dict.fromkeys(("per_token_group_fp8_quant", "per_token_group_quant_mxfp4"), "_C"),
     **dict.fromkeys(("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "swigluoai_and_mul"), "_C"),
+    "relu2_no_mul": "_C",
     **dict.fromkeys(("remap_hidden_states", "moe_gather"), "_moe_C"),
 }
 """Operator → namespace, where it is not `_xpu_C`."""
@@ -196,6 +197,10 @@ def moe_gather(
         output[row] = total
 
 
+def relu2_no_mul(out: Any, input: Any) -> None:  # noqa: A002 - its name in the schema
+    out.copy_(input.double().relu().square())
+
+
 def _gate(name: str) -> Callable[..., None]:
     def activate(out: Any, gate_up: Any, *_: float) -> None:
         """gate and up as halves; `swigluoai` reads them alternating."""
@@ -262,6 +267,7 @@ STAND_INS: tuple[Callable[..., Any], ...] = (
     per_token_group_quant_mxfp4,
     remap_hidden_states,
     moe_gather,
+    relu2_no_mul,
     *map(_gate, ("silu", "gelu", "gelu_tanh", "swigluoai")),
 )
 

@@ -29,7 +29,7 @@ ROWS_BY_EXPERT = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts"
 """Classes that are given rows instead of routes, as many for each expert, router weights in them already;
 `gate_up_proj` is `[E, H, 2I]`, gate then up."""
 
-_ANY = ("is_transposed", "is_concatenated", "has_bias")
+_ANY = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 """Arguments of the decorator that are served, whatever they say: how `gate_up_proj` and `down_proj` lie in the source,
 and what the scheme says too."""
 
@@ -49,11 +49,14 @@ def check_experts_class(experts: Any, scheme: Scheme) -> None:
                 f"{name} is declared {argument}={getattr(experts, argument)}, which xpuquant does not compute in "
                 "Transformers: load the source repo instead"
             )
-    for part in ("gate_up_proj", "down_proj"):
+    if getattr(experts, "has_gate", True) != scheme.gated:
+        says = "has none" if scheme.gated else "has one"
+        raise UnsupportedError(f"the stack is stored {'with' if scheme.gated else 'without'} a gate, and {name} {says}")
+    for part in scheme.stacks:
         if not isinstance(getattr(experts, part, None), torch.nn.Parameter):
             raise UnsupportedError(f"{name} has no stacked {part}: load the source repo instead")
     # Transformers 5.0 has no such argument yet.
-    if getattr(experts, "is_concatenated", not scheme.interleaved) == scheme.interleaved:
+    if scheme.gated and getattr(experts, "is_concatenated", not scheme.interleaved) == scheme.interleaved:
         rows = "alternate gate and up" if scheme.interleaved else "are all gate, then all up"
         raise UnsupportedError(f"{name} reads other rows than those of {scheme.label()}, which {rows}")
     if getattr(experts, "has_bias", False) != scheme.bias:
@@ -75,10 +78,10 @@ def stack_sizes(experts: Any) -> tuple[int, int, int]:
 
 
 def gate_of(experts: Any) -> Gate:
-    """What lies between the two matrices, `[m, 2I]` → `[m, I]`."""
+    """What lies between the two matrices, `[m, 2I]` → `[m, I]`, or `[m, I]` without a gate."""
     if takes_rows_by_expert(experts):
         return partial(_gate_then_up, experts.act_fn)
-    gate: Gate = experts._apply_gate
+    gate: Gate = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
     return gate
 
 
@@ -87,18 +90,19 @@ def _gate_then_up(act_fn: Gate, gate_up: torch.Tensor) -> torch.Tensor:
     return act_fn(gate) * up
 
 
-def kernel_gate(experts: Any, interleaved: bool, device: torch.device) -> tuple[str, float | None]:
+def kernel_gate(experts: Any, scheme: Scheme, device: torch.device) -> tuple[str, float | None]:
     """vLLM's name of a module's gate, and where it clamps: found by computing both.
 
     Raises:
         UnsupportedError: none of those that XPU kernels have.
     """
     limits = {float(v) for v in (getattr(experts, name, None) for name in _LIMITS) if v is not None}
-    gate_up = _probe(limits, interleaved, device)
+    gate_up = _probe(limits, scheme.interleaved, device)
     actual = gate_of(experts)(gate_up)
+    names = ("swigluoai",) if scheme.interleaved else ("silu", "gelu", "gelu_tanh")
     for limit in (None, *sorted(limits)):
-        for name in ("swigluoai",) if interleaved else ("silu", "gelu", "gelu_tanh"):
-            if torch.allclose(actual, layers.gated(name, gate_up, interleaved, limit), rtol=1e-5, atol=1e-6):
+        for name in names if scheme.gated else ("relu2_no_mul",):
+            if torch.allclose(actual, layers.activated(scheme, name, gate_up, limit), rtol=1e-5, atol=1e-6):
                 return name, limit
     function = type(getattr(experts, "act_fn", None)).__name__
     raise UnsupportedError(

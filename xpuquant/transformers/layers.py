@@ -148,7 +148,7 @@ class XpuquantExperts(Quantized):
 
         # Computed on the CPU: while a model is made, tensors are on the meta device unless told otherwise.
         with torch.device("cpu"):
-            activation, limit = kernel_gate(self._replaced[0], self.scheme.interleaved, torch.device("cpu"))
+            activation, limit = kernel_gate(self._replaced[0], self.scheme, torch.device("cpu"))
         check_experts(self.scheme, top_k, activation, limit)
 
     def forward(
@@ -166,7 +166,7 @@ class XpuquantExperts(Quantized):
             for name, tensor in tensors.items():
                 if cast_when_loaded(self.scheme, name):
                     tensor.data = tensor.data.to(hidden_states.dtype)
-            activation, limit = kernel_gate(self._replaced[0], self.scheme.interleaved, hidden_states.device)
+            activation, limit = kernel_gate(self._replaced[0], self.scheme, hidden_states.device)
             self._kernel = fused_moe(self.scheme, tensors, ids.shape[1], activation, limit)
         return run_experts(self._kernel, hidden_states, top_k_weights, ids)
 

@@ -89,7 +89,7 @@ class XpuquantQuantizer(HfQuantizer):
                 f"{type(model).__name__} has none of the quantized modules of the repo, such as {one_line(stored)}"
             )
         self.other_experts = any(
-            getattr(getattr(m, "gate_up_proj", None), "ndim", 0) == 3 and not isinstance(m, XpuquantExperts)
+            not isinstance(m, XpuquantExperts) and any(getattr(p, "ndim", 0) == 3 for p in _first_stacks(m))
             for m in model.modules()
         )
         self.own_experts = any(isinstance(m, XpuquantExperts) for m in model.modules())
@@ -128,7 +128,7 @@ class XpuquantQuantizer(HfQuantizer):
         ]
         if self.other_experts:
             return [*weight_conversions, *ours]
-        stacks = ("experts.gate_up_proj", "experts.down_proj")
+        stacks = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
         return ours + [
             c
             for c in weight_conversions
@@ -159,6 +159,11 @@ def _conversions(model: Any) -> list[Any]:
 
     conversions: list[Any] = get_model_conversion_mapping(model)
     return conversions
+
+
+def _first_stacks(module: nn.Module) -> list[Any]:
+    """What a module calls as the first matrices of a stack of experts are called."""
+    return [module._parameters.get(Scheme("", gated=gated).stacks[0]) for gated in (True, False)]
 
 
 def _untie(model: Any, name: str) -> None:

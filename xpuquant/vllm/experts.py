@@ -84,7 +84,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             for expert, place in enumerate(places):
                 if place >= 0:
                     target[place].copy_(source[expert])
-        if name == "down_proj_bias" and moe.tp_rank > 0:
+        if name == f"{self.scheme.stacks[1]}_bias" and moe.tp_rank > 0:
             param.zero_()  # the ranks' outputs are summed
 
     def _cuts(
@@ -94,7 +94,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         dim = self._cut_dim(name)
         if dim is None or ranks == 1:
             pairs = [(param, tensor)]
-        elif name.startswith("down_proj") or self.scheme.interleaved:
+        elif name.startswith(self.scheme.stacks[1]) or self.scheme.interleaved or not self.scheme.gated:
             size = param.shape[dim]
             pairs = [(param, tensor.narrow(dim, rank * size, size))]
         else:
@@ -112,7 +112,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def _cut_dim(self, name: str) -> int | None:
         """The dimension of a stored tensor along which tensor parallelism cuts I; None: nowhere."""
-        first = name.startswith("gate_up_proj")
+        first = name.startswith(self.scheme.stacks[0])
         if name.endswith("_global_scale"):
             return None
         if name.endswith("_bias"):
@@ -142,7 +142,7 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`[M, H]` → `[M, H]`; this rank's part of the sum."""
-        tensors = {name: p for name, p in layer.named_parameters(recurse=False) if name.startswith(_STACKS)}
+        tensors = {name: p for name, p in layer.named_parameters(recurse=False) if name.startswith(self.scheme.stacks)}
         activation, limit = layer.activation.value, layer.swiglu_limit
         if layer.apply_router_weight_on_input:
             # Llama 4, one expert for each token: its input is weighed, its output not.
@@ -151,8 +151,8 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             ids = topk_ids.long()
             if layer.expert_map is not None:
                 ids = torch.where(ids < 0, ids, layer.expert_map[ids.clamp(min=0)].long())
-            gate = partial(layers.gated, activation, interleaved=self.scheme.interleaved, limit=limit)
-            return layers.experts(self.scheme, tensors, x, topk_weights, ids, gate)
+            activate = partial(layers.activated, self.scheme, activation, limit=limit)
+            return layers.experts(self.scheme, tensors, x, topk_weights, ids, activate)
         moe = self.moe
         if self.kernel is None:
             self.kernel = fused_moe(
@@ -170,9 +170,6 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             elsewhere = layer.global_num_experts - 1 if moe.ep_rank == 0 else 0
             topk_ids = torch.where(topk_ids < 0, elsewhere, topk_ids)
         return run_experts(self.kernel, x, topk_weights, topk_ids)
-
-
-_STACKS = ("gate_up_proj", "down_proj")
 
 
 def _only_whole(param: Parameter, loaded: torch.Tensor, *_: Any, **__: Any) -> None:

@@ -32,7 +32,6 @@ from xpuquant.formats.layouts.int_stacks import Experts, all_weights, expert_sca
 from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.layouts.stacks import (
-    EXPERT_STACKS,
     part_rows,
     roles_of_stacks,
     stack_suffixes,
@@ -99,7 +98,7 @@ class ArkInts(Layout):
             for name, roles in roles_of_stacks(stack)
             for tensor in self._tensors(stack, experts, name, roles, size, dtype, symmetric)
         )
-        scheme = Scheme(layout=self.name, group_size=size, scale_dtype=dtype, symmetric=symmetric)
+        scheme = Scheme(layout=self.name, group_size=size, scale_dtype=dtype, symmetric=symmetric, gated=stack.gated)
         rounded_to = rounded((weight.scale_dtype for weight in weights), scale_dtype)
         return Conversion(stack.name, scheme, tensors, stack.facts, rounded_to)
 
@@ -138,12 +137,12 @@ class ArkInts(Layout):
         return "I8" if symmetric else "U8"
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
-        zeros = tuple(f"{part}_zero_point" for part in EXPERT_STACKS) * (not scheme.symmetric)
+        zeros = tuple(f"{part}_zero_point" for part in scheme.stacks) * (not scheme.symmetric)
         return stack_suffixes(scheme) + zeros
 
     def matrices(self, stored: Stored) -> list[Matrix]:
         scheme = stored.scheme
-        for part in EXPERT_STACKS:
+        for part in stored.scheme.stacks:
             weight, label = stored.tensors[part], self.code_dtype(scheme.symmetric)
             if weight.dtype != label or len(weight.shape) != 3:
                 raise DamagedError(

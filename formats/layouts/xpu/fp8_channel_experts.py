@@ -29,7 +29,6 @@ from xpuquant.formats.layouts.fillers import FillBlockScales, code_pieces
 from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.layouts.stacks import (
-    EXPERT_STACKS,
     float_members,
     fp8_stack,
     part_rows,
@@ -75,6 +74,7 @@ class Fp8ChannelExperts(Layout):
             group_size=size or 0,
             scale_dtype=dtype,
             weight_dtype=tensors[0].dtype,
+            gated=stack.gated,
         )
         facts = (*stack.facts, f"{unfit}: scales per {'group' if size else 'channel'}, for ARK")
         if dtype == "F32":
@@ -88,7 +88,7 @@ class Fp8ChannelExperts(Layout):
 
     def matrices(self, stored: Stored) -> list[Matrix]:
         scheme = stored.scheme
-        for part in EXPERT_STACKS:
+        for part in stored.scheme.stacks:
             weight = stored.tensors[part]
             if weight.dtype != scheme.weight_dtype or len(weight.shape) != 3:
                 raise DamagedError(

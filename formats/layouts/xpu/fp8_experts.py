@@ -23,7 +23,6 @@ from xpuquant.formats.layouts.fillers import FillExpertScales
 from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.layouts.scales import block_start, kept
 from xpuquant.formats.layouts.stacks import (
-    EXPERT_STACKS,
     bias_tensor,
     expert_bias,
     expert_scale,
@@ -73,6 +72,7 @@ class Fp8Experts(Layout):
             scale_dtype="F32",
             bias=bool(stack.biases),
             interleaved=stack.interleaved,
+            gated=stack.gated,
             weight_dtype=tensors[0].dtype,
         )
         facts = list(stack.facts)
@@ -86,7 +86,7 @@ class Fp8Experts(Layout):
 
     def matrices(self, stored: Stored) -> list[Matrix]:
         matrices = transposed_matrices(stored)
-        for part in EXPERT_STACKS:
+        for part in stored.scheme.stacks:
             E, K, N = stored.tensors[part].shape
             blocks = (K // FP8_BLOCK, N // FP8_BLOCK) if stored.scheme.granularity == "block" else ()
             stored.check(f"{part}_scale", "F32", (E, *blocks))

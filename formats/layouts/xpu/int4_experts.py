@@ -29,7 +29,6 @@ from xpuquant.formats.layouts.int_stacks import (
 from xpuquant.formats.layouts.modules import Module
 from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.layouts.stacks import (
-    EXPERT_STACKS,
     GEMM_N_MULTIPLE,
     alternates,
     bias_tensor,
@@ -87,6 +86,7 @@ class Int4Experts(Layout):
             scale_dtype=dtype,
             bias=bool(stack.biases),
             interleaved=stack.interleaved,
+            gated=stack.gated,
         )
         rounded_to = rounded((weight.scale_dtype for weight in weights), scale_dtype)
         return Conversion(stack.name, scheme, tuple(tensors), stack.facts, rounded_to)
@@ -95,7 +95,7 @@ class Int4Experts(Layout):
         return stack_suffixes(scheme)
 
     def matrices(self, stored: Stored) -> list[Matrix]:
-        for part in EXPERT_STACKS:
+        for part in stored.scheme.stacks:
             weight, scale = stored.tensors[part], stored.tensors[f"{part}_scale"]
             if weight.dtype != "U8" or len(weight.shape) != 3:
                 raise DamagedError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, want U8 [E, N, K/2]")

@@ -30,7 +30,6 @@ from xpuquant.formats.layouts.fillers import FillBlockScales, FillInterleaved, c
 from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.layouts.stacks import (
-    EXPERT_STACKS,
     GEMM_N_MULTIPLE,
     alternates,
     bias_tensor,
@@ -88,6 +87,7 @@ class MxExperts(Layout):
             scale_dtype="U8",
             bias=bool(stack.biases),
             interleaved=stack.interleaved,
+            gated=stack.gated,
         )
         if tensors[0].dtype in FP8_DTYPES:
             scheme = replace(scheme, weight_dtype=tensors[0].dtype)
@@ -125,7 +125,7 @@ class Mxfp4Experts(MxExperts):
         return OutTensor(f"{stack.name}.{name}", "U8", shape, tuple(pieces))
 
     def matrices(self, stored: Stored) -> list[Matrix]:
-        for part in EXPERT_STACKS:
+        for part in stored.scheme.stacks:
             weight = stored.tensors[part]
             if weight.dtype != "U8" or len(weight.shape) != 3:
                 raise DamagedError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, want U8 [E, N, K/2]")
@@ -164,7 +164,7 @@ class Mxfp8Experts(MxExperts):
 
     def matrices(self, stored: Stored) -> list[Matrix]:
         matrices = transposed_matrices(stored)
-        for part in EXPERT_STACKS:
+        for part in stored.scheme.stacks:
             E, K, N = stored.tensors[part].shape
             stored.check(f"{part}_scale", "U8", (E, N, K // MX_GROUP))
         return matrices

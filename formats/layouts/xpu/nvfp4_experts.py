@@ -25,7 +25,6 @@ from xpuquant.formats.layouts.modules import ExpertStack, Module
 from xpuquant.formats.layouts.nvfp4_fillers import FillGlobalScales, FillHalvedScales, FillIntegers, row_pieces
 from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.layouts.stacks import (
-    EXPERT_STACKS,
     part_of,
     part_rows,
     roles_of_stacks,
@@ -39,7 +38,7 @@ from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.nvfp4 import GROUP, Nvfp4Weight
 from xpuquant.formats.weights.parts import source_matrices
 
-_NUMBERS = {"gate_up_proj": 2, "down_proj": 1}
+_NUMBERS = {"gate_up_proj": 2, "up_proj": 1, "down_proj": 1}
 """Global scales of an expert in each tensor."""
 
 
@@ -60,15 +59,17 @@ class Nvfp4Experts(Layout):
         if len(divides) > 1:
             return Refusal("of experts of one layer some have a factor for a global scale, some a divisor")
         tensors = tuple(tensor for name, roles in roles_of_stacks(module) for tensor in _tensors(module, name, roles))
-        scheme = Scheme(layout=self.name, group_size=GROUP, scale_dtype="BF16", divides=divides.pop())
+        scheme = Scheme(
+            layout=self.name, group_size=GROUP, scale_dtype="BF16", divides=divides.pop(), gated=module.gated
+        )
         return Conversion(module.name, scheme, tensors, (*module.facts, *kept("BF16", scale_dtype)))
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
-        return (*stack_suffixes(scheme), *(f"{part}_global_scale" for part in EXPERT_STACKS))
+        return (*stack_suffixes(scheme), *(f"{part}_global_scale" for part in scheme.stacks))
 
     def matrices(self, stored: Stored) -> list[Matrix]:
         check_scheme(stored)
-        for part in EXPERT_STACKS:
+        for part in stored.scheme.stacks:
             weight = stored.tensors[part]
             if weight.dtype != "I8" or len(weight.shape) != 3:
                 raise DamagedError(f"{weight.name} is {weight.dtype} {list(weight.shape)}, want I8 [E, N, K]")
@@ -110,6 +111,6 @@ def _tensors(stack: ExpertStack, name: str, roles: tuple[str, ...]) -> list[OutT
 def _number(stored: Stored, matrix: Matrix) -> Array:
     """float32 `[1]`: the global scale of one expert's matrix."""
     assert matrix.expert is not None, "a matrix of a stack is an expert's"
-    table = stored.tensors[f"{part_of(matrix)}_global_scale"]
-    place = int(matrix.role == "up")
+    table = stored.tensors[f"{part_of(stored.scheme, matrix)}_global_scale"]
+    place = int(matrix.role == "up" and stored.scheme.gated)
     return stored.load(rows_of(table, matrix.expert, matrix.expert + 1))[0, place : place + 1]

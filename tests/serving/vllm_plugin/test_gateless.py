@@ -1,0 +1,64 @@
+"""Experts without a gate under vLLM. No model with them runs on its CPU path, which refuses such layers
+(`is_act_and_mul=False`): so the method that loads and computes them is run alone, on one rank and on two."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.models import EXPERTS, PACK
+
+from xpuquant import layers
+
+E, H, I = 4, 256, 256
+SCHEMES = {name: replace(scheme, gated=False) for name, scheme in EXPERTS.items() if "nvfp4" not in name}
+
+
+def stacks(scheme: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    tensors: dict[str, torch.Tensor] = {}
+    for part, (N, K) in zip(scheme.stacks, ((I, H), (H, I)), strict=True):
+        packed = [PACK[scheme.layout](torch.randn(N, K).bfloat16() / 8, scheme)[0] for _ in range(E)]
+        for end in packed[0]:
+            stack = torch.stack([one[end] for one in packed])
+            tensors[part + end] = stack.reshape(E) if stack.shape == (E, 1) else stack
+    return tensors
+
+
+def rank_of(scheme: Any, tensors: dict[str, torch.Tensor], rank: int, tp: int, ep: int) -> Any:
+    """One rank's layer with its part of the stacks, and the method that computes it."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from xpuquant.vllm.experts import XpuquantExpertsMethod
+
+    method = XpuquantExpertsMethod.__new__(XpuquantExpertsMethod)
+    method.scheme, method.prefix, method.kernel = scheme, "experts", None
+    parallel = SimpleNamespace(tp_rank=rank if tp > 1 else 0, tp_size=tp)
+    method.moe = SimpleNamespace(moe_parallel_config=parallel, experts_per_token=2, ep_rank=rank, ep_size=ep)
+    layer: Any = torch.nn.Module()
+    layer.activation, layer.swiglu_limit = MoEActivation.RELU2_NO_MUL, None
+    layer.apply_router_weight_on_input, layer.expert_map = False, None
+    if ep > 1:
+        layer.expert_map = torch.full((E,), -1, dtype=torch.int32)
+        layer.expert_map[rank * E // ep : (rank + 1) * E // ep] = torch.arange(E // ep, dtype=torch.int32)
+    method.create_weights(layer, E // ep, H, I // tp, torch.bfloat16)
+    for name, tensor in tensors.items():
+        method.load(layer, name, tensor)
+    return partial(method.apply, layer)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_ranks_add_up_to_the_experts(name: str, tp: int, ep: int) -> None:
+    scheme = SCHEMES[name]
+    tensors = stacks(scheme)
+    x, weights, ids = torch.randn(6, H).bfloat16(), torch.rand(6, 2), torch.rand(6, E).topk(2).indices.int()
+    total = sum(rank_of(scheme, tensors, rank, tp, ep)(x, weights, ids).float() for rank in range(tp * ep))
+    activate = partial(layers.activated, scheme, "relu2_no_mul")
+    wanted = layers.experts(scheme, tensors, x, weights, ids.long(), activate).float()
+    assert wanted.abs().max() > 0.1
+    torch.testing.assert_close(total, wanted, atol=0.02 * wanted.abs().max().item(), rtol=0)
