@@ -26,10 +26,24 @@ from xpuquant.errors import UnsupportedError, one_line
 from xpuquant.kernels.base import Backend, tolerance
 
 ROWS = (1, 2, 8, 33, 64)
-SAMPLE_ROWS = 256
-"""Rows of N that stand for a matrix where all of them would cost more than the conversion."""
 
-CELL_ROWS = 64
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of N that stand for a matrix where all of them would cost more than the conversion.
+
+    rows  of the one matrix of each shape that is computed at every M
+    cell  of the matrices that stand for a module
+    """
+
+    rows: int
+    cell: int
+
+
+THOROUGH = Sample(256, 64)
+BRIEF = Sample(64, 16)
+"""While converting: every value has just been compared, and `verify` looks at more."""
+
 CELL_M = 8
 SHARPEST = ("F32", "F16", "BF16")
 """Activation dtypes by how small an error they show."""
@@ -59,12 +73,13 @@ def check_kernels(
 
     Args:
         subjects: matrices, those of a module together.
-        full: all rows of the representatives where a backend is fast enough, not a sample.
+        full: all rows of the representatives where a backend is fast enough, and larger samples of the rest.
         every: every matrix of every module like a representative, all rows whatever they cost.
     """
     usable = [backend for backend in backends if backend.unavailable() is None]
     # The reference shows that we read the layout as we wrote it, once for each shape; a module is for real kernels.
     real = [backend for backend in usable if backend.name != REFERENCE]
+    sample = THOROUGH if full or every else BRIEF
     seen: set[object] = set()
     found: list[Agreement] = []
     for _, members in groupby(subjects, key=lambda subject: subject.stored.name):
@@ -73,10 +88,10 @@ def check_kernels(
             key = (subject.stored.scheme, matrix.role == "gate_up", matrix.N, matrix.K)
             if every or key not in seen:
                 seen.add(key)
-                found += _thorough(subject, usable, full, every)
+                found += _thorough(subject, usable, sample, full, every)
             elif chosen:
                 products = ExpectedProducts(subject)
-                window = subject.window(CELL_ROWS)
+                window = subject.window(sample.cell)
                 found += [_agreement(products, backend, window, (CELL_M,)) for backend in real]
     return found
 
@@ -93,10 +108,12 @@ def _chosen(members: Sequence[Subject]) -> Iterator[tuple[Subject, bool]]:
         yield from ((subject, False) for i, subject in enumerate(same) if i != index)
 
 
-def _thorough(subject: Subject, backends: Sequence[Backend], full: bool, every: bool) -> Iterator[Agreement]:
+def _thorough(
+    subject: Subject, backends: Sequence[Backend], few: Sample, full: bool, every: bool
+) -> Iterator[Agreement]:
     """All M, all rows where they are affordable, and the wrong layout."""
     N, K = subject.matrix.N, subject.matrix.K
-    products, sample = ExpectedProducts(subject), subject.window(SAMPLE_ROWS)
+    products, sample = ExpectedProducts(subject), subject.window(few.rows)
     for backend in backends:
         is_fast = full and N * K <= FULL_CODES and backend.is_fast(subject.stored.scheme, N, K)
         window = (0, N) if (every and backend.name != REFERENCE) or is_fast else sample

@@ -307,10 +307,12 @@ def packed_blocks(weight: Weight, source: Source) -> Iterator[tuple[int, int, Ro
 def _blocks(
     recipe_of: Callable[[int, int], Recipe[Callable[[Arrays], R]]], weight: Weight, source: Source
 ) -> Iterator[tuple[int, int, R]]:
-    """Source slices are read in larger blocks than rows are made: strided reads want long runs, arithmetic wants the
-    cache."""
-    row_bytes = sum(part.nbytes for part in recipe_of(0, weight.N).inputs) // weight.N
-    for top, bottom in row_blocks(weight.N, row_bytes, ROWS_MULTIPLE, PIECE_BYTES):
+    """Slices that are parts of longer rows are read in larger blocks than rows are made: strided reads want long runs,
+    arithmetic wants the cache."""
+    inputs = recipe_of(0, weight.N).inputs
+    row_bytes = sum(part.nbytes for part in inputs) // weight.N
+    limit = PIECE_BYTES if any(part.axis == 1 for part in inputs) else BLOCK_CODES * row_bytes // weight.K
+    for top, bottom in row_blocks(weight.N, row_bytes, ROWS_MULTIPLE, limit):
         outer = recipe_of(top, bottom).inputs
         arrays = [read_slice(source, part) for part in outer]
         for start, stop in row_blocks(bottom - top, weight.K, ROWS_MULTIPLE, BLOCK_CODES):

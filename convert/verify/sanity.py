@@ -82,14 +82,21 @@ class SanityCount:
         return scale
 
     def _scales(self, scale: Array) -> tuple[int, int, float]:
+        from xpuquant.formats.packing.verify_loops import count_scales
+
+        bad, zero, squares, largest = count_scales(_widened(scale).reshape(-1))
+        self._squares += squares
+        self._finite += scale.size - bad
+        return bad, zero, largest
+
+
+def _widened(scale: Array) -> Array:
+    """Scales as float32, contiguous, in any order."""
+    if scale.dtype.name != "bfloat16":
         with np.errstate(over="ignore"):  # an infinity is what it is to a kernel
-            values = np.abs(scale.astype(np.float32))
-        finite = np.isfinite(values)
-        bad = values.size - int(np.count_nonzero(finite))
-        values = values[finite] if bad else values.reshape(-1)
-        self._squares += float(np.dot(values, values.astype(np.float64)))
-        self._finite += values.size
-        return bad, values.size - int(np.count_nonzero(values)), float(values.max(initial=0.0))
+            return np.ascontiguousarray(scale, np.float32)
+    # The upper half of a float32: by shifting, twice as fast as the cast.
+    return (np.ascontiguousarray(scale).view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _saturated(number: str, codes: Array, symmetric: bool) -> int:
@@ -114,7 +121,14 @@ def _bad(rows: Decoded) -> int:
     if rows.number == "float":
         return int(np.count_nonzero(~np.isfinite(rows.codes)))
     limit = _NOT_FINITE.get(rows.number)
-    return 0 if limit is None else int(np.count_nonzero((rows.codes & 0x7F) >= limit))
+    if limit is None:
+        return 0
+    from xpuquant.formats.packing.verify_loops import count_large
+
+    codes = rows.codes.reshape(-1)
+    whole = codes.size // 8 * 8
+    rest = int(np.count_nonzero((codes[whole:] & 0x7F) >= limit))
+    return int(count_large(codes[:whole].view(np.uint64), limit)) + rest
 
 
 def _run_length(rows: Rows, K: int) -> int:

@@ -14,14 +14,75 @@ from xpuquant.formats.packing.jit import compiled
 Array = np.ndarray[Any, Any]
 
 
+_LINES = 16
+"""Words of a line of the first-level cache."""
+
+
 @compiled
-def copy_columns(array: Array, out: Array, step: int) -> None:
-    """`out[i, j] = array[i, j]`, `step` columns at a time: for a source whose columns are contiguous."""
-    height, width = array.shape
-    for left in range(0, width, step):
-        for i in range(height):
-            for j in range(left, min(left + step, width)):
-                out[i, j] = array[i, j]
+def upright_words(columns: Array, out: Array) -> None:
+    """`out[n, k] = columns[k, n]`, a tile of whole lines of the cache at a time."""
+    made = np.empty((_LINES, _LINES), columns.dtype)
+    N, K = out.shape
+    for left in range(0, N, _LINES):
+        wide = min(_LINES, N - left)
+        for top in range(0, K, _LINES):
+            high = min(_LINES, K - top)
+            for k in range(high):
+                # A row by itself: the compiler sees that its elements lie side by side.
+                found, row = columns[top + k, left : left + wide], made[k]
+                for n in range(wide):
+                    row[n] = found[n]
+            for n in range(wide):
+                line = out[left + n, top : top + high]
+                if high == _LINES:
+                    for k in range(_LINES):
+                        line[k] = made[k, n]
+                else:
+                    for k in range(high):
+                        line[k] = made[k, n]
+
+
+@compiled
+def upright_bytes(columns: Array, out: Array) -> None:
+    """Byte i of word `[8m + t, w]` becomes byte t of word `[8w + i, m]`; uint64 `[8M, W]`, `[8W, M]`, both contiguous:
+    a matrix of bytes that lies by columns, by rows."""
+    made = np.empty((8, 8, _LINES), np.uint64)
+    byte = np.uint64(0xFF)
+    M, W = out.shape[1], columns.shape[1]
+    for left in range(0, W, _LINES):
+        wide = min(_LINES, W - left)
+        for top in range(0, M, 8):
+            high = min(8, M - top)
+            for m in range(high):
+                k = 8 * (top + m)
+                a, b, c, d = (
+                    columns[k, left : left + wide],
+                    columns[k + 1, left : left + wide],
+                    columns[k + 2, left : left + wide],
+                    columns[k + 3, left : left + wide],
+                )
+                e, f, g, h = (
+                    columns[k + 4, left : left + wide],
+                    columns[k + 5, left : left + wide],
+                    columns[k + 6, left : left + wide],
+                    columns[k + 7, left : left + wide],
+                )
+                for i in range(8):
+                    shift, row = np.uint64(8 * i), made[i, m]
+                    for w in range(wide):
+                        word = a[w] >> shift & byte
+                        word |= (b[w] >> shift & byte) << np.uint64(8)
+                        word |= (c[w] >> shift & byte) << np.uint64(16)
+                        word |= (d[w] >> shift & byte) << np.uint64(24)
+                        word |= (e[w] >> shift & byte) << np.uint64(32)
+                        word |= (f[w] >> shift & byte) << np.uint64(40)
+                        word |= (g[w] >> shift & byte) << np.uint64(48)
+                        row[w] = word | (h[w] >> shift & byte) << np.uint64(56)
+            for i in range(8):
+                for w in range(wide):
+                    n = 8 * (left + w) + i
+                    for m in range(high):
+                        out[n, top + m] = made[i, m, w]
 
 
 @compiled
@@ -79,41 +140,50 @@ def _equal_words(a: Array, b: Array) -> bool:
     return True
 
 
-_LINES = 16
-"""Words of a line of the first-level cache."""
+def upright_fields(words: Array, places: Array, out: Array) -> None:
+    """Nibble i of word `[8m + t, w]` becomes nibble t of word `[8w + places[i], m]`; uint32 `[8M, W]`, `[8W, M]`."""
+    # Part of wider rows is gathered first, or the elements of a row do not lie side by side for the compiler.
+    _upright_fields(np.ascontiguousarray(words), places, out)
 
 
 @compiled
-def upright_fields(words: Array, places: Array, out: Array) -> None:
-    """Nibble i of word `[8m + t, w]` becomes nibble t of word `[8w + places[i], m]`; uint32 `[8M, W]`, `[8W, M]`."""
+def _upright_fields(words: Array, places: Array, out: Array) -> None:
     made = np.empty((8, _LINES, _LINES), np.uint32)
+    # Of two rows: their even nibbles side by side in a byte, and their odd ones.
+    pairs = np.empty((2, 4, _LINES), np.uint32)
+    low, byte, four = np.uint32(0x0F0F0F0F), np.uint32(0xFF), np.uint32(4)
     M, W = out.shape[1], words.shape[1]
     for left in range(0, W, _LINES):
         wide = min(_LINES, W - left)
         for top in range(0, M, _LINES):
             high = min(_LINES, M - top)
             for m in range(high):
-                k = 8 * (top + m)
-                for i in range(8):
-                    shift = np.uint32(4 * i)
+                for pair in range(4):
+                    k = 8 * (top + m) + 2 * pair
+                    first, second = words[k, left : left + wide], words[k + 1, left : left + wide]
+                    even, odd = pairs[0, pair], pairs[1, pair]
                     for w in range(wide):
-                        word = words[k, left + w] >> shift & np.uint32(15)
-                        word |= (words[k + 1, left + w] >> shift & np.uint32(15)) << np.uint32(4)
-                        word |= (words[k + 2, left + w] >> shift & np.uint32(15)) << np.uint32(8)
-                        word |= (words[k + 3, left + w] >> shift & np.uint32(15)) << np.uint32(12)
-                        word |= (words[k + 4, left + w] >> shift & np.uint32(15)) << np.uint32(16)
-                        word |= (words[k + 5, left + w] >> shift & np.uint32(15)) << np.uint32(20)
-                        word |= (words[k + 6, left + w] >> shift & np.uint32(15)) << np.uint32(24)
-                        word |= (words[k + 7, left + w] >> shift) << np.uint32(28)
-                        made[i, m, w] = word
+                        even[w] = first[w] & low | (second[w] & low) << four
+                        odd[w] = first[w] >> four & low | (second[w] >> four & low) << four
+                for i in range(8):
+                    shift, row = np.uint32(8 * (i // 2)), made[i, m]
+                    a, b, c, d = pairs[i % 2, 0], pairs[i % 2, 1], pairs[i % 2, 2], pairs[i % 2, 3]
+                    for w in range(_LINES):
+                        word = a[w] >> shift & byte
+                        word |= (b[w] >> shift & byte) << np.uint32(8)
+                        word |= (c[w] >> shift & byte) << np.uint32(16)
+                        row[w] = word | (d[w] >> shift & byte) << np.uint32(24)
             for i in range(8):
                 for w in range(wide):
                     n = 8 * (left + w) + places[i]
-                    for m in range(high):
-                        out[n, top + m] = made[i, m, w]
+                    if high == _LINES:
+                        for m in range(_LINES):
+                            out[n, top + m] = made[i, m, w]
+                    else:
+                        for m in range(high):
+                            out[n, top + m] = made[i, m, w]
 
 
-@compiled
 def spread_stream(words: Array, bits: int, added: Array, per_added: int, out: Array) -> None:
     """Nibble j of word i of a row becomes value 8i+j of the row's bit stream, plus what is added to its group.
 
@@ -123,7 +193,13 @@ def spread_stream(words: Array, bits: int, added: Array, per_added: int, out: Ar
         per_added: words of `out` that one of them is added to.
         out: uint32 `[n, m]`, written in place; 8 * bits * m <= 32 * w.
     """
-    mask = np.uint64((1 << bits) - 1)
+    _spread_stream(np.ascontiguousarray(words.T), bits, np.ascontiguousarray(added.T), per_added, out)
+
+
+@compiled
+def _spread_stream(columns: Array, bits: int, added: Array, per_added: int, out: Array) -> None:
+    """The same of words and what is added by columns: uint32 `[w, n]`, uint8 `[G, n]`."""
+    mask, ones = np.uint32((1 << bits) - 1), np.uint32(0x11111111)
     made = np.empty((_LINES, _LINES), np.uint32)
     N, M = out.shape
     for left in range(0, N, _LINES):
@@ -131,21 +207,32 @@ def spread_stream(words: Array, bits: int, added: Array, per_added: int, out: Ar
         for top in range(0, M, _LINES):
             high = min(_LINES, M - top)
             for m in range(high):
-                first = 8 * bits * (top + m)
-                word, shift, group = first // 32, np.uint64(first % 32), (top + m) // per_added
-                straddles = first % 32 + 8 * bits > 32
+                start = 8 * bits * (top + m)
+                word, shift = start // 32, np.uint32(start % 32)
+                straddles = start % 32 + 8 * bits > 32
+                first = columns[word, left : left + wide]
+                then = columns[word + straddles, left : left + wide]
+                # Of the next word; where nothing is wanted of it, shifted out twice, for a shift by 32 is undefined.
+                back = np.uint32(31) - shift if straddles else np.uint32(31)
+                plus, row = added[(top + m) // per_added, left : left + wide], made[m]
                 for w in range(wide):
-                    run = np.uint64(words[left + w, word])
-                    if straddles:
-                        run |= np.uint64(words[left + w, word + 1]) << np.uint64(32)
-                    run >>= shift
+                    run = first[w] >> shift | then[w] << back << np.uint32(1)
                     nibbles = run & mask
-                    for j in range(1, 8):
-                        nibbles |= (run >> np.uint64(bits * j) & mask) << np.uint64(4 * j)
-                    made[m, w] = np.uint32(nibbles) + np.uint32(added[left + w, group]) * np.uint32(0x11111111)
+                    nibbles |= (run >> np.uint32(bits) & mask) << np.uint32(4)
+                    nibbles |= (run >> np.uint32(2 * bits) & mask) << np.uint32(8)
+                    nibbles |= (run >> np.uint32(3 * bits) & mask) << np.uint32(12)
+                    nibbles |= (run >> np.uint32(4 * bits) & mask) << np.uint32(16)
+                    nibbles |= (run >> np.uint32(5 * bits) & mask) << np.uint32(20)
+                    nibbles |= (run >> np.uint32(6 * bits) & mask) << np.uint32(24)
+                    nibbles |= (run >> np.uint32(7 * bits) & mask) << np.uint32(28)
+                    row[w] = nibbles + np.uint32(plus[w]) * ones
             for w in range(wide):
-                for m in range(high):
-                    out[left + w, top + m] = made[m, w]
+                if high == _LINES:
+                    for m in range(_LINES):
+                        out[left + w, top + m] = made[m, w]
+                else:
+                    for m in range(high):
+                        out[left + w, top + m] = made[m, w]
 
 
 @compiled
@@ -163,6 +250,35 @@ def count_nibbles(words: Array, first: int, second: int) -> int:
         same = (same & np.uint64(0x0101010101010101)) + (same >> np.uint64(4) & np.uint64(0x0101010101010101))
         found += int(same * np.uint64(0x0101010101010101) >> np.uint64(56))
     return found
+
+
+@compiled
+def count_large(words: Array, least: int) -> int:
+    """How many bytes of uint64 words are at least so much (1 to 128) without their sign bit."""
+    ones = np.uint64(0x0101010101010101)
+    magnitude, more = ones * np.uint64(0x7F), ones * np.uint64(0x80 - least)
+    found = 0
+    for i in range(len(words)):
+        # What reaches 128 shows in the bit that the sign had.
+        large = (words[i] & magnitude) + more >> np.uint64(7) & ones
+        found += int(large * ones >> np.uint64(56))
+    return found
+
+
+@compiled
+def count_scales(values: Array) -> tuple[int, int, float, float]:
+    """How many of float32 `values` are not finite, and 0; the sum of the squares of the finite ones, and the largest
+    magnitude of them."""
+    bad, zero, squares, largest = 0, 0, 0.0, 0.0
+    for i in range(len(values)):
+        value = abs(np.float64(values[i]))
+        if value < np.inf:
+            zero += value == 0
+            squares += value * value
+            largest = max(largest, value)
+        else:
+            bad += 1
+    return bad, zero, squares, largest
 
 
 @compiled

@@ -109,13 +109,15 @@ def _group_size(col: Array, groups: int) -> int | None:
 
 
 def in_order(array: Array) -> Array:
-    """A `[n, K]` array that lies by columns, by rows: as many columns at a time as fill a line of the cache, so that
-    what is read stays there until it is used up."""
-    from xpuquant.formats.packing.verify_loops import copy_columns
+    """A `[n, K]` array that lies by columns, by rows."""
+    from xpuquant.formats.packing.verify_loops import upright_bytes, upright_words
 
     out = np.empty(array.shape, array.dtype)
-    same_size = np.dtype(f"u{array.itemsize}")
-    copy_columns(array.view(same_size), out.view(same_size), 64 // array.itemsize)
+    if array.itemsize == 1 and not (array.shape[0] % 8 or array.shape[1] % 8):
+        upright_bytes(np.ascontiguousarray(array.T).view(np.uint64), out.view(np.uint64))
+    else:
+        same_size = np.dtype(f"u{array.itemsize}")
+        upright_words(array.view(same_size).T, out.view(same_size))
     return out
 
 

@@ -24,12 +24,15 @@ from xpuquant.formats.packing.plain import (
 )
 from xpuquant.formats.packing.verify_loops import (
     count_dead,
+    count_large,
     count_nibbles,
+    count_scales,
     equal_bytes,
     spread_stream,
     upright_fields,
 )
 from xpuquant.formats.readers.awq import unpack_awq
+from xpuquant.formats.weights.decoded import in_order
 
 ZERO_TO_SEVEN = np.arange(8, dtype=np.uint8)[None]
 
@@ -219,6 +222,27 @@ class TestPackedComparison:
         out = np.empty((rows, K // 8), np.uint32)
         spread_stream(np.asfortranarray(stream) if upright else stream, bits, added.astype(np.uint8), 4, out)
         assert np.array_equal(unpack_nibbles(out.view(np.uint8)), codes + np.repeat(added, 32, axis=1))
+
+    @given(
+        st.integers(1, 70), st.integers(1, 70), st.sampled_from((1, 2, 4, 8)), st.booleans(), st.integers(0, 2**32 - 1)
+    )
+    def test_columns_are_turned_into_rows(self, n, K, itemsize, eights, seed):
+        if eights:
+            n, K = 8 * n, 8 * K
+        lying = random_codes(8, (K, n * itemsize), seed).view(f"u{itemsize}")
+        for columns in (lying, lying[:, : n // 2 + 1], lying[::2]):
+            assert np.array_equal(in_order(columns.T), columns.T)
+
+    @given(st.integers(0, 200), st.sampled_from((0x7F, 0x7C, 1)), st.integers(0, 2**32 - 1))
+    def test_large_codes_are_counted_whatever_their_sign(self, words, least, seed):
+        codes = random_codes(8, (8 * words,), seed)
+        assert count_large(codes.view(np.uint64), least) == np.count_nonzero((codes & 0x7F) >= least)
+
+    def test_scales_are_counted_apart_from_what_is_no_number(self):
+        values = np.array([0, -0.0, 3, -4, np.inf, -np.inf, np.nan, 1e-40], np.float32)
+        bad, zero, squares, largest = count_scales(values)
+        assert (bad, zero, largest) == (3, 2, 4)
+        assert squares == 25 + np.square(np.float64(values[-1]))
 
     @given(st.integers(0, 3000), st.integers(0, 2**32 - 1))
     def test_equal_bytes_finds_each_byte(self, count, seed):
