@@ -33,7 +33,6 @@ def convert(
     verbose: args.VerboseOption = False,
 ) -> None:
     """Convert, verify and write a ready-to-load repo. Run it again to resume after an interruption."""
-    from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.hub.target import Destination
     from xpuquant.conversion.options import Options
@@ -57,10 +56,15 @@ def convert(
     )
     output = Output(as_json, quiet, verbose)
     if dry_run:
+        from xpuquant.conversion.cli import answers
+
         output.answer(answers.planned(plan_only(request), request.target, request.workers, part))
         return
     with output.progress() as progress:
         result = run(request, progress)
+    # What is said at the end, and what it needs, is imported then: it would be a third of the time to the first byte.
+    from xpuquant.conversion.cli import answers
+
     output.answer(answers.converted(result, output))
 
 

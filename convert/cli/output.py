@@ -8,33 +8,31 @@ answer in one line, no progress, no remarks. Progress, remarks and errors go to 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from xpuquant.conversion.cli.tables import TextTable, lines_of
 from xpuquant.conversion.sizes import duration, size
 from xpuquant.errors import MESSAGE_LENGTH, Argument, UsageError, one_line
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xpuquant.conversion.cli.bars import Bars
+
 _STYLES = {"title": "bold", "header": "dim", "row": "", "rest": "dim"}
 _PLAIN_INTERVAL_SECONDS = 5.0
+_TERMINAL_ANYWAY = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+"""Variables by which rich takes for a terminal what is none."""
+
 _PERHAPS_UNSHOWN = re.compile(r"[^\n -~]")
 
 
@@ -64,9 +62,15 @@ class Output:
         self.as_json = as_json
         self.quiet = quiet
         self._verbose = verbose
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
         self._began = time.monotonic()
+
+    @cached_property
+    def _out(self) -> Console:
+        return _console(stderr=False)
+
+    @cached_property
+    def _err(self) -> Console:
+        return _console(stderr=True)
 
     def answer(self, answer: Answer) -> None:
         """Print a command's result."""
@@ -98,6 +102,8 @@ class Output:
         width = self._out.width if self._out.is_terminal else None
         for kind, line in lines_of(table, width, every=self._verbose):
             text = line + ("-v prints them all" if kind == "rest" else "")
+            from rich.text import Text
+
             self._out.print(Text(text, style=_STYLES[kind] if self._out.is_terminal else ""))
 
     def error(self, text: str) -> None:
@@ -116,51 +122,25 @@ class Output:
     def progress(self) -> Bars | Lines:
         """A reporter for long work; use as a context manager."""
         silent = self.as_json or self.quiet
-        return Bars(self._err) if self._err.is_terminal and not silent else Lines(self._err, silent)
+        # rich is asked last: its import is a tenth of the time to a conversion's first byte.
+        may_watch = sys.stderr.isatty() or any(name in os.environ for name in _TERMINAL_ANYWAY)
+        if silent or not may_watch or not self._err.is_terminal:
+            return Lines(lambda: self._err, silent)
+        from xpuquant.conversion.cli.bars import Bars
+
+        return Bars(self._err)
 
 
-class Bars:
-    """Progress on a terminal."""
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
 
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def phase(self, name: str, total: int) -> None:
-        self._task = self._progress.add_task(name, total=total)
-
-    def advance(self, nbytes: int) -> None:
-        if self._task is not None:
-            self._progress.advance(self._task, nbytes)
-
-    def note(self, text: str) -> None:
-        self._progress.console.print(one_line(text), markup=False)
-
-    def begins(self, text: str) -> None:
-        self.note(text)
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
 class Lines:
     """Progress where nobody watches: a line every few seconds, none for short work."""
 
-    def __init__(self, console: Console, silent: bool) -> None:
+    def __init__(self, console: Callable[[], Console], silent: bool) -> None:
         self._console = console
         self._silent = silent
         self._lock = threading.Lock()
@@ -194,11 +174,11 @@ class Lines:
             rate = self._done / (now - self._began)
             left = (self._total - self._done) / max(rate, 1)
             text = f"{self._name}: {size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
-            self._console.print(text, markup=False)
+            self._console().print(text, markup=False)
 
     def note(self, text: str) -> None:
         if not self._silent:
-            self._console.print(one_line(text), markup=False)
+            self._console().print(one_line(text), markup=False)
 
     def begins(self, text: str) -> None:
         self._about = text

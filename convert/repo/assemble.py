@@ -21,7 +21,6 @@ from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import read_text
 from xpuquant.conversion.sources.weight_files import INDEX
-from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import EnvironmentFault
 
@@ -80,13 +79,6 @@ def stage_repo(
     except OSError as error:
         raise EnvironmentFault(f"{error.filename or out}: cannot be written ({error.strerror})") from error
     return files, config
-
-
-def keep_card(staging: Staging) -> None:
-    """Set an earlier conversion's card aside: what people wrote into it goes into the new one."""
-    out = Tree(staging.out)
-    if out.holds(CARD) and out.holds(PROVENANCE):
-        staging.tree.copy_from(out, CARD, EARLIER_CARD)
 
 
 def write_card(staging: Staging, facts: CardFacts) -> None:

@@ -19,8 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from xpuquant.conversion.repo.journal import PROVENANCE
+from xpuquant.conversion.repo.staging import EARLIER_CARD, Staging
 from xpuquant.conversion.repo.yaml_front import read_mapping
 from xpuquant.conversion.report.markup import Markdown
+from xpuquant.conversion.tree import Tree
 
 CARD = "README.md"
 PRECISIONS = ("int4", "fp8", "mxfp4", "mxfp8")
@@ -187,3 +190,10 @@ def _text(card: Card, card_digest: str) -> str:
 
 def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def keep_card(staging: Staging) -> None:
+    """Set an earlier conversion's card aside: what people wrote into it goes into the new one."""
+    out = Tree(staging.out)
+    if out.holds(CARD) and out.holds(PROVENANCE):
+        staging.tree.copy_from(out, CARD, EARLIER_CARD)

@@ -26,7 +26,8 @@ from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Reporter
-from xpuquant.conversion.repo.assemble import PRODUCER, keep_card, stage_repo
+from xpuquant.conversion.repo.assemble import PRODUCER, stage_repo
+from xpuquant.conversion.repo.card_merge import keep_card
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output

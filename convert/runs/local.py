@@ -10,27 +10,25 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress, Reporter, Silent
-from xpuquant.conversion.repo.assemble import PRODUCER, keep_card, write_repo
-from xpuquant.conversion.repo.converted import Repo
+from xpuquant.conversion.repo.card_merge import keep_card
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.source_card import metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output
-from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.results import Converted, about_to, summary
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import WRITTEN
 from xpuquant.conversion.tree import Tree
-from xpuquant.conversion.verify.context import Check, Origin
-from xpuquant.conversion.verify.run import verify_staged
-from xpuquant.conversion.verify.verdict import Outcome, Verdict
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import EnvironmentFault, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from xpuquant.conversion.verify.verdict import Verdict
 
 _HEADROOM_BYTES = 64 << 20
 
@@ -105,6 +103,9 @@ def convert_checkpoint(
         verdict = None
         if verify:
             verdict = check_staged(plan, source, staging.files, out.resolve().name, jobs, reporter)
+        # What verifies and what writes reports is imported when it is needed: the first byte does not wait for it.
+        from xpuquant.conversion.repo.assemble import write_repo
+
         write_repo(plan, source, staging, shards, verdict, command, metadata)
     return Converted(summary(plan, source), out, shards, verdict, kept=staging.kept)
 
@@ -162,6 +163,11 @@ def check_staged(plan: Plan, source: Source, staged: Tree, name: str, jobs: int,
     Raises:
         VerificationError: something differs; `verify.json` in the staging folder has all of it.
     """
+    from xpuquant.conversion.repo.assemble import PRODUCER
+    from xpuquant.conversion.repo.converted import Repo
+    from xpuquant.conversion.verify.context import Check, Origin
+    from xpuquant.conversion.verify.run import verify_staged
+
     reporter.phase("verify", sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors))
     repo = Repo(staged, tuple(shard.name for shard in plan.shards), plan.quantization_config(PRODUCER))
     try:
@@ -176,6 +182,9 @@ def check_staged(plan: Plan, source: Source, staged: Tree, name: str, jobs: int,
 
 def raise_failures(verdict: Verdict, staged: Tree) -> None:
     """Raises VerificationError where something failed; the reports beside the shards have all of it."""
+    from xpuquant.conversion.report.reports import write_reports
+    from xpuquant.conversion.verify.verdict import Outcome
+
     if verdict.outcome is Outcome.FAILED:
         write_reports(staged, verdict)
         first, *more = (f"{finding.where}: {finding.what}" for finding in verdict.failing)

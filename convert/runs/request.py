@@ -20,7 +20,6 @@ from xpuquant.conversion.runs.local import Executor, convert_checkpoint, downloa
 from xpuquant.conversion.runs.parts import Part, check_parts, check_told, make_part, parts_options, share
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
-from xpuquant.conversion.verify.sample import sampled_difference
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, NotVerifiedError, UsageError
 
@@ -182,6 +181,8 @@ def _converted_before(out: Path, source: Source, options: Options) -> Converted 
     shards = converted_shards(out, source, options)
     if shards is None:
         return None
+    from xpuquant.conversion.verify.sample import sampled_difference
+
     plan = make_plan(source.checkpoint, options)
     if source.revision is None and (differs := sampled_difference(out, plan, source)) is not None:
         raise UsageError(
