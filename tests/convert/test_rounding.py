@@ -198,7 +198,7 @@ class TestWhatIsSaid:
         assert verdict is not None
         said = exactness(verdict.proof)
         assert re.search(
-            r"; 1 matrices dequantized to bf16: each value is the exact one rounded once "
+            r"; 1 matrix dequantized to bf16: each value is the exact one rounded once "
             r"\([\d,]+ of [\d,]+ values changed, largest relative change [\d.]+e-03\)$",
             said,
         )
