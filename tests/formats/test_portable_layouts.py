@@ -27,7 +27,9 @@ REFUSED = {
     "autoround-0.15-qwen3-w3g32-asym-v1": "3-bit packer spoils",
     "gptqmodel-qwen3-w4g32-actorder": "act-order, which compressed-tensors 0.19",
     "llmcompressor-0.9-llama-w4a16-actorder": "act-order, which compressed-tensors 0.19",
-    "llmcompressor-llama-nvfp4a16": "nvfp4 has no compressed-tensors layout",
+    "llmcompressor-llama-nvfp4a16": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
+    "llmcompressor-qwen3moe-nvfp4a16": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
+    "modelopt-llama-nvfp4": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
     "llmcompressor-llama-w8a8": "8-bit integers are not converted to compressed-tensors; the layout xpu takes them",
 }
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json") if path.parent.name not in REFUSED)

@@ -79,6 +79,19 @@ def test_fp8_codes_times_scales_per_group_or_channel_rounded_once(released, elem
     assert hand.error(ark.widen(released, codes[:, ::-1].copy(), scales).swapaxes(1, 2), truth) > 0.5
 
 
+@pytest.mark.operator("ARK: experts widened for prefill")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nvfp4_experts_are_widened_exactly(released, dtype):
+    """Integers of -12 to 12 in groups of 16; times an e4m3 scale they have 6 significant bits."""
+    layer, _ = hand.nvfp4(N, K, experts=True)
+    weight, scales = layer.tensors["weight"], layer.tensors["weight_scale"].astype(DTYPES[dtype])
+    truth = weight * np.repeat(scales.astype(np.float64), 16, axis=1)
+    found = ark.widen(released, weight.view(np.uint8)[None], scales[None], None, 8)[0].T
+    assert np.array_equal(found.astype(np.float64), truth)
+    wrong = ark.widen(released, weight.view(np.uint8)[None], np.roll(scales, 1, axis=1)[None], None, 8)[0].T
+    assert hand.error(wrong, truth) > 0.3
+
+
 @pytest.mark.operator("ARK: moe_gemm_decode, int4")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("asymmetric", [False, True])

@@ -23,6 +23,7 @@ from xpuquant.formats.layouts.modules import Module
 from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.floats import MX_GROUP, FloatWeight
+from xpuquant.formats.weights.nvfp4 import Nvfp4Weight
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class CtMx(CtLayout):
         if not isinstance(module, CtLinear) or not isinstance(module.weight, FloatWeight):
             return None
         name, weight = module.name, module.weight
+        if isinstance(weight, Nvfp4Weight):
+            return Refusal("NVFP4 is not converted to compressed-tensors; the layout xpu takes it")
         if not weight.is_mx or (weight.element == "e2m1") != (self.packed == 2):
             return None
         if (reason := ct_refusal(module)) is not None:
