@@ -13,7 +13,16 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "fixtures" / "gptqmodel-qwen3moe-w4g32"
-OS = ("O_DIRECT", "preadv", "pwritev", "sched_getaffinity", "sched_setaffinity", "posix_fallocate", "posix_fadvise")
+OS = (
+    "O_DIRECT",
+    "O_PATH",
+    "preadv",
+    "pwritev",
+    "sched_getaffinity",
+    "sched_setaffinity",
+    "posix_fallocate",
+    "posix_fadvise",
+)
 """Not in Python's `os` on macOS, or not in every release."""
 GLIBC = ("mallopt", "sync_file_range")
 

@@ -7,7 +7,8 @@ byte by byte as the contract says, and the values that the packed bytes mean go 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -358,14 +359,15 @@ def tiny(family: str, dtype: torch.dtype = torch.bfloat16, **changes: object) ->
 def write(
     folder: Path,
     family: str,
-    scheme: Scheme,
-    experts: Scheme | None = None,
+    scheme: Scheme | Sequence[Scheme],
+    experts: Scheme | Sequence[Scheme] | None = None,
     others: Mapping[str, Scheme | None] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     **changes: object,
 ) -> Pair:
     """A tiny model of `family` with every linear in `scheme` and every stack of experts in `experts`.
 
+    Several schemes: one for each layer, of which there are as many.
     `others`: last part of a linear's name → another scheme, or None for unquantized.
     `dtype`: of what is not quantized. `changes`: to the model's config.
 
@@ -373,6 +375,9 @@ def write(
     the module (interleaving, biases, a group as long as K) are filled in.
     """
     pair = Pair(folder / "converted", folder / "plain")
+    several = [schemes for schemes in (scheme, experts) if isinstance(schemes, Sequence)]
+    if several:
+        changes["num_hidden_layers"] = len(several[0])
     model = tiny(family, dtype, **changes)
     model.save_pretrained(pair.plain)
     saved = load_file(pair.plain / "model.safetensors")
@@ -386,7 +391,7 @@ def write(
             stacks.setdefault(f"{stack}.experts", {})[part] = tensor
         elif _is_linear(name, tensor) or name.removesuffix(".weight") in (others or {}):
             module = name.removesuffix(".weight")
-            own = (others or {}).get(module.rpartition(".")[2], scheme)
+            own = (others or {}).get(module.rpartition(".")[2], _of_layer(scheme, module))
             if own is None:
                 converted[name] = saved[name]
                 continue
@@ -398,13 +403,21 @@ def write(
             converted[name] = saved[name]  # some routers are float32 in a bfloat16 model
     for stack, parts in stacks.items():
         assert experts is not None
-        modules[stack] = _pack_stack(stack, parts, experts, plain, converted)
+        modules[stack] = _pack_stack(stack, parts, _of_layer(experts, stack), plain, converted)
     _save(pair.plain, plain, None)
     _save(pair.converted, converted, to_config(modules, "tests"))
     for path in pair.plain.iterdir():
         if not (pair.converted / path.name).exists():
             (pair.converted / path.name).write_bytes(path.read_bytes())
     return pair
+
+
+def _of_layer(schemes: Scheme | Sequence[Scheme], module: str) -> Scheme:
+    if isinstance(schemes, Scheme):
+        return schemes
+    found = re.search(r"\.layers\.(\d+)\.", module)
+    assert found is not None, module
+    return schemes[int(found[1])]
 
 
 def _is_linear(name: str, tensor: torch.Tensor) -> bool:

@@ -46,6 +46,13 @@ def generate() -> Callable[..., Reports]:
     return run_models
 
 
+@pytest.fixture(scope="module")
+def asked(request: pytest.FixtureRequest) -> set[str]:
+    """The `name`s that the selected tests of this module are parametrized with: for no others a model is run."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return {name for item in items if (name := item.callspec.params.get("name")) is not None}
+
+
 @pytest.fixture(scope="session")
 def stock_int4() -> str | None:
     """Why stock vLLM cannot compute int4 linears here, or None: its CPU build has the operator for some processors."""

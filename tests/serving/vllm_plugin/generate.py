@@ -1,6 +1,6 @@
 """Runs models under vLLM, one after the other, and prints what they say as JSON. A program of its own.
 
-    generate.py '{"models": ["DIR", ...], "tp": 1, "ep": false, "dtype": "bfloat16", "engine": {}}'
+    generate.py '{"models": ["DIR", ...], "tp": 1, "expert_parallel": ["DIR", ...], "dtype": "bfloat16", "engine": {}}'
 
 `engine`: more arguments of vLLM's `LLM`.
 One line per model: {"model": DIR, "tokens": [[...], ...], "logprobs": [[...], ...]}, or {"error": "..."}.
@@ -46,7 +46,7 @@ def main() -> None:
                 max_model_len=256,
                 skip_tokenizer_init=tokenized is None,
                 tensor_parallel_size=tp,
-                enable_expert_parallel=job.get("ep", False),
+                enable_expert_parallel=model in job.get("expert_parallel", ()),
                 seed=0,
                 disable_log_stats=True,
                 **job.get("engine", {}),

@@ -2,43 +2,84 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models import EXPERTS, MOE, SCHEMES, Pair, write
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import EXPERTS, FAMILIES, SCHEMES, Pair, write
 
-# family, linear scheme, expert scheme
-CASES = [
-    *(("llama", scheme, None) for scheme in SCHEMES),
-    *((family, "int4", "int4" if family in MOE else None) for family in ("qwen2", "qwen3", "mistral", *MOE)),
-    *(("qwen3_moe", experts if experts in SCHEMES else "int4", experts) for experts in EXPERTS if experts != "int4"),
-    ("gpt_oss", "mxfp4", "mxfp4"),
-    ("mixtral", "int4-act-order", "mxfp8"),
-]
-NAMES = ["-".join(part for part in case if part) for case in CASES]
+HALVES = "scales in float16"
+
+FP8_64 = replace(SCHEMES["fp8-block"], block_n=64)
+# Name → family, linear scheme, expert scheme, other schemes by the name of a linear. Several schemes are a layer each:
+# vLLM takes longer to start than to say anything. Which layer is wrong is told by test_load.py and by the tests of
+# Transformers.
+CASES: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
+    "llama, every linear": ("llama", [*SCHEMES.values()], None, {}),
+    "qwen3_moe, every expert": (
+        "qwen3_moe",
+        [SCHEMES.get(name, SCHEMES["int4"]) for name in EXPERTS],
+        [*EXPERTS.values()],
+        {},
+    ),
+    "gpt_oss": ("gpt_oss", [SCHEMES["int4"], SCHEMES["mxfp4"]], [EXPERTS["int4"], EXPERTS["mxfp4"]], {}),
+    "mixtral": ("mixtral", [SCHEMES["int4"], SCHEMES["int4-act-order"]], [EXPERTS["int4"], EXPERTS["mxfp8"]], {}),
+    **{family: (family, SCHEMES["int4"], None, {}) for family in ("qwen2", "qwen3", "mistral")},
+    **{family: (family, SCHEMES["int4"], EXPERTS["int4"], {}) for family in ("deepseek_v2", "deepseek_v3")},
+    # Fused layers whose members differ.
+    "one of three unquantized": ("llama", SCHEMES["int4"], None, {"q_proj": None}),
+    "members of other schemes": (
+        "qwen2",
+        SCHEMES["int4-asym"],
+        None,
+        {"k_proj": SCHEMES["mxfp8"], "up_proj": SCHEMES["int4-act-order"]},
+    ),
+    # 128 rows per block where N allows, 64 where it does not: DeepSeek's FP8 checkpoints.
+    "members of other blocks": (
+        "deepseek_v3",
+        SCHEMES["fp8-block"],
+        EXPERTS["fp8-block"],
+        {"kv_a_proj_with_mqa": FP8_64},
+    ),
+    HALVES: ("qwen3_moe", SCHEMES["int4"], EXPERTS["int4"], {}),
+}
+assert {family for family, *_ in CASES.values()} == set(FAMILIES)
 TOLERANCE = 2e-3
 """Of a log-probability in float32: two orders of summation. Measured: below 1e-4."""
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    folder = tmp_path_factory.mktemp("models")
+def pairs(tmp_path_factory: pytest.TempPathFactory, asked: set[str]) -> dict[str, Pair]:
     made = {}
-    for name, (family, scheme, experts) in zip(NAMES, CASES, strict=True):
-        (folder / name).mkdir()
-        made[name] = write(folder / name, family, SCHEMES[scheme], EXPERTS[experts] if experts else None)
+    for name in asked:
+        family, scheme, experts, others = CASES[name]
+        made[name] = write(tmp_path_factory.mktemp("model"), family, scheme, experts, others)
+        if name == HALVES:
+            with_scales_in_float16(made[name].converted)
     return made
 
 
+def with_scales_in_float16(folder: Path) -> None:
+    """bf16 scales of this size are exact in fp16, but for its subnormals."""
+    weights = folder / "model.safetensors"
+    halves = {n: t.half() if "scale" in n else t for n, t in load_file(weights).items()}
+    assert any(t.dtype == torch.float16 for t in halves.values())
+    save_file(halves, weights, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for scheme in config["quantization_config"]["schemes"]:
+        scheme["scale_dtype"] = "F16"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module")
-def said(pairs: dict[str, Pair], generate: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
-    """Of the models that the tests selected ask for; in float32, so that a router cannot decide by a rounding error."""
-    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    chosen = [pair for name, pair in pairs.items() if name in asked]
-    return generate([model for p in chosen for model in (p.plain, p.converted)], dtype="float32")
+def said(pairs: dict[str, Pair], generate: Callable[..., Any], asked: set[str]) -> Any:
+    """In float32, so that a router cannot decide by a rounding error."""
+    return generate([model for name in asked for model in (pairs[name].plain, pairs[name].converted)], dtype="float32")
 
 
 def assert_same(plain: dict[str, Any], converted: dict[str, Any], tolerance: float) -> None:
@@ -49,60 +90,16 @@ def assert_same(plain: dict[str, Any], converted: dict[str, Any], tolerance: flo
         assert ours == pytest.approx(theirs, abs=tolerance)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_says_what_the_dequantized_model_says(name: str, pairs: dict[str, Pair], said: Any) -> None:
+    """Scales in float16 are cast for the serving dtype, which the grouped GEMM would read them as."""
     pair = pairs[name]
     plain, converted = said[str(pair.plain)], said[str(pair.converted)]
     assert_same(plain, converted, TOLERANCE)
     assert len({tuple(tokens) for tokens in plain["tokens"]}) > 1, "the prompts must not all end alike"
 
 
-def test_bfloat16_is_served_with_the_same_roundings(pairs: dict[str, Pair], generate: Callable[..., Any]) -> None:
-    models = [pairs[f"llama-{scheme}"] for scheme in ("int4", "int4-asym", "fp8-block")]
-    said = generate([model for p in models for model in (p.plain, p.converted)], dtype="bfloat16")
-    for pair in models:
-        assert_same(said[str(pair.plain)], said[str(pair.converted)], tolerance=1e-6)
-
-
-MIXED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "one of three unquantized": ("llama", "int4", {"q_proj": None}),
-    "schemes": ("qwen2", "int4-asym", {"k_proj": SCHEMES["mxfp8"], "up_proj": SCHEMES["int4-act-order"]}),
-    # 128 rows per block where N allows, 64 where it does not: DeepSeek's FP8 checkpoints.
-    "blocks": ("deepseek_v3", "fp8-block", {"kv_a_proj_with_mqa": replace(SCHEMES["fp8-block"], block_n=64)}),
-}
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_fused_layers_with_members_of_different_schemes(tp: int, tmp_path: Path, generate: Callable[..., Any]) -> None:
-    pairs = {}
-    for name, (family, scheme, others) in MIXED.items():
-        if tp == 2 and name == "blocks":
-            continue  # 128-wide blocks cannot be cut in two in a model this small
-        (tmp_path / name).mkdir()
-        experts = EXPERTS["fp8-block"] if family in MOE else None
-        pairs[name] = write(tmp_path / name, family, SCHEMES[scheme], experts, others)
-    plain = generate([p.plain for p in pairs.values()], dtype="float32")
-    said = generate([p.converted for p in pairs.values()], dtype="float32", tp=tp)
-    for pair in pairs.values():
-        assert_same(plain[str(pair.plain)], said[str(pair.converted)], TOLERANCE)
-
-
-def test_scales_in_float16_are_cast_for_bfloat16(tmp_path: Path, generate: Callable[..., Any]) -> None:
-    """The grouped GEMM would read fp16 scales as bf16; the parameters have the serving dtype instead."""
-    import json
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    pair = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS["int4"])
-    weights = pair.converted / "model.safetensors"
-    halves = {n: t.half() if "scale" in n else t for n, t in load_file(weights).items()}
-    assert any(t.dtype == torch.float16 for t in halves.values())
-    save_file(halves, weights, {"format": "pt"})
-    config = json.loads((pair.converted / "config.json").read_text())
-    for scheme in config["quantization_config"]["schemes"]:
-        scheme["scale_dtype"] = "F16"
-    (pair.converted / "config.json").write_text(json.dumps(config))
-    said = generate([pair.plain, pair.converted], dtype="float32")
-    # bf16 scales this size are exact in fp16 up to its subnormals.
-    assert_same(said[str(pair.plain)], said[str(pair.converted)], TOLERANCE)
+def test_bfloat16_is_served_with_the_same_roundings(tmp_path: Path, generate: Callable[..., Any]) -> None:
+    pair = write(tmp_path, "llama", [SCHEMES[scheme] for scheme in ("int4", "int4-asym", "fp8-block")])
+    said = generate([pair.plain, pair.converted], dtype="bfloat16")
+    assert_same(said[str(pair.plain)], said[str(pair.converted)], tolerance=1e-6)

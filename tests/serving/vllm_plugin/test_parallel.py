@@ -9,47 +9,57 @@ from typing import Any
 import pytest
 from support.models import EXPERTS, SCHEMES, Pair, write
 
-TENSOR = [
-    ("llama", "int4-asym", None),
-    ("llama", "int4-channel", None),
-    ("llama", "int4-act-order-asym", None),
-    ("llama", "int8-asym", None),
-    ("llama", "int8-act-order", None),
-    ("llama", "fp8-tensor", None),
-    ("llama", "mxfp8", None),
-    ("qwen3_moe", "int4", "int4"),
-    ("qwen3_moe", "int4-asym", "uint4"),
-    ("mixtral", "int4", "int8-asym"),
-    ("qwen3_moe", "nvfp4", "nvfp4"),
-    ("mixtral", "fp8-channel", "mxfp8"),
-    ("qwen3_moe", "fp8-channel", "fp8-channel"),
-    ("mixtral", "int4", "fp8-group"),
-    ("mixtral", "mxfp4", "fp8-block"),
-    ("gpt_oss", "mxfp4", "mxfp4"),
-]
-EXPERT = [
-    ("qwen3_moe", "int4", "int4"),
-    ("qwen3_moe", "int4-asym", "uint4"),
-    ("mixtral", "int4", "int8-asym"),
-    ("qwen3_moe", "fp8-channel", "fp8-channel"),
-    ("qwen3_moe", "nvfp4", "nvfp4"),
-    ("gpt_oss", "mxfp4", "mxfp4"),
-]
+S, E = SCHEMES, EXPERTS
+# Name → family, linear schemes, expert schemes, other schemes by the name of a linear, changes of the config.
+# A layer each: see test_models.py.
+CASES: dict[str, tuple[str, Any, Any, dict[str, Any], dict[str, Any]]] = {
+    "linears": (
+        "llama",
+        [
+            *(S["int4-asym"], S["int4-channel"], S["int4-act-order-asym"], S["int8-asym"], S["int8-act-order"]),
+            *(S["fp8-tensor"], S["fp8-channel"], S["mxfp4"], S["mxfp8"], S["nvfp4"]),
+        ],
+        None,
+        {},
+        {},
+    ),
+    "experts": (
+        "qwen3_moe",
+        [S["int4"], S["int4-asym"], S["fp8-channel"], S["nvfp4"]],
+        [E["int4"], E["uint4"], E["fp8-channel"], E["nvfp4"]],
+        {},
+        {},
+    ),
+    "wide experts": (
+        "mixtral",
+        [S["int4"], S["fp8-channel"], S["int4"], S["mxfp4"]],
+        [E["int8-asym"], E["mxfp8"], E["fp8-group"], E["fp8-block"]],
+        {},
+        {},
+    ),
+    "gpt_oss": ("gpt_oss", S["mxfp4"], E["mxfp4"], {}, {}),
+    "members of other schemes": (
+        "qwen2",
+        [S["int4-asym"], S["int4"]],
+        None,
+        {"k_proj": S["mxfp8"], "up_proj": S["int4-act-order"], "q_proj": None},
+        {},
+    ),
+    # 496 rows are padded to 512: 256 on the first rank, 240 on the second.
+    "head": ("llama", S["int4"], None, {"lm_head": S["int4-asym"]}, {"vocab_size": 496}),
+}
+EXPERT = ("experts", "wide experts", "gpt_oss")
+DEEPSEEK = {"deepseek_v2": False, "deepseek_v3": True}
+"""Family → whether its experts are parallel."""
 TOLERANCE = 2e-3
 
 
-def name(case: tuple[str, ...]) -> str:
-    return "-".join(part for part in case if part)
-
-
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    folder = tmp_path_factory.mktemp("models")
+def pairs(tmp_path_factory: pytest.TempPathFactory, asked: set[str]) -> dict[str, Pair]:
     made = {}
-    for family, scheme, experts in dict.fromkeys([*TENSOR, *EXPERT]):
-        case = name((family, scheme, experts))
-        (folder / case).mkdir()
-        made[case] = write(folder / case, family, SCHEMES[scheme], EXPERTS[experts] if experts else None)
+    for name in asked:
+        family, schemes, experts, others, changes = CASES[name]
+        made[name] = write(tmp_path_factory.mktemp("model"), family, schemes, experts, others, **changes)
     return made
 
 
@@ -60,12 +70,13 @@ def plain(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def tensor(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
-    return generate([pairs[name(case)].converted for case in TENSOR], dtype="float32", tp=2)
+    return generate([pair.converted for pair in pairs.values()], dtype="float32", tp=2)
 
 
 @pytest.fixture(scope="module")
 def expert(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
-    return generate([pairs[name(case)].converted for case in EXPERT], dtype="float32", tp=2, ep=True)
+    models = [pair.converted for name, pair in pairs.items() if name in EXPERT]
+    return generate(models, dtype="float32", tp=2, expert_parallel=[str(model) for model in models])
 
 
 def check(pair: Pair, plain: Any, said: Any) -> None:
@@ -77,41 +88,38 @@ def check(pair: Pair, plain: Any, said: Any) -> None:
         assert ours == pytest.approx(theirs, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", TENSOR, ids=name)
-def test_tensor_parallel(case: tuple[str, ...], pairs: dict[str, Pair], plain: Any, tensor: Any) -> None:
-    check(pairs[name(case)], plain, tensor)
+@pytest.mark.parametrize("name", CASES)
+def test_tensor_parallel(name: str, pairs: dict[str, Pair], plain: Any, tensor: Any) -> None:
+    check(pairs[name], plain, tensor)
 
 
-@pytest.mark.parametrize("case", EXPERT, ids=name)
-def test_expert_parallel(case: tuple[str, ...], pairs: dict[str, Pair], plain: Any, expert: Any) -> None:
-    check(pairs[name(case)], plain, expert)
+@pytest.mark.parametrize("name", EXPERT)
+def test_expert_parallel(name: str, pairs: dict[str, Pair], plain: Any, expert: Any) -> None:
+    check(pairs[name], plain, expert)
 
 
-def test_a_quantized_head(tmp_path: Path, generate: Callable[..., Any]) -> None:
-    """496 rows are padded to 512: 256 on the first rank, 240 on the second."""
-    head = {"lm_head": SCHEMES["int4-asym"]}
-    pair = write(tmp_path, "llama", SCHEMES["int4"], others=head, vocab_size=496)
-    plain = generate([pair.plain], dtype="float32")
-    check(pair, plain, generate([pair.converted], dtype="float32", tp=2))
-
-
-@pytest.mark.parametrize(("family", "ep"), [("deepseek_v2", False), ("deepseek_v3", True)])
-def test_deepseek(family: str, ep: bool, tmp_path: Path, generate: Callable[..., Any]) -> None:
+def test_deepseek(tmp_path: Path, generate: Callable[..., Any]) -> None:
     """On two CPU ranks stock vLLM 0.32 answers a plain DeepSeek model in one of several ways, from start to start.
 
     So the dequantized model runs on two ranks too, and one of its answers must be the converted model's, exactly.
     """
-    pair = write(tmp_path, family, SCHEMES["int4"], EXPERTS["int4"])
-    wanted, got = [], []
+    open_pairs, answers = {}, dict[Path, list[Any]]()
+    for family in DEEPSEEK:
+        (tmp_path / family).mkdir()
+        open_pairs[family] = write(tmp_path / family, family, SCHEMES["int4"], EXPERTS["int4"])
     for _ in range(4):
+        models = [model for pair in open_pairs.values() for model in (pair.plain, pair.converted)]
         # Stock vLLM has no expert parallelism on the CPU: the plain model runs tensor parallel.
-        said = {
-            **generate([pair.plain], dtype="float32", tp=2),
-            **generate([pair.converted], dtype="float32", tp=2, ep=ep),
+        parallel = [str(pair.converted) for family, pair in open_pairs.items() if DEEPSEEK[family]]
+        said = generate(models, dtype="float32", tp=2, expert_parallel=parallel)
+        for model in models:
+            assert "error" not in said[str(model)], said[str(model)]["log"][-3000:]
+            answers.setdefault(model, []).append(said[str(model)]["tokens"])
+        open_pairs = {
+            family: pair
+            for family, pair in open_pairs.items()
+            if not any(answer in answers[pair.plain] for answer in answers[pair.converted])
         }
-        for folder, answers in ((pair.plain, wanted), (pair.converted, got)):
-            assert "error" not in said[str(folder)], said[str(folder)]["log"][-3000:]
-            answers.append(said[str(folder)]["tokens"])
-        if any(answer in wanted for answer in got):
+        if not open_pairs:
             return
-    raise AssertionError(f"converted: {got}\nplain: {wanted}")
+    raise AssertionError({family: (answers[p.plain], answers[p.converted]) for family, p in open_pairs.items()})

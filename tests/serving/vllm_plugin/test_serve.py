@@ -93,12 +93,6 @@ def with_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def test_a_tiny_model_is_served(tmp_path: Path) -> None:
-    model = with_tokenizer(write(tmp_path, "llama", SCHEMES["int4-asym"]).converted)
-    with serve(model, tmp_path / "log", "--enforce-eager") as url:
-        assert isinstance(chat(url, "hello", tokens=8), str)
-
-
 def test_a_repo_with_a_tensor_removed_does_not_start(tmp_path: Path) -> None:
     model = with_tokenizer(write(tmp_path, "llama", SCHEMES["int4-asym"]).converted)
     tensors = load_file(model / "model.safetensors")

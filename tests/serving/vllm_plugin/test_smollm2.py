@@ -9,13 +9,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.models import Pair
 from support.smollm2 import QUANTIZED, dequantized, source
+
+from xpuquant.formats.scheme import from_config
 
 PROMPTS = ["The capital of France is", "Water boils at a temperature of", "Once upon a time"]
 TOLERANCE = 2e-3
@@ -28,20 +31,31 @@ def convert(folder: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_says_what_the_dequantized_source_says(name: str, tmp_path: Path, generate: Callable[..., Any]) -> None:
-    converted = convert(source(name), tmp_path / "converted")
-    schemes = json.loads((converted / "config.json").read_text())["quantization_config"]["schemes"]
-    from xpuquant.formats.scheme import from_config
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pair]]:
+    """Name → the converted model and the dequantized source: 5 GB, which pytest would keep."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    made = {}
+    for name in QUANTIZED:
+        (folder / name).mkdir()
+        converted = convert(source(name), folder / name / "converted")
+        made[name] = Pair(converted, dequantized(source(name), folder / name / "plain"))
+    yield made
+    shutil.rmtree(folder)
 
-    labels = {
-        s.label() for s in from_config({"quant_method": "xpuquant", "format_version": 1, "schemes": schemes}).values()
-    }
-    assert labels == {QUANTIZED[name]}
-    plain = dequantized(source(name), tmp_path / "plain")
-    # In float32: in bf16 two matrix products of one weight differ by more than two close tokens do.
-    said = generate([converted, plain], dtype="float32", max_tokens=16, prompts=PROMPTS)
-    shutil.rmtree(plain)
+
+@pytest.fixture(scope="module")
+def said(models: dict[str, Pair], generate: Callable[..., Any]) -> Any:
+    """In float32: in bf16 two matrix products of one weight differ by more than two close tokens do."""
+    folders = [folder for pair in models.values() for folder in (pair.converted, pair.plain)]
+    return generate(folders, dtype="float32", max_tokens=16, prompts=PROMPTS)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_says_what_the_dequantized_source_says(name: str, models: dict[str, Pair], said: Any) -> None:
+    converted, plain = models[name].converted, models[name].plain
+    schemes = from_config(json.loads((converted / "config.json").read_text())["quantization_config"])
+    assert {scheme.label() for scheme in schemes.values()} == {QUANTIZED[name]}
     ours, wanted = said[str(converted)], said[str(plain)]
     assert "error" not in wanted, wanted["error"]
     assert "error" not in ours, ours["error"]
@@ -67,13 +81,12 @@ def transformers_agree(converted: Path, said: dict[str, Any]) -> None:
 
 
 def test_stock_vllm_says_the_same_of_the_gptq_source(
-    tmp_path: Path, generate: Callable[..., Any], stock_int4: str | None
+    models: dict[str, Pair], generate: Callable[..., Any], stock_int4: str | None
 ) -> None:
     """Its own int4 kernel, on the files as their producer wrote them; in bf16."""
     if stock_int4 is not None:
         pytest.skip(stock_int4)
-    folder = source("gptqmodel-w4g64")
-    converted = convert(folder, tmp_path / "converted")
+    folder, converted = source("gptqmodel-w4g64"), models["gptqmodel-w4g64"].converted
     said = generate([folder, converted], dtype="bfloat16", max_tokens=24, prompts=PROMPTS)
     ours, stock = said[str(converted)], said[str(folder)]
     assert "Paris" in ours["text"][0]
