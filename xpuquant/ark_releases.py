@@ -37,6 +37,7 @@ class ArkRelease:
     operators     name → arguments with their defaults, of the Python functions
     zero_points   device kernels that have an instance with zero points for float16 and bfloat16
     counts_rows   when `moe` refuses activations with rows of no expert: `always`, `COUNTS_ROWS`, or None: never
+    decodes_nan_as_480  FP8 E4M3's two codes of no number, in `moe_gemm_decode`, which moves bits
     """
 
     version: str
@@ -44,6 +45,7 @@ class ArkRelease:
     operators: Mapping[str, str]
     zero_points: tuple[str, ...]
     counts_rows: str | None
+    decodes_nan_as_480: bool
 
     @property
     def number(self) -> tuple[int, ...]:
@@ -67,6 +69,12 @@ ARK_FAULTS = (
         "refused with expert parallelism while it is set",
         lambda release: release.counts_rows == COUNTS_ROWS,
     ),
+    Fault(
+        "moe_gemm_decode",
+        "reads the two NaN codes of FP8 E4M3 as 480 and -480",
+        "verification warns of such codes",
+        lambda release: release.decodes_nan_as_480,
+    ),
 )
 
 
@@ -80,7 +88,8 @@ def released_ark() -> tuple[ArkRelease, ...]:
         for table in ("schemas", "facts"):
             now |= {name: since[version] for name, since in stored[table].items() if version in since}
         operators = {name: now[name] for name in stored["schemas"] if now[name] is not None}
-        found.append(ArkRelease(version, wheel["sha256"], operators, tuple(now["zero_points"]), now["counts_rows"]))
+        facts = tuple(now["zero_points"]), now["counts_rows"], now["decodes_nan_as_480"]
+        found.append(ArkRelease(version, wheel["sha256"], operators, *facts))
     return tuple(found)
 
 

@@ -54,6 +54,8 @@ def read(path: Path) -> dict[str, Any]:
         "schemas": {name: arguments(functions[name]) if name in functions else None for name in OPERATORS},
         "zero_points": sorted(name for name, found in dtypes.items() if len(found) == 2 and "FP8" not in name),
         "counts_rows": COUNTS_ROWS if COUNTS_ROWS in source else counts,
+        # What brought the switch made moving bits the default (sdist, wrapper/include/sycl_tla_moe_dequant.hpp).
+        "decodes_nan_as_480": b"ARK_FP8_DECODE_MODE" in binary,
     }
 
 
