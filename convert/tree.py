@@ -124,13 +124,24 @@ class Tree:
 
     # Reading
 
-    def open(self, name: str) -> int:
-        """A descriptor to read a file."""
+    def open(self, name: str, known: Identity | None = None) -> int:
+        """A descriptor to read a file.
+
+        Args:
+            known: which file it has to be. A name that leads elsewhere for a moment, also through a folder above that
+                was exchanged, is noticed here, and nowhere else once it leads back.
+
+        Raises:
+            DamagedError: it is another file.
+        """
         with self._named(name), self._found(name) as place:
             _check_regular(place.status, self.path / name)
             fd = os.open(place.name, os.O_RDONLY | _NO_LINK, dir_fd=place.folder)
             try:
-                _check_regular(os.fstat(fd), self.path / name)
+                status = os.fstat(fd)
+                _check_regular(status, self.path / name)
+                if known is not None:
+                    check_same(self.path / name, known, _identity(status))
             except BaseException:
                 os.close(fd)
                 raise
@@ -152,8 +163,7 @@ class Tree:
         """Of the file that `open` would open."""
         with self._named(name), self._found(name) as place:
             _check_regular(place.status, self.path / name)
-            status = place.status
-        return Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+            return _identity(place.status)
 
     def blob(self, name: str) -> str:
         """Name of the file that this one is a link to, or its own: in the Hub's cache, the Hub's digest of it."""
@@ -267,9 +277,13 @@ class Tree:
             finally:
                 os.close(fd)
 
-    def copy_from(self, other: Tree, name: str, new: str | None = None) -> None:
-        """Copy a file of another tree, content only: the mode follows the umask, and a link becomes a file."""
-        source = other.open(name)
+    def copy_from(self, other: Tree, name: str, new: str | None = None, known: Identity | None = None) -> None:
+        """Copy a file of another tree, content only: the mode follows the umask, and a link becomes a file.
+
+        Args:
+            known: as `open`.
+        """
+        source = other.open(name, known)
         try:
             fd = self.create(new or name)
             with self._named(new or name):
@@ -446,6 +460,16 @@ class Tree:
             if not os.access(place.name, os.R_OK, dir_fd=place.folder, effective_ids=True):
                 raise PermissionError(13, "Permission denied", str(self.path / name))
             return name if place.parts is None else "/".join(place.parts[len(self._below) :])
+
+
+def check_same(path: Path, before: Identity, now: Identity) -> None:
+    """Raises DamagedError if a file is no longer the one that it was."""
+    if before != now:
+        raise DamagedError(f"{path} changed while it was being read ({before.difference(now)}); start again")
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _led(tree: Tree, parts: tuple[str, ...], target: str, link: Path) -> tuple[Tree, tuple[str, ...], bool]:

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import FrameType
 from typing import Annotated, Any
 
@@ -77,6 +78,12 @@ for _command in (
     COMMANDS.command()(_command)
 
 
+@cache
+def built() -> Any:
+    """The commands as they parse arguments. Built once: that costs as much as a small conversion."""
+    return typer.main.get_command(COMMANDS)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Errors become one line on standard error."""
     for stream in (sys.stdout, sys.stderr):
@@ -90,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
         # numpy's remarks on a stranger's scales (overflow, NaN): they are data here, and compared bit by bit.
         warnings.simplefilter("ignore")
     try:
-        code: Any = COMMANDS(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        code: Any = built()(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except Exception as error:
         return _failed(error, arguments)
     except KeyboardInterrupt:
@@ -124,7 +131,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         error = EnvironmentFault("out of memory; try ", Argument("jobs", 1))
     if isinstance(error, XpuquantError):
-        return error.spelt(Spelling(COMMANDS, arguments)), error.exit_code
+        return error.spelt(Spelling(built(), arguments)), error.exit_code
     for kind, sentence in _SENTENCES:
         if isinstance(error, kind):
             return sentence(error)

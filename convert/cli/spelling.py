@@ -6,8 +6,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import typer
-
 from xpuquant.errors import Argument
 
 
@@ -15,10 +13,11 @@ class Spelling:
     """The options of the command that was typed, and of the others where it has none of that name.
 
     A parameter of a command is called like the argument of the function in `xpuquant.api` that it stands for.
+
+    group  the commands, as `app.built` makes them
     """
 
-    def __init__(self, app: typer.Typer, typed: Sequence[str]) -> None:
-        group: Any = typer.main.get_command(app)
+    def __init__(self, group: Any, typed: Sequence[str]) -> None:
         commands: dict[str, Any] = group.commands
         typed_command = next((word for word in typed if word in commands), "")
         # `convert` has nearly all of them.

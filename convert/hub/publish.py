@@ -29,9 +29,9 @@ from xpuquant.conversion.progress import Progress, Reporter
 from xpuquant.conversion.repo.card_merge import CARD, merge, rename
 from xpuquant.conversion.repo.checksums import hash_file, wrong_size
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
-from xpuquant.conversion.sources.repo_files import list_files, read_json, read_text
+from xpuquant.conversion.sources.repo_files import list_files, read_text
 from xpuquant.conversion.tree import Tree
-from xpuquant.conversion.verify.digests import digest_in
+from xpuquant.conversion.verify.record_form import lacks_digests, read_record
 from xpuquant.errors import (
     Argument,
     DamagedError,
@@ -41,8 +41,6 @@ from xpuquant.errors import (
     VerificationError,
     XpuquantError,
 )
-from xpuquant.formats.guard import guarded
-from xpuquant.formats.scheme import expand
 
 COMMIT_MESSAGE = "Convert for Intel GPUs with xpuquant"
 
@@ -122,23 +120,7 @@ def never_verified(folder: Path) -> bool:
         DamagedError: the record is none that a conversion writes. EnvironmentFault: it cannot be read.
     """
     tree = Tree(folder)
-    return folder.is_dir() and tree.holds(PROVENANCE) and lacks_digests(read_json(tree, PROVENANCE))
-
-
-def lacks_digests(record: Mapping[str, Any]) -> bool:
-    """Whether a provenance file has no digest of some module or tensor.
-
-    Raises:
-        DamagedError: it is none that a conversion writes.
-    """
-    with guarded(PROVENANCE):
-        modules, digests = record.get("modules", {}), record.get("tensors_sha256", {})
-        plain = {name for pattern in record.get("unquantized", ()) for name in expand(pattern)}
-        for entry in modules.values():
-            plain |= set(entry.get("dequantized", ()))
-            if not entry.get("dequantized") and digest_in(entry)[1] is None:
-                return True
-        return not plain <= digests.keys()
+    return folder.is_dir() and tree.holds(PROVENANCE) and lacks_digests(read_record(tree))
 
 
 def local_files(folder: Path) -> list[str]:
@@ -165,11 +147,11 @@ def hash_files(tree: Tree, names: Iterable[str]) -> dict[str, Blob]:
         DamagedError: a shard is not the one that the conversion wrote; a record that is none.
         EnvironmentFault: unreadable files.
     """
-    shards = read_json(tree, PROVENANCE).get("shards", {})
-    if not isinstance(shards, dict) or not all(isinstance(entry, dict) for entry in shards.values()):
-        raise DamagedError(f"{tree.path / PROVENANCE}: lists no shards; convert again")
-    blobs: dict[str, Blob] = {}
+    record = read_record(tree)
+    shards, blobs = record["shards"], dict[str, Blob]()
     for name in names:
+        if name.endswith(_WEIGHTS) and name not in shards and name not in record["files"]:
+            raise DamagedError(f"{tree.path / name} was not written by the conversion; move it away, or convert again")
         wrong = wrong_size(tree, name, shards.get(name, {}).get("bytes"))
         if wrong is not None:
             raise DamagedError(f"{tree.path / name} {wrong}; it is not what the conversion wrote; convert it again")

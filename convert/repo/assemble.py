@@ -9,12 +9,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from xpuquant import __version__
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.repo.card import CardFacts, gather, render
 from xpuquant.conversion.repo.card_merge import CARD, merge
 from xpuquant.conversion.repo.checksums import hash_file, seal
-from xpuquant.conversion.repo.journal import PROVENANCE, Finished
+from xpuquant.conversion.repo.journal import PRODUCER, PROVENANCE, Finished
 from xpuquant.conversion.repo.provenance import provenance_record
 from xpuquant.conversion.repo.staging import EARLIER_CARD, Staging
 from xpuquant.conversion.report.reports import write_reports
@@ -23,8 +22,6 @@ from xpuquant.conversion.sources.repo_files import read_text
 from xpuquant.conversion.sources.weight_files import INDEX
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import EnvironmentFault
-
-PRODUCER = f"xpuquant {__version__}"
 
 
 def write_repo(
@@ -70,7 +67,8 @@ def stage_repo(
             files.append(INDEX)
         config = json_bytes(plan.output_config(source.checkpoint.config, PRODUCER))
         hashes = {name: hash_file(tree, name) or "" for name in files}
-        record = provenance_record(plan, source, shards, hashes, config, PRODUCER, verdict)
+        exact = verdict.exact if verdict is not None else ()
+        record = provenance_record(plan, source, shards, hashes, config, PRODUCER, exact)
         tree.write(PROVENANCE, seal(json_bytes(record)))
         if verdict is not None:
             files += write_reports(tree, verdict)

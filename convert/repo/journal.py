@@ -23,12 +23,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from xpuquant import __version__
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.tree import Identity, Tree, wrong_name
 from xpuquant.errors import Argument, UsageError
 
 STAGING = ".xpuquant"
 PROVENANCE = "xpuquant.json"
+PRODUCER = f"xpuquant {__version__}"
+"""This program, as it names itself in what it writes."""
+
 _LONGEST_LINE = 4096
 _MAX_BYTES = 64 << 20
 """Of a journal: 10^5 shards."""

@@ -15,16 +15,20 @@ from dataclasses import asdict
 from typing import Any
 
 from xpuquant.conversion.repo.checksums import UNSEALED, seal
+from xpuquant.conversion.repo.journal import PRODUCER
 from xpuquant.conversion.report.markdown import render_markdown
 from xpuquant.conversion.report.page import render_page
-from xpuquant.conversion.report.sentences import headline
+from xpuquant.conversion.report.sentences import exactness, headline
 from xpuquant.conversion.report.svg import picture
+from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.agreement import BINS, ROWS
+from xpuquant.conversion.verify.contents import differences
 from xpuquant.conversion.verify.expected import SEED
 from xpuquant.conversion.verify.integrity import VERDICT
 from xpuquant.conversion.verify.proof import Claim, Proof
-from xpuquant.conversion.verify.verdict import Agreement, Verdict
+from xpuquant.conversion.verify.verdict import Agreement, Finding, Outcome, Verdict
+from xpuquant.errors import one_line
 from xpuquant.formats.dtypes import numpy_dtype
 
 
@@ -85,6 +89,46 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
         "sanity": {name: _plain(asdict(sanity)) for name, sanity in verdict.sanity.items()},
         "bytes": {"before": dict(verdict.before), "after": dict(verdict.after)},
     }
+
+
+def check_report(tree: Tree, verdict: Verdict) -> list[Finding]:
+    """Where a repo's own verify.json says something else of the weights than a comparison with the source has shown.
+
+    Args:
+        verdict: of that comparison; nothing is compared where it failed.
+
+    Raises:
+        EnvironmentFault: unreadable files.
+    """
+    if verdict.outcome is Outcome.FAILED or not tree.holds(VERDICT):
+        return []
+    said = read_json(tree, VERDICT)
+    if said.get("producer") != PRODUCER:
+        return [] if said.get("passed") is True else [_untrue("it does not say that the conversion was verified")]
+    now = as_data(verdict)
+    exact = {key: now["exact"][key] for key in _OF_WEIGHTS}
+    held = said.get("exact")
+    wanted = {"verdict": str(Outcome.VERIFIED), "passed": True, "failures": [], "exact": exact}
+    found = list(
+        differences(
+            json.loads(json.dumps(wanted)),
+            {
+                **{key: said[key] for key in wanted if key in said},
+                "exact": {key: held[key] for key in exact if key in held} if isinstance(held, dict) else held,
+            },
+        )
+    )
+    if exactness(verdict.proof) not in str(said.get("sentence")):
+        found.append("sentence says something else of the matrices than was found")
+    return [_untrue(what) for what in found]
+
+
+_OF_WEIGHTS = ("modules", "matrices", "unquantized_tensors", "matrices_by_claim", "unquantized_by_claim", "failures")
+"""Fields of verify.json's `exact` that follow from the source."""
+
+
+def _untrue(what: str) -> Finding:
+    return Finding("integrity", VERDICT, one_line(what))
 
 
 def by_claim(proof: Proof) -> dict[str, Any]:

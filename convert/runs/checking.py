@@ -9,7 +9,7 @@ from pathlib import Path
 from xpuquant.conversion.options import default_jobs
 from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.fetched import fetched_repo
-from xpuquant.conversion.report.reports import write_reports
+from xpuquant.conversion.report.reports import check_report, write_reports
 from xpuquant.conversion.runs.local import downloaded
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
@@ -68,6 +68,8 @@ def verify_folder(
     verdict = verify(
         folder, opened, chosen, every=every, jobs=jobs or default_jobs(), progress=reporter.advance, demands=demands
     )
+    if opened is not None:
+        verdict = replace(verdict, findings=(*verdict.findings, *check_report(Tree(folder), verdict)))
     if folder != Path(out):
         verdict = replace(verdict, repo=out)  # not the commit, as which its folder in the cache is named
     if report is not None:

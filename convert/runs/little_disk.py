@@ -19,17 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xpuquant.conversion.hub.client import connect
-from xpuquant.conversion.hub.publish import Pushed, hash_files, lacks_digests, publish_repo
+from xpuquant.conversion.hub.publish import Pushed, hash_files, publish_repo
 from xpuquant.conversion.hub.target import CONFIG, MAIN, Destination, Target
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Reporter
-from xpuquant.conversion.repo.assemble import PRODUCER, stage_repo
+from xpuquant.conversion.repo.assemble import stage_repo
 from xpuquant.conversion.repo.card_merge import keep_card
 from xpuquant.conversion.repo.converted import Repo
-from xpuquant.conversion.repo.journal import PROVENANCE, Finished
+from xpuquant.conversion.repo.journal import PRODUCER, PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.source_card import metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output
@@ -37,10 +37,12 @@ from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.finished import is_conversion, recorded_shards
 from xpuquant.conversion.runs.local import check_disk, check_places, raise_failures
 from xpuquant.conversion.sizes import size
+from xpuquant.conversion.sources.base import bytes_by_dtype
 from xpuquant.conversion.sources.repo_files import parse_json, read_json
 from xpuquant.conversion.sources.streamed import StreamedSource
 from xpuquant.conversion.verify.context import Check, Origin
-from xpuquant.conversion.verify.run import sizes, verify_staged
+from xpuquant.conversion.verify.record_form import lacks_digests
+from xpuquant.conversion.verify.run import verify_staged
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import XpuquantError
@@ -328,7 +330,7 @@ def _merged(verdicts: Sequence[Verdict], source: StreamedSource) -> Verdict:
         sanity={name: sanity for verdict in verdicts for name, sanity in verdict.sanity.items()},
         findings=[finding for verdict in verdicts for finding in verdict.findings],
         schemes={name: scheme for verdict in verdicts for name, scheme in verdict.schemes.items()},
-        before=sizes(source),
+        before=bytes_by_dtype(source.checkpoint.tensors.values()),
         after=after,
         setting=verdicts[-1].setting,
     )

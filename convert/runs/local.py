@@ -16,7 +16,7 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress, Reporter, Silent
 from xpuquant.conversion.repo.card_merge import keep_card
-from xpuquant.conversion.repo.journal import Finished
+from xpuquant.conversion.repo.journal import PRODUCER, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.source_card import metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output
@@ -163,7 +163,6 @@ def check_staged(plan: Plan, source: Source, staged: Tree, name: str, jobs: int,
     Raises:
         VerificationError: something differs; `verify.json` in the staging folder has all of it.
     """
-    from xpuquant.conversion.repo.assemble import PRODUCER
     from xpuquant.conversion.repo.converted import Repo
     from xpuquant.conversion.verify.context import Check, Origin
     from xpuquant.conversion.verify.run import verify_staged
@@ -173,6 +172,7 @@ def check_staged(plan: Plan, source: Source, staged: Tree, name: str, jobs: int,
     try:
         check = Check(repo, jobs=jobs, progress=reporter.advance)
         verdict = verify_staged(Origin(plan, source), check, name, PRODUCER)
+        repo.reader.check_unchanged()
     finally:
         repo.reader.close()
     source.check_unchanged()

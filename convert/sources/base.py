@@ -9,6 +9,7 @@ unpickled or executed. A file that changes while it is read, a shard or one that
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -82,6 +83,14 @@ def read_slice(source: Source, box: Slice) -> Array:
     out = np.empty(box.nbytes, np.uint8)
     source.read_into(box, out)
     return as_array(box, out)
+
+
+def bytes_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Label of a dtype → bytes of the tensors that have it, the most first."""
+    total = Counter[str]()
+    for tensor in tensors:
+        total[tensor.dtype] += tensor.nbytes
+    return dict(sorted(total.items(), key=lambda entry: -entry[1]))
 
 
 def checkpoint_of(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from xpuquant.conversion.sources.base import checkpoint_of
 from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, find_files, read_text
-from xpuquant.conversion.sources.shard_reader import ShardReader, check_same
-from xpuquant.conversion.tree import Identity, Tree
-from xpuquant.errors import EnvironmentFault, UsageError
+from xpuquant.conversion.sources.shard_reader import ShardReader
+from xpuquant.conversion.tree import Identity, Tree, check_same
+from xpuquant.errors import EnvironmentFault, UsageError, XpuquantError
 from xpuquant.formats.checkpoint import Array, Slice
 
 
@@ -23,12 +24,18 @@ class LocalSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = str(folder)
+        self._tree = Tree(folder)
+        # Before it is read, so that what was read is what is watched.
+        config = None
+        with suppress(OSError, XpuquantError):  # said when it is read
+            config = self._tree.identity("config.json")
         found = find_files(folder)
         self.extra_files = found.extra
         self.left_files: Mapping[str, str] = found.left
-        self._tree = Tree(folder)
         self._shards = ShardReader(self._tree, found.shards)
         self._watched = {name: self._identity(name) for name in ("config.json", *found.extra)}
+        if config is not None:
+            self._watched["config.json"] = config
         self._check_sizes()
         self.checkpoint = checkpoint_of(found, map(self._shards.header, found.shards), self._shards.peek)
         self.nbytes = self._shards.nbytes
@@ -37,7 +44,7 @@ class LocalSource:
         self._shards.read_into(box, out)
 
     def copy_file(self, name: str, into: Tree) -> None:
-        into.copy_from(self._tree, name)
+        into.copy_from(self._tree, name, known=self._watched.get(name))
 
     def read_text(self, name: str) -> str | None:
         return read_text(self._tree, name)
@@ -53,7 +60,7 @@ class LocalSource:
     def check_unchanged(self) -> None:
         self._shards.check_unchanged()
         for name, identity in self._watched.items():
-            check_same(self._tree, name, identity, self._identity(name))
+            check_same(self._tree.path / name, identity, self._identity(name))
 
     def _identity(self, name: str) -> Identity:
         try:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from xpuquant.conversion.tree import Identity, Tree
+from xpuquant.conversion.tree import Identity, Tree, check_same
 from xpuquant.errors import DamagedError, EnvironmentFault
 from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
@@ -52,7 +52,7 @@ class ShardReader:
         """
         size = self.identities[shard].size
         try:
-            with os.fdopen(self._tree.open(shard), "rb") as file:
+            with os.fdopen(self._tree.open(shard, self.identities[shard]), "rb") as file:
                 length = header_length(file.read(PREFIX_BYTES), shard, size)
                 header = file.read(length)
         except OSError as error:
@@ -104,7 +104,7 @@ class ShardReader:
     def check_unchanged(self) -> None:
         """Raises DamagedError if a shard is no longer the file that was opened."""
         for shard, identity in self.identities.items():
-            check_same(self._tree, shard, identity, self._identity(shard))
+            check_same(self._tree.path / shard, identity, self._identity(shard))
 
     def close(self) -> None:
         """Close every descriptor."""
@@ -126,21 +126,13 @@ class ShardReader:
             if shard in self._open:
                 return self._open[shard], True
             try:
-                fd = self._tree.open(shard)
+                fd = self._tree.open(shard, self.identities[shard])
             except OSError as error:
                 raise self._unreadable(shard, error) from error
             if len(self._open) < self._keep:
                 self._open[shard] = fd
                 return fd, True
             return fd, False
-
-
-def check_same(tree: Tree, name: str, before: Identity, now: Identity) -> None:
-    """Raises DamagedError if a file is no longer the one that it was."""
-    if before != now:
-        raise DamagedError(
-            f"{tree.path / name} changed while it was being read ({before.difference(now)}); start again"
-        )
 
 
 def _most_kept() -> int:

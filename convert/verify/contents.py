@@ -22,7 +22,7 @@ from xpuquant.errors import DamagedError, one_line, shown
 
 _CONFIG = "config.json"
 
-_MOST_DIFFERENCES = 20
+MOST_DIFFERENCES = 20
 """Of one JSON file; a config of another model differs everywhere."""
 
 
@@ -47,6 +47,10 @@ def check_contents(origin: Origin, tree: Tree, record: Mapping[str, Any]) -> lis
         _wrong(name, "is recorded as part of the conversion, but the source does not give it")
         for name in sorted(recorded - known)
     ]
+    found += [
+        _wrong(name, "is what the conversion writes from the source, but xpuquant.json does not record it")
+        for name in sorted(known - recorded)
+    ]
     return found
 
 
@@ -65,7 +69,7 @@ def _json(tree: Tree, name: str, wanted: Mapping[str, Any]) -> Iterator[Finding]
         return
     found = differences(json.loads(json.dumps(wanted)), held)
     for number, what in enumerate(found):
-        if number == _MOST_DIFFERENCES:
+        if number == MOST_DIFFERENCES:
             yield _wrong(name, "differs in more places")
             return
         yield _wrong(name, what)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,23 +21,20 @@ from xpuquant.conversion.repo.checksums import hash_file, is_sealed, wrong_size
 from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
 from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
-from xpuquant.conversion.tree import Tree, is_hidden
+from xpuquant.conversion.tree import Identity, Tree, is_hidden
 from xpuquant.conversion.verify.exactness import run_all
 from xpuquant.conversion.verify.foreign import hidden_files, is_pickle, loadable
+from xpuquant.conversion.verify.record_form import check_form
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
 from xpuquant.formats.guard import guarded
-from xpuquant.formats.scheme import FORMAT_VERSIONS, expand
+from xpuquant.formats.scheme import expand
 
 UNPROTECTED = ("README.md", ".gitattributes", ".gitignore")
 """Files that may differ: the card, which is edited, and what hosting adds."""
 
 VERDICT = "verify.json"
 REPORTS = ("verify.md", "verify.html", "verify.svg")
-
-_MODULE_LISTS = ("roles", "dequantized")
-_ROUNDING = (("dtype", str), ("scales", int), ("changed", int), ("largest", float))
-"""Fields of a module's `rounding`, and the type of each."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,14 @@ class Integrity:
     record  xpuquant.json; None where it cannot be read
     repo    the repo, open; None where its files contradict each other
     files   files whose sha256 was compared
+    known   name → which file it was, before anything was read
     """
 
     findings: tuple[Finding, ...]
     record: Mapping[str, Any] | None
     repo: Repo | None
     files: int
+    known: Mapping[str, Identity] = field(default_factory=dict)
 
 
 def weigh(folder: Path) -> int:
@@ -66,6 +66,7 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
     Raises:
         UsageError: not a finished conversion. EnvironmentFault: unreadable files.
     """
+    tree, known = Tree(folder), _known(folder)
     content = _provenance(folder)
     found: list[Finding] = []
     if not is_sealed(content):
@@ -74,11 +75,11 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
         record = parse_json(content, PROVENANCE)
         listed = _listed_files(record)
     except DamagedError as error:
-        return Integrity((*found, _wrong(PROVENANCE, str(error))), None, None, 0)
+        return Integrity((*found, _wrong(PROVENANCE, str(error))), None, None, 0, known)
     progress(len(content))
-    tree, present = Tree(folder), list_files(folder)
+    present = list_files(folder)
     there = set(present)
-    sizes = {name: entry.get("bytes") for name, entry in record["shards"].items() if isinstance(entry, dict)}
+    sizes = {name: entry["bytes"] for name, entry in record["shards"].items()}
     calls = [
         partial(_file, tree, name, sha256, progress, sizes.get(name))
         for name, sha256 in listed.items()
@@ -97,7 +98,25 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
         raise
     except XpuquantError as error:
         found.append(_wrong(folder.name or str(folder), str(error)))
-    return Integrity(tuple(found), record, repo, len(listed) + 1)
+    return Integrity(tuple(found), record, repo, len(listed) + 1, known)
+
+
+def _known(folder: Path) -> dict[str, Identity]:
+    """Which files lie there. What cannot be looked at is said later, by who wants to read it."""
+    tree, found = Tree(folder), dict[str, Identity]()
+    if folder.is_dir():
+        for name in list_files(folder):
+            with suppress(OSError, XpuquantError):
+                found[name] = tree.identity(name)
+    return found
+
+
+def check_unchanged(folder: Path, known: Mapping[str, Identity]) -> list[Finding]:
+    """Whether the files of a repo are still those that they were before the first was read: what has been hashed is
+    what has been decoded."""
+    now = _known(folder)
+    names = sorted(name for name in {*known, *now} if known.get(name) != now.get(name))
+    return [_wrong(name, "changed while it was being verified") for name in names]
 
 
 def check_written(shards: Sequence[Shard], tree: Tree) -> tuple[Finding, ...]:
@@ -141,49 +160,12 @@ def _provenance(folder: Path) -> bytes:
 
 def _listed_files(record: Mapping[str, Any]) -> dict[str, str]:
     """file → sha256. Raises DamagedError where xpuquant.json does not list them."""
-    version = record.get("format_version")
-    if version not in FORMAT_VERSIONS:
-        known = f"{FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}"
-        raise DamagedError(f"has format_version {version!r}, this xpuquant reads {known}")
-    _check_types(record)
-    shards, files = record.get("shards"), record.get("files")
-    if not isinstance(shards, dict) or not isinstance(files, dict) or not shards:
-        raise DamagedError("lists no shards or no files")
-    table = {
-        **{name: entry.get("sha256") for name, entry in shards.items() if isinstance(entry, dict)},
-        **files,
-    }
-    for name, sha256 in table.items():
+    check_form(record)
+    table = {**{name: entry["sha256"] for name, entry in record["shards"].items()}, **record["files"]}
+    for name in table:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DamagedError(f"names a file outside the folder: {name}")
-        if not isinstance(sha256, str):
-            raise DamagedError(f"has no sha256 for {name}")
     return table
-
-
-def _check_types(record: Mapping[str, Any]) -> None:
-    """A seal keeps accidents out, not people: raises DamagedError for a field of a type that no conversion writes."""
-    modules, source = record.get("modules", {}), record.get("source", {})
-    tables = [record, modules, source, *(modules.values() if isinstance(modules, dict) else ())]
-    if not all(isinstance(table, dict) for table in tables):
-        raise DamagedError("has a module or a source that is no object")
-    fields: list[tuple[Any, type]] = [(record.get("options", {}), dict)]
-    names = [(record, "unquantized"), *((entry, key) for entry in modules.values() for key in _MODULE_LISTS)]
-    for table, key in names:
-        values = table.get(key, [])
-        fields += [(values, list), *((value, str) for value in (values if isinstance(values, list) else ()))]
-    roundings = [entry["rounding"] for entry in modules.values() if "rounding" in entry]
-    fields += [(rounding, dict) for rounding in roundings]
-    for rounding in roundings:
-        fields += [(rounding.get(key) if isinstance(rounding, dict) else None, kind) for key, kind in _ROUNDING]
-    for table, key, kind in ((record, "tensors_sha256", str), (source, "bytes_by_dtype", int)):
-        values = table.get(key, {})
-        fields += [
-            (values, dict),
-            *((value, kind) for value in (values.values() if isinstance(values, dict) else ())),
-        ]
-    if not all(isinstance(value, kind) for value, kind in fields):
-        raise DamagedError("has a field of a type that no conversion writes")
 
 
 def _file(tree: Tree, name: str, sha256: str, progress: Progress, nbytes: Any = None) -> Finding | None:

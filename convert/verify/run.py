@@ -8,7 +8,6 @@ report that names everything is worth more than the first error. The repo itself
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,16 +19,17 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.converted import Repo
-from xpuquant.conversion.repo.journal import PROVENANCE
-from xpuquant.conversion.sources.base import Source, read_slice
+from xpuquant.conversion.repo.journal import PRODUCER, PROVENANCE
+from xpuquant.conversion.sources.base import Source, bytes_by_dtype, read_slice
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.agreement import check_kernels
 from xpuquant.conversion.verify.contents import check_contents
 from xpuquant.conversion.verify.context import Check, Origin
+from xpuquant.conversion.verify.derived import check_derived
 from xpuquant.conversion.verify.exactness import check_exact, check_recorded, find_matrix, matrices_by_role
 from xpuquant.conversion.verify.expected import DecodeRows, Subject
-from xpuquant.conversion.verify.integrity import check_integrity, check_written
+from xpuquant.conversion.verify.integrity import check_integrity, check_unchanged, check_written
 from xpuquant.conversion.verify.proof import Checked, Claim
 from xpuquant.conversion.verify.rounding import odd, round_scales
 from xpuquant.conversion.verify.sanity import findings
@@ -44,7 +44,7 @@ from xpuquant.conversion.verify.verdict import (
     Sanity,
     Verdict,
 )
-from xpuquant.errors import Argument, DamagedError, UsageError, XpuquantError, one_line
+from xpuquant.errors import Argument, DamagedError, UnsupportedError, UsageError, XpuquantError, one_line
 from xpuquant.formats.layouts.base import Matrix, Stored
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.decoded import Decoded
@@ -121,7 +121,11 @@ def verify(
             options = Options.from_dict(integrity.record.get("options"))
         except UsageError as error:
             return _with_findings(verdict, Finding("integrity", PROVENANCE, str(error)))
-        origin = Origin(make_plan(source.checkpoint, options), source)
+        try:
+            origin = Origin(make_plan(source.checkpoint, options), source)
+        except UnsupportedError as error:
+            what = one_line(f"with its options this source is not converted: {error}")
+            return _with_findings(verdict, Finding("integrity", PROVENANCE, what))
         verdict = _with_findings(verdict, *check_contents(origin, Tree(folder), integrity.record))
     if integrity.repo is None:
         return verdict
@@ -129,10 +133,12 @@ def verify(
     check = Check(integrity.repo, chosen, jobs, progress, full=True, every=every)
     try:
         if origin is None:
-            return _against_record(verdict, integrity.record, check)
-        return _against_source(verdict, origin, check)
+            verdict = _against_record(verdict, integrity.record, check)
+        else:
+            verdict = _against_source(verdict, origin, check, integrity.record)
     finally:
         integrity.repo.reader.close()
+    return _with_findings(verdict, *check_unchanged(folder, integrity.known))
 
 
 def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Verdict:
@@ -166,14 +172,15 @@ def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Ver
     return _with_exactness(verdict, check.repo, exact, sanity)
 
 
-def _against_source(verdict: Verdict, origin: Origin, check: Check) -> Verdict:
-    """A verdict on integrity, and the rest by comparing with the source."""
+def _against_source(verdict: Verdict, origin: Origin, check: Check, record: Mapping[str, Any]) -> Verdict:
+    """A verdict on integrity, and the rest by comparing with the source, xpuquant.json too."""
     try:
         exact, sanity = check_exact(origin, check)
     except DamagedError as error:
         what = f"{error}; is this the source it was converted from?"
         return _with_findings(verdict, Finding("exactness", _shown(origin.source), what))
     origin.source.check_unchanged()
+    verdict = _with_findings(verdict, *check_derived(origin, record, exact, check, PRODUCER))
     ran = _kernels(_source_subjects(origin, check.repo), check)
     return _with_exactness(replace(verdict, kernels=ran, **_of_source(origin)), check.repo, exact, sanity)
 
@@ -197,7 +204,7 @@ def _of_source(origin: Origin) -> dict[str, Any]:
     name = _shown(origin.source)
     return {
         "basis": f"every value of the source, {name}",
-        "before": sizes(origin.source),
+        "before": bytes_by_dtype(origin.source.checkpoint.tensors.values()),
         "source": _at(name, origin.source.revision),
     }
 
@@ -219,7 +226,7 @@ def _with_exactness(verdict: Verdict, repo: Repo, exact: Sequence[Checked], sani
         exact=exact,
         sanity=sanity,
         schemes={name: stored.scheme.label() for name, stored in repo.modules.items()},
-        after=_by_dtype((tensor.dtype, tensor.nbytes) for tensor in repo.tensors.values()),
+        after=bytes_by_dtype(repo.tensors.values()),
     )
 
 
@@ -288,15 +295,3 @@ def _shown(source: Source) -> str:
 def _at(name: str, revision: object) -> str:
     """A repo with its commit."""
     return f"{name} at {revision}" if revision else name
-
-
-def sizes(source: Source) -> dict[str, int]:
-    """dtype → bytes of a source's tensors."""
-    return _by_dtype((tensor.dtype, tensor.nbytes) for tensor in source.checkpoint.tensors.values())
-
-
-def _by_dtype(tensors: Iterator[tuple[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for dtype, nbytes in tensors:
-        total[dtype] += nbytes
-    return dict(sorted(total.items(), key=lambda entry: -entry[1]))

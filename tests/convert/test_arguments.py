@@ -16,7 +16,7 @@ from support.checkpoints import FIXTURES
 
 import xpuquant
 from xpuquant.arguments import KINDS
-from xpuquant.conversion.cli.app import COMMANDS, explain, run
+from xpuquant.conversion.cli.app import built, explain, run
 from xpuquant.conversion.cli.spelling import Spelling
 from xpuquant.conversion.options import LAYOUT_FAMILIES, Options
 from xpuquant.conversion.runs.request import EXCLUDES
@@ -172,9 +172,8 @@ def test_the_dataclass_refuses_what_keyword_arguments_refuse(name: str) -> None:
 
 
 def parameters(command: str) -> dict[str, Any]:
-    import typer
 
-    group: Any = typer.main.get_command(COMMANDS)
+    group: Any = built()
     return {parameter.name: parameter for parameter in group.commands[command].params}
 
 
@@ -197,13 +196,13 @@ def test_an_error_is_spelt_for_whoever_reads_it() -> None:
     error = UsageError("x; pass ", Argument("force", True), ", not ", Argument("max_shard_size", "5 GB"))
     assert str(error) == "x; pass force=True, not max_shard_size='5 GB'"
     assert explain(error, ["convert"]) == ("x; pass --force, not --max-shard-size '5 GB'", 2)
-    spell = Spelling(COMMANDS, ["verify", "out"])
+    spell = Spelling(built(), ["verify", "out"])
     assert [spell(Argument(name, value)) for name, value in (("source", ...), ("every", True), ("verify", False))] == [
         "--source",
         "--all",
         "--no-verify",
     ]
-    assert Spelling(COMMANDS, ["convert"])(Argument("source")) == "SRC"
+    assert Spelling(built(), ["convert"])(Argument("source")) == "SRC"
     assert spell(Argument("token")) == "token"
 
 
@@ -243,7 +242,7 @@ def test_no_error_of_a_function_speaks_the_command_line(tmp_path: Path) -> None:
     for error in errors(tmp_path):
         said = str(error).replace(str(SOURCE), "SOURCE")
         assert "--" not in said and "`xpuquant " not in said, said
-        terminal = error.spelt(Spelling(COMMANDS, ["convert"]))
+        terminal = error.spelt(Spelling(built(), ["convert"]))
         assert not re.search(r"\w=(True|False|')", terminal), terminal
 
 

@@ -211,13 +211,17 @@ class Prepared:
         (self.source / "sub").mkdir()
         (self.source / "sub" / "x.txt").write_text("theirs")
         assert command(*self.convert(self.source, self.out))[0] == 0
+        self.stage(self.source, self.staged)
+        self.written = contents(self.out)
+
+    def stage(self, source: Path, out: Path) -> None:
+        """Convert, and stop before publishing. A run goes on with this source alone, by its inodes: not with a copy."""
         publish = Staging.publish
         try:
             Staging.publish = stopped  # type: ignore[assignment,method-assign]
-            assert command(*self.convert(self.source, self.staged))[0] == 4
+            assert command(*self.convert(source, out))[0] == 4
         finally:
             Staging.publish = publish  # type: ignore[method-assign]
-        self.written = contents(self.out)
 
     @staticmethod
     def convert(source: Path, out: Path, *more: str) -> list[str]:
@@ -288,8 +292,10 @@ def play_place(seed: int, prepared: Prepared, room: Path) -> tuple[str, int, str
     (outside / "folder" / "file").write_bytes(SECRET)
     shutil.copytree(prepared.source, source)
     state = rng.choice(["finished", "finished", "finished", "staged", "none"])
-    if state != "none":
-        shutil.copytree(prepared.out if state == "finished" else prepared.staged, out)
+    if state == "finished":
+        shutil.copytree(prepared.out, out)
+    elif state == "staged":
+        prepared.stage(source, out)
     done: list[str] = [state]
     touched = out if state != "none" and rng.random() < 0.7 else source
     for _ in range(rng.choice([0, 1, 1, 1, 2])):

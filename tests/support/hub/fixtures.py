@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ def folder(tmp_path: Path) -> MakeFolder:
         if shards > 1:
             weight_map = {f"t{i}": shard for i, shard in enumerate(names)}
             (made / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        (made / "xpuquant.json").write_text(json.dumps({"shards": records}))
+        (made / "xpuquant.json").write_text(json.dumps(record_of(records)))
         (made / "config.json").write_text(json.dumps({"model_type": "llama", "conversion": name}))
         (made / "tokenizer").mkdir()
         (made / "tokenizer/vocab.txt").write_text("a\nb\n")
@@ -75,6 +76,29 @@ def folder(tmp_path: Path) -> MakeFolder:
         return made
 
     return make
+
+
+def record_of(shards: dict[str, Any]) -> dict[str, Any]:
+    """xpuquant.json of a conversion that had nothing but these shards, with one unquantized tensor, verified."""
+    return {
+        "producer": "xpuquant 0.1.0",
+        "format_version": 1,
+        "source": {
+            "name": "theirs",
+            "revision": None,
+            "bytes": 0,
+            "bytes_by_dtype": {},
+            "quantization_config": {},
+            "notes": [],
+        },
+        "options": {},
+        "modules": {},
+        "unquantized": ["t0"],
+        "tensors_sha256": {"t0": "0" * 64},
+        "left_files": {},
+        "shards": shards,
+        "files": {"config.json": "0" * 64},
+    }
 
 
 def split_shards(folder: Path, target: Path, count: int) -> Path:
@@ -111,7 +135,7 @@ def push_older(repo_id: str, scratch: Path) -> dict[str, bytes]:
     content = os.urandom(1000)
     (folder / "model.safetensors").write_bytes(content)
     (folder / "config.json").write_text("{}")
-    records = {"model.safetensors": {"sha256": hashlib.sha256(content).hexdigest()}}
-    (folder / "xpuquant.json").write_text(json.dumps({"shards": records}))
+    records = {"model.safetensors": {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}
+    (folder / "xpuquant.json").write_text(json.dumps(record_of(records)))
     push(folder, repo_id)
     return contents(folder)

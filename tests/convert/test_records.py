@@ -1,0 +1,201 @@
+"""xpuquant.json sealed again by who can write it: `verify --source` passes no record that lacks something, or says
+something else than the conversion of that source would; and `push` asks for none that shows no verification."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import FIXTURES
+from support.fuzz.case import command
+from support.fuzz.tally import count
+
+import xpuquant
+from xpuquant.conversion.hub.publish import never_verified
+from xpuquant.errors import DamagedError
+
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "exact": ("gptqmodel-qwen3moe-w4g32", ("--max-shard-size", "60kB")),
+    "rounded": ("gptqmodel-qwen3-w4g32", ("--scale-dtype", "bfloat16")),
+    "dequantized": ("llmcompressor-llama-fp8-block-ragged", ("--on-unsupported", "dequantize")),
+    "portable": ("autoround-qwen3-w4g32-asym", ("--layout", "compressed-tensors")),
+}
+EVERY = int(os.environ.get("XPUQUANT_TRUST_ROUNDS", "3")) > 3
+"""Every field of every module; otherwise those of one module of a kind."""
+
+Path_ = tuple[str | int, ...]
+EMPTY: dict[type, Any] = {dict: {}, list: [], str: "", int: 0, float: 0.0, bool: False}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("made")
+    for name, (fixture, options) in KINDS.items():
+        code, _, error = command("convert", str(FIXTURES / fixture), str(folder / name), "--jobs", "1", *options)
+        assert code == 0, error
+    return {name: folder / name for name in KINDS}
+
+
+def seal(path: Path, value: dict[str, Any]) -> None:
+    """As anybody can: the sha256 of the file with zeros in the place of it. Without the field, without a seal."""
+    if "sha256" in value:
+        value["sha256"] = "0" * 64
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
+
+
+def places(value: Any, at: Path_ = ()) -> Iterator[Path_]:
+    """Every field and every member of every list."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield (*at, key)
+            yield from places(inner, (*at, key))
+
+
+def kinds_of(found: Iterator[Path_]) -> Iterator[Path_]:
+    """One of each kind: names of modules, tensors and files are one kind, so are the members of a list."""
+    seen = set()
+    for at in found:
+        kind = tuple("*" if isinstance(key, int) or "." in key else key for key in at)
+        if EVERY or (kind[:2] != ("source", "quantization_config") and kind not in seen):
+            seen.add(kind)
+            yield at
+
+
+def spoil(record: dict[str, Any], at: Path_, how: str) -> bool:
+    """Drop a field, empty it, or put something else there; False where that changes nothing."""
+    table: Any = record
+    for key in at[:-1]:
+        table = table[key]
+    before = table[at[-1]]
+    if how == "dropped":
+        del table[at[-1]]
+    elif how == "emptied":
+        table[at[-1]] = EMPTY.get(type(before))
+    else:
+        table[at[-1]] = "other" if isinstance(before, str) else 7 if type(before) is int else ["other"]
+    return how == "dropped" or table[at[-1]] != before
+
+
+def may_differ(at: Path_, how: str) -> bool:
+    """What the source cannot tell: under which name it was given, and by which commit of a Hub."""
+    return how == "other" and at in (("source", "name"), ("source", "revision"))
+
+
+@pytest.mark.parametrize("how", ["dropped", "emptied", "other"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_record_passes_that_is_not_the_source_s(kind: str, how: str, made: dict[str, Path]) -> None:
+    repo, source = made[kind], FIXTURES / KINDS[kind][0]
+    path = repo / "xpuquant.json"
+    kept = path.read_bytes()
+    record = json.loads(kept)
+    tried = 0
+    try:
+        for at in kinds_of(places(record)):
+            spoiled = copy.deepcopy(record)
+            if not spoil(spoiled, at, how) or may_differ(at, how):
+                continue
+            seal(path, spoiled)
+            verdict = xpuquant.verify(repo, source=source, backends=["reference"], jobs=1)
+            if at == ("sha256",) and how != "dropped":
+                assert verdict.passed, "sealed again, it is the record that it was"
+                continue
+            assert not verdict.passed, f"{at} {how}, and it passes"
+            named = [line for line in verdict.failures if any(key in line for key in at if type(key) is str)]
+            # Other options are those of another plan, and what they give differs in many places.
+            assert named or at == ("sha256",) or at[0] == "options", (at, verdict.failures)
+            tried += 1
+    finally:
+        path.write_bytes(kept)
+    assert tried >= 20
+    count("records: fields dropped, emptied or changed and sealed again, all found with the source", tried)
+    assert xpuquant.verify(repo, source=source, backends=["reference"], jobs=1).passed
+
+
+def test_an_empty_source_is_said_by_name(made: dict[str, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(made["exact"], tmp_path / "out"))
+    record = json.loads((out / "xpuquant.json").read_text())
+    record["source"] = {}
+    seal(out / "xpuquant.json", record)
+    for more in (["--source", str(FIXTURES / KINDS["exact"][0])], []):
+        code, said, error = command("verify", str(out), "--backend", "reference", *more)
+        assert code in (1, 3) and "lacks the field 'source.name', which every conversion writes" in said + error
+
+
+def test_without_any_digest_it_is_a_conversion_that_was_not_verified(made: dict[str, Path], tmp_path: Path) -> None:
+    """All of them dropped: that is what `--no-verify` records. The report beside it tells otherwise, and fails."""
+    out = Path(shutil.copytree(made["rounded"], tmp_path / "out"))
+    record = json.loads((out / "xpuquant.json").read_text())
+    record["tensors_sha256"] = {}
+    for entry in record["modules"].values():
+        for key in ("roles", "rows_xxh3", "rounding"):
+            del entry[key]
+    seal(out / "xpuquant.json", record)
+    assert never_verified(out)
+    source = FIXTURES / KINDS["rounded"][0]
+    verdict = xpuquant.verify(out, source=source, backends=["reference"], jobs=1)
+    assert not verdict.passed and any("verify.json" in line and "has no digest" in line for line in verdict.failures)
+    for path in out.glob("verify.*"):
+        path.unlink()
+    verdict = xpuquant.verify(out, source=source, backends=["reference"], jobs=1)
+    assert verdict.passed and any("without the source nothing can be verified" in one.what for one in verdict.warnings)
+    assert str(xpuquant.verify(out, backends=["reference"], jobs=1).outcome) == "not verified"
+
+
+def exactly(report: dict[str, Any]) -> None:
+    report["sentence"] = report["sentence"].replace("with scales rounded", "exactly, with scales rounded")
+
+
+LIES: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
+    "sentence": ("sentence", exactly),
+    "count": ("matrices", lambda r: r["exact"].update(matrices=1000)),
+    "claims": ("matrices_by_claim", lambda r: r["exact"].update(matrices_by_claim={"exact": 7})),
+    "verdict": ("verdict", lambda r: r.pop("verdict")),
+    "failed": ("passed", lambda r: r.update(passed=False)),
+    "no comparison": ("exact", lambda r: r.pop("exact")),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_report_that_says_something_else_fails(lie: str, made: dict[str, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(made["rounded"], tmp_path / "out"))
+    report = json.loads((out / "verify.json").read_text())
+    named, tell = LIES[lie]
+    tell(report)
+    seal(out / "verify.json", report)
+    verdict = xpuquant.verify(out, source=FIXTURES / KINDS["rounded"][0], backends=["reference"], jobs=1)
+    assert not verdict.passed and any("verify.json" in line and named in line for line in verdict.failures)
+
+
+def without(record: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: EMPTY[type(value)] if key in keys else value for key, value in record.items()}
+
+
+@pytest.mark.parametrize("keys", [("modules", "unquantized"), ("modules", "unquantized", "tensors_sha256")])
+def test_a_record_of_nothing_is_not_taken_for_a_verified_one(
+    keys: Sequence[str], made: dict[str, Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(made["exact"], tmp_path / "out"))
+    record = json.loads((out / "xpuquant.json").read_text())
+    seal(out / "xpuquant.json", without(record, keys))
+    assert never_verified(out)
+    seal(out / "xpuquant.json", {"sha256": ""})
+    with pytest.raises(DamagedError, match=r"xpuquant\.json: has format_version None"):
+        never_verified(out)
+
+
+def test_weights_that_the_record_does_not_list_are_not_pushed(made: dict[str, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(made["exact"], tmp_path / "out"))
+    record = json.loads((out / "xpuquant.json").read_text())
+    name = sorted(record["shards"])[0]
+    del record["shards"][name]
+    seal(out / "xpuquant.json", record)
+    code, _, error = command("push", str(out), "me/x", "--unverified")
+    assert code == 3 and f"{name} was not written by the conversion" in error and error.count("\n") == 1
