@@ -11,7 +11,7 @@ from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.repo.checksums import UNSEALED
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Source
-from xpuquant.conversion.verify.derived import derived
+from xpuquant.conversion.verify.derivation import derived
 from xpuquant.conversion.verify.proof import Checked
 
 

@@ -26,7 +26,7 @@ from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.agreement import check_kernels
 from xpuquant.conversion.verify.contents import check_contents
 from xpuquant.conversion.verify.context import Check, Origin
-from xpuquant.conversion.verify.derived import check_derived
+from xpuquant.conversion.verify.derivation import check_derived
 from xpuquant.conversion.verify.exactness import check_exact, check_recorded, find_matrix, matrices_by_role
 from xpuquant.conversion.verify.expected import DecodeRows, Subject
 from xpuquant.conversion.verify.integrity import check_integrity, check_unchanged, check_written
