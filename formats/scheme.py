@@ -122,10 +122,10 @@ def expand(pattern: str) -> list[str]:
         for part in braced.split(","):
             low, dash, high = part.partition("-")
             if not _NUMBER.fullmatch(low) or (dash and not _NUMBER.fullmatch(high)):
-                raise DamagedError(f"config.json: '{{{braced}}}' in '{pattern}' is not a list of numbers")
+                raise DamagedError(f"'{{{braced}}}' in '{pattern}' is not a list of numbers")
             first, last = int(low), int(high or low)
             if len(names) * (len(numbers) + last - first + 1) > MAX_MODULES:
-                raise DamagedError(f"config.json: '{pattern}' stands for too many modules")
+                raise DamagedError(f"'{pattern}' stands for too many modules")
             numbers += range(first, last + 1)
         names = [f"{name}{number}" for name in names for number in numbers]
     return names

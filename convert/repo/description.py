@@ -18,6 +18,7 @@ from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.hub import HubSource
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.tree import Tree
+from xpuquant.conversion.verify.record_form import check_form
 from xpuquant.errors import DamagedError, UsageError, XpuquantError
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
@@ -58,6 +59,10 @@ def described(source: LocalSource | HubSource) -> ConvertedRepo | None:
     if not _holds(source, PROVENANCE):
         return None
     record = _read(source, PROVENANCE)
+    try:
+        check_form(record)
+    except DamagedError as error:
+        raise DamagedError(f"{source.name}: {PROVENANCE} {error}") from error
     with guarded(PROVENANCE):
         return _described(source, record)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xpuquant.conversion.repo.journal import PROVENANCE
+from xpuquant.conversion.sizes import LARGEST_SIZE
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.digests import digest_in
@@ -105,7 +106,8 @@ def _wrong_fields(record: Mapping[str, Any]) -> Iterator[str]:
     yield from _members(record["source"]["notes"], str, "source.notes")
     for key, kind in (("tensors_sha256", str), ("left_files", str), ("files", str)):
         yield from _members(list(record[key].values()), kind, key)
-    yield from _members(list(record["source"]["bytes_by_dtype"].values()), int, "source.bytes_by_dtype")
+    counted = record["source"]["bytes_by_dtype"]
+    yield from _fields(counted, dict.fromkeys(counted, _COUNT), "source.bytes_by_dtype.")
 
 
 def _entry(entry: object, fields: Mapping[str, Kinds], place: str) -> Iterator[str]:
@@ -121,6 +123,8 @@ def _fields(table: Mapping[str, Any], fields: Mapping[str, Kinds], place: str) -
             yield f"lacks the field '{place}{key}', which every conversion writes"
         elif type(table[key]) not in kinds:
             yield _other_type(f"{place}{key}")
+        elif type(table[key]) in (int, float) and not 0 <= table[key] <= LARGEST_SIZE:
+            yield f"has a number that no conversion writes in the field '{place}{key}'"
 
 
 def _members(values: Sequence[Any], kind: type, place: str) -> Iterator[str]:

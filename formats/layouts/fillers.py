@@ -299,8 +299,10 @@ class FillExpertScales(Filler):
             target[...] = tables[0].astype(np.float32).reshape(1)
             return
         both = zip(self.members, tables, strict=True)
-        scales = np.concatenate([weight.spread(table, FP8_BLOCK, FP8_BLOCK) for weight, table in both])
-        target.reshape(scales.T.shape)[...] = scales.T.astype(np.float32)
+        # As float32 first: there is no dtype that exponents and bfloat16 have in common.
+        parts = [weight.spread(table.astype(np.float32), FP8_BLOCK, FP8_BLOCK) for weight, table in both]
+        scales = np.concatenate(parts)
+        target.reshape(scales.T.shape)[...] = scales.T
 
     def piece(self) -> Piece:
         inputs = all_inputs([weight.scales(0, weight.N) for weight in self.members])

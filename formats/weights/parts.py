@@ -118,7 +118,11 @@ def _stacked_scales(rows: Sequence[Scaled]) -> tuple[Array, Array, Array]:
     """(scale, row, col) of rows of several weights."""
     tops = np.cumsum([0] + [len(each.scale) for each in rows[:-1]])
     row = np.concatenate([each.row + top for each, top in zip(rows, tops, strict=True)])
-    return np.concatenate([each.scale for each in rows]), row, rows[0].col
+    scales = [each.scale for each in rows]
+    if len({scale.dtype for scale in scales}) > 1:
+        # float32 has every value of each; there is no other dtype that exponents and bfloat16 have in common.
+        scales = [scale.astype(np.float32) for scale in scales]
+    return np.concatenate(scales), row, rows[0].col
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,3 +199,27 @@ def test_weights_that_the_record_does_not_list_are_not_pushed(made: dict[str, Pa
     seal(out / "xpuquant.json", record)
     code, _, error = command("push", str(out), "me/x", "--unverified")
     assert code == 3 and f"{name} was not written by the conversion" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "edit"),
+    [
+        ("source.bytes", lambda r: r["source"].update(bytes=10**400)),
+        ("source.bytes_by_dtype.F16", lambda r: r["source"]["bytes_by_dtype"].update(F16=-1)),
+        ("producer", lambda r: r.update(producer="xpuquant 0.1.0\n# <b>")),
+        ("stands for too many", lambda r: r.update(unquantized=["{0-9999}.{0-9999}"])),
+    ],
+)
+def test_numbers_and_names_that_no_conversion_writes(
+    named: str, edit: Callable[[dict[str, Any]], object], made: dict[str, Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(made["exact"], tmp_path / "out"))
+    record = json.loads((out / "xpuquant.json").read_text())
+    edit(record)
+    seal(out / "xpuquant.json", record)
+    for words in (["verify", str(out), "--backend", "reference"], ["push", str(out), "me/x"], ["inspect", str(out)]):
+        code, said, error = command(*words)
+        if words[0] == "inspect" and named.startswith("stands"):
+            assert code == 0
+            continue
+        assert code in (1, 3) and named in said + error and "config.json: '" not in error and error.count("\n") == 1

@@ -112,6 +112,11 @@ FOUND: dict[str, tuple[str, Callable[[Folder], None], int]] = {
     "a g_idx that names one of several groups": ("gptqmodel-qwen3-w4g32-actorder", all_one_group, 0),
     "vectors of 4- and 6-bit elements": ("gptqmodel-qwen3-w4g32", four_bit_vector, 0),
     "experts with scales of two dtypes": ("gptqmodel-qwen3moe-w4g32", scales_of_two_dtypes, 0),
+    "experts with exponents and numbers for scales": (
+        "autoround-qwen3moe-fp8-block",
+        retype(f"{EXPERT}.1.gate_proj.weight_scale_inv", "F8_E8M0", (1, 1), 1),
+        0,
+    ),
     "integers for biases": ("llmcompressor-qwen3moe-w4a16", biases("I32", data=b"\1\2\3\4"), 3),
     "exponents for biases": ("llmcompressor-qwen3moe-w4a16", biases("F8_E8M0", data=b"\x7f"), 3),
     "matrices for biases": ("llmcompressor-qwen3moe-w4a16", biases("BF16", (3,), b"\0\1"), 3),

@@ -180,7 +180,9 @@ def _problem(code: int, text: str, error: str) -> str | None:
         return f"exit {code}: {error[:1000]}"
     if "Traceback" in error + text or "internal error" in error:
         return f"traceback: {error[:2000]}"
-    if code > 1 and (error.count("\n") != 1 or not error[:-1].isprintable()):
+    # That a run goes on from an earlier one is said as it begins.
+    lines = [line for line in error.splitlines() if not line.startswith("resumed: ")]
+    if (len(lines) != (code != 0) and code != 1) or not all(line.isprintable() for line in lines):
         return f"not one clean line: {error[:500]!r}"
     return None
 
