@@ -123,7 +123,7 @@ _TITLES = {
 }
 _NOT_RUN = {
     "exactness": "there is no recorded digest, as after a conversion without verification; verify against the source",
-    "kernels": "no kernel library computes these modules here; the float64 reference alone reads the layout",
+    "kernels": "no kernel library computed a module in this run; the float64 reference alone read the layout",
 }
 
 

@@ -229,7 +229,10 @@ def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
         jobs=request.jobs or default_jobs(),
         verify=request.verify,
         reporter=reporter,
-        command=shlex.join(["xpuquant", "finish", _public(request.source), request.out.resolve().name]),
+        command=shlex.join(
+            ["xpuquant", "finish", _public(request.source), request.out.resolve().name]
+            + ["--no-verify"] * (not request.verify)
+        ),
     )
     return _published(converted, request.destination, reporter)
 
@@ -263,10 +266,12 @@ def default_output(name: str, layout: str) -> Path:
 
 
 def card_command(request: ConvertRequest) -> str:
-    """The command line that asks for the same bytes, for a card that anybody reads: of a folder here its name."""
+    """The command line that asks for the same, for a card that anybody reads: of a folder here its name."""
     words = ["xpuquant", "convert", _public(request.source), request.target.resolve().name]
     for asked in request.options.asked():
         words += [f"--{asked.name.replace('_', '-')}", *([] if asked.value is True else [str(asked.value)])]
+    if not request.verify:
+        words.append("--no-verify")
     return shlex.join(words if request.revision is None else [*words, "--revision", request.revision])
 
 

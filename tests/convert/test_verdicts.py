@@ -136,6 +136,8 @@ class TestOutcomes:
     def test_convert_without_verification_says_what_it_did_not_do(self, tmp_path: Path, source: Path) -> None:
         code, text, _ = command("convert", str(source), str(tmp_path / "out"), "--no-verify", "--json")
         assert code == 0 and json.loads(text)["proof"] == {"verdict": "not verified", "matrices": {"not checked": 7}}
+        made = (tmp_path / "out" / "README.md").read_text().partition("## How it was made")[2]
+        assert f"xpuquant convert {source.name} out --no-verify\n" in made
         code, text, _ = command("convert", str(MOE), str(tmp_path / "moe"), "--no-verify")
         words = " ".join(text.split())
         assert (
