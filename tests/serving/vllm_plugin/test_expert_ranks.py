@@ -1,5 +1,7 @@
-"""Experts without a gate under vLLM. No model with them runs on its CPU path, which refuses such layers
-(`is_act_and_mul=False`): so the method that loads and computes them is run alone, on one rank and on two."""
+"""The method that loads and computes experts under vLLM, alone: what two ranks have adds up to the experts.
+
+Of experts without a gate this is all that runs here: vLLM's CPU path refuses models that have them
+(`is_act_and_mul=False`)."""
 
 from __future__ import annotations
 
@@ -15,13 +17,14 @@ from support.models import EXPERTS, PACK
 from xpuquant import layers
 
 E, H, I = 4, 256, 256
-SCHEMES = {name: replace(scheme, gated=False) for name, scheme in EXPERTS.items() if "nvfp4" not in name}
+SCHEMES = {name: scheme for name, scheme in EXPERTS.items() if "nvfp4" not in name}
+GATES = {True: "silu", False: "relu2_no_mul"}
 
 
 def stacks(scheme: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(5)
     tensors: dict[str, torch.Tensor] = {}
-    for part, (N, K) in zip(scheme.stacks, ((I, H), (H, I)), strict=True):
+    for part, (N, K) in zip(scheme.stacks, ((I * (1 + scheme.gated), H), (H, I)), strict=True):
         packed = [PACK[scheme.layout](torch.randn(N, K).bfloat16() / 8, scheme)[0] for _ in range(E)]
         for end in packed[0]:
             stack = torch.stack([one[end] for one in packed])
@@ -40,7 +43,7 @@ def rank_of(scheme: Any, tensors: dict[str, torch.Tensor], rank: int, tp: int, e
     parallel = SimpleNamespace(tp_rank=rank if tp > 1 else 0, tp_size=tp)
     method.moe = SimpleNamespace(moe_parallel_config=parallel, experts_per_token=2, ep_rank=rank, ep_size=ep)
     layer: Any = torch.nn.Module()
-    layer.activation, layer.swiglu_limit = MoEActivation.RELU2_NO_MUL, None
+    layer.activation, layer.swiglu_limit = MoEActivation(GATES[scheme.gated]), None
     layer.apply_router_weight_on_input, layer.expert_map = False, None
     if ep > 1:
         layer.expert_map = torch.full((E,), -1, dtype=torch.int32)
@@ -52,13 +55,14 @@ def rank_of(scheme: Any, tensors: dict[str, torch.Tensor], rank: int, tp: int, e
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_the_ranks_add_up_to_the_experts(name: str, tp: int, ep: int) -> None:
-    scheme = SCHEMES[name]
+def test_the_ranks_add_up_to_the_experts(name: str, gated: bool, tp: int, ep: int) -> None:
+    scheme = replace(SCHEMES[name], gated=gated)
     tensors = stacks(scheme)
     x, weights, ids = torch.randn(6, H).bfloat16(), torch.rand(6, 2), torch.rand(6, E).topk(2).indices.int()
     total = sum(rank_of(scheme, tensors, rank, tp, ep)(x, weights, ids).float() for rank in range(tp * ep))
-    activate = partial(layers.activated, scheme, "relu2_no_mul")
+    activate = partial(layers.activated, scheme, GATES[gated])
     wanted = layers.experts(scheme, tensors, x, weights, ids.long(), activate).float()
     assert wanted.abs().max() > 0.1
     torch.testing.assert_close(total, wanted, atol=0.02 * wanted.abs().max().item(), rtol=0)
