@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.footprint import kv_cache, weights_on_each
 from xpuquant.conversion.plan.plan import make_plan
-from xpuquant.conversion.plan.survey import PlannedModule, Survey, survey_modules
+from xpuquant.conversion.plan.survey import PlannedModule, Survey, engines_of, survey_modules
 from xpuquant.conversion.plan.tensor_parallel import problems
 from xpuquant.conversion.rates import seconds
 from xpuquant.conversion.repo.description import ConvertedRepo, described
@@ -18,6 +18,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.safetensors import Tensor
+from xpuquant.served_families import Tried
 
 RANKS = (1, 2, 4, 8)
 """Tensor-parallel sizes that are looked at by default."""
@@ -63,6 +64,7 @@ class Inspection:
     notes            what is odd about the checkpoint
     nbytes           bytes of the converted weights
     fits             what each GPU has to hold, for every number of GPUs over which the model splits
+    engines          what versions of engines are known to do with the converted model
     seconds          how long converting and verifying takes, from measured rates on two cores
     """
 
@@ -80,6 +82,7 @@ class Inspection:
     notes: tuple[str, ...]
     nbytes: int
     fits: tuple[Fit, ...]
+    engines: tuple[Tried, ...]
     seconds: float
 
     @property
@@ -139,6 +142,7 @@ def inspect_source(
         (*checkpoint.notes, *survey.reading.notes),
         sum(module.nbytes for module in planned) + sum(tensor.nbytes for tensor in passed),
         () if survey.refused else tuple(_fit(checkpoint, planned, passed, n, context) for n in ranks if not splits[n]),
+        () if survey.refused else engines_of(planned, options, checkpoint),
         seconds(source.nbytes, formats),
     )
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from xpuquant.ark_releases import ARK_LAYOUTS, ARK_PACKAGE, serving_ark
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan
-from xpuquant.conversion.plan.survey import PlannedModule, kind_of
+from xpuquant.conversion.plan.survey import PlannedModule, engines_of, kind_of
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sizes import size
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.scheme import Scheme
+from xpuquant.served_families import Tried
 from xpuquant.xpu_releases import TOP_K, operators_of, served, since
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ class Planned:
     notes        what was odd about the source
     read_bytes   bytes of the source that are read
     write_bytes  bytes of all shards
+    engines      what versions of engines are known to do with a model of this architecture; empty where the output is
+                 stock engines' affair
     """
 
     source: SourceInfo
@@ -105,6 +108,7 @@ class Planned:
     notes: tuple[str, ...]
     read_bytes: int
     write_bytes: int
+    engines: tuple[Tried, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,7 @@ def summary(plan: Plan, source: Source) -> Planned:
         tuple(plan.notes),
         plan.read_bytes,
         plan.write_bytes,
+        engines_of(plan.modules, plan.options, source.checkpoint),
     )
 
 

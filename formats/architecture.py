@@ -148,6 +148,14 @@ def is_embedding(name: str) -> bool:
     return layer_of(name).embedding or leaf == "shared" or bool(words & _LOOKED_UP and not words & _MULTIPLIED)
 
 
+def is_router(name: str) -> bool:
+    """Whether a module chooses the experts of a token: `mlp.gate`, `feed_forward.router`, `router.proj` (Gemma 4),
+    `block_sparse_moe.router.layer` (Granite), `mlp.gate.wg` (Hunyuan). `gate` is a router's name in every architecture
+    known here; the linears that gate a layer are called `gate_proj`."""
+    *_, parent, leaf = ("", "", *name.split("."))
+    return leaf in ("router", "gate") or (parent in ("router", "gate") and leaf in ("proj", "layer", "wg"))
+
+
 def splits_along_k(name: str) -> bool:
     """Whether engines split a module over several GPUs along K. `attn_out_proj` does as `out_proj` does."""
     return name.endswith(_ALONG_K)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from xpuquant.conversion.hub.publish import Pushed
     from xpuquant.conversion.inspection import Inspection
     from xpuquant.conversion.verify.verdict import Verdict
+    from xpuquant.served_families import Tried
 
 _ON_THE_WAY_BYTES = 16 << 20
 """Per worker: pieces made ahead, blocks before the disk."""
@@ -88,7 +89,8 @@ def _converted(result: Converted, output: Output) -> Answer:
         "proof": {"verdict": str(outcome), "matrices": by_claim(proof)} if result.is_new else None,
         "verification": None if verdict is None else as_data(verdict),
     }
-    return Answer([*before, *notes(plan.notes), modules_table(plan.modules), facts, *serve], data, out)
+    engines = engines_table([one for one in plan.engines if one.outcome in ("refuses", "fails")])
+    return Answer([*before, *notes(plan.notes), modules_table(plan.modules), *engines, facts, *serve], data, out)
 
 
 def _part(result: PartConverted) -> Answer:
@@ -118,7 +120,7 @@ def planned(plan: Planned, out: Path, jobs: int, part: str | None = None) -> Ans
         ),
     )
     return Answer(
-        [*notes(plan.notes), modules_table(plan.modules), shards, facts],
+        [*notes(plan.notes), modules_table(plan.modules), *engines_table(plan.engines), shards, facts],
         plan_data(plan) | {"out": str(out)} | ({} if part is None else {"part": part}),
         str(out),
     )
@@ -247,6 +249,17 @@ def modules_table(modules: Iterable[ModuleOutcome]) -> TextTable:
     )
 
 
+def engines_table(engines: Iterable[Tried]) -> list[TextTable]:
+    """What is known of the engines that load the result; nothing where there is nothing to say."""
+    rows = [(f"{one.engine} {one.version}", str(one)) for one in engines]
+    return [TextTable("tried with a tiny model of this architecture", ("engine", "outcome"), rows)] if rows else []
+
+
+def engines_data(engines: Iterable[Tried]) -> list[dict[str, str]]:
+    """The same as JSON."""
+    return [asdict(one) for one in engines]
+
+
 def left_alone(plan: Planned) -> str:
     """What stays unquantized, and why."""
     if not plan.passed:
@@ -267,6 +280,7 @@ def plan_data(plan: Planned) -> dict[str, Any]:
         "notes": list(plan.notes),
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
+        "engines": engines_data(plan.engines),
         "output": [
             {
                 "file": shard.name,

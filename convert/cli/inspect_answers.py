@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from xpuquant.conversion.cli.answers import module_data, modules_table, notes, source_data
+from xpuquant.conversion.cli.answers import engines_data, engines_table, module_data, modules_table, notes, source_data
 from xpuquant.conversion.cli.output import Answer
 from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.gpus import EXPERT_GENERATIONS, GPUS, KEPT_FREE, USED, Gpu
@@ -99,6 +99,7 @@ def _checkpoint(found: Inspection) -> Answer:
         decided = [(fact, str(count)) for fact, count in Counter(found.decisions).most_common()]
         parts.append(TextTable("decided from the tensors", ("what", "matrices"), decided, most=_MAX_DECISIONS))
     if found.converts:
+        parts += engines_table(found.engines)
         took = f"about {duration(max(found.seconds, 1.0))} on two cores, verified; {size(found.nbytes)} of disk"
         parts += [f"converting takes {took}", *_memory(found)]
     data = {
@@ -113,6 +114,7 @@ def _checkpoint(found: Inspection) -> Answer:
         "decisions": found.decisions,
         "tensor_parallel": {str(n): problems for n, problems in found.tensor_parallel.items()},
         "notes": list(found.notes),
+        "engines": engines_data(found.engines),
         "bytes": found.nbytes,
         "seconds": found.seconds,
         "fits": [asdict(fit) for fit in found.fits],

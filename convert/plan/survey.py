@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from xpuquant.conversion.options import Options
@@ -20,6 +20,7 @@ from xpuquant.formats.readers.fold_act_order import fold_act_orders
 from xpuquant.formats.readers.reading import Reading, read
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weights.base import Weight
+from xpuquant.served_families import Tried, tried
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,13 @@ def _offer(module: Module, options: Options) -> Conversion | Refusal:
         refusal = refusal or offer
     without = "compressed-tensors layout" if options.layout == FAMILY else "XPU kernel"
     return refusal or Refusal(f"{kind_of(module)} has no {without}")
+
+
+def engines_of(modules: Iterable[PlannedModule], options: Options, checkpoint: Checkpoint) -> tuple[Tried, ...]:
+    """What versions of engines are known to do with the converted model; nothing where it is not for this loader."""
+    schemes = [module.conversion.scheme for module in modules]
+    parts = {"experts" if scheme.experts else "linears" for scheme in schemes if scheme is not None}
+    return tried(checkpoint.config, parts) if parts and options.layout == "xpu" else ()
 
 
 def refusal(refused: Mapping[str, str], dequantizable: bool, layout: str) -> UnsupportedError:

@@ -17,7 +17,7 @@ from typing import Any
 
 from xpuquant import __version__
 from xpuquant.conversion.plan.plan import Plan
-from xpuquant.conversion.plan.survey import PlannedModule, kind_of
+from xpuquant.conversion.plan.survey import PlannedModule, engines_of, kind_of
 from xpuquant.conversion.repo.card_merge import CARD, generate, loaded_by_transformers, served_by_vllm
 from xpuquant.conversion.report.markup import Markdown, fenced, joined, listed, markdown, table
 from xpuquant.conversion.report.sentences import headline
@@ -26,6 +26,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.scheme import compact
+from xpuquant.served_families import Tried
 
 LIBRARY = "transformers"
 RELATION = "quantized"
@@ -75,6 +76,7 @@ class CardFacts:
     auto_class       Transformers' class that loads it
     is_multimodal   the model also takes images; decides the pipeline tag where the source names none
     command         the exact command line
+    engines         what versions of engines are known to do with a model of this architecture
     versions        tool → version
     left            (what was not converted, why)
     """
@@ -94,6 +96,7 @@ class CardFacts:
     is_multimodal: bool = False
     auto_class: str = "AutoModelForCausalLM"
     layout: str = "xpu"
+    engines: Sequence[Tried] = ()
 
 
 def gather(
@@ -128,6 +131,7 @@ def gather(
         is_multimodal=isinstance(config.get("vision_config"), dict),
         auto_class=source.checkpoint.auto_class,
         layout=plan.options.layout,
+        engines=engines_of(plan.modules, plan.options, source.checkpoint),
     )
 
 
@@ -265,11 +269,23 @@ def _serving(facts: CardFacts) -> Markdown:
         )
     return markdown(
         "## Serve\n\n{install}\n\nWith [vLLM](https://docs.vllm.ai/) on an Intel GPU:\n\n{vllm}\n\n"
-        "With Transformers:\n\n{transformers}",
+        "With Transformers:\n\n{transformers}{tried}",
         install=_install(),
         vllm=fenced(serve, "sh"),
         transformers=fenced(_loading(facts, "xpu"), "python"),
+        tried=_tried(facts.engines),
     )
+
+
+def _tried(engines: Sequence[Tried]) -> Markdown:
+    """What is known of the versions of engines, where anything is."""
+    if all(one.outcome == "not tried" for one in engines):
+        return markdown("")
+    said = [
+        markdown("{engine} {version}: {outcome}", engine=one.engine, version=one.version, outcome=str(one))
+        for one in engines
+    ]
+    return markdown("\n\nTried with a tiny model of this architecture, on a CPU:\n\n{said}", said=listed(said))
 
 
 def _install() -> Markdown:

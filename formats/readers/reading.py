@@ -7,10 +7,11 @@ left over is sorted out by `leftovers.py`: nothing is dropped or kept without a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xpuquant.errors import DamagedError, UnsupportedError, UsageError, shown
+from xpuquant.formats.architecture import is_router
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.readers import READERS
@@ -91,7 +92,21 @@ def read(checkpoint: Checkpoint) -> Reading:
             f"nothing is quantized: config.json says '{checkpoint.method}'{also}, but no tensor is packed or scaled"
             + "".join(f"; {note}" for note in checkpoint.notes[:3])
         )
-    return Reading(tuple(weights), refused, tuple(left.passed), (*left.notes, *unknown_keys(checkpoint)))
+    notes = (*left.notes, *unknown_keys(checkpoint), *_quantized_routers(weights))
+    return Reading(tuple(weights), refused, tuple(left.passed), notes)
+
+
+def _quantized_routers(weights: Sequence[Weight]) -> list[str]:
+    """A remark on routers that a producer packed, as AutoRound's model-free export (0.16.1) does those of Llama 4,
+    gpt-oss, Gemma 4 and Granite."""
+    routers = [weight.name for weight in weights if is_router(weight.name)]
+    if not routers:
+        return []
+    named = f"{routers[0]} and {len(routers) - 1} more routers are" if len(routers) > 1 else f"{routers[0]} is"
+    return [
+        f"{named} quantized, as AutoRound's model-free export does unasked; the plugin of vLLM refuses that where vLLM "
+        "has the model's router unquantized: quantize the model again, routers left out"
+    ]
 
 
 def modules(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:

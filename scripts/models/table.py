@@ -203,10 +203,15 @@ def _cards(found: Sequence[tuple[Published, Row]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="words of names; all where none is given")
+    parser.add_argument("--write", type=Path, help="write the checkpoint of this name and scheme here, and keep it")
     parser.add_argument("--plan", type=Path, help="plan this folder and print the row")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "models.md", help="the file to rewrite")
     parser.add_argument("--rows", type=Path, help="a file for the rows: a run that is cut off goes on from it")
     given = parser.parse_args()
+    if given.write:
+        (published,) = [p for p in PUBLISHED if set(given.names) <= {p.model.name, p.scheme}]
+        print(f"{write(given.write, published):,} bytes of tensors, without their values, in {given.write}")
+        return
     if given.plan:
         print(json.dumps(asdict(planned(given.plan))))
         return

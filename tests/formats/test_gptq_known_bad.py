@@ -185,3 +185,21 @@ def test_a_config_of_the_wrong_type_is_named(tmp_path):
     assert "'(' is not a regular expression" in refusal(
         tmp_path / "b", gptq_checkpoint(ints(), dynamic=rules), UsageError
     )
+
+
+# Routers.
+
+
+@pytest.mark.parametrize(
+    "router",
+    ["mlp.gate", "feed_forward.router", "mlp.router", "router.proj", "block_sparse_moe.router.layer", "mlp.gate.wg"],
+)
+def test_packed_routers_are_named(tmp_path, router):
+    """AutoRound's model-free export, of Qwen3-MoE, Llama 4, gpt-oss, Gemma 4 and Granite."""
+    out = gptq_converted(tmp_path, ints(), name=f"model.layers.0.{router}")
+    (note,) = out.plan.notes
+    assert note.startswith(f"model.layers.0.{router} is quantized, as AutoRound's model-free export does unasked")
+
+
+def test_linears_that_gate_are_no_routers(tmp_path):
+    assert not gptq_converted(tmp_path, ints(), name="model.layers.0.mlp.gate_proj").plan.notes

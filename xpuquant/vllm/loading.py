@@ -19,10 +19,10 @@ from functools import wraps
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from xpuquant.errors import DamagedError, one_line
+from xpuquant.errors import DamagedError, UnsupportedError, one_line
 from xpuquant.formats.architecture import ALIASES
 from xpuquant.formats.scheme import Scheme
 from xpuquant.layers import expert_tensors, linear_tensors
@@ -153,6 +153,21 @@ def _check(name: str, suffix: str, scheme: Scheme, tensor: torch.Tensor) -> None
         raise DamagedError(f"tensor {one_line(name)} is {tensor.dtype}, the format wants {wanted}; {_FIX}")
 
 
+def refuse_unasked(model: torch.nn.Module, config: XpuquantConfig) -> None:
+    """Raise UnsupportedError, in one line, for a layer that the repo has quantized, and vLLM has asked for by a name
+    that is not its path: Falcon-H1's attention is `layers.0.self_attn`, and asked for as `layers.0`."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, LinearBase) and isinstance(layer.quant_method, UnquantizedLinearMethod):
+            for member in config.members(path):
+                stored = config.name_of(member)
+                if stored is not None:
+                    raise UnsupportedError(
+                        f"{one_line(stored)}: vLLM's {type(model).__name__} builds this layer under the name "
+                        f"{layer.prefix or 'of none'}, so that it is not known to be quantized; "
+                        "serve the source repo instead"
+                    )
+
+
 def guard(model: Any, config: XpuquantConfig) -> None:
     """Put an `Intake` before `model.load_weights`; only the first load must be complete."""
     inner: Callable[..., set[str] | None] = model.load_weights
@@ -183,6 +198,7 @@ def register() -> None:
         model: torch.nn.Module = inner(self, vllm_config, *args, **kwargs)
         if isinstance(vllm_config.quant_config, XpuquantConfig):
             follow_or_refuse(model, vllm_config.quant_config.stored)
+            refuse_unasked(model, vllm_config.quant_config)
             guard(model, vllm_config.quant_config)
         return model
 

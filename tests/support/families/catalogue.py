@@ -111,6 +111,7 @@ _MLA = {
 }
 _LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
 _SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
+_CONV = {"conv_dim": 256, "conv_dim_out": 256}
 _NEXTN = {"num_nextn_predict_layers": 1}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}}
@@ -151,9 +152,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("deepseek_v3", "DeepseekV3Config", {**_MLA, **_NEXTN}, mtp="model.layers.2"),
     Family("deepseek_v32", "DeepseekV32Config", {**_MLA, "index_n_heads": 4, "index_head_dim": 128, "index_topk": 64}),
     Family("deepseek_v4", "DeepseekV4Config", {"o_groups": 4, "o_lora_rank": 64, "head_dim": 64}),
-    Family("glm4_moe", "Glm4MoeConfig", _NEXTN, mtp="model.layers.2"),
+    Family("glm4_moe", "Glm4MoeConfig", {**_NEXTN, "head_dim": 64}, mtp="model.layers.2"),
     Family("glm4_moe_lite", "Glm4MoeLiteConfig", {**_MLA, **_NEXTN}, mtp="model.layers.2"),
-    Family("minimax_m2", "MiniMaxM2Config", {"rotary_dim": 32, "scoring_func": "sigmoid"}),
+    Family("minimax_m2", "MiniMaxM2Config", {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}),
     Family("granitemoe", "GraniteMoeConfig", scheme="fp8"),
     Family(
         "granitemoehybrid",
@@ -176,6 +177,7 @@ FAMILIES: tuple[Family, ...] = (
         "longcat_flash",
         "LongcatFlashConfig",
         {**_MLA, "n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 2, "expert_ffn_hidden_size": 128}
+        | {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"}
         | {"ffn_hidden_size": 256, "num_layers": 2},
         source_lacks=r".*\.experts\.(8|9|1\d)\..*",  # rows of the experts that return their input
     ),
@@ -217,7 +219,7 @@ FAMILIES: tuple[Family, ...] = (
         | {"attention_hidden_size": 512, "attention_head_dim": 128, "mamba_headdim": 64, "chunk_size": 64}
         | {"use_mamba_kernels": False, "tie_word_embeddings": True},
     ),
-    Family("lfm2", "Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    Family("lfm2", "Lfm2Config", {"layer_types": ["conv", "full_attention"], **_CONV}),
     Family(
         "qwen3_5",
         "Qwen3_5Config",
@@ -237,7 +239,7 @@ FAMILIES: tuple[Family, ...] = (
         image="qwen",
     ),
     Family("qwen3_vl", "Qwen3VLConfig", text=_MROPE, head=_SEES, image="qwen"),
-    Family("qwen3_vl_moe", "Qwen3VLMoeConfig", text=_MROPE, head=_SEES, image="qwen"),
+    Family("qwen3_vl_moe", "Qwen3VLMoeConfig", text={**_MROPE, "norm_topk_prob": True}, head=_SEES, image="qwen"),
     Family("qwen2_5_vl", "Qwen2_5_VLConfig", text=_MROPE, head=_SEES, image="qwen"),
     Family(
         "gemma3", "Gemma3Config", {"mm_tokens_per_image": 4}, {"query_pre_attn_scalar": 64}, head=_SEES, image="flat"
@@ -245,6 +247,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "gemma4",
         "Gemma4Config",
+        {"vision_config": {"model_type": "gemma4_vision", **VISION, "num_key_value_heads": 2, "global_head_dim": 32}},
         text={**_LOCAL, "head_dim": 64, "enable_moe_block": True, "top_k_experts": 2, "per_layer_config": {}}
         | {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 64},
         head=_SEES,
@@ -266,7 +269,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("kimi_k25", "Kimi_K25Config", text=_MLA, head=_SEES),
     Family("step3p7", "Step3p7Config", text={**_SPARSE, "share_expert_dim": 128}, head=_SEES, scheme="fp8"),
-    Family("lfm2_vl", "Lfm2VlConfig", text={"layer_types": ["conv", "full_attention"]}, head=_SEES),
+    Family("lfm2_vl", "Lfm2VlConfig", text={"layer_types": ["conv", "full_attention"], **_CONV}, head=_SEES),
     Family("aria", "AriaConfig", head=_SEES),
     Family(
         "ernie4_5_vl_moe",

@@ -66,7 +66,7 @@ GROUP = 64
 BLOCK = 128
 _NEVER = re.compile(
     r".*(embed|wte|router|conv|norm|visual|vision|vit_|projector|patch|pos_emb|sinks|bias|audio|classifier|compressor)"
-    r"|(.*\.)?(lm_head|head|gate|shared_expert_gate|A_log|D|g_proj|weights_proj|in_proj_[ab]|in_proj_ba|in_proj_a|"
+    r"|(.*\.)?(lm_head|head|gate|wg|shared_expert_gate|A_log|D|g_proj|weights_proj|in_proj_[ab]|in_proj_ba|in_proj_a|"
     r"x_proj|dt_proj|f_[ab]_proj|b_proj|g_[ab]_proj|per_layer_\w+|hc_\w+|ape|tid2eid)$"
 )
 """Modules that no producer quantizes, by a part of their name or the whole of its last; and the narrow ones, whose

@@ -1,0 +1,245 @@
+"""The families that people serve: converted, loaded by the engines, and written down in docs/families.md.
+
+    scripts/lanes/families                    every family that has no cells of these versions yet
+    scripts/lanes/families --only llama4      one, again
+    scripts/lanes/families --engines plan,transformers     without vLLM's environment
+    scripts/lanes/families --accept           cells that became worse are recorded too
+
+Cells are recorded in xpuquant/families.json, from which `inspect`, the plan and the card say what is known of an
+architecture.
+A run that was cut off goes on where it was. Exits 1 where a cell is worse than the recorded one, or an engine fails on
+what the plan converts without saying why in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+from bench.measure import insert  # noqa: E402
+from support.families.catalogue import FAMILIES, Family  # noqa: E402
+
+RECORD = ROOT / "xpuquant" / "families.json"
+PAGE = ROOT / "docs" / "families.md"
+HERE = Path(__file__).parent
+AT_ONCE = 6
+"""Families for which one vLLM process is started."""
+NEAR = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Difference of log-probabilities that is called the same, where the tokens are: of all in float32, of nine in ten in
+bfloat16, in which rounding may choose another expert for a token."""
+RANK = {"fails": 0, "differs": 0, "not run": 1, "refused": 2, "same": 3, "converts": 3}
+Cell = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="FAMILY", choices=[one.name for one in FAMILIES])
+    parser.add_argument("--engines", default="plan,transformers,vllm", help="which cells; default: %(default)s")
+    parser.add_argument("--accept", action="store_true", help="record what became worse, too")
+    parser.add_argument("--again", action="store_true", help="also what has cells of these versions")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "families", help="where models are written")
+    parser.add_argument(
+        "--vllm", type=Path, help="Python of an environment with vLLM; default: that of scripts/lanes/vllm"
+    )
+    arguments = parser.parse_args()
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"families": {}}
+    families = [one for one in FAMILIES if not arguments.only or one.name in arguments.only]
+    engines = arguments.engines.split(",")
+    bad: list[str] = []
+    again = arguments.again or bool(arguments.only)
+    for found in _cells(families, engines, arguments.work, arguments.vllm, None if again else record):
+        bad += merge(record, found, arguments.accept)
+        RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        insert(PAGE, "families", page(record))
+    print("\n".join(bad))
+    return 1 if bad else 0
+
+
+def _cells(
+    families: Sequence[Family], engines: Sequence[str], work: Path, vllm: Path | None, known: Mapping[str, Any] | None
+) -> Iterator[dict[str, dict[str, Cell]]]:
+    """Family → column → cell, as they come: plan and Transformers one by one, vLLM in batches."""
+    names = [one.name for one in families]
+    version = _version(Path(sys.executable), "transformers")
+    if "transformers" in engines or "plan" in engines:
+        wanted = [name for name in names if known is None or not _has(known, name, "transformers", version)]
+        yield from _converted(wanted, work, version)
+    if "vllm" not in engines:
+        return
+    python = vllm or _vllm_environment()
+    version = _version(python, "vllm").split("+")[0]
+    wanted = [
+        name
+        for name in names
+        if (work / name / "converted" / "config.json").exists()
+        and (known is None or not _has(known, name, "vllm", version))
+    ]
+    for dtype in NEAR:
+        alike = [one.name for one in families if one.name in wanted and one.dtype == dtype]
+        for at in range(0, len(alike), AT_ONCE):
+            yield _served(python, version, alike[at : at + AT_ONCE], work, dtype)
+
+
+def _has(record: Mapping[str, Any], name: str, column: str, version: str) -> bool:
+    return version in record["families"].get(name, {}).get(column, {})
+
+
+def _converted(names: list[str], work: Path, version: str) -> Iterator[dict[str, dict[str, Cell]]]:
+    """Runs cells.py; a family in which the process ends without a word is a cell of its own."""
+    left = list(names)
+    while left:
+        command = [sys.executable, str(HERE / "cells.py"), str(work), *left]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            name, _, cells = line.partition(" ")
+            if name not in left:
+                continue
+            print(line.rstrip(), flush=True)
+            left.remove(name)
+            yield {name: _dated(json.loads(cells), version)}
+        if process.wait() and left:
+            yield {left.pop(0): {"plan": {"outcome": "fails", "why": "the process ended"}}}
+
+
+def _dated(cells: dict[str, Cell], version: str) -> dict[str, Cell]:
+    today = date.today().isoformat()
+    found = {"plan": {**cells["plan"], "date": today}}
+    if "transformers" in cells:
+        found["transformers"] = {version: {**cells["transformers"], "date": today}}
+    return found
+
+
+def _vllm_environment() -> Path:
+    subprocess.run([str(ROOT / "scripts" / "lanes" / "vllm"), "--env-only"], check=True)
+    return Path(os.environ.get("XPUQUANT_VENVS", ROOT)) / ".venv-vllm" / "bin" / "python"
+
+
+def _version(python: Path, package: str) -> str:
+    asked = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.run([python, "-c", asked], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _served(python: Path, version: str, names: list[str], work: Path, dtype: str) -> dict[str, dict[str, Cell]]:
+    """vLLM's cells: the tokens of each family's twin, and of the converted repo."""
+    folders = [work / name / kind for name in names for kind in ("plain", "converted")]
+    reports: dict[str, Any] = {}
+    while left := [str(folder) for folder in folders if str(folder) not in reports]:
+        job = {"models": left, "dtype": dtype, "engine": {"language_model_only": True}}
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            **os.environ,
+        }
+        done = subprocess.run(
+            [python, HERE / "tokens.py", json.dumps(job)], env=environment, capture_output=True, text=True, check=False
+        )
+        (work / "vllm.log").write_text(done.stdout + done.stderr)
+        lines = [line.removeprefix("REPORT ") for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+        reports |= {report["model"]: report for report in map(json.loads, lines)}
+        if len(lines) < len(left):  # the process ended in the next one
+            reports[left[len(lines)]] = {"error": f"the process ended: {_last(done.stderr)}"}
+    cells = {}
+    for name in names:
+        cell = _token_cell(*(reports[str(work / name / kind)] for kind in ("plain", "converted")), NEAR[dtype])
+        if "why" in cell:
+            cell["why"] = cell["why"].replace(str(work), "WORK")
+        cells[name] = {"vllm": {version: {**cell, "date": date.today().isoformat()}}}
+        print(name, json.dumps(cells[name]), flush=True)
+    return cells
+
+
+def _last(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")[:200]
+
+
+def _token_cell(plain: Mapping[str, Any], converted: Mapping[str, Any], near: float) -> Cell:
+    said = converted.get("error")
+    ours = said is not None and said.startswith(("UnsupportedError", "EnvironmentFault"))
+    if ours:
+        return {"outcome": "refused", "why": str(said).partition(": ")[2][:400]}
+    if "error" in plain:
+        return {"outcome": "not run", "why": f"the twin: {' '.join(plain['error'].split())[:300]}"}
+    if said is not None:
+        return {"outcome": "fails", "why": " ".join(said.split())[:300]}
+    pairs = zip(plain["logprobs"], converted["logprobs"], strict=True)
+    differences = [abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)]
+    far = sum(difference > near for difference in differences)
+    alike = plain["tokens"] == converted["tokens"] and far <= (len(differences) // 10 if near > 1e-2 else 0)
+    return {"outcome": "same" if alike else "differs", "difference": max(differences)}
+
+
+def merge(record: dict[str, Any], found: Mapping[str, Mapping[str, Any]], accept: bool) -> list[str]:
+    """Put cells into the record; what is worse than before is said, and left out unless it is accepted."""
+    bad = []
+    for name, columns in found.items():
+        old = record["families"].setdefault(name, {})
+        for column, cells in columns.items():
+            versions = {"": cells} if column == "plan" else cells
+            for version, cell in versions.items():
+                before = (old.get(column, {}) if column == "plan" else old.get(column, {}).get(version)) or {}
+                worse = bool(before) and RANK[cell["outcome"]] < RANK[before["outcome"]]
+                if worse or not RANK[cell["outcome"]]:
+                    was = f", was {before['outcome']}" if worse else ""
+                    bad.append(f"{name}, {column} {version}: {cell['outcome']}{was}: {cell.get('why', '')}")
+                if worse and not accept:
+                    continue
+                if column == "plan":
+                    old[column] = cell
+                else:
+                    old.setdefault(column, {})[version] = cell
+    return bad
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The table and, below it, every reason."""
+    families = [one for one in FAMILIES if "plan" in record["families"].get(one.name, {})]
+    columns = {
+        column: sorted({v for cells in record["families"].values() for v in cells.get(column, {})})
+        for column in ("transformers", "vllm")
+    }
+    heads = [f"{'Transformers' if c == 'transformers' else 'vLLM'} {v}" for c, vs in columns.items() for v in vs]
+    lines = [f"| family | architecture | quantized | plan | {' | '.join(heads)} |", "|" + "---|" * (4 + len(heads))]
+    reasons: dict[str, list[str]] = {}
+    for family in families:
+        cells = record["families"][family.name]
+        plan = cells["plan"]
+        shown = [_shown(cells.get(c, {}).get(v), family, reasons) for c, versions in columns.items() for v in versions]
+        parts = f"{' and '.join(plan.get('quantized', []))}, {family.scheme}{', a layer of MTP' * bool(family.mtp)}"
+        plan_cell = _shown(plan, family, reasons)
+        lines.append(
+            f"| {family.name} | {plan.get('architecture', '')} | {parts} | {plan_cell} | {' | '.join(shown)} |"
+        )
+    listed = [f"- {', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
+    return "\n".join([*lines, "", *listed, ""])
+
+
+def _shown(cell: Mapping[str, Any] | None, family: Family, reasons: dict[str, list[str]]) -> str:
+    if cell is None:
+        return "–"
+    outcome = str(cell["outcome"])
+    if "why" in cell:
+        reasons.setdefault(" ".join(cell["why"].replace("|", "/").split()), []).append(family.name)
+    if "difference" not in cell:
+        return outcome
+    worst = max(cell["difference"], cell.get("with an image", 0.0))
+    image = ", with an image too" if "with an image" in cell else ""
+    saved = cell.get("saved", "same")
+    if saved != "same":
+        reasons.setdefault(f"`save_pretrained`: {saved}", []).append(family.name)
+    return f"{outcome}, {worst:.0e}{image}{'' if saved == 'same' else '; not saved'}" if worst else f"{outcome}{image}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What is said of engines before a conversion is what loading does: for tiny models, in the installed Transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+from support.families.catalogue import FAMILIES  # noqa: E402
+from support.families.models import asked, write  # noqa: E402
+
+import xpuquant  # noqa: E402
+from xpuquant.errors import UnsupportedError  # noqa: E402
+from xpuquant.served_families import ENGINES, tried  # noqa: E402
+
+RECORD: dict[str, Any] = json.loads((Path(xpuquant.__file__).parent / "families.json").read_text())["families"]
+LOADED = ("deepseek_v4", "ernie4_5_vl_moe", "llama4", "longcat_flash", "muse_spark", "qwen3_5_moe", "step3p7")
+"""Families that this suite loads; `scripts/lanes/families` loads all."""
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_the_plan_says_what_loading_does(name: str, tmp_path: Path) -> None:
+    family = next(one for one in FAMILIES if one.name == name)
+    twins = write(tmp_path, family)
+    plan = xpuquant.convert(twins.source, tmp_path / "converted").plan
+    said = [one for one in plan.engines if one.engine == "Transformers"][-1]
+    auto = getattr(transformers, family.head)
+    assert plan.source.auto_class == family.head
+    if said.outcome == "refuses":
+        with pytest.raises(UnsupportedError) as refusal:
+            auto.from_pretrained(tmp_path / "converted", dtype=torch.float32)
+        assert str(refusal.value) == said.why
+        return
+    assert said.outcome == "serves"
+    with torch.no_grad():
+        logits = []
+        for folder in (twins.plain, tmp_path / "converted"):
+            model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+            logits.append(model(**asked(model.config, family.image)).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    plan = RECORD[name]["plan"]
+    return {"architectures": [plan["architecture"]], "model_type": plan["model_type"]}
+
+
+def outcomes(config: dict[str, Any], *parts: str) -> set[str]:
+    return {one.outcome for one in tried(config, parts) if one.engine == "Transformers"}
+
+
+def test_what_was_never_tried_is_said_to_be() -> None:
+    for config in ({}, {"architectures": []}, {"architectures": ["NobodyForCausalLM"], "model_type": "nobody"}):
+        assert {one.outcome for one in tried(config, ["linears"])} == {"not tried"}
+        assert {one.engine for one in tried(config, ["linears"])} == set(ENGINES.values())
+
+
+def test_an_architecture_with_another_language_model_is_another() -> None:
+    config = config_of("mistral3")
+    assert outcomes(config, "linears") == {"serves"}
+    assert outcomes({**config, "text_config": {"model_type": "nobody"}}, "linears") == {"not tried"}
+
+
+def test_experts_that_were_not_quantized_when_tried() -> None:
+    (said,) = (one for one in tried(config_of("aria"), ["linears", "experts"]) if one.engine == "Transformers")
+    assert str(said) == "not tried: with quantized experts"
+
+
+def test_a_refusal_of_experts_says_nothing_of_linears_alone() -> None:
+    config = config_of("longcat_flash")
+    assert outcomes(config, "linears", "experts") == {"refuses"}
+    assert outcomes(config, "linears") == {"not tried"}
+
+
+def test_nothing_on_record_fails() -> None:
+    """What loads wrongly, or ends without a line that says why, has no place in a release."""
+    cells = [
+        (name, column, version, cell["outcome"])
+        for name, family in RECORD.items()
+        for column in ENGINES
+        for version, cell in family.get(column, {}).items()
+    ]
+    assert len(cells) > 50
+    assert [cell for cell in cells if cell[-1] in ("fails", "differs")] == []
+
+
+def test_every_family_is_on_record() -> None:
+    assert set(RECORD) == {family.name for family in FAMILIES}
