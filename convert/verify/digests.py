@@ -15,8 +15,9 @@ gate_up, down):
              under the global scale, float64
     columns  XXH3-128 of the scale column of each weight column, int32
 
-and the digest is the sha256 of lines: the scheme as JSON with sorted keys; `role expert N K number scale-dtype codes
-zeros scales columns` for each matrix; `suffix sha256` for each tensor that rows do not show (bias, activation scale).
+and the digest is the sha256 of lines: the scheme as JSON with sorted keys, see `_LATER`; `role expert N K number
+scale-dtype codes zeros scales columns` for each matrix; `suffix sha256` for each tensor that rows do not show (bias,
+activation scale).
 It guards against mistakes, not against people: those would have to get past the sha256 of every file. Repos of earlier
 versions have `decoded_xxh3` or `decoded_sha256`: all rows as `Decoded` (e2m1 two to a byte), no word for zero points,
 and XXH3-128 or sha256.
@@ -33,7 +34,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from xpuquant.formats.layouts.base import Matrix, Stored
+from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.packed import Packed, Rows
+
+_LATER = ("divides", "gated")
+"""Fields that a scheme has got since digests were defined: they are in its line only where they are not at their
+default, so that the digests of earlier repos stay what they are."""
 
 _PLAIN_SUFFIXES = ("_bias", "input_scale")
 
@@ -110,8 +116,9 @@ class MatrixDigest:
 def module_digest(stored: Stored, matrices: Sequence[MatrixDigest]) -> str:
     """The digest of a module, from those of its matrices."""
     scheme = asdict(stored.scheme)
-    if not stored.scheme.divides:  # a later key than the digests of repos that have no such scheme
-        del scheme["divides"]
+    for key in _LATER:
+        if scheme[key] == getattr(Scheme, key):
+            del scheme[key]
     digest = hashlib.sha256(f"{json.dumps(scheme, sort_keys=True)}\n".encode())
     for matrix in matrices:
         digest.update(f"{matrix.line()}\n".encode())

@@ -223,3 +223,29 @@ def test_numbers_and_names_that_no_conversion_writes(
             assert code == 0
             continue
         assert code in (1, 3) and named in said + error and "config.json: '" not in error and error.count("\n") == 1
+
+
+EARLIER = {
+    ("gptqmodel-qwen3-w4g32", "xpu"): (
+        "model.layers.0.self_attn.q_proj",
+        "4eb0ec42a809e608ae8da873478647d0de0ca45c0e219f7cc62c9de2f1cc26ea",
+    ),
+    ("handpacked-gptoss-mxfp4", "xpu"): (
+        "model.layers.0.mlp.experts",
+        "52644d789eb987504de61c6adb0aa7910f3cc0b81a3f8860ca52381db59217e6",
+    ),
+    ("gptqmodel-qwen3-w4g32", "compressed-tensors"): (
+        "model.layers.0.self_attn.q_proj",
+        "ea288bea6c1003be6e50ca6e55a5f388a5c2ab276dedc35089456a582b7cfadb",
+    ),
+}
+"""(fixture, layout) → a module, and its digest as the version that first wrote `rows_xxh3` recorded it."""
+
+
+@pytest.mark.parametrize(("fixture", "layout"), EARLIER)
+def test_digests_of_earlier_repos_stay_what_they_are(fixture: str, layout: str, tmp_path: Path) -> None:
+    """A scheme that gets a field must not make of every repo one that decodes to something else than was converted."""
+    module, digest = EARLIER[fixture, layout]
+    xpuquant.convert(FIXTURES / fixture, tmp_path / "out", layout=layout, jobs=1)
+    record = json.loads((tmp_path / "out" / "xpuquant.json").read_text())
+    assert record["modules"][module]["rows_xxh3"] == digest
