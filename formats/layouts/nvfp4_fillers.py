@@ -15,7 +15,7 @@ import numpy as np
 from xpuquant.formats.checkpoint import Array, whole
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import Filler, Piece
-from xpuquant.formats.weights.base import CACHED_CODES, Arrays, row_blocks
+from xpuquant.formats.weights.base import Arrays, row_blocks
 from xpuquant.formats.weights.nvfp4 import GROUP, Nvfp4Weight
 
 _FARTHEST = 100
@@ -81,7 +81,9 @@ class FillIntegers(Nvfp4Rows):
     """int8 `[stop - start, K]`: twice the value of each code."""
 
     def fill(self, arrays: Arrays, out: Array) -> None:
-        np.take(_INTEGERS, arrays[0].reshape(-1), out=out.view(np.uint16))
+        from xpuquant.formats.packing.convert_loops import look_up
+
+        look_up(arrays[0].reshape(-1), _INTEGERS, out.view(np.uint16))
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,10 @@ class FillSums(Nvfp4Rows):
     16 is twice the value of a code."""
 
     def fill(self, arrays: Arrays, out: Array) -> None:
-        shape = (self.stop - self.start, self.weight.K // GROUP, GROUP // 2)
-        codes, octets = arrays[0].reshape(shape), out.reshape(*shape[:2], 2, shape[2])
-        for first, last in row_blocks(len(codes), self.weight.K, limit=CACHED_CODES):
-            for plane, nibbles in enumerate(_PLANES):
-                octets[first:last, :, plane] = nibbles[codes[first:last]]
+        from xpuquant.formats.packing.convert_loops import look_up_planes
+
+        codes = arrays[0].reshape(-1, GROUP // 2)
+        look_up_planes(codes, *_PLANES, out.reshape(len(codes), 2, GROUP // 2))
 
 
 def row_pieces(kind: type[Nvfp4Rows], weight: Nvfp4Weight) -> tuple[Piece, ...]:
