@@ -19,8 +19,11 @@ from xpuquant import __version__
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule, engines_of, kind_of
 from xpuquant.conversion.repo.card_merge import CARD, generate, loaded_by_transformers, served_by_vllm
+from xpuquant.conversion.repo.description import engine_versions
 from xpuquant.conversion.report.markup import Markdown, fenced, joined, listed, markdown, table
 from xpuquant.conversion.report.sentences import headline
+from xpuquant.conversion.report.svg import said_of
+from xpuquant.conversion.results import module_outcomes
 from xpuquant.conversion.sizes import counted, size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.verdict import Verdict
@@ -58,11 +61,18 @@ class SchemeCount:
 
 @dataclass(frozen=True)
 class VerificationSummary:
-    """What was checked. `lines` are sentences; `picture` is an image file in the repository."""
+    """What was checked.
+
+    lines    sentences: the verdict, then remarks
+    picture  an image file in the repository, and `said` what it shows
+    report   a file in the repository, and `page` the same as HTML
+    """
 
     lines: Sequence[str]
     picture: str | None = None
     report: str | None = None
+    said: str = "How close kernels come to the source, module by module"
+    page: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,8 @@ class CardFacts:
     engines         what versions of engines are known to do with a model of this architecture
     versions        tool → version
     left            (what was not converted, why)
+    plugins         engine → its versions that the plugins are for
+    releases        of the kernel libraries that serve it, as `ModuleOutcome.releases` has them
     """
 
     name: str
@@ -97,6 +109,8 @@ class CardFacts:
     auto_class: str = "AutoModelForCausalLM"
     layout: str = "xpu"
     engines: Sequence[Tried] = ()
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    releases: Sequence[str] = ()
 
 
 def gather(
@@ -132,7 +146,15 @@ def gather(
         auto_class=source.checkpoint.auto_class,
         layout=plan.options.layout,
         engines=engines_of(plan.modules, plan.options, source.checkpoint),
+        plugins=engine_versions() if plan.options.layout == "xpu" else {},
+        releases=_releases(plan, config),
     )
+
+
+def _releases(plan: Plan, config: Mapping[str, Any]) -> Sequence[str]:
+    """Of the kernel libraries, distinct ones of all modules. Where some need a second library, so does the model."""
+    found = dict.fromkeys(one.releases for one in module_outcomes(plan.modules, config) if one.releases)
+    return [one for one in found if not any(other.startswith(f"{one},") for other in found)]
 
 
 def precision(planned: PlannedModule) -> str:
@@ -203,7 +225,7 @@ def _verification(verdict: Verdict) -> VerificationSummary:
     lines += [f"warning: {finding.line()}" for finding in verdict.warnings]
     if verdict.unavailable:
         lines.append("Kernels that could not run where it was converted: " + ", ".join(sorted(verdict.unavailable)))
-    return VerificationSummary(lines, "verify.svg", "verify.md")
+    return VerificationSummary(lines, "verify.svg", "verify.md", said_of(verdict), "verify.html")
 
 
 def render(facts: CardFacts) -> str:
@@ -212,7 +234,6 @@ def render(facts: CardFacts) -> str:
         _opening(facts),
         _serving(facts),
         _converted(facts),
-        _sizes(facts),
         _verified(facts),
         _made(facts),
     ]
@@ -249,8 +270,8 @@ def _opening(facts: CardFacts) -> Markdown:
     if facts.layout != "xpu":
         layout = f"as a standard {facts.layout} checkpoint"
     return markdown(
-        "# {name}\n\n{base} {layout}, {precisions} weights. The conversion does not quantize again. What was compared "
-        "with the source, what equals it to the last bit and what was rounded stands under Verification.",
+        "# {name}\n\n{base} {layout}: {precisions} weights. The conversion does not quantize again. What was compared "
+        "with the source, what equals it and what was rounded stands under [Verification](#verification).",
         name=facts.name.rpartition("/")[2],
         base=base,
         layout=layout,
@@ -268,9 +289,10 @@ def _serving(facts: CardFacts) -> Markdown:
             transformers=fenced(_loading(facts, "auto"), "python"),
         )
     return markdown(
-        "## Serve\n\n{install}\n\nWith [vLLM](https://docs.vllm.ai/) on an Intel GPU:\n\n{vllm}\n\n"
+        "## Serve\n\n{install}{versions}\n\nWith [vLLM](https://docs.vllm.ai/) on an Intel GPU:\n\n{vllm}\n\n"
         "With Transformers:\n\n{transformers}{tried}",
         install=_install(),
+        versions=_versions_that_serve(facts),
         vllm=fenced(serve, "sh"),
         transformers=fenced(_loading(facts, "xpu"), "python"),
         tried=_tried(facts.engines),
@@ -308,6 +330,15 @@ def _install() -> Markdown:
     )
 
 
+def _versions_that_serve(facts: CardFacts) -> Markdown:
+    """Which versions read it, a line for each engine; nothing where they are not known."""
+    if not facts.plugins:
+        return markdown("")
+    kernels = f"; on Intel GPUs vllm-xpu-kernels {'; '.join(facts.releases)}" if facts.releases else ""
+    lines = [versions + (kernels if engine == "vllm" else "") for engine, versions in facts.plugins.items()]
+    return markdown("\n\nVersions that read it:\n\n{lines}", lines=listed(lines))
+
+
 def _loading(facts: CardFacts, device: str) -> str:
     auto, loaded = facts.auto_class, loaded_by_transformers(facts.name)
     return f'from transformers import {auto}\n\nmodel = {auto}.{loaded}, device_map="{device}")'
@@ -315,16 +346,17 @@ def _loading(facts: CardFacts, device: str) -> str:
 
 def _converted(facts: CardFacts) -> Markdown:
     rows = [(s.source, s.stored, str(s.modules), size(s.nbytes)) for s in facts.schemes]
-    parts = [markdown("## What was converted"), table(("source", "stored as", "modules", "size"), rows)]
+    total = markdown(
+        "All weights together take {after} in {files}; in the source they take {before}.",
+        after=size(facts.bytes),
+        files=counted(facts.shards, "file"),
+        before=size(facts.source_bytes),
+    )
+    parts = [markdown("## What was converted"), table(("source", "stored as", "modules", "size"), rows, "llrr"), total]
     if facts.left:
         left = [markdown("{what}: {why}", what=what, why=why) for what, why in facts.left]
         parts += [markdown("Not converted:"), listed(left)]
     return joined("\n\n", parts)
-
-
-def _sizes(facts: CardFacts) -> Markdown:
-    rows = [("before", size(facts.source_bytes)), ("after", f"{size(facts.bytes)} in {counted(facts.shards, 'file')}")]
-    return markdown("## Size\n\n{rows}", rows=table(("weights", "size"), rows))
 
 
 def _verified(facts: CardFacts) -> Markdown:
@@ -334,11 +366,15 @@ def _verified(facts: CardFacts) -> Markdown:
             "## Verification\n\nNone: the conversion ran with `--no-verify`. No value was compared with the source, "
             "and no kernel computed one."
         )
-    parts = [markdown("## Verification"), listed(checked.lines, limit=1000)]
+    verdict, *remarks = checked.lines
+    parts = [markdown("## Verification"), markdown("{verdict}.", verdict=verdict[:1].upper() + verdict[1:])]
+    if remarks:
+        parts.append(listed(remarks, limit=1000))
     if checked.picture:
-        parts.append(markdown("![How close kernels come to the source, layer by layer]({file})", file=checked.picture))
+        parts.append(markdown("![{said}]({file})", said=checked.said, file=checked.picture))
     if checked.report:
-        parts.append(markdown("All of it is in [{file}]({file}).", file=checked.report))
+        page = markdown(", and as a page in [{file}]({file})", file=checked.page) if checked.page else markdown("")
+        parts.append(markdown("All of it is in [{file}]({file}){page}.", file=checked.report, page=page))
     return joined("\n\n", parts)
 
 
@@ -347,7 +383,7 @@ def _made(facts: CardFacts) -> Markdown:
     if facts.revision is not None:
         revision = markdown("\n\nSource revision: {revision}.", revision=facts.revision)
     return markdown(
-        "## How it was made\n\n{command}\n\n{versions}.{revision}\n\n"
+        "## How it was made\n\n{command}\n\nWith {versions}.{revision}\n\n"
         "`xpuquant.json` names the source tensors and the decisions for every module, and the sha256 of every file.",
         command=fenced(facts.command.replace("\n", " "), "sh"),
         versions=", ".join(f"{tool} {version}" for tool, version in facts.versions.items()),

@@ -124,12 +124,17 @@ def _needs(portable: bool) -> dict[str, str]:
     """What serves a repo → which versions, as the extras of this package ask for."""
     if portable:
         return {"vLLM": "any that reads compressed-tensors", "Transformers": "with compressed-tensors installed"}
-    wanted = metadata.requires("xpuquant") or []
-    needs = {}
-    for name, extra in (("vllm", "vllm"), ("transformers", "transformers")):
-        found = next((line for line in wanted if line.startswith(name) and f'extra == "{extra}"' in line), name)
-        needs[name] = f"{found.partition(';')[0].strip()}, with xpuquant installed beside it"
-    return needs
+    return {name: f"{versions}, with xpuquant installed beside it" for name, versions in engine_versions().items()}
+
+
+def engine_versions() -> dict[str, str]:
+    """Engine → the versions of it that the plugins are for, `vllm>=0.32,<0.34`: as the extras ask for them."""
+    wanted, found = metadata.requires("xpuquant") or [], {}
+    for name in ("vllm", "transformers"):
+        line = next((line for line in wanted if line.startswith(name) and f'extra == "{name}"' in line), name)
+        bounds = line.partition(";")[0].strip().removeprefix(name).split(",")
+        found[name] = name + ",".join(sorted(bounds, reverse=True))
+    return found
 
 
 def _holds(source: LocalSource | HubSource, name: str) -> bool:

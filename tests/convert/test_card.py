@@ -1,13 +1,17 @@
 """The card: what it says, that its metadata is valid, and that nobody's edits are lost."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cards import FACTS, NEWER
+from support.checkpoints import FIXTURES
 
+import xpuquant
 from xpuquant.conversion.repo.card import render
 from xpuquant.conversion.repo.card_merge import front_matter, merge, parse, rename
 
@@ -170,3 +174,34 @@ def test_whatever_is_written_around_survives(before: str, after: str) -> None:
     assert found is not None
     assert (found.before, found.after) == (before, after)
     assert yaml.safe_load(found.front)["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("gptqmodel-qwen3-w4g32", "xpu"),
+        ("gptqmodel-qwen3-w4g32", "compressed-tensors"),
+        ("llmcompressor-qwen3moe-w4a16-asym", "xpu"),
+    ],
+)
+def test_the_card_of_a_conversion(name: str, layout: str, tmp_path: Path) -> None:
+    """How to install, which versions read it, which class loads it, what the picture shows; no place of this machine,
+    no link to a file that is not there or to an index that has no release."""
+    out = tmp_path / "model-xpu"
+    made = xpuquant.convert(FIXTURES / name, out, layout=layout)
+    text = (out / "README.md").read_text()
+    assert str(tmp_path) not in text and str(FIXTURES) not in text and "/home" not in text
+    assert f"{made.plan.source.auto_class}.from_pretrained" in text and "vllm serve model-xpu" in text
+    releases = {module.releases for module in made.plan.modules if module.releases}
+    if layout == "xpu":
+        assert "`pip install .`" in text and "pip install xpuquant" not in text
+        assert "- vllm\\>=0.32,&lt;0.34; on Intel GPUs vllm-xpu-kernels 0.1.15" in text and "- transformers\\>=" in text
+        assert all(release in text for release in releases) and text.count("0.1.16.x") == 1
+    else:
+        assert "pip install compressed-tensors" in text and "vllm-xpu-kernels" not in text
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    for link in links:
+        assert (out / link).is_file() or link in ("#verification", "https://docs.vllm.ai/"), link
+    (said,) = re.findall(r"!\[([^\]]+)\]\(verify.svg\)", text)
+    assert said.startswith("Verified: ") and "of its tolerance" in said
+    assert "## Verification\n\nVerified against every value of the source" in text
