@@ -7,16 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xpuquant.ark_releases import ARK_LAYOUTS, ARK_PACKAGE, serving_ark
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan
+from xpuquant.conversion.plan.served_by import kernel_and_releases
 from xpuquant.conversion.plan.survey import PlannedModule, engines_of, kind_of
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sizes import size
-from xpuquant.formats.layouts import layouts_by_name
-from xpuquant.formats.scheme import Scheme
 from xpuquant.served_families import Tried
-from xpuquant.xpu_releases import TOP_K, operators_of, served, since
 
 if TYPE_CHECKING:
     from xpuquant.conversion.hub.publish import Pushed
@@ -160,46 +157,12 @@ def source_info(source: Source) -> SourceInfo:
 
 def module_outcomes(modules: Iterable[PlannedModule], config: Mapping[str, Any]) -> tuple[ModuleOutcome, ...]:
     """Planned modules of a model with that config.json, as data."""
-    top_k = _experts_per_token(config)
-    return tuple(_module(module, top_k) for module in modules)
+    return tuple(_module(module, config) for module in modules)
 
 
-def _experts_per_token(config: Mapping[str, Any]) -> int | None:
-    """As config.json says, or its part for the language model; None where neither does."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
-        for key in TOP_K:
-            if type(part.get(key)) is int:
-                number: int = part[key]
-                return number
-    return None
-
-
-def kernel_and_releases(name: str, scheme: Scheme | None, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(the XPU kernel that reads the stored module `name`, the releases that have it); see `ModuleOutcome`.
-    None of what is not quantized, or is not for XPU kernels.
-
-    Args:
-        config: the model's config.json.
-    """
-    return (None, None) if scheme is None else _kernel_and_releases(name, scheme, _experts_per_token(config))
-
-
-def _kernel_and_releases(name: str, scheme: Scheme, top_k: int | None) -> tuple[str, str | None]:
-    kernel = layouts_by_name()[scheme.layout].kernel_of(scheme, name)
-    if not operators_of(scheme):
-        return kernel, None
-    oldest = since(scheme, top_k)
-    if oldest is None:
-        return kernel, f"none gathers {top_k} experts per token"
-    newest = ".".join(str(part) for part in served()[-1].number[:3])
-    beside = f", {ARK_PACKAGE} {serving_ark()}" if scheme.layout in ARK_LAYOUTS else ""
-    return kernel, f"{oldest} to {newest}.x{beside}"
-
-
-def _module(planned: PlannedModule, top_k: int | None) -> ModuleOutcome:
+def _module(planned: PlannedModule, config: Mapping[str, Any]) -> ModuleOutcome:
     conversion, scheme = planned.conversion, planned.conversion.scheme
-    kernel, releases = (None, None) if scheme is None else _kernel_and_releases(conversion.name, scheme, top_k)
+    kernel, releases = kernel_and_releases(conversion.name, scheme, config)
     return ModuleOutcome(
         conversion.name,
         kind_of(planned.source),

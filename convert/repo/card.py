@@ -17,13 +17,12 @@ from typing import Any
 
 from xpuquant import __version__
 from xpuquant.conversion.plan.plan import Plan
+from xpuquant.conversion.plan.served_by import engine_versions, kernel_and_releases
 from xpuquant.conversion.plan.survey import PlannedModule, engines_of, kind_of
 from xpuquant.conversion.repo.card_merge import CARD, generate, loaded_by_transformers, served_by_vllm
-from xpuquant.conversion.repo.description import engine_versions
 from xpuquant.conversion.report.markup import Markdown, fenced, joined, listed, markdown, table
 from xpuquant.conversion.report.sentences import headline
 from xpuquant.conversion.report.svg import said_of
-from xpuquant.conversion.results import module_outcomes
 from xpuquant.conversion.sizes import counted, size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.verify.verdict import Verdict
@@ -153,8 +152,9 @@ def gather(
 
 def _releases(plan: Plan, config: Mapping[str, Any]) -> Sequence[str]:
     """Of the kernel libraries, distinct ones of all modules. Where some need a second library, so does the model."""
-    found = dict.fromkeys(one.releases for one in module_outcomes(plan.modules, config) if one.releases)
-    return [one for one in found if not any(other.startswith(f"{one},") for other in found)]
+    stored = ((planned.conversion.name, planned.conversion.scheme) for planned in plan.modules)
+    found = dict.fromkeys(kernel_and_releases(name, scheme, config)[1] or "" for name, scheme in stored)
+    return [one for one in found if one and not any(other.startswith(f"{one},") for other in found)]
 
 
 def precision(planned: PlannedModule) -> str:
@@ -334,7 +334,7 @@ def _versions_that_serve(facts: CardFacts) -> Markdown:
     """Which versions read it, a line for each engine; nothing where they are not known."""
     if not facts.plugins:
         return markdown("")
-    kernels = f"; on Intel GPUs vllm-xpu-kernels {'; '.join(facts.releases)}" if facts.releases else ""
+    kernels = f"; on Intel GPUs, vllm-xpu-kernels: {'; '.join(facts.releases)}" if facts.releases else ""
     lines = [versions + (kernels if engine == "vllm" else "") for engine, versions in facts.plugins.items()]
     return markdown("\n\nVersions that read it:\n\n{lines}", lines=listed(lines))
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from xpuquant.conversion.options import Options
+from xpuquant.conversion.plan.served_by import engine_versions, kernel_and_releases
 from xpuquant.conversion.repo.journal import PROVENANCE
-from xpuquant.conversion.results import ModuleOutcome, SourceInfo, kernel_and_releases, source_info
+from xpuquant.conversion.results import ModuleOutcome, SourceInfo, source_info
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.hub import HubSource
 from xpuquant.conversion.sources.repo_files import read_json
@@ -125,16 +125,6 @@ def _needs(portable: bool) -> dict[str, str]:
     if portable:
         return {"vLLM": "any that reads compressed-tensors", "Transformers": "with compressed-tensors installed"}
     return {name: f"{versions}, with xpuquant installed beside it" for name, versions in engine_versions().items()}
-
-
-def engine_versions() -> dict[str, str]:
-    """Engine → the versions of it that the plugins are for, `vllm>=0.32,<0.34`: as the extras ask for them."""
-    wanted, found = metadata.requires("xpuquant") or [], {}
-    for name in ("vllm", "transformers"):
-        line = next((line for line in wanted if line.startswith(name) and f'extra == "{name}"' in line), name)
-        bounds = line.partition(";")[0].strip().removeprefix(name).split(",")
-        found[name] = name + ",".join(sorted(bounds, reverse=True))
-    return found
 
 
 def _holds(source: LocalSource | HubSource, name: str) -> bool:

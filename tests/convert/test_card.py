@@ -195,7 +195,9 @@ def test_the_card_of_a_conversion(name: str, layout: str, tmp_path: Path) -> Non
     releases = {module.releases for module in made.plan.modules if module.releases}
     if layout == "xpu":
         assert "`pip install .`" in text and "pip install xpuquant" not in text
-        assert "- vllm\\>=0.32,&lt;0.34; on Intel GPUs vllm-xpu-kernels 0.1.15" in text and "- transformers\\>=" in text
+        assert (
+            "- vllm\\>=0.32,&lt;0.34; on Intel GPUs, vllm-xpu-kernels: 0.1.15" in text and "- transformers\\>=" in text
+        )
         assert all(release in text for release in releases) and text.count("0.1.16.x") == 1
     else:
         assert "pip install compressed-tensors" in text and "vllm-xpu-kernels" not in text

@@ -1,0 +1,54 @@
+"""What serves a converted model: the kernel of each module, the releases that have it, the engines that load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from xpuquant.ark_releases import ARK_LAYOUTS, ARK_PACKAGE, serving_ark
+from xpuquant.formats.layouts import layouts_by_name
+from xpuquant.formats.scheme import Scheme
+from xpuquant.xpu_releases import TOP_K, operators_of, served, since
+
+
+def kernel_and_releases(name: str, scheme: Scheme | None, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(the XPU kernel that reads the stored module `name`, the releases that have it); see `ModuleOutcome`.
+    None of what is not quantized, or is not for XPU kernels.
+
+    Args:
+        config: the model's config.json.
+    """
+    if scheme is None:
+        return None, None
+    kernel = layouts_by_name()[scheme.layout].kernel_of(scheme, name)
+    if not operators_of(scheme):
+        return kernel, None
+    top_k = _experts_per_token(config)
+    oldest = since(scheme, top_k)
+    if oldest is None:
+        return kernel, f"none gathers {top_k} experts per token"
+    newest = ".".join(str(part) for part in served()[-1].number[:3])
+    beside = f", {ARK_PACKAGE} {serving_ark()}" if scheme.layout in ARK_LAYOUTS else ""
+    return kernel, f"{oldest} to {newest}.x{beside}"
+
+
+def engine_versions() -> dict[str, str]:
+    """Engine → the versions of it that the plugins are for, `vllm>=0.32,<0.34`: as the extras ask for them."""
+    wanted, found = metadata.requires("xpuquant") or [], {}
+    for name in ("vllm", "transformers"):
+        line = next((line for line in wanted if line.startswith(name) and f'extra == "{name}"' in line), name)
+        bounds = line.partition(";")[0].strip().removeprefix(name).split(",")
+        found[name] = name + ",".join(sorted(bounds, reverse=True))
+    return found
+
+
+def _experts_per_token(config: Mapping[str, Any]) -> int | None:
+    """As config.json says, or its part for the language model; None where neither does."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in TOP_K:
+            if type(part.get(key)) is int:
+                number: int = part[key]
+                return number
+    return None
