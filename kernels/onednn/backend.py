@@ -141,6 +141,9 @@ class OneDNN:
         if _element(scheme) in _INTEGERS and scheme.group_size % 32 and scheme.layout not in _GROUPS_OF_16:
             # oneDNN 3.13 accepts groups of 48 on a CPU and computes garbage.
             return f"the XPU operators take groups in multiples of 32, not of {scheme.group_size}"
+        if scheme.group_size and K % scheme.group_size:
+            # oneDNN 2025.2 takes them, 2026.1 does not.
+            return f"groups of {scheme.group_size} do not divide K={K}"
         matmul = _matmul(scheme, N, K, 8, activation)
         if api.supported(matmul):
             return None
