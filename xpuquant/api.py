@@ -36,6 +36,7 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.progress import Calls, ProgressCallback, Reporter, Silent
 from xpuquant.conversion.repo.description import ConvertedRepo
 from xpuquant.conversion.repo.journal import Finished
+from xpuquant.conversion.repo.source_card import CardFields
 from xpuquant.conversion.results import Converted, ModuleOutcome, PartConverted, Planned
 from xpuquant.conversion.runs import request as runs
 from xpuquant.conversion.runs.checking import verify_folder
@@ -146,6 +147,9 @@ def convert(
     branch: str | None = None,
     pr: bool = False,
     unverified: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,  # noqa: A002  # the card's own word
+    language: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Converted:
     """Convert, verify and write a ready-to-load repo. Called again after an interruption, it resumes.
@@ -170,6 +174,9 @@ def convert(
         branch: push to this branch, created from main.
         pr: push to a pull request.
         unverified: publish also what was not verified.
+        base_model: what the card calls the base: `owner/name` on the Hub that a folder is a copy of.
+        license: licence in the card, as the Hub names it: `apache-2.0`, `mit`, `other`.
+        language: languages in the card: `en`, or `en,zh`.
         progress: told how far the work is.
 
     Raises:
@@ -191,6 +198,7 @@ def convert(
         ray=ray,
         stream=stream,
         destination=Destination.asked(push_to, private, branch, pr, unverified),
+        card=CardFields(base_model, license, language),
     )
     with _reporter(progress) as reporter:
         return runs.convert(request, reporter)
@@ -244,6 +252,9 @@ def finish(
     branch: str | None = None,
     pr: bool = False,
     unverified: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,  # noqa: A002  # the card's own word
+    language: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Converted:
     """Put the parts of a conversion together: check that all are there, verify, publish into `out`.
@@ -256,7 +267,15 @@ def finish(
     Raises: as `convert`; DamagedError: some shards have not been made.
     """
     destination = Destination.asked(push_to, private, branch, pr, unverified)
-    request = runs.FinishRequest(os.fspath(source), Path(out), revision, jobs or 0, verify, destination)
+    request = runs.FinishRequest(
+        os.fspath(source),
+        Path(out),
+        revision,
+        jobs or 0,
+        verify,
+        destination,
+        CardFields(base_model, license, language),
+    )
     with _reporter(progress) as reporter:
         return runs.put_together(request, reporter)
 

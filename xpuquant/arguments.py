@@ -94,6 +94,9 @@ KINDS: Mapping[str, Kind] = {
     "push_to": Kind("owner/name on the Hub", _text),
     "repo_id": Kind("owner/name on the Hub", _text),
     "branch": Kind("a branch", _text),
+    "base_model": _OPTION,  # as are these, which `CardFields` reads
+    "license": _OPTION,
+    "language": _OPTION,
     "token": Kind("text, or False for none", lambda value: value if value is False else _text(value)),
     "endpoint": Kind(
         "an address, for example https://huggingface.co",

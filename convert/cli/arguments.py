@@ -138,6 +138,16 @@ UnverifiedOption = Annotated[
 ]
 PullRequestOption = Annotated[bool, typer.Option("--pr", help="Push to a pull request; a later push adds to it.")]
 
+# What its card says of the model.
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option(metavar="REPO", help="What the card calls the base: OWNER/NAME on the Hub that SRC is a copy of."),
+]
+LicenseOption = Annotated[
+    str | None, typer.Option(metavar="ID", help="License in the card, as the Hub names it: apache-2.0, mit, other.")
+]
+LanguageOption = Annotated[str | None, typer.Option(metavar="CODE,...", help="Languages in the card: en, or en,zh.")]
+
 # How it is checked.
 CheckedSourceOption = Annotated[
     str | None,

@@ -28,6 +28,9 @@ def convert(
     pr: args.PullRequestOption = False,
     unverified: args.UnverifiedOption = False,
     stream: args.StreamOption = False,
+    base_model: args.BaseModelOption = None,
+    license: args.LicenseOption = None,  # noqa: A002  # the card's own word
+    language: args.LanguageOption = None,
     as_json: args.JsonOption = False,
     quiet: args.QuietOption = False,
     verbose: args.VerboseOption = False,
@@ -36,6 +39,7 @@ def convert(
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.hub.target import Destination
     from xpuquant.conversion.options import Options
+    from xpuquant.conversion.repo.source_card import CardFields
     from xpuquant.conversion.runs.parts import parse_part
     from xpuquant.conversion.runs.request import ConvertRequest, plan_only, run
 
@@ -53,6 +57,7 @@ def convert(
         ray=ray,
         stream=stream,
         destination=Destination.asked(push_to, private, branch, pr, unverified),
+        card=CardFields(base_model, license, language),
     )
     output = Output(as_json, quiet, verbose)
     if dry_run:
@@ -79,6 +84,9 @@ def finish(
     branch: args.BranchOption = None,
     pr: args.PullRequestOption = False,
     unverified: args.UnverifiedOption = False,
+    base_model: args.BaseModelOption = None,
+    license: args.LicenseOption = None,  # noqa: A002  # the card's own word
+    language: args.LanguageOption = None,
     as_json: args.JsonOption = False,
     quiet: args.QuietOption = False,
     verbose: args.VerboseOption = False,
@@ -92,6 +100,7 @@ def finish(
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.hub.target import Destination
+    from xpuquant.conversion.repo.source_card import CardFields
     from xpuquant.conversion.runs.request import FinishRequest, put_together
 
     told = {
@@ -103,7 +112,8 @@ def finish(
     }
     given = {name: value for name, value in told.items() if value is not None}
     destination = Destination.asked(push_to, private, branch, pr, unverified)
-    request = FinishRequest(source, out, revision, jobs, verify, destination, given)
+    card = CardFields(base_model, license, language)
+    request = FinishRequest(source, out, revision, jobs, verify, destination, card, given)
     output = Output(as_json, quiet, verbose)
     with output.progress() as progress:
         result = put_together(request, progress)

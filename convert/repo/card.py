@@ -8,11 +8,9 @@ base in the model tree) and is written by huggingface_hub's own `ModelCardData`.
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution, version
-from pathlib import Path
 from typing import Any
 
 from xpuquant import __version__
@@ -20,6 +18,7 @@ from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.served_by import engine_versions, kernel_and_releases
 from xpuquant.conversion.plan.survey import PlannedModule, engines_of, kind_of
 from xpuquant.conversion.repo.card_merge import CARD, generate, loaded_by_transformers, served_by_vllm
+from xpuquant.conversion.repo.source_card import cached_repo
 from xpuquant.conversion.report.markup import Markdown, fenced, joined, listed, markdown, table
 from xpuquant.conversion.report.sentences import headline
 from xpuquant.conversion.report.svg import said_of
@@ -38,7 +37,6 @@ _INHERITED_TAGS = ("chat", "conversational", "moe", "code", "vision", "multimoda
 """Tags of the source that stay true of a conversion. Others name its format (`gptq`, `4-bit`) and would lie."""
 
 _TOOLS = ("numpy", "ml_dtypes", "torch")
-_CACHED_REPO = re.compile(r"models--([^/]+?)--([^/]+)")
 _SHOWN_NAMES = 12
 
 
@@ -123,15 +121,15 @@ def gather(
     """The facts of a finished conversion.
 
     Args:
-        metadata: of the source's card, see `source_card.metadata_of`.
+        metadata: see `source_card.metadata_of`.
         command: as typed.
         name: how the result is served: its folder's name, or its repo id.
     """
     config = source.checkpoint.config
     return CardFacts(
         name=name,
-        base_model=_base_model(source, metadata.get("base_model")),
-        revision=source.revision or _cached(source.name)[1],
+        base_model=metadata.get("base_model"),
+        revision=source.revision or cached_repo(source.name)[1],
         command=command,
         versions=_versions(),
         schemes=_schemes(plan),
@@ -161,26 +159,6 @@ def precision(planned: PlannedModule) -> str:
     """`int4`, `fp8`, `mxfp4`, `mxfp8`, or `bf16` where a module was dequantized."""
     scheme = planned.conversion.scheme
     return "bf16" if scheme is None else scheme.layout.removeprefix("ct_").partition("_")[0]
-
-
-def _base_model(source: Source, said: object) -> str | None:
-    """The repo that was converted; of a plain folder, what its own card calls its base: a conversion is below that
-    too."""
-    if source.revision is not None:
-        return source.name
-    cached, _ = _cached(source.name)
-    if cached is not None:
-        return cached
-    return said if isinstance(said, str) else None
-
-
-def _cached(name: str) -> tuple[str | None, str | None]:
-    """(repo id, commit) of a folder in the Hub client's cache: `models--OWNER--NAME/snapshots/COMMIT`."""
-    path = Path(name).resolve()
-    match = _CACHED_REPO.fullmatch(path.parent.parent.name)
-    if match is None or path.parent.name != "snapshots":
-        return None, None
-    return f"{match[1]}/{match[2]}", path.name
 
 
 def _versions() -> dict[str, str]:

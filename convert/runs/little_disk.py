@@ -31,7 +31,7 @@ from xpuquant.conversion.repo.card_merge import keep_card
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PRODUCER, PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output
-from xpuquant.conversion.repo.source_card import metadata_of
+from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields, metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.finished import is_conversion, recorded_shards
@@ -123,6 +123,7 @@ def convert_streaming(
     reporter: Reporter,
     command: str,
     destination: Destination | None,
+    card: CardFields = NOTHING_TOLD,
 ) -> Converted:
     """Convert without ever holding all of the source, nor, with a destination, of the output.
 
@@ -133,7 +134,7 @@ def convert_streaming(
     Raises: as `convert_checkpoint` and `publish.push`.
     """
     plan = make_plan(source.checkpoint, options)
-    metadata = metadata_of(source)
+    metadata = metadata_of(source, card)
     reporter.note(
         f"needs at most {size(peak_disk(plan, source, destination is not None))} of disk; "
         f"the model is {size(source.nbytes)}, the output {size(plan.write_bytes)}"

@@ -18,7 +18,7 @@ from xpuquant.conversion.progress import Progress, Reporter, Silent
 from xpuquant.conversion.repo.card_merge import keep_card
 from xpuquant.conversion.repo.journal import PRODUCER, Finished
 from xpuquant.conversion.repo.replace import clear_output
-from xpuquant.conversion.repo.source_card import metadata_of
+from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields, metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output
 from xpuquant.conversion.results import Converted, about_to, summary
 from xpuquant.conversion.sources.base import Source
@@ -61,6 +61,7 @@ def convert_checkpoint(
     force: bool = False,
     reporter: Reporter | None = None,
     command: str = "xpuquant convert",
+    card: CardFields = NOTHING_TOLD,
     executor: Executor = execute_plan,
 ) -> Converted:
     """Convert a checkpoint into a ready-to-load repo.
@@ -70,6 +71,7 @@ def convert_checkpoint(
         out: folder to write; absent, empty, an unfinished run of the same conversion, or (with `force`) an older one.
         jobs: workers.
         command: as the user gave it, for the card.
+        card: what the card is told to say.
         executor: who carries out the plan.
 
     Raises:
@@ -83,7 +85,7 @@ def convert_checkpoint(
     check_output(out, force)
     plan = make_plan(source.checkpoint, options)
     check_places(plan, source, out)
-    metadata = metadata_of(source)
+    metadata = metadata_of(source, card)
     reporter.begins(about_to(plan, source, str(out)))
     with Staging(out, reporter.note) as staging:
         done = staging.begin(plan.digest(source.fingerprint()), options, force, source.identities())

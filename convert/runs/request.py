@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,8 @@ from xpuquant.conversion.hub.target import Destination
 from xpuquant.conversion.options import Options, default_jobs
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.progress import Reporter
+from xpuquant.conversion.repo.card_merge import CARD, front_matter
+from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields
 from xpuquant.conversion.repo.staging import check_output
 from xpuquant.conversion.results import Converted, PartConverted, Planned, summary
 from xpuquant.conversion.runs.finished import converted_shards, is_finished, recorded_options
@@ -20,6 +22,8 @@ from xpuquant.conversion.runs.local import Executor, convert_checkpoint, downloa
 from xpuquant.conversion.runs.parts import Part, check_parts, check_told, make_part, parts_options, share
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
+from xpuquant.conversion.sources.repo_files import read_text
+from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, NotVerifiedError, UsageError
 
@@ -37,6 +41,7 @@ class ConvertRequest:
     ray          address of a Ray cluster to run on; None: this machine
     stream       keep only the shards in use
     destination  where to publish the result
+    card         what its card is told to say
 
     Raises:
         UsageError: things that exclude each other.
@@ -53,6 +58,7 @@ class ConvertRequest:
     ray: str | None = None
     stream: bool = False
     destination: Destination | None = None
+    card: CardFields = NOTHING_TOLD
 
     def __post_init__(self) -> None:
         if self.ray is not None and not self.ray.strip():
@@ -66,9 +72,10 @@ class ConvertRequest:
             "force": self.force,
             "verify": not self.verify,
             "push_to": self.destination is not None,
+            **{told.name: True for told in self.card.told()},
         }
         for (one, other), reason in EXCLUDES.items():
-            if given[one] and given[other]:
+            if given.get(one) and given.get(other):
                 excluded = Argument(other, False) if other == "verify" else Argument(other)
                 raise UsageError(Argument(one), " does not go with ", excluded, f": {reason}")
 
@@ -87,6 +94,7 @@ EXCLUDES: Mapping[tuple[str, str], str] = {
     ("part", "push_to"): "a part is not published; give it to `finish`",
     ("part", "verify"): "parts are verified when they are put together; give it to `finish`",
     ("part", "force"): "a part replaces nothing; choose another folder, or remove this one first",
+    **{("part", field): "`finish` writes the card; give it to that" for field in ("base_model", "license", "language")},
     ("stream", "part"): "it makes one shard after the other, here",
     ("stream", "ray"): "it makes one shard after the other, here",
 }
@@ -106,6 +114,7 @@ class FinishRequest:
     jobs: int = 0
     verify: bool = True
     destination: Destination | None = None
+    card: CardFields = NOTHING_TOLD
     told: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,6 +164,7 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
     opened, out, options = _open(request), request.target, request.options
     if not request.force and (earlier := _converted_before(out, opened, options)) is not None:
         _check_verified(out, request.verify, request.destination)
+        _check_card(out, request.card)
         return _published(earlier, request.destination, reporter)
     if request.stream:
         return _run_streamed(request, opened, reporter)
@@ -168,6 +178,7 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
         force=request.force,
         reporter=reporter,
         command=card_command(request),
+        card=request.card,
         executor=_executor(request),
     )
     return _published(converted, request.destination, reporter)
@@ -204,6 +215,19 @@ def _check_verified(out: Path, verify: bool, destination: Destination | None) ->
         )
 
 
+def _check_card(out: Path, told: CardFields) -> None:
+    """Raises UsageError where a finished conversion's card does not say what this one is told to say."""
+    said = front_matter(read_text(Tree(out), CARD) or "")
+    differing = [one for one in told.told() if said.get(one.name) != told.metadata()[one.name]]
+    if differing:
+        raise UsageError(
+            f"{out}: is finished already, and its card does not say ",
+            differing[0],
+            f"; write it into {out / CARD}, where it is kept, or convert again with ",
+            Argument("force", True),
+        )
+
+
 def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
     """Put the parts of a conversion together, with the options that stand in their journals; only publish what an
     earlier run has put together.
@@ -218,6 +242,7 @@ def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
     if is_finished(request.out):
         earlier = _put_together_before(request, opened)
         _check_verified(request.out, request.verify, request.destination)
+        _check_card(request.out, request.card)
         return _published(earlier, request.destination, reporter)
     options = parts_options(request.out, request.told)
     source = downloaded(opened, options, reporter)
@@ -232,7 +257,9 @@ def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
         command=shlex.join(
             ["xpuquant", "finish", _public(request.source), request.out.resolve().name]
             + ["--no-verify"] * (not request.verify)
+            + _spelt(request.card.told())
         ),
+        card=request.card,
     )
     return _published(converted, request.destination, reporter)
 
@@ -268,11 +295,18 @@ def default_output(name: str, layout: str) -> Path:
 def card_command(request: ConvertRequest) -> str:
     """The command line that asks for the same, for a card that anybody reads: of a folder here its name."""
     words = ["xpuquant", "convert", _public(request.source), request.target.resolve().name]
-    for asked in request.options.asked():
-        words += [f"--{asked.name.replace('_', '-')}", *([] if asked.value is True else [str(asked.value)])]
+    words += _spelt([*request.options.asked(), *request.card.told()])
     if not request.verify:
         words.append("--no-verify")
     return shlex.join(words if request.revision is None else [*words, "--revision", request.revision])
+
+
+def _spelt(arguments: Iterable[Argument]) -> list[str]:
+    """Arguments as options of the command line."""
+    words: list[str] = []
+    for one in arguments:
+        words += [f"--{one.name.replace('_', '-')}", *([] if one.value is True else [str(one.value)])]
+    return words
 
 
 def _public(source: str) -> str:
@@ -305,6 +339,7 @@ def _run_streamed(request: ConvertRequest, source: Source, reporter: Reporter) -
         reporter=reporter,
         command=card_command(request),
         destination=request.destination,
+        card=request.card,
     )
 
 

@@ -97,6 +97,9 @@ WRONG["endpoint"] += ["huggingface.co", 3]
 WRONG["progress"] += ["yes", 3]
 WRONG["source"] += [3, None, Path("/no/where")]
 WRONG["token"] += [True, 3]
+WRONG["base_model"] += ["noslash", "a/b/c", "a/b ", "../x", "a/b](https://evil)", "a/b\n- x", ["a/b"]]
+WRONG["license"] += ["apache 2.0", "a: b", "[mit]", "x" * 200, ["mit"], True]
+WRONG["language"] += ["en, zh", "en,", ",", "en;zh", "*x", ["en"], "en,zh\nlicense: mit"]
 for _name in ("out", "a", "b", "report"):  # a path is whatever the system takes
     WRONG[_name] = [value for value in WRONG[_name] if value not in (" ", "x\n")]
 for _name in ("revision", "branch", "ray", "token"):
@@ -285,6 +288,9 @@ GIVEN = {
     "on_unsupported": ["--on-unsupported", "dequantize"],
     "max_shard_size": ["--max-shard-size", "1GB"],
     "fold_act_order": ["--fold-act-order"],
+    "base_model": ["--base-model", "me/x"],
+    "license": ["--license", "mit"],
+    "language": ["--language", "en,zh"],
 }
 NEEDS = {("private", "push_to"), ("branch", "push_to"), ("pr", "push_to"), ("unverified", "push_to")}
 PUBLISHING = {"push_to", "private", "branch", "pr", "unverified"}
