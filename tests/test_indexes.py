@@ -14,7 +14,7 @@ import xpuquant
 from xpuquant.conversion.cli.app import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-ANSWERING = {"as_json", "quiet", "verbose", "out_option"}
+ANSWERING = {"as_json", "quiet", "verbose", "out_option", "sources_file"}
 """Options for a terminal alone."""
 SCRIPTS = sorted(
     path.relative_to(ROOT / "scripts")

@@ -29,6 +29,18 @@ def _completes(choices: Sequence[str]) -> Callable[[str], list[str]]:
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SRC", help="Folder with a quantized checkpoint, or OWNER/NAME on the Hub.")
 ]
+ToConvertArgument = Annotated[
+    str | None, typer.Argument(metavar="SRC", help="Folder with a quantized checkpoint, or OWNER/NAME on the Hub.")
+]
+FromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FILE",
+        help="Convert every source that FILE lists, a line each: SRC, or SRC OUT. With -o, into that folder. "
+        "One that fails stops none of the others. - is standard input.",
+    ),
+]
 RevisionOption = Annotated[
     str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of SRC on the Hub (default: main).")
 ]

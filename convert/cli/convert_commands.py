@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from xpuquant.conversion.cli import arguments as args
-from xpuquant.errors import UsageError
+from xpuquant.errors import Argument, UsageError
+
+_OF_ONE = {
+    "source": "the list has the sources, and -o the folder for all outputs",
+    "part": "make the parts of each source by itself",
+    "revision": "a revision is of one source",
+    "push_to": "it names one repository; push each output by itself",
+    "branch": "it is of one repository",
+    "base_model": "it is the base of one source",
+}
+"""Argument → why it does not go with a list of sources."""
 
 
 def convert(
-    source: args.SourceArgument,
+    source: args.ToConvertArgument = None,
     out: args.OutToWriteArgument = None,
     out_option: args.OutOption = None,
+    sources_file: args.FromOption = None,
     layout: args.LayoutOption = "xpu",
     scale_dtype: args.ScaleDtypeOption = "keep",
     on_unsupported: args.OnUnsupportedOption = "refuse",
@@ -43,10 +54,16 @@ def convert(
     from xpuquant.conversion.runs.parts import parse_part
     from xpuquant.conversion.runs.request import ConvertRequest, plan_only, run
 
+    if sources_file is not None:
+        _check_list_alone(
+            source=source, part=part, revision=revision, push_to=push_to, branch=branch, base_model=base_model
+        )
+    elif source is None:
+        raise UsageError("nothing to convert: give SRC, or a list of sources with ", Argument("sources_file"))
     if out is not None and out_option is not None:
         raise UsageError(f"OUT is given twice: {out} and {out_option}")
     request = ConvertRequest(
-        source,
+        source or "",
         out_option if out is None else out,
         Options(layout, scale_dtype, on_unsupported, max_shard_size, fold_act_order),
         revision=revision,
@@ -60,6 +77,12 @@ def convert(
         card=CardFields(base_model, license, language),
     )
     output = Output(as_json, quiet, verbose)
+    if sources_file is not None:
+        from xpuquant.conversion.cli.several import convert_several
+        from xpuquant.conversion.runs.several import read_list
+
+        convert_several([one.request(request) for one in read_list(sources_file)], output, dry_run=dry_run)
+        return
     if dry_run:
         from xpuquant.conversion.cli import answers
 
@@ -71,6 +94,13 @@ def convert(
     from xpuquant.conversion.cli import answers
 
     output.answer(answers.converted(result, output))
+
+
+def _check_list_alone(**given: str | None) -> None:
+    """Raises UsageError where an argument of one source stands beside a list of several."""
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(Argument("sources_file"), " does not go with ", Argument(name), f": {_OF_ONE[name]}")
 
 
 def finish(

@@ -183,7 +183,7 @@ def parameters(command: str) -> dict[str, Any]:
 def test_a_parameter_of_a_command_is_called_like_the_argument_of_its_function() -> None:
     """Or one is only for programs, the other only for the terminal."""
     only_python = {"options", "progress", "token", "endpoint"}
-    only_terminal = {"as_json", "dry_run", "quiet", "verbose", "out_option"}
+    only_terminal = {"as_json", "dry_run", "quiet", "verbose", "out_option", "sources_file"}
     for name, function in FUNCTIONS.items():
         if name in ("plan", "convert_part"):
             continue
@@ -297,7 +297,7 @@ PUBLISHING = {"push_to", "private", "branch", "pr", "unverified"}
 
 
 def test_the_matrix_names_every_option_of_convert() -> None:
-    assert GIVEN.keys() == parameters("convert").keys() - {"source", "out", "out_option"}
+    assert GIVEN.keys() == parameters("convert").keys() - {"source", "out", "out_option", "sources_file"}
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(GIVEN, 2)))
