@@ -39,6 +39,7 @@ MARKERS = {
     "reliability/test_fuzz.py": "slow",
     "reliability/test_injected_faults.py": "slow",
     "convert/test_scale.py": "slow",
+    "convert/test_terminal.py::test_a_terminal_shows_what_a_pipe_does": "slow",
     "convert/test_full_size.py": "slow",
     "convert/test_convert.py::TestInterruption": "slow",
     "convert/test_hub.py::test_a_stream_that_stops_anywhere_goes_on": "slow",

@@ -102,9 +102,9 @@ def run(arguments: Sequence[str]) -> int:
         return _failed(error, arguments)
     except KeyboardInterrupt:
         code = Interrupted.exit_code
-    except SystemExit:
-        # Standard output is closed (`| head`): nobody is left to tell.
-        return EnvironmentFault.exit_code
+    except SystemExit as end:
+        # A shell asked for completions. Or standard output is closed (`| head`): nobody is left to tell.
+        return 0 if end.code in (0, None) else EnvironmentFault.exit_code
     if code == Interrupted.exit_code:
         return _failed(Interrupted("interrupted; run the same command again to resume"), arguments)
     return code if isinstance(code, int) else 0

@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedSource:
     """A line of a list: a source, and where its output goes; None leaves that to the source's name."""
 
     source: str
@@ -41,7 +41,7 @@ class Tried(Generic[R]):
     error: Exception | None
 
 
-def read_list(name: str) -> list[Listed]:
+def read_list(name: str) -> list[ListedSource]:
     """The sources that a file lists, one a line: `SRC` or `SRC OUT`, quoted as in a shell; `#` begins a comment.
 
     Args:
@@ -60,7 +60,7 @@ def read_list(name: str) -> list[Listed]:
         raise UsageError(f"{name}: cannot be read ({error.strerror})") from error
     if len(data) > _MAX_BYTES:
         raise UsageError(f"{name}: is no list of sources (more than {_MAX_BYTES >> 20} MiB)")
-    found: list[Listed] = []
+    found: list[ListedSource] = []
     try:
         lines = data.decode().splitlines()
     except UnicodeDecodeError as error:
@@ -73,7 +73,7 @@ def read_list(name: str) -> list[Listed]:
         if len(words) > 2 or "" in words:
             raise UsageError(f"{name}, line {number}: want SRC, or SRC OUT; a name with spaces in quotes")
         if words:
-            found.append(Listed(words[0], Path(words[1]) if len(words) > 1 else None))
+            found.append(ListedSource(words[0], Path(words[1]) if len(words) > 1 else None))
     if not found:
         raise UsageError(f"{name}: lists no source")
     return found
