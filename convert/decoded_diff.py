@@ -312,10 +312,16 @@ def _add(total: ModuleValues, where: str, a: View, b: View) -> ModuleValues:
             continue
         if first is None:
             n, k = np.argwhere(wrong)[0]
-            first = f"{where}[{start + n}, {k}]: {u[n, k]:g} against {v[n, k]:g}"
+            first = f"{where}[{start + n}, {k}]: {_shown(u[n, k], v[n, k])}"
         differ += int(np.count_nonzero(wrong))
         max_abs = max(max_abs, _largest(u[wrong] - v[wrong]))
     return ModuleValues(total.name, total.elements, differ, max_abs, largest, first)
+
+
+def _shown(a: float, b: float) -> str:
+    """Two values that differ, with as many digits as tell them apart."""
+    pairs = ((f"{a:.{digits}g}", f"{b:.{digits}g}") for digits in (3, 6, 17))
+    return " against ".join(next(pair for pair in pairs if pair[0] != pair[1]))
 
 
 def _largest(values: Array) -> float:

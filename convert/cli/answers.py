@@ -188,10 +188,11 @@ def compared(difference: Difference) -> Answer:
         parts.append(TextTable("", ("tensor", "difference"), rows, most=_MAX_DIFFERENCES))
     other = [one for one in d.decoded if not one.same]
     if other:
-        columns = ("module", "values that differ", "by at most", "largest in A", "the first")
+        columns = ("module", "differ", "by", "largest", "first")
         parts.append(TextTable("", columns, [_differing(one) for one in other], most=_MAX_DIFFERENCES))
+        parts.append("by: the largest difference of two values; largest: the largest value in A, to measure it by")
     said = [f"{d.same} tensors ({size(d.same_bytes)}) are {what}"]
-    if d.decoded:
+    if len(d.decoded) > len(other):
         said.append(f"{len(d.decoded) - len(other)} modules are stored otherwise, of equal values")
     if other:
         said.append(f"{len(other)} differ in value")
