@@ -14,7 +14,7 @@ from xpuquant.conversion.cli.output import Answer, Output
 from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.results import Converted, Planned
 from xpuquant.conversion.runs.request import ConvertRequest, convert, plan_only
-from xpuquant.conversion.runs.several import Tried, check_outputs, try_each
+from xpuquant.conversion.runs.several import Attempted, check_outputs, try_each
 from xpuquant.conversion.sizes import duration, size
 
 
@@ -27,7 +27,7 @@ class _Ended:
     seconds  that it took
     """
 
-    tried: Tried[Converted | Planned]
+    tried: Attempted[Converted | Planned]
     error: str
     code: int
     seconds: float

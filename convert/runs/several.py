@@ -33,7 +33,7 @@ class ListedSource:
 
 
 @dataclass(frozen=True)
-class Tried(Generic[R]):
+class Attempted(Generic[R]):
     """What became of one request: a result, or an error."""
 
     request: ConvertRequest
@@ -89,10 +89,10 @@ def check_outputs(requests: Sequence[ConvertRequest]) -> None:
         seen[out] = request.source
 
 
-def try_each(requests: Sequence[ConvertRequest], convert: Callable[[ConvertRequest], R]) -> Iterator[Tried[R]]:
+def try_each(requests: Sequence[ConvertRequest], convert: Callable[[ConvertRequest], R]) -> Iterator[Attempted[R]]:
     """Carry out one request after the other; each as it ends. An interrupt ends all of them."""
     for request in requests:
         try:
-            yield Tried(request, convert(request), None)
+            yield Attempted(request, convert(request), None)
         except Exception as error:  # whatever it is, it is this source's
-            yield Tried(request, None, error)
+            yield Attempted(request, None, error)
