@@ -36,7 +36,7 @@ from xpuquant.formats.weights.base import (
     Weight,
     row_blocks,
 )
-from xpuquant.formats.weights.decoded import Decoded, in_order, subtract_zeros
+from xpuquant.formats.weights.decoded import Decoded, even_groups, in_order, subtract_zeros
 from xpuquant.formats.weights.integers import (
     SPREADABLE,
     SourceInts,
@@ -272,12 +272,14 @@ def _groups(
         if config.desc_act and G > 1:
             raise UnsupportedError(f"{g_idx.name} decides the column order and cannot be read from headers alone")
         return size, None, "columns in order, as the config says"
+    in_order_said = ", although desc_act is true" if config.desc_act and G > 1 else ""
+    if np.array_equal(values, even_groups(K, size)):  # nearly always: nothing else is worked out then
+        return size, None, f"g_idx is trivial: dropped{in_order_said}"
     groups = np.where(values < 0, values + G, values)
     if groups.size and not (groups.min() >= 0 and groups.max() < G):
         raise DamagedError(f"{g_idx.name} names group {values[(groups < 0) | (groups >= G)][0]} of {G}")
-    if np.array_equal(groups, np.arange(K) // size):
-        said = ", although desc_act is true" if config.desc_act and G > 1 else ""
-        return size, None, f"g_idx is trivial: dropped{said}"
+    if np.array_equal(groups, even_groups(K, size)):
+        return size, None, f"g_idx is trivial: dropped{in_order_said}"
     first = int(np.count_nonzero(groups == 0)) or 1
     if -(-K // first) == G and np.array_equal(groups, np.arange(K) // first):
         return (

@@ -8,6 +8,7 @@ or 2^(b-1). For asymmetric ones the label is all there is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -52,6 +53,9 @@ def measure_zeros(
     if words is None:
         symmetric = config.sym is True
         return ZeroPoints(symmetric, config.zeros_minus_one, f"zero points {_said(config)}, as the config says")
+    alike = _alike(config, bits, N, words)
+    if alike is not None:
+        return alike
     fields = stored_fields(words, bits, N, config.planar)
     measured = _measure(config, bits, fields)
     if fields.shape[1] < N:
@@ -62,6 +66,22 @@ def measure_zeros(
     if not measured.symmetric and measured.plus_one:
         _check_writer(config, bits, fields)
     return measured
+
+
+def _alike(config: GptqConfig, bits: int, N: int, words: Array) -> ZeroPoints | None:
+    """What zero points are that are symmetric, by one word where all are alike; None where they are not, or some are
+    missing."""
+    if 32 % bits or words.shape[1] * 32 // bits < N or not words.size or not (words == words[0, 0]).all():
+        return None
+    measured = _of_word(config, bits, min(N, 32 // bits), int(words.view(np.int32)[0, 0]))
+    return measured if measured.symmetric else None
+
+
+@lru_cache(64)
+def _of_word(config: GptqConfig, bits: int, count: int, word: int) -> ZeroPoints:
+    """The same of `count` fields of one int32: nearly all modules of a symmetric checkpoint have the same."""
+    words = np.array([[word]], np.int32)
+    return _measure(config, bits, stored_fields(words, bits, count, config.planar))
 
 
 def _measure(config: GptqConfig, bits: int, fields: Array) -> ZeroPoints:

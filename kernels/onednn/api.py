@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import subprocess
 import sys
@@ -141,7 +142,7 @@ class Shape:
     @classmethod
     def rows(cls, dtype: str, *dims: int) -> Shape:
         """A contiguous row-major tensor."""
-        return cls(dtype, dims, tuple(int(np.prod(dims[i + 1 :])) for i in range(len(dims))))
+        return cls(dtype, dims, tuple(math.prod(dims[i + 1 :]) for i in range(len(dims))))
 
 
 @dataclass(frozen=True)

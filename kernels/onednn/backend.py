@@ -80,6 +80,7 @@ def _activation_scales(scheme: Scheme) -> tuple[str, Quantization] | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def _matmul(
     scheme: Scheme, N: int, K: int, M: int, activation: str, *, element: str | None = None, bias: bool = False
 ) -> Matmul:

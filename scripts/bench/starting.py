@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def plan_once(tensors: int) -> Planned:
 
 
 def _in_memory(count: int) -> Checkpoint:
-    """Headers of a GPTQ checkpoint of expert layers; small tensors are made when they are asked for."""
+    """Headers of a GPTQ checkpoint of expert layers; small tensors are made once for each shape."""
     each = sum(1 for _ in entries("gptq", _experts(2))) - sum(1 for _ in entries("gptq", _experts(1)))
     tensors: dict[str, Tensor] = {}
     position = 0
@@ -128,11 +129,15 @@ def _experts(layers: int) -> Model:
 
 
 def _small(tensor: Tensor) -> Array | None:
-    if tensor.name.endswith("g_idx"):
-        return (np.arange(tensor.shape[0]) // GROUP).astype(np.int32)
-    if tensor.name.endswith("qzeros"):
-        return np.full(tensor.shape, 0x77777777, np.int32)
-    return None
+    """A tensor that planning looks into; reading it from a file is not what is measured."""
+    return _made(tensor.name.rpartition(".")[2], tensor.shape)
+
+
+@cache
+def _made(suffix: str, shape: tuple[int, ...]) -> Array | None:
+    if suffix == "g_idx":
+        return (np.arange(shape[0]) // GROUP).astype(np.int32)
+    return np.full(shape, 0x77777777, np.int32) if suffix == "qzeros" else None
 
 
 def main() -> int:
