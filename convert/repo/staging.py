@@ -16,11 +16,12 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from xpuquant.conversion.options import Options, contrast
+from xpuquant.conversion.options import Options, contrast, cores
 from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.repo.journal import (
     PROVENANCE,
@@ -40,6 +41,9 @@ from xpuquant.errors import Argument, EnvironmentFault, UnsupportedError, UsageE
 LOCK = "lock"
 EARLIER_CARD = "README.earlier.md"
 """The card of an earlier conversion, with what people wrote into it: kept until the new one has it."""
+
+VERIFIED_PART = ".verified.json"
+"""How the name of a file ends that has the verdict on a part of the conversion."""
 
 _CONFIG = "config.json.new"
 _FILES = "files"
@@ -218,8 +222,9 @@ class Staging:
         self.files.make()
 
     def _drop_journals(self) -> None:
-        for name in journals(self.tree):
-            self.tree.remove(name)
+        for name in self.tree.names():
+            if name.endswith((_JOURNALS, VERIFIED_PART)):
+                self.tree.remove(name)
 
 
 def staged_files(out: Path) -> Tree:
@@ -233,12 +238,16 @@ def journals(staging: Tree) -> list[str]:
 
 
 def still_there(files: Tree, noted: Iterable[tuple[str, Finished]]) -> dict[str, Finished]:
-    """The shards that are still what a journal says. What lies in their places and is no file, is not."""
-    done: dict[str, Finished] = {}
-    for name, finished in noted:
-        if files.holds(name) and files.size(name) == finished.nbytes and hash_file(files, name) == finished.sha256:
-            done[name] = finished
-    return done
+    """The shards that are still what a journal says. What lies in their places and is no file, is not. They are hashed
+    side by side, one on each core: all of a large conversion's may be."""
+
+    def is_there(name: str, finished: Finished) -> bool:
+        return files.holds(name) and files.size(name) == finished.nbytes and hash_file(files, name) == finished.sha256
+
+    entries = list(noted)
+    with ThreadPoolExecutor(cores(), "hash") as threads:
+        found = threads.map(lambda entry: is_there(*entry), entries)
+        return {name: finished for (name, finished), there in zip(entries, found, strict=True) if there}
 
 
 def merged(records: Iterable[Record]) -> dict[str, list[Reached]]:

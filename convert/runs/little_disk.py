@@ -12,7 +12,6 @@ same command skips what either holds. The verdict on each segment is kept beside
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,15 +36,14 @@ from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.finished import is_conversion, recorded_shards
 from xpuquant.conversion.runs.local import check_disk, check_places, raise_failures
 from xpuquant.conversion.sizes import size
-from xpuquant.conversion.sources.base import bytes_by_dtype
-from xpuquant.conversion.sources.repo_files import parse_json, read_json
+from xpuquant.conversion.sources.repo_files import parse_json
 from xpuquant.conversion.sources.streamed import StreamedSource
 from xpuquant.conversion.verify.context import Check, Origin
+from xpuquant.conversion.verify.noted import joined_verdicts, note_verdict, read_noted
 from xpuquant.conversion.verify.record_form import lacks_digests
 from xpuquant.conversion.verify.run import verify_staged
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import XpuquantError
 from xpuquant.formats.safetensors import Tensor
 
 _SOURCE = "source"
@@ -264,7 +262,7 @@ class _Work:
             for file in segment.sources:
                 if last[file] <= i:
                     self._source.release(file)
-        return finished, _merged(verdicts, self._source) if self._verify else None
+        return finished, joined_verdicts(verdicts, self._source) if self._verify else None
 
     def _make(self, todo: Iterable[Shard], reporter: Reporter) -> None:
         plan = replace(self._plan, shards=tuple(todo))
@@ -273,14 +271,9 @@ class _Work:
 
     def _noted(self, segment: Segment) -> Verdict | None:
         """The verdict of an earlier run on these very shards, which are staged or here; None where there is none."""
-        held = self._done | self._staged
-        try:
-            note = read_json(self._verdicts, _note(segment))
-            verdict = Verdict.from_json(note["verdict"])
-            checked = [held[shard.name].sha256 == note["shards"][shard.name] for shard in segment.shards]
-        except (XpuquantError, KeyError, TypeError, ValueError):
-            return None
-        return verdict if all(checked) else None
+        noted = read_noted(self._verdicts, _note(segment), self._done | self._staged)
+        is_of_it = noted is not None and noted.shards == {shard.name for shard in segment.shards}
+        return noted.verdict if noted is not None and is_of_it else None
 
     def _check(self, segment: Segment, name: str, reporter: Reporter) -> Verdict:
         """The verdict on a segment, all of whose shards are here."""
@@ -296,9 +289,8 @@ class _Work:
         finally:
             repo.reader.close()
         raise_failures(verdict, self._staging.files)
-        shards = {shard.name: self._done[shard.name].sha256 for shard in segment.shards}
-        note = {"shards": shards, "verdict": verdict.to_json()}
-        self._verdicts.write(_note(segment), json.dumps(note).encode())
+        made = {shard.name: self._done[shard.name] for shard in segment.shards}
+        note_verdict(self._verdicts, _note(segment), verdict, made)
         return verdict
 
     def _stage(self, shard: Shard, reporter: Reporter) -> Finished:
@@ -315,23 +307,3 @@ class _Work:
 def _note(segment: Segment) -> str:
     """The file that the verdict on a segment is kept in."""
     return f"{segment.shards[0].name}.json"
-
-
-def _merged(verdicts: Sequence[Verdict], source: StreamedSource) -> Verdict:
-    """One verdict of those on the segments."""
-    after: dict[str, int] = {}
-    for verdict in verdicts:
-        for dtype, nbytes in verdict.after.items():
-            after[dtype] = after.get(dtype, 0) + nbytes
-    return replace(
-        verdicts[0],
-        shards=sum(verdict.shards for verdict in verdicts),
-        exact=[checked for verdict in verdicts for checked in verdict.exact],
-        kernels=[run for verdict in verdicts for run in verdict.kernels],
-        sanity={name: sanity for verdict in verdicts for name, sanity in verdict.sanity.items()},
-        findings=[finding for verdict in verdicts for finding in verdict.findings],
-        schemes={name: scheme for verdict in verdicts for name, scheme in verdict.schemes.items()},
-        before=bytes_by_dtype(source.checkpoint.tensors.values()),
-        after=after,
-        setting=verdicts[-1].setting,
-    )

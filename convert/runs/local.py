@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +30,7 @@ from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import EnvironmentFault, UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from xpuquant.conversion.verify.context import Check
     from xpuquant.conversion.verify.verdict import Verdict
 
 _HEADROOM_BYTES = 64 << 20
@@ -104,7 +107,7 @@ def convert_checkpoint(
         )
         verdict = None
         if verify:
-            verdict = check_staged(plan, source, staging.files, out.resolve().name, jobs, reporter)
+            verdict = check_staged(plan, source, staging, shards, jobs, reporter)
         # What verifies and what writes reports is imported when it is needed: the first byte does not wait for it.
         from xpuquant.conversion.repo.assemble import write_repo
 
@@ -159,27 +162,59 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
-def check_staged(plan: Plan, source: Source, staged: Tree, name: str, jobs: int, reporter: Reporter) -> Verdict:
-    """Check the staged shards against the source.
+def check_staged(
+    plan: Plan, source: Source, staging: Staging, shards: Mapping[str, Finished], jobs: int, reporter: Reporter
+) -> Verdict:
+    """Check the staged shards against the source. What parts noted of theirs where they were made is not compared
+    again: `shards` have been hashed since.
 
     Raises:
         VerificationError: something differs; `verify.json` in the staging folder has all of it.
     """
-    from xpuquant.conversion.repo.converted import Repo
-    from xpuquant.conversion.verify.context import Check, Origin
+    from xpuquant.conversion.verify.context import Origin
+    from xpuquant.conversion.verify.noted import known_of
     from xpuquant.conversion.verify.run import verify_staged
+
+    known = known_of(staging.tree, shards)
+    with _checked(plan, staging.files, jobs, reporter) as check:
+        verdict = verify_staged(Origin(plan, source), check, staging.out.resolve().name, PRODUCER, known)
+    source.check_unchanged()
+    raise_failures(verdict, staging.files)
+    return verdict
+
+
+def check_part(plan: Plan, source: Source, staged: Tree, name: str, jobs: int, reporter: Reporter) -> Verdict:
+    """Check the shards of a part against the source: every value, which is all but the work of the kernels.
+
+    Args:
+        plan: of the part.
+        name: the repo's name in the verdict.
+
+    Raises: as `check_staged`.
+    """
+    from xpuquant.conversion.verify.context import Origin
+    from xpuquant.conversion.verify.run import verify_values
+
+    with _checked(plan, staged, jobs, reporter) as check:
+        verdict = verify_values(Origin(plan, source), check, name, PRODUCER)
+    source.check_unchanged()
+    raise_failures(verdict, staged)
+    return verdict
+
+
+@contextmanager
+def _checked(plan: Plan, staged: Tree, jobs: int, reporter: Reporter) -> Iterator[Check]:
+    """What a verification of a plan's shards needs to know."""
+    from xpuquant.conversion.repo.converted import Repo
+    from xpuquant.conversion.verify.context import Check
 
     reporter.phase("verify", sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors))
     repo = Repo(staged, tuple(shard.name for shard in plan.shards), plan.quantization_config(PRODUCER))
     try:
-        check = Check(repo, jobs=jobs, progress=reporter.advance)
-        verdict = verify_staged(Origin(plan, source), check, name, PRODUCER)
+        yield Check(repo, jobs=jobs, progress=reporter.advance)
         repo.reader.check_unchanged()
     finally:
         repo.reader.close()
-    source.check_unchanged()
-    raise_failures(verdict, staged)
-    return verdict
 
 
 def raise_failures(verdict: Verdict, staged: Tree) -> None:

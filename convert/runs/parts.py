@@ -3,7 +3,7 @@
     xpuquant convert SRC OUT --part 1/16         each of these makes its share of the shards
     ...
     xpuquant convert SRC OUT --part 16/16
-    xpuquant finish SRC OUT                      checks that all are there, verifies, publishes
+    xpuquant finish SRC OUT                      checks that all are there and as they were verified, publishes
 
 Every process plans alone. Equal sources and options give equal plans; the plan's digest, in the first line of every
 part's journal, proves it: a part that does not fit those beside it is refused before it makes anything. Shares are
@@ -38,6 +38,7 @@ from xpuquant.conversion.repo.journal import (
 )
 from xpuquant.conversion.repo.staging import (
     LOCK,
+    VERIFIED_PART,
     Staging,
     check_output,
     journals,
@@ -48,7 +49,7 @@ from xpuquant.conversion.repo.staging import (
     take_lock,
 )
 from xpuquant.conversion.results import PartConverted
-from xpuquant.conversion.runs.local import check_places
+from xpuquant.conversion.runs.local import check_part, check_places
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan
@@ -72,6 +73,11 @@ class Part:
     def journal(self) -> str:
         """File name of its journal."""
         return f"part-{self.index:05}-of-{self.count:05}.jsonl"
+
+    @property
+    def verified(self) -> str:
+        """File name of the verdict on it."""
+        return f"part-{self.index:05}-of-{self.count:05}{VERIFIED_PART}"
 
     @property
     def lock(self) -> str:
@@ -158,6 +164,7 @@ class PartStaging:
         record = self._journal.read()
         self._check_others(digest, options)
         if record is None:
+            self._tree.remove(self._part.verified)
             self._journal.begin(digest, options, sources)
             try:
                 self._check_others(digest, options)  # one that began at the same time
@@ -184,6 +191,22 @@ class PartStaging:
         self.files.sync(shard)  # another machine will read it
         self._journal.append(shard, finished)
 
+    def verify(self, plan: Plan, source: Source, shards: Mapping[str, Finished], jobs: int, reporter: Reporter) -> None:
+        """Check the part's shards against the source, and note the verdict for `finish`; an earlier run's holds.
+
+        Args:
+            plan: of the part. A module that lies in two parts is in neither's plan: `finish` checks it.
+
+        Raises:
+            VerificationError: something differs.
+        """
+        from xpuquant.conversion.verify.noted import note_verdict, read_noted
+
+        if not plan.shards or read_noted(self._tree, self._part.verified, shards) is not None:
+            return
+        verdict = check_part(plan, source, self.files, self.out.resolve().name, jobs, reporter)
+        note_verdict(self._tree, self._part.verified, verdict, shards)
+
     def reached(self, shard: str) -> Sequence[Reached]:
         """How far an earlier run of this part came with a shard, as it noted it."""
         return self._reached.get(shard, ())
@@ -200,9 +223,9 @@ class PartStaging:
 def make_part(
     source: Source, out: Path, options: Options, part: Part, *, jobs: int, reporter: Reporter
 ) -> PartConverted:
-    """Make one part's shards in the staging folder of `out`.
+    """Make one part's shards in the staging folder of `out`, and verify there what lies wholly in them.
 
-    Raises: as `convert_checkpoint`, but for the verification, which `finish` does.
+    Raises: as `convert_checkpoint`.
     """
     plan = make_plan(source.checkpoint, options)
     check_places(plan, source, out)
@@ -211,6 +234,7 @@ def make_part(
     with PartStaging(out, part, reporter.note) as staging:
         done = staging.begin(plan.digest(source.fingerprint()), options, source.identities())
         finished = execute_plan(mine, source, staging, jobs, done, reporter.advance)
+        staging.verify(mine, source, finished, jobs, reporter)
     return PartConverted(str(part), source.name, out, finished, len(plan.shards), mine.write_bytes)
 
 

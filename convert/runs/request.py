@@ -92,7 +92,10 @@ class ConvertRequest:
 EXCLUDES: Mapping[tuple[str, str], str] = {
     ("part", "ray"): "both share the work out; choose one",
     ("part", "push_to"): "a part is not published; give it to `finish`",
-    ("part", "verify"): "parts are verified when they are put together; give it to `finish`",
+    (
+        "part",
+        "verify",
+    ): "a part is verified where it is made; leave it away here, and give it to `finish` for no verdict at all",
     ("part", "force"): "a part replaces nothing; choose another folder, or remove this one first",
     **{("part", field): "`finish` writes the card; give it to that" for field in ("base_model", "license", "language")},
     ("stream", "part"): "it makes one shard after the other, here",

@@ -54,8 +54,17 @@ Matrices = Mapping[tuple[str, int | None], Matrix]
 """The matrices of a stored module by role and expert."""
 
 
-def check_exact(origin: Origin, check: Check) -> tuple[list[Checked], dict[str, Sanity]]:
+Known = Mapping[str, tuple[Checked, Sanity | None]]
+"""Module or unquantized tensor → what a comparison found of it, and counted."""
+
+NOTHING: Known = {}
+
+
+def check_exact(origin: Origin, check: Check, known: Known = NOTHING) -> tuple[list[Checked], dict[str, Sanity]]:
     """Compare everything the plan describes with everything the repo holds.
+
+    Args:
+        known: what need not be compared again, because the very bytes that the repo holds have been.
 
     Returns:
         The verdict on each module and unquantized tensor, with its digest; what was counted, per module.
@@ -81,11 +90,15 @@ def check_exact(origin: Origin, check: Check) -> tuple[list[Checked], dict[str, 
 
     # Largest first, so that no worker is left with a long one at the end.
     largest = sorted(plan.modules, key=lambda planned: -planned.nbytes)
-    calls = [partial(module, planned) for planned in largest if planned.conversion.scheme is not None]
-    calls += [partial(dequantized, name, weights) for name, weights in _by_tensor(plan).items()]
-    calls += [partial(passed, one) for one in plan.passed]
-    calls += [partial(bias, split, name) for name, split in plan.split_biases.items()]
-    results = run_all(check.jobs, calls)
+    calls: list[tuple[str, Callable[[], tuple[Checked, Sanity | None]]]] = [
+        (planned.conversion.name, partial(module, planned))
+        for planned in largest
+        if planned.conversion.scheme is not None
+    ]
+    calls += [(name, partial(dequantized, name, weights)) for name, weights in _by_tensor(plan).items()]
+    calls += [(one.name, partial(passed, one)) for one in plan.passed]
+    calls += [(name, partial(bias, split, name)) for name, split in plan.split_biases.items()]
+    results = run_all(check.jobs, [partial(known.__getitem__, name) if name in known else call for name, call in calls])
     return [checked for checked, _ in results], {c.name: sanity for c, sanity in results if sanity is not None}
 
 

@@ -27,7 +27,14 @@ from xpuquant.conversion.verify.agreement import check_kernels
 from xpuquant.conversion.verify.contents import check_contents
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.derivation import check_derived
-from xpuquant.conversion.verify.exactness import check_exact, check_recorded, find_matrix, matrices_by_role
+from xpuquant.conversion.verify.exactness import (
+    NOTHING,
+    Known,
+    check_exact,
+    check_recorded,
+    find_matrix,
+    matrices_by_role,
+)
 from xpuquant.conversion.verify.expected import DecodeRows, Subject
 from xpuquant.conversion.verify.integrity import check_integrity, check_unchanged, check_written
 from xpuquant.conversion.verify.proof import Checked, Claim
@@ -141,12 +148,13 @@ def verify(
     return _with_findings(verdict, *check_unchanged(folder, integrity.known))
 
 
-def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Verdict:
+def verify_staged(origin: Origin, check: Check, name: str, producer: str, known: Known = NOTHING) -> Verdict:
     """Check what `convert` is about to publish; its sha256 have been taken from the same bytes as they were written.
 
     Args:
         check: its backends are not looked at: see `DURING_CONVERT`.
         name: the repo's name in the verdict.
+        known: what was found before of the same bytes.
 
     Raises:
         DamagedError: the tensors written are not those planned.
@@ -156,17 +164,21 @@ def verify_staged(origin: Origin, check: Check, name: str, producer: str) -> Ver
         kernels = partial(_kernels, _source_subjects(origin, check.repo), check)
         # Few matrices, in one thread: it would otherwise be alone at the end.
         running = beside.submit(kernels) if check.jobs > 1 else None
-        exact, sanity = check_exact(origin, check)
+        verdict = verify_values(origin, check, name, producer, known)
         ran = kernels() if running is None else running.result()
+    unavailable, setting = _unavailable(check.backends), setting_of(check.backends)
+    return replace(verdict, unavailable=unavailable, kernels=ran, setting=setting)
+
+
+def verify_values(origin: Origin, check: Check, name: str, producer: str, known: Known = NOTHING) -> Verdict:
+    """The part of `verify_staged` that reads everything: headers, every value, and what is counted of them."""
+    exact, sanity = check_exact(origin, check, known)
     verdict = Verdict(
         name,
         producer,
         shards=len(origin.plan.shards),
         findings=check_written(origin.plan.shards, check.repo.tree),
-        unavailable=_unavailable(check.backends),
-        kernels=ran,
         model=model_of(origin.source.checkpoint.config),
-        setting=setting_of(check.backends),
         **_of_source(origin),
     )
     return _with_exactness(verdict, check.repo, exact, sanity)

@@ -1,10 +1,11 @@
 """A large checkpoint on paper: time, memory, disk and traffic, from measured rates.
 
-    python scripts/bench/scale.py --convert 0.8 --verify 0.7 [--hash 2.0] [--size 1000] [--nodes 16] [--shard 5]
-                                 [--markdown docs/scale.md]
+    python scripts/bench/scale.py --convert 0.8 --verify 0.7 [--hash 2.0] [--cores 2] [--size 1000] [--nodes 16]
+                                 [--shard 5] [--markdown docs/scale.md]
 
 Rates are GB/s of one node. From a table of convert.py: `--convert` is size over the unverified time, `--verify`
-is size over what verification takes longer than that, `--hash` is one thread's sha256 of files in the page cache.
+is size over what verification takes longer than that, `--hash` is one thread's sha256 of files in the page cache, of
+which `finish` runs one on each core.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import insert
 
 
-def table(size: float, shard: float, nodes: int, convert: float, verify: float, hashing: float) -> str:
+def table(size: float, shard: float, nodes: int, convert: float, verify: float, hashing: float, cores: int) -> str:
     """Markdown for `size` GB in shards of `shard` GB: one node against `nodes`."""
     shards = math.ceil(size / shard)
     rows = [("", "one node", f"{nodes} nodes"), ("---",) * 3]
@@ -34,16 +35,12 @@ def table(size: float, shard: float, nodes: int, convert: float, verify: float, 
     rows.append(("disk", f"{_gb(2 * size)}: source and output", "the same, shared"))
     rows.append(("memory", "under 1 GiB", "under 1 GiB each"))
     rows.append(("converting", *(_minutes(seconds) for seconds in converting)))
-    rehash, verification = size / hashing, size / verify
+    rehash, verifying = size / hashing / cores, [each / verify for each in bytes_each]
+    read = (f"{_gb(2 * size)}", f"{_gb(2 * bytes_each[1])} each")
+    rows.append(("verifying what was made, reads", *read))
+    rows.append(("verifying", *(_minutes(seconds) for seconds in verifying)))
     rows.append(("hashing what the parts wrote (`finish`; not with Ray)", "–", f"{_minutes(rehash)}, one node"))
-    rows.append(
-        (
-            f"verification, reads {_gb(2 * size)}",
-            _minutes(verification),
-            f"{_minutes(verification)}, one node",
-        )
-    )
-    total = (converting[0] + verification, converting[1] + rehash + verification)
+    total = (converting[0] + verifying[0], converting[1] + verifying[1] + rehash)
     rows.append(("together", *(_minutes(seconds) for seconds in total)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
@@ -61,14 +58,16 @@ def main() -> None:
     parser.add_argument("--convert", type=float, required=True, help="GB/s of one node")
     parser.add_argument("--verify", type=float, required=True, help="GB/s of one node, the verification alone")
     parser.add_argument("--hash", type=float, default=2.0, help="GB/s of one thread")
+    parser.add_argument("--cores", type=int, default=2, help="of one node")
     parser.add_argument("--size", type=float, default=1000.0, help="GB of the checkpoint")
     parser.add_argument("--shard", type=float, default=5.0, help="GB of an output file")
     parser.add_argument("--nodes", type=int, default=16)
     parser.add_argument("--markdown", type=Path, help="renew the table in this file")
     given = parser.parse_args()
-    rates = f"{given.convert:g} GB/s converted, {given.verify:g} GB/s verified, {given.hash:g} GB/s hashed"
+    rates = f"{given.convert:g} GB/s converted, {given.verify:g} GB/s verified, {given.hash:g} GB/s hashed by each of "
+    rates += f"{given.cores} cores"
     text = f"Rates of one node: {rates}.\n\n" + table(
-        given.size, given.shard, given.nodes, given.convert, given.verify, given.hash
+        given.size, given.shard, given.nodes, given.convert, given.verify, given.hash, given.cores
     )
     print(text)
     if given.markdown:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,47 @@ def test_finish_knows_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (record["options"]["scale_dtype"], record["options"]["max_shard_bytes"]) == ("BF16", 20_000)
     assert run(["finish", "--help"]) == 0
     assert "--scale-dtype" not in capsys.readouterr().out
+
+
+def spoil(note: Path) -> None:
+    """Make a note speak of other bytes."""
+    said = json.loads(note.read_text())
+    said["shards"] = dict.fromkeys(said["shards"], "0" * 64)
+    note.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("forget", [None, Path.unlink, lambda note: os.truncate(note, 40), spoil])
+def test_what_a_part_has_verified_is_compared_once(
+    forget: Callable[[Path], object] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte of the source changes, unseen, after the parts were made of it: whoever reads the source again finds that.
+    `finish` does so where there is no verdict on the very shards that it found."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(MOE, source)
+    for part in ("1/2", "2/2"):
+        assert run(["convert", str(source), str(out), *SMALL, "--part", part]) == 0
+    weights = source / "model.safetensors"
+    status = weights.stat()
+    with weights.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, _ = json.loads(file.read(length))["model.norm.weight"]["data_offsets"]
+        file.seek(8 + length + start)
+        byte = file.read(1)[0]
+        file.seek(8 + length + start)
+        file.write(bytes([byte ^ 1]))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for journal in (out / ".xpuquant").glob("*.jsonl"):  # of machines that number the files otherwise
+        journal.write_text(journal.read_text().replace(f'"host": "{os.uname().nodename}"', '"host": "another"'))
+    notes = [out / ".xpuquant" / Part(index, 2).verified for index in (1, 2)]
+    assert all(note.is_file() for note in notes)
+    if forget is None:
+        assert run(["finish", str(source), str(out)]) == 0
+        return
+    for note in notes:
+        forget(note)
+    capsys.readouterr()
+    assert run(["finish", str(source), str(out)]) == 1
+    assert "model.norm.weight: bytes differ from the source's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [1, 40, 150])
