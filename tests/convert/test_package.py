@@ -65,7 +65,7 @@ def test_module_and_version() -> None:
 def test_wheel_holds_one_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
-    ours = (".py", "py.typed", ".html.j2", "_releases.json")
+    ours = (".py", "py.typed", ".html.j2", "_releases.json", "families.json")
     assert all(name.startswith("xpuquant/") and name.endswith(ours) for name in names)
     for module in (
         "conversion/cli/app.py",
