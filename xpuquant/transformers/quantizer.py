@@ -94,6 +94,7 @@ class XpuquantQuantizer(HfQuantizer):
         )
         self.own_experts = any(isinstance(m, XpuquantExperts) for m in model.modules())
         _keep_decays(model)
+        self.dtypes = _unquantized_dtypes(model)
         if _is_for_xpu(kwargs.get("device_map")):
             _check_kernels(model)
 
@@ -108,6 +109,7 @@ class XpuquantQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Raises DamagedError, in one line, where a tensor was missing or misshapen: Transformers goes on then."""
+        _cast_renamed(model, self.dtypes)
         for name, module in model.named_modules():
             for suffix, stored in module.wanted.items() if isinstance(module, Quantized) else ():
                 param: Any = getattr(module, suffix)
@@ -181,6 +183,23 @@ def _keep_decays(model: Any) -> None:
     float32, and its exponent is then a decay over the whole context.
     """
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "A_log"}
+
+
+def _unquantized_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Parameter that is not quantized → the dtype that the model was made with."""
+    ours = {f"{name}.{s}" for name, m in model.named_modules() if isinstance(m, Quantized) for s in m.wanted}
+    return {name: param.dtype for name, param in model.named_parameters() if name not in ours}
+
+
+def _cast_renamed(model: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Give parameters the dtype that they have in any other model: Transformers 5.19 leaves those of quantized repos in
+    the file's where it renames them, such as Mixtral's router."""
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, param in model.named_parameters():
+        wanted = dtypes.get(name, param.dtype)
+        is_kept = param.dtype == torch.float32 and any(part in name for part in kept)
+        if param.is_floating_point() and param.dtype != wanted and not is_kept and not param.is_meta:
+            param.data = param.data.to(wanted)
 
 
 def _is_for_xpu(device_map: Any) -> bool:
