@@ -131,6 +131,12 @@ class JournalFile:
         """Remove it."""
         self._tree.remove(self._name)
 
+    def forget_shards(self) -> None:
+        """Take back what it says of shards, finished and under way: they are made again."""
+        text = self._tree.read(self._name, _MAX_BYTES) if self._tree.holds(self._name) else b""
+        kept = [line for line in text.splitlines(keepends=True) if "shard" not in _parse(line)]
+        self._tree.write(self._name, b"".join(kept))
+
     def begin(self, plan: str, options: Options, sources: Mapping[str, Identity]) -> None:
         """Write the first line, and those on the source's shards."""
         self._append({"plan": plan, "options": options.as_dict()})

@@ -36,7 +36,7 @@ from xpuquant.conversion.repo.journal import (
 from xpuquant.conversion.repo.replace import SHARD
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.tree import Identity, Tree
-from xpuquant.errors import Argument, EnvironmentFault, UnsupportedError, UsageError
+from xpuquant.errors import Argument, EnvironmentFault, UnsupportedError, UsageError, VerificationError
 
 LOCK = "lock"
 EARLIER_CARD = "README.earlier.md"
@@ -100,6 +100,10 @@ class Staging:
                     # The same options would be refused again: nothing here is of use to the options that would not.
                     self._drop_journals()
                     self.tree.drop(_FILES)
+                if isinstance(error, VerificationError):
+                    # Shards that were found wrong are not what a run that is started again goes on with.
+                    for name in journals(self.tree):
+                        JournalFile(self.tree, name).forget_shards()
                 if not journals(self.tree) and not self.tree.holds(EARLIER_CARD):
                     # Finished, or refused.
                     self._out.drop(STAGING)

@@ -53,7 +53,7 @@ from xpuquant.conversion.runs.local import check_part, check_places
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UnsupportedError, UsageError
+from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UnsupportedError, UsageError, VerificationError
 
 _JOURNAL = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
 _MOST_LISTED = 8
@@ -151,6 +151,9 @@ class PartStaging:
             # The same options would be refused again: others can take this part's place.
             with suppress(OSError):
                 self._journal.drop()
+        if isinstance(error, VerificationError):
+            with suppress(OSError):
+                self._journal.forget_shards()
         for fd in self._locks:
             os.close(fd)
         self._locks.clear()

@@ -319,3 +319,8 @@ class TestInterruption:
         assert "verification failed: model.layers.0." in error and "code [0, 0]" in error
         assert not (tmp_path / "out" / "config.json").exists()
         assert not list((tmp_path / "out").glob("*.safetensors"))
+        assert (tmp_path / "out" / ".xpuquant" / "files" / "verify.json").exists(), "all that failed"
+
+        monkeypatch.undo()
+        assert convert(GPTQ, tmp_path / "out") == 0, "what was found wrong is not gone on with"
+        assert "kept" not in capsys.readouterr().err

@@ -175,6 +175,26 @@ def test_a_part_of_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "already holds a converted model" in error and "another folder" in error and "force" not in error
 
 
+def test_what_was_found_wrong_is_not_gone_on_with(
+    tmp_path: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xpuquant.formats.packing import convert_loops
+
+    real, out = convert_loops.transpose_words, tmp_path / "parts" / "out"
+
+    def spoiling(source: Any, out: Any) -> None:
+        real(source, out)
+        out[0, 0] ^= 1
+
+    monkeypatch.setattr(convert_loops, "transpose_words", spoiling)
+    assert convert(out, "--part", "1/2") == 1
+    monkeypatch.undo()
+    assert convert(out, "--part", "1/2") == 0
+    assert convert(out, "--part", "2/2") == 0
+    assert run(["finish", str(MOE), str(out)]) == 0
+    assert digests(out) == wanted
+
+
 def test_finish_of_what_is_not_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["finish", str(MOE), str(MOE)]) == 2
     assert "was not written by xpuquant" in capsys.readouterr().err
