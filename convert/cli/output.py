@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from xpuquant.conversion.cli.tables import TextTable, lines_of
 from xpuquant.conversion.sizes import duration, size
@@ -114,7 +114,7 @@ class Output:
 
     def ask(self, question: str) -> bool:
         """A yes-or-no question, on a terminal; no where nobody can answer."""
-        if self.as_json or self.quiet or not (sys.stdin.isatty() and self._err.is_terminal):
+        if self.as_json or self.quiet or not (_is_terminal(sys.stdin) and self._err.is_terminal):
             return False
         self._err.print(f"{one_line(question, MESSAGE_LENGTH)} [y/N] ", markup=False, end="")
         return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -123,12 +123,17 @@ class Output:
         """A reporter for long work; use as a context manager."""
         silent = self.as_json or self.quiet
         # rich is asked last: its import is a tenth of the time to a conversion's first byte.
-        may_watch = sys.stderr.isatty() or any(name in os.environ for name in _TERMINAL_ANYWAY)
+        may_watch = _is_terminal(sys.stderr) or any(name in os.environ for name in _TERMINAL_ANYWAY)
         if silent or not may_watch or not self._err.is_terminal:
             return Lines(lambda: self._err, silent)
         from xpuquant.conversion.cli.bars import Bars
 
         return Bars(self._err)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Python has None for a standard stream that was closed when it started."""
+    return stream is not None and stream.isatty()
 
 
 def _console(stderr: bool) -> Console:

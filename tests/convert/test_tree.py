@@ -303,6 +303,8 @@ ALLOWED = {
     "convert/hub/publish.py: rename": "a card's model, in its text",
     "convert/sources/streamed.py: ?.copy": "an array",
     "convert/sources/open.py: parent.iterdir": "names beside a folder that the user named, to say which was meant",
+    "convert/runs/several.py: ?.open": "the list of sources that the user named: neither a source nor an output",
+    "convert/write/resumption.py: digest.copy": "a digest, as it stands",
     "convert/verify/contents.py: copies.remove": "of a tree",
     "convert/verify/foreign.py: os.scandir": "names alone: nothing is opened, no link followed",
     "convert/verify/exactness.py: read_bytes": "those of a tensor",

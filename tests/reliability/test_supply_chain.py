@@ -130,7 +130,7 @@ def test_a_conversion_imports_nothing_heavy(tmp_path: Path) -> None:
     loaded = set(json.loads(process.stdout.splitlines()[-1]))
     heavy = {"torch", "safetensors", "transformers", "vllm", "ray", "onednn", "requests", "httpx"}
     assert not loaded & heavy
-    assert {"numpy", "typer", "rich"} <= loaded
+    assert {"numpy", "typer"} <= loaded
 
 
 def test_bill_of_materials(wheel: Path) -> None:
