@@ -34,7 +34,7 @@ from xpuquant.conversion.repo.journal import (
     is_seen_from_here,
 )
 from xpuquant.conversion.repo.replace import SHARD
-from xpuquant.conversion.sizes import size
+from xpuquant.conversion.sizes import counted, size
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.errors import Argument, EnvironmentFault, UnsupportedError, UsageError, VerificationError
 
@@ -267,7 +267,7 @@ def note_finished(done: Mapping[str, Finished], note: Callable[[str], None]) -> 
     """Say which shards are not made again."""
     if done:
         total = size(sum(finished.nbytes for finished in done.values()))
-        note(f"resumed: {len(done)} finished shard{'s' * (len(done) > 1)} kept, {total}")
+        note(f"resumed: {counted(len(done), 'finished shard')} kept, {total}")
 
 
 def note_kept(shard: str, nbytes: int, note: Callable[[str], None]) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,8 @@ from support.fuzz.faulty import READS, Dead, Faults
 from support.fuzz.tally import count
 
 from xpuquant.conversion.write import resumption, shard_writer
+
+pytest_plugins = "support.fuzz.fixtures"
 
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
 ROUNDS = int(os.environ.get("XPUQUANT_TRUST_ROUNDS", "3"))
@@ -64,15 +65,6 @@ def expected(source: Path, tmp_path: Path) -> dict[str, str]:
     """The output of an undisturbed run."""
     assert command(*arguments(source, tmp_path / "expected" / "out"))[0] == 0
     return complete(tmp_path / "expected" / "out")
-
-
-@pytest.fixture
-def room(tmp_path: Path) -> Iterator[Path]:
-    """Where the output goes: in memory where that is possible, so that fsync costs nothing."""
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="xpuquant-", dir=memory if os.access(memory, os.W_OK) else tmp_path))
-    yield folder
-    shutil.rmtree(folder)
 
 
 def finishes(source: Path, out: Path, expected: dict[str, str], *options: str) -> None:

@@ -3,18 +3,18 @@ scripts/lanes/trust plays by the ten thousand, and what it has found so far."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.checkpoints import FIXTURES
 from support.fuzz.case import command, play
+from support.fuzz.deal import cases
 from support.fuzz.folder import Folder, load
 from support.fuzz.mutations import resize
 from support.fuzz.tally import count
+
+pytest_plugins = "support.fuzz.fixtures"
 
 VERDICTS = {
     0: "verified exact output",
@@ -22,24 +22,13 @@ VERDICTS = {
     3: "damaged (exit 3)",
     4: "environment (exit 4)",
 }
-CASES = int(os.environ.get("XPUQUANT_TRUST_CASES", "160"))
-FIRST = int(os.environ.get("XPUQUANT_TRUST_FIRST", "0"))
-BLOCKS = max(4, CASES // 250)
+CASES = cases("XPUQUANT_TRUST_CASES", 160, least_blocks=4)
 
 
-@pytest.fixture
-def room(tmp_path: Path) -> Iterator[Path]:
-    """In memory where that is possible, so that fsync costs nothing."""
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="xpuquant-", dir=memory if os.access(memory, os.W_OK) else tmp_path))
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize("block", range(CASES.blocks))
 def test_no_third_outcome(block: int, room: Path) -> None:
     codes: dict[int, int] = {}
-    for seed in range(FIRST + block * CASES // BLOCKS, FIRST + (block + 1) * CASES // BLOCKS):
+    for seed in CASES.of(block):
         outcome = play(seed, room / str(seed))
         assert outcome.problem is None, f"case {seed}, {outcome.name}, {outcome.edits}: {outcome.problem}"
         codes[outcome.code] = codes.get(outcome.code, 0) + 1

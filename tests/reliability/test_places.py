@@ -8,36 +8,27 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.checkpoints import FIXTURES
 from support.fuzz.case import command
+from support.fuzz.deal import cases
 from support.fuzz.places import SECRET, Prepared, play_place
 from support.fuzz.tally import count
 
+pytest_plugins = "support.fuzz.fixtures"
+
 GPTQ = FIXTURES / "gptqmodel-qwen3-w4g32"
-CASES = int(os.environ.get("XPUQUANT_TRUST_PLACE_CASES", "80"))
-FIRST = int(os.environ.get("XPUQUANT_TRUST_FIRST", "0"))
-BLOCKS = max(2, CASES // 250)
+CASES = cases("XPUQUANT_TRUST_PLACE_CASES", 80)
 MEMORY = 1 << 31
 
 
-@pytest.fixture(scope="module")
-def prepared() -> Iterator[Prepared]:
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="xpuquant-", dir=memory if os.access(memory, os.W_OK) else None))
-    yield Prepared(folder)
-    shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize("block", range(CASES.blocks))
 def test_no_place_is_believed(block: int, prepared: Prepared) -> None:
     codes: set[int] = set()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for seed in range(FIRST + block * CASES // BLOCKS, FIRST + (block + 1) * CASES // BLOCKS):
+    for seed in CASES.of(block):
         what, code, problem = play_place(seed, prepared, prepared.source.parent / f"case-{seed}")
         assert problem is None, f"case {seed}: {what}: {problem}"
         codes.add(code)

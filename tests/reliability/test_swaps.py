@@ -3,36 +3,26 @@ few of the cases that scripts/lanes/trust plays by the thousand, and those that 
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.checkpoints import FIXTURES
 from support.fuzz.case import command
+from support.fuzz.deal import cases
 from support.fuzz.places import Prepared
 from support.fuzz.swaps import at_moments, other_bytes, play_swap
 from support.fuzz.tally import count
 
-CASES = int(os.environ.get("XPUQUANT_TRUST_SWAP_CASES", "60"))
-FIRST = int(os.environ.get("XPUQUANT_TRUST_FIRST", "0"))
-BLOCKS = max(2, CASES // 250)
+pytest_plugins = "support.fuzz.fixtures"
+
+CASES = cases("XPUQUANT_TRUST_SWAP_CASES", 60)
 
 
-@pytest.fixture(scope="module")
-def prepared() -> Iterator[Prepared]:
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="xpuquant-", dir=memory if os.access(memory, os.W_OK) else None))
-    yield Prepared(folder)
-    shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize("block", range(CASES.blocks))
 def test_nothing_exchanged_goes_unnoticed(block: int, prepared: Prepared) -> None:
     codes: set[int] = set()
-    for seed in range(FIRST + block * CASES // BLOCKS, FIRST + (block + 1) * CASES // BLOCKS):
+    for seed in CASES.of(block):
         what, code, problem = play_swap(seed, prepared, prepared.source.parent / f"case-{seed}")
         assert problem is None, f"case {seed}: {what}: {problem}"
         codes.add(code)

@@ -52,6 +52,13 @@ def words(rng: random.Random, around: Surroundings, room: Path) -> str:
     return f"{name}={value}"
 
 
+def one_of(rng: random.Random, around: Surroundings, choices: list[tuple[str, str]]) -> str:
+    """One of these variables."""
+    name, value = rng.choice(choices)
+    around.env[name] = value
+    return f"{name}={value!r}"
+
+
 def no_home(rng: random.Random, around: Surroundings, room: Path) -> str:
     """No home, or one that is none."""
     value = rng.choice([None, "", "/nonexistent", "/dev/null", "relative"])
@@ -69,7 +76,9 @@ def caches(rng: random.Random, around: Surroundings, room: Path) -> str:
 
 def of_the_hub(rng: random.Random, around: Surroundings, room: Path) -> str:
     """Variables of the Hub's client: a folder needs none of it."""
-    name, value = rng.choice(
+    return one_of(
+        rng,
+        around,
         [
             ("HF_ENDPOINT", "http://127.0.0.1:9"),
             ("HF_ENDPOINT", "nonsense"),
@@ -79,15 +88,15 @@ def of_the_hub(rng: random.Random, around: Surroundings, room: Path) -> str:
             ("HF_HUB_VERBOSITY", "nonsense"),
             ("HF_HUB_ENABLE_HF_TRANSFER", "1"),
             ("HTTPS_PROXY", "nonsense://"),
-        ]
+        ],
     )
-    around.env[name] = value
-    return f"{name}={value!r}"
 
 
 def threads(rng: random.Random, around: Surroundings, room: Path) -> str:
     """Variables of the libraries that compute."""
-    name, value = rng.choice(
+    return one_of(
+        rng,
+        around,
         [
             ("NUMBA_NUM_THREADS", "1"),
             ("NUMBA_DISABLE_JIT", "0"),
@@ -98,10 +107,8 @@ def threads(rng: random.Random, around: Surroundings, room: Path) -> str:
             ("PYTHONWARNINGS", "error"),
             ("PYTHONOPTIMIZE", "2"),
             ("MALLOC_ARENA_MAX", "1"),
-        ]
+        ],
     )
-    around.env[name] = value
-    return f"{name}={value}"
 
 
 def few_files(rng: random.Random, around: Surroundings, room: Path) -> str:
