@@ -1,7 +1,7 @@
 """`diff A B`: are these the same tensors? The fastest answer to "is it the checkpoint?"
 
 Names, dtypes, shapes and bytes of two folders, files or repositories on the Hub, however they are sharded. Tensors are
-compared as bytes: a NaN equals itself, and -0 is not 0. Modules that two folders store otherwise, such as a checkpoint
+compared as bytes: a NaN equals itself, and -0 is not 0. Modules that the two store otherwise, such as a checkpoint
 and its conversion, are then compared by their values (`decoded_diff.py`).
 """
 
@@ -28,6 +28,7 @@ from xpuquant.formats.weights.base import row_blocks
 
 if TYPE_CHECKING:
     from xpuquant.conversion.decoded_diff import ModuleValues
+    from xpuquant.conversion.diff_sides import Side
     from xpuquant.conversion.sources.hub import Remote
 
 _BLOCK_BYTES = 4 << 20
@@ -94,7 +95,8 @@ class Difference:
 
 
 class Tensors:
-    """The tensors of a folder, of one file, or of a repository on the Hub, of which only what is compared is read.
+    """The tensors of a folder, of one file, or of a repository on the Hub, of which only what is compared is read: in
+    ranges, or from the client's cache where it holds the shard.
 
     name     as the user named it
     tensors  name → tensor
@@ -106,16 +108,18 @@ class Tensors:
         self.block = _BLOCK_BYTES
         self._remote: Remote | None = None
         path = Path(name)
-        if path.is_dir():
-            tree = Tree(path)
-            shards = _shards(list_files(path), lambda file: read_json(tree, file))
-        elif path.exists():
-            tree, shards = Tree(path.resolve().parent), (path.resolve().name,)
-        else:
-            remote = self._remote = _remote(name)
+        if not path.exists():
+            path, self._remote = _on_the_hub(name)
+        if self._remote is not None:
+            remote = self._remote
             self.block = _RANGE_BYTES
             shards = _shards(sorted(remote.blobs), lambda file: read_json(remote.download(file), file))
-        self._reader = ShardReader(tree, shards) if self._remote is None else None
+        elif path.is_dir():
+            tree = Tree(path)
+            shards = _shards(list_files(path), lambda file: read_json(tree, file))
+        else:
+            tree, shards = Tree(path.resolve().parent), (path.resolve().name,)
+        self._readers = {} if self._remote is not None else dict.fromkeys(shards, ShardReader(tree, shards))
         self.tensors: dict[str, Tensor] = {}
         for shard in shards:
             for tensor_name, tensor in self._header(shard).items():
@@ -126,17 +130,21 @@ class Tensors:
                 self.tensors[tensor_name] = tensor
 
     def _header(self, shard: str) -> dict[str, Tensor]:
-        if self._reader is not None:
-            return self._reader.header(shard)
-        assert self._remote is not None
-        return self._remote.header(shard)
+        if self._remote is not None:
+            return self._remote.header(shard)
+        return self._readers[shard].header(shard)
 
     def read(self, box: Slice) -> Array:
         """A slice as an array of its dtype and shape."""
-        if self._reader is not None:
-            return self._reader.read(box)
+        shard = box.tensor.file
+        if self._remote is not None and shard not in self._readers and self._remote.cached(shard) is not None:
+            tree = self._remote.download(shard)  # there: it is compared with the Hub's digest
+            self._remote.check_answers(shard, tree)
+            self._readers[shard] = ShardReader(tree, (shard,))
+        if shard in self._readers:
+            return self._readers[shard].read(box)
         assert self._remote is not None
-        parts = [self._remote.read(box.tensor.file, start, start + length) for start, length in box.runs()]
+        parts = [self._remote.read(shard, start, start + length) for start, length in box.runs()]
         return as_array(box, np.frombuffer(b"".join(parts), np.uint8))
 
     def sha256(self, shard: str) -> str | None:
@@ -150,14 +158,19 @@ def _shards(names: Sequence[str], read: Callable[[str], dict[str, Any]]) -> tupl
     return pick_weight_files(names, index, index_name).shards
 
 
-def _remote(name: str) -> Remote:
-    from xpuquant.conversion.hub.client import connect  # folders need no client of the Hub
-    from xpuquant.conversion.sources.hub import Remote, is_repo_id
+def _on_the_hub(name: str) -> tuple[Path, Remote | None]:
+    """A repository on the Hub; where the client is offline, its folder in the cache instead."""
+    from xpuquant.conversion.hub.client import connect, is_offline  # folders need no client of the Hub
+    from xpuquant.conversion.sources.hub import CachedSource, Remote, is_repo_id, open_hub
 
     if not is_repo_id(name):
         raise UsageError(no_such_folder(Path(name)))
     with or_no_such_folder(name):
-        return Remote(connect(), name, None)
+        if is_offline():
+            source = open_hub(name)
+            assert isinstance(source, CachedSource)
+            return source.folder, None
+        return Path(name), Remote(connect(), name, None)
 
 
 def compare(a: str, b: str, *, values: bool, decode: bool = True, reporter: Reporter) -> Difference:
@@ -165,7 +178,8 @@ def compare(a: str, b: str, *, values: bool, decode: bool = True, reporter: Repo
 
     Args:
         values: compare bytes.
-        decode: compare the values of what two folders store otherwise; not without `values`.
+        decode: compare the values of what the two store otherwise; not without `values`. Of a repository on the Hub the
+            shards that hold it are downloaded.
 
     Raises:
         UsageError: no such folder, or no safetensors in it. DamagedError: not sound safetensors files.
@@ -179,6 +193,11 @@ def compare(a: str, b: str, *, values: bool, decode: bool = True, reporter: Repo
         if _type(ours.tensors[name]) != _type(theirs.tensors[name])
     }
     alike = [name for name in both if name not in types]
+    only_a = sorted(ours.tensors.keys() - theirs.tensors.keys())
+    only_b = sorted(theirs.tensors.keys() - ours.tensors.keys())
+    others = {*only_a, *only_b, *types}
+    # Before bytes are compared: shards that are downloaded for their modules need not be read in ranges too.
+    sides = _open(a, b, others, reporter) if others and values and decode else None
     found: list[Values] = []
     if values:
         reporter.phase("compare", sum(ours.tensors[name].nbytes for name in alike))
@@ -187,29 +206,32 @@ def compare(a: str, b: str, *, values: bool, decode: bool = True, reporter: Repo
             reporter.advance(ours.tensors[name].nbytes)
             found += [difference] if difference is not None else []
     equal = set(alike) - {difference.name for difference in found}
-    stored = Difference(
-        a,
-        b,
-        sorted(ours.tensors.keys() - theirs.tensors.keys()),
-        sorted(theirs.tensors.keys() - ours.tensors.keys()),
-        types,
-        found,
-        len(equal),
-        sum(ours.tensors[name].nbytes for name in equal),
-        values,
-    )
-    return stored if stored.equal or not (values and decode) else _decoded(stored)
+    nbytes = sum(ours.tensors[name].nbytes for name in equal)
+    stored = Difference(a, b, only_a, only_b, types, found, len(equal), nbytes, values)
+    if stored.equal or not (values and decode):
+        return stored
+    return _decoded(stored, sides or _open(a, b, stored.suspects, reporter), reporter)
 
 
-def _decoded(stored: Difference) -> Difference:
+def _open(a: str, b: str, suspects: set[str], reporter: Reporter) -> tuple[Side, Side] | str:
+    """Both sides, with the shards that will be decoded; or why they are not."""
+    from xpuquant.conversion.decoded_diff import fetch_modules
+    from xpuquant.conversion.diff_sides import open_sides
+
+    sides = open_sides(a, b)
+    if not isinstance(sides, str):
+        fetch_modules(*sides, suspects, reporter)
+    return sides
+
+
+def _decoded(stored: Difference, sides: tuple[Side, Side] | str, reporter: Reporter) -> Difference:
     """The same with the values of what is stored otherwise."""
-    from xpuquant.conversion.decoded_diff import compare_modules, open_sides, same_floats
+    from xpuquant.conversion.decoded_diff import compare_modules, same_floats
 
-    sides = open_sides(stored.a, stored.b)
     if isinstance(sides, str):
         return replace(stored, left=sorted(stored.suspects), not_decoded=sides)
-    modules, spoken = compare_modules(*sides, stored.suspects)
-    floats = same_floats(*sides, [name for name in stored.types if name not in spoken])
+    modules, spoken = compare_modules(*sides, stored.suspects, reporter)
+    floats = same_floats(*sides, [name for name in stored.types if name not in spoken], reporter)
     left = sorted(stored.suspects - spoken - floats.keys())
     return replace(stored, decoded=(*modules, *floats.values()), left=left)
 

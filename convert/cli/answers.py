@@ -210,7 +210,8 @@ def _differing(one: ModuleValues) -> tuple[str, str, str, str, str]:
     if one.problem is not None:
         return one.name, "not compared", "", "", one.problem
     counted = f"{one.differ} of {one.elements}"
-    return one.name, counted, f"{one.max_abs:.3g}", f"{one.largest:.3g}", one.first or ""
+    where = "; ".join(filter(None, (one.first, one.beside)))
+    return one.name, counted, f"{one.max_abs:.3g}", f"{one.largest:.3g}", where
 
 
 def diagnosed(diagnosis: Diagnosis) -> Answer:

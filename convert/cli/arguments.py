@@ -200,6 +200,6 @@ ValuesOption = Annotated[
 DecodeOption = Annotated[
     bool,
     typer.Option(
-        "--decode/--no-decode", help="Compare the values of modules that two folders store otherwise, or only bytes."
+        "--decode/--no-decode", help="Compare the values of modules that the two store otherwise, or only bytes."
     ),
 ]

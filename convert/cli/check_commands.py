@@ -82,7 +82,7 @@ def diff(
     quiet: args.QuietOption = False,
     verbose: args.VerboseOption = False,
 ) -> None:
-    """Compare the tensors of two repos: names, dtypes, shapes, values; what folders store otherwise is decoded. Exit
+    """Compare the tensors of two repos: names, dtypes, shapes, values; what they store otherwise is decoded. Exit
     code 0: equal, at least in value; 1: different."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output

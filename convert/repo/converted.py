@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from xpuquant.conversion.sources.repo_files import find_files
 from xpuquant.conversion.sources.shard_reader import ShardReader
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, UsageError
+from xpuquant.formats.checkpoint import Array, Slice
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.layouts.base import Layout, Stored
@@ -20,28 +21,24 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 
 
-class Repo:
-    """An open converted repo. Its tensors are those that the headers on disk say.
+class StoredModules:
+    """What a converted repo holds, by the headers of its shards and its config.
 
-    tree     its folder
     tensors  name → tensor, of all shards
     modules  name → quantized module
     plain    name → tensor, of those that belong to no quantized module
     """
 
-    def __init__(self, tree: Tree, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
-        self.tree = tree
-        self.reader = ShardReader(tree, shards)
-        self.tensors: dict[str, Tensor] = {}
-        for shard in shards:
-            for name, tensor in self.reader.header(shard).items():
-                if name in self.tensors:
-                    raise DamagedError(f"'{name}' is in both {self.tensors[name].file} and {shard}")
-                self.tensors[name] = tensor
+    def __init__(
+        self, tensors: Mapping[str, Tensor], read: Callable[[Slice], Array], quantization: Mapping[str, Any]
+    ) -> None:
+        self.tensors = tensors
         if quantization.get("quant_method") == portable.FAMILY:
-            self.modules = stored_modules(quantization, self.tensors, self.reader.read)
+            self.modules = stored_modules(quantization, self.tensors, read)
         else:
-            self.modules = {name: self._stored(name, scheme) for name, scheme in from_config(quantization).items()}
+            self.modules = {
+                name: self._stored(name, scheme, read) for name, scheme in from_config(quantization).items()
+            }
         used = {tensor.name for stored in self.modules.values() for tensor in stored.tensors.values()}
         self.plain = {name: tensor for name, tensor in self.tensors.items() if name not in used}
 
@@ -49,7 +46,7 @@ class Repo:
         """The layout of a stored module."""
         return layouts_by_name()[stored.scheme.layout]
 
-    def _stored(self, name: str, scheme: Scheme) -> Stored:
+    def _stored(self, name: str, scheme: Scheme, read: Callable[[Slice], Array]) -> Stored:
         layout = layouts_by_name().get(scheme.layout)
         if layout is None:
             raise DamagedError(f"config.json: unknown layout '{scheme.layout}' of {name}")
@@ -58,7 +55,25 @@ class Repo:
             if f"{name}.{suffix}" not in self.tensors:
                 raise DamagedError(f"{name}.{suffix} is missing; config.json says {scheme.label()}")
             tensors[suffix] = self.tensors[f"{name}.{suffix}"]
-        return Stored(name, scheme, tensors, self.reader.read)
+        return Stored(name, scheme, tensors, read)
+
+
+class Repo(StoredModules):
+    """An open converted repo in a folder. Its tensors are those that the headers on disk say.
+
+    tree  its folder
+    """
+
+    def __init__(self, tree: Tree, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
+        self.tree = tree
+        self.reader = ShardReader(tree, shards)
+        tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            for name, tensor in self.reader.header(shard).items():
+                if name in tensors:
+                    raise DamagedError(f"'{name}' is in both {tensors[name].file} and {shard}")
+                tensors[name] = tensor
+        super().__init__(tensors, self.reader.read, quantization)
 
 
 def open_repo(folder: Path) -> Repo:

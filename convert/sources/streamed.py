@@ -9,11 +9,13 @@ compared with the Hub's sha256, and then the ranges of it that the plan was made
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from xpuquant.conversion.hub.downloads import Downloads
+from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.sources.hub import HubSource, Remote
 from xpuquant.conversion.sources.shard_reader import ShardReader
 from xpuquant.conversion.tree import Tree
@@ -35,12 +37,26 @@ class StreamedSource(HubSource):
         self._lock = threading.Lock()
         self._readers: dict[str, ShardReader] = {}
         self._tree: Tree | None = None
+        self._progress: Progress = lambda nbytes: None
         self._downloads = Downloads(self._download, at_once=2)
         super().__init__(remote)
 
     def keep_in(self, tree: Tree) -> None:
-        """Download shards into a folder. Comes before the first read of a tensor."""
+        """Download shards into a folder. Comes before the first read of a tensor; without it they go to the client's
+        cache."""
         self._tree = tree
+
+    def fetch_shards(self, shards: Sequence[str], progress: Progress) -> None:
+        """Download some shards before they are read.
+
+        Args:
+            progress: called with bytes of them that are there.
+
+        Raises: as `fetch`.
+        """
+        self._progress = progress
+        for running in [self._downloads.start(shard) for shard in shards]:
+            running.result()
 
     def peek(self, tensor: Tensor) -> Array | None:
         """Any small tensor: a conversion looks at the values, whatever the config says."""
@@ -82,7 +98,7 @@ class StreamedSource(HubSource):
     def _download(self, shard: str) -> Tree:
         # The client finds what the cache holds, where it is asked for no other folder.
         elsewhere = None if self._tree is None or self.is_cached(shard) else self._tree.path
-        tree = self.remote.download(shard, elsewhere)
+        tree = self.remote.download(shard, elsewhere, self._progress)
         self.remote.check_answers(shard, tree)
         return tree
 

@@ -22,7 +22,7 @@ from xpuquant.conversion.options import cores
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.converted import Repo
+from xpuquant.conversion.repo.converted import Repo, StoredModules
 from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.verify.column_cache import ColumnCache
 from xpuquant.conversion.verify.context import Check, Origin
@@ -283,7 +283,7 @@ def rounding_in(entry: Mapping[str, Any]) -> Rounding | None:
     return None if found is None else Rounding(found["dtype"], found["scales"], found["changed"], found["largest"])
 
 
-def matrices_by_role(repo: Repo, stored: Stored) -> Matrices:
+def matrices_by_role(repo: StoredModules, stored: Stored) -> Matrices:
     """The matrices of a stored module by (role, expert). Raises DamagedError where the contract is broken."""
     return {(matrix.role, matrix.expert): matrix for matrix in repo.layout(stored).matrices(stored)}
 

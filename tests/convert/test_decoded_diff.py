@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.checkpoints import FIXTURES
+from support.hub.fixtures import split_shards
+from support.hub.process import Hub
 from support.injected_faults import copy
 
 import xpuquant
 from xpuquant.conversion.cli.app import run
-from xpuquant.conversion.decoded_diff import Side
+from xpuquant.conversion.diff_sides import Side
+from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.formats.checkpoint import whole
 from xpuquant.formats.weights.packed import unpacked_rows
+
+pytest_plugins = "support.hub.fixtures"
+
+LFS = pytest.mark.parametrize("client", ["lfs"], indirect=True)
 
 CASES = {
     "linear": "gptqmodel-qwen3-w4g32",
@@ -93,7 +100,129 @@ def test_what_stands_beside_the_matrices_counts(
     other, _ = changed(converted[name], tmp_path / "other", end)
     found = xpuquant.diff(FIXTURES / CASES[name], other)
     (wrong,) = [one for one in found.decoded if not one.same]
-    assert not found.same_values and wrong.problem is not None
+    assert not found.same_values and wrong.beside is not None
+    assert wrong.problem is None and wrong.differ == 0
+
+
+# gpt-oss: gate and up in one matrix, in alternating rows, or each by itself
+
+
+def taken_apart(tmp_path: Path, whole: Path) -> Path:
+    """The same model as a compressed-tensors checkpoint of somebody else, each expert's gate and up by itself."""
+    xpuquant.convert(whole, tmp_path / "apart", layout="compressed-tensors", verify=False)
+    for mine in ("xpuquant.json", "verify.json"):
+        (tmp_path / "apart" / mine).unlink(missing_ok=True)
+    return tmp_path / "apart"
+
+
+def test_gate_and_up_in_one_and_each_by_itself(tmp_path: Path) -> None:
+    whole = FIXTURES / CASES["experts of two matrices in one"]
+    apart = taken_apart(tmp_path, whole)
+    for a, b in ((whole, apart), (apart, whole)):
+        found = xpuquant.diff(a, b)
+        assert found.same_values and not found.left and not found.equal
+        assert all(one.same and one.elements for one in found.decoded)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"), [("1.up_proj.weight_packed", "expert 1 up"), ("1.gate_proj.bias", "bias of gate, expert 1")]
+)
+def test_one_value_of_gate_or_up(end: str, said: str, tmp_path: Path) -> None:
+    whole = FIXTURES / CASES["experts of two matrices in one"]
+    apart = taken_apart(tmp_path, whole)
+    other, _ = changed(apart, tmp_path / "other", f".{end}")
+    for a, b in ((whole, other), (other, whole)):
+        found = xpuquant.diff(a, b)
+        (wrong,) = [one for one in found.decoded if not one.same]
+        assert not found.left and said in f"{wrong.first} {wrong.beside}"
+
+
+def test_a_quantized_gpt_oss_and_one_that_is_not(tmp_path: Path) -> None:
+    """Transformers has the experts of a layer in `[E, H, 2I]` and `[E, I, H]`; values of MXFP4 are exact in bf16."""
+    source, plain = FIXTURES / CASES["experts of two matrices in one"], tmp_path / "plain"
+    plain.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config")
+    (plain / "config.json").write_text(json.dumps(config))
+    side = Side(LocalSource(source))
+    made = {name: side.read(whole(tensor)) for name, tensor in side.plain.items()}
+    for module in side.names():
+        of: dict[str, list[np.ndarray]] = {}
+        for (role, _), matrix in side.views(module).items():
+            of.setdefault(role, []).append(unpacked_rows(matrix.rows(0, matrix.N)).values().T)
+        for role, those in of.items():
+            made[f"{module}.{role}_proj"] = np.ascontiguousarray(np.stack(those).astype(ml_dtypes.bfloat16))
+    save_file(made, plain / "model.safetensors", {"format": "pt"})
+    xpuquant.convert(source, tmp_path / "converted", verify=False)
+    for other in (source, tmp_path / "converted", taken_apart(tmp_path, source)):
+        found = xpuquant.diff(other, plain)
+        assert found.same_values and not found.left and len(found.decoded) == len(side.names())
+    name = f"{module}.gate_up_proj"
+    made[name][0, 3, 5] = 100
+    save_file(made, plain / "model.safetensors", {"format": "pt"})
+    (wrong,) = [one for one in xpuquant.diff(source, plain).decoded if not one.same]
+    assert wrong.name == module and wrong.differ == 1 and "expert 0 gate_up, [5, 3]" in str(wrong.first)
+
+
+# On the Hub
+
+
+@LFS
+@pytest.mark.parametrize("name", ["asymmetric, zero points minus one", "experts", "experts of two matrices in one"])
+def test_by_their_names_on_the_hub(
+    name: str, hub: Hub, client: str, converted: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.seed("theirs/model", split_shards(FIXTURES / CASES[name], tmp_path / "source", 2))
+    hub.seed("me/model-xpu", converted[name])
+    for a, b in (("theirs/model", "me/model-xpu"), ("me/model-xpu", "theirs/model")):
+        found = xpuquant.diff(a, b)
+        assert found.same_values and not found.equal and found.decoded and not found.left
+    wrong, _ = changed(converted[name], tmp_path / "wrong", "down_proj" if "experts" in name else "qweight")
+    hub.seed("me/wrong", wrong)
+    assert not xpuquant.diff("theirs/model", "me/wrong").same_values
+
+
+@LFS
+def test_only_shards_that_differ_are_downloaded(hub: Hub, client: str, tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    xpuquant.convert(FIXTURES / CASES["linear"], one, verify=False, max_shard_size="40kB")
+    other, tensor = changed(one, tmp_path / "other", "layers.0.mlp.down_proj.qweight")
+    for name, folder in (("me/one", one), ("me/other", other)):
+        hub.seed(name, folder)
+    found = xpuquant.diff("me/one", "me/other")
+    (wrong,) = [module for module in found.decoded if not module.same]
+    assert tensor.startswith(wrong.name) and wrong.differ == 1 and wrong.first
+    index = json.loads((one / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in index.items() if name.startswith(f"{wrong.name}.")}
+    fetched = {path.name for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert fetched == needed and len(needed) < len(set(index.values()))
+
+
+@LFS
+def test_what_the_hub_sends_is_compared_with_what_it_lists(
+    hub: Hub, client: str, converted: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.seed("me/model-xpu", converted["linear"])
+    commit = hub.store.commit(repo := hub.store.repo("me/model-xpu"), repo.refs["main"])
+    path = hub.store.content(commit.files["model.safetensors"])
+    octets = bytearray(path.read_bytes())
+    octets[-1] ^= 1
+    path.write_bytes(octets)
+    assert run(["diff", str(FIXTURES / CASES["linear"]), "me/model-xpu"]) == 3
+    said = capsys.readouterr()
+    assert "model.safetensors has sha256" in said.err and said.err.count("\n") == 1
+
+
+@LFS
+def test_offline_from_the_cache(
+    hub: Hub, client: str, converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants, snapshot_download
+
+    hub.seed("me/model-xpu", converted["linear"])
+    snapshot_download("me/model-xpu")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert xpuquant.diff(FIXTURES / CASES["linear"], "me/model-xpu").same_values
 
 
 def test_an_unquantized_tensor_of_another_type(converted: dict[str, Path], tmp_path: Path) -> None:
@@ -129,7 +258,7 @@ def test_a_quantized_model_and_one_that_is_not(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config.pop("quantization_config")
     (plain / "config.json").write_text(json.dumps(config))
-    side = Side(source)
+    side = Side(LocalSource(source))
     made = {name: side.read(whole(tensor)) for name, tensor in side.plain.items()}
     for module in side.names():
         (matrix,) = side.views(module).values()
@@ -159,7 +288,7 @@ def test_what_is_not_decoded_says_why(
 ) -> None:
     file = next(converted["linear"].glob("*.safetensors"))
     assert run(["diff", str(FIXTURES / CASES["linear"]), str(file)]) == 1
-    assert "values of modules that are stored otherwise were not compared: only folders here" in capsys.readouterr().out
+    assert "values of modules that are stored otherwise were not compared: " in capsys.readouterr().out
     broken = Path(shutil.copytree(converted["linear"], tmp_path / "broken"))
     (broken / "config.json").write_text("[]")
     assert run(["diff", str(FIXTURES / CASES["linear"]), str(broken)]) == 1
