@@ -1,7 +1,8 @@
 """The pages that people read: every command in them is run, against a small real checkpoint and a Hub on this machine.
 
-What cannot run here says so in the page's source (`<!-- not run: needs vLLM -->` before the block) and is still held to
-the command line, the scripts and the extras that there are.
+What of `xpuquant` cannot run here says so in the page's source (`<!-- not run: needs SLURM -->` before the block) and
+is still held to the command line, the scripts and the extras that there are. `ELSEWHERE` lists the commands of others:
+who runs each, or why nobody does.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,8 +45,48 @@ _BLOCK = re.compile(
 )
 """A block of code, fenced or indented, with its mark."""
 
-_TYPED = re.compile(r"(xpuquant|pip|vllm|hf|make|python|scripts/\S+)(\s|$)")
+_TYPED = re.compile(
+    r"(?:[A-Z_]+=\S+ )?(xpuquant|pip|vllm|hf|make|python|git|docker|podman|[\w.-]+/bin/\S+|scripts/\S+)(\s|$)"
+)
 _GROUP = typer.main.get_group(COMMANDS)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Commands that the test of a page does not run.
+
+    typed  what is typed, as a pattern of all of it
+    by     the script or test that runs it; empty where nobody does
+    holds  what stands in that file, or why nobody does
+    """
+
+    typed: str
+    by: str
+    holds: str
+
+
+ELSEWHERE = (
+    Elsewhere(r"vllm serve [\w./-]+", "tests/serving/vllm_plugin/test_serve.py", '"serve", str(model)'),
+    Elsewhere(
+        r"pip install '?\.(\[onednn\])?'?|pip wheel --no-deps --wheel-dir dist \.|pip install dist/xpuquant-\*\.whl",
+        "scripts/lanes/lean",
+        "README.md",
+    ),
+    Elsewhere(r"pip install '\.\[ray\]'", "scripts/test", "scripts/setup dev,onednn,ark,transformers,ray"),
+    Elsewhere(r"scripts/test( .*)?", ".ci/run", "scripts/test"),
+    Elsewhere(r"scripts/lanes/\w+( .*)?", "", "takes many minutes or gigabytes: its page has the date it last ran"),
+    Elsewhere(r"XPUQUANT_KILLS=50 scripts/test .*", "", "kills for minutes: its page has the date it last ran"),
+    Elsewhere(r"\.venv-shipped/bin/xpuquant .*", "scripts/lanes/shipped", "venv-shipped"),
+    Elsewhere(r"scripts/demo", "", "downloads 2.3 GB: docs/dependencies.md says where it last ran"),
+    Elsewhere(r"python scripts/bench/scale\.py .*", "tests/convert/test_pages.py", "def test_a_terabyte_on_paper"),
+    Elsewhere(r"python scripts/bench/\w+\.py( .*)?", "", "measures for minutes on a quiet machine; figures are dated"),
+    Elsewhere(r"python scripts/families/cells\.py .*", "scripts/lanes/walkthrough", "walkthrough-qwen3.6-35b.md"),
+    Elsewhere(r"docker (build|run) .*", "scripts/lanes/container", "build"),
+    Elsewhere(r"make( setup| wheel)?|make lint types imports|make \w+", "", "`make -n` knows it: see the test"),
+    Elsewhere(r"\.venv/bin/pip install pre-commit && .*", "", "asks a package index for what no test needs"),
+    Elsewhere(r"git clone --branch vX\.Y\.Z .*", "", "needs a release"),
+)
+"""The first that fits is meant."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +137,60 @@ def test_every_command_runs(page: str, hub: Hub, client: str, tmp_path: Path, mo
         exec(compile(code, page, "exec"), {})
 
 
+def test_commands_of_others_are_run_somewhere_or_say_why_not() -> None:
+    found: dict[Elsewhere, list[str]] = {entry: [] for entry in ELSEWHERE}
+    for page in PAGES:
+        for line in lines(page):
+            typed = re.sub(r"\s+# .*", "", line.typed).strip()
+            if typed.startswith("xpuquant "):
+                continue
+            fits = [entry for entry in ELSEWHERE if re.fullmatch(entry.typed, typed)]
+            assert fits, f"{page}:{line.number}: {typed}: who runs it?"
+            found[fits[0]].append(typed)
+    for entry, typed_lines in found.items():
+        assert typed_lines, f"no page has {entry.typed} any more"
+        assert not entry.by or entry.holds in (ROOT / entry.by).read_text(), f"{entry.by} has no {entry.holds}"
+        for typed in typed_lines:
+            if typed.startswith("make"):
+                subprocess.run(["make", "-n", *typed.split()[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_terabyte_on_paper(tmp_path: Path) -> None:
+    """The command of docs/scale.md makes the table that stands there."""
+    (line,) = [line for line in lines("docs/scale.md") if "bench/scale.py" in line.typed]
+    shutil.copy(ROOT / "docs" / "scale.md", tmp_path / "scale.md")
+    words = [str(tmp_path / "scale.md") if word == "docs/scale.md" else word for word in shlex.split(line.typed)[1:]]
+    subprocess.run([sys.executable, "-P", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "scale.md").read_text() == (ROOT / "docs" / "scale.md").read_text()
+
+
+@pytest.mark.parametrize("client", ["lfs"], indirect=True)
+def test_logging_in_with_the_client(hub: Hub, client: str, tmp_path: Path) -> None:
+    """`hf auth login`, which pages and errors name, is what a push needs."""
+    spans = {span for page in PAGES for span in re.findall(r"`(hf [^`]*)`", (ROOT / page).read_text())}
+    assert spans == {"hf auth login"}
+    environment = hub.environment(tmp_path / "home")
+    token = environment.pop("HF_TOKEN")
+    out = tmp_path / "out"
+    assert run(["convert", str(SOURCE), str(out), "-q"]) == 0
+
+    def done(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+    push = [sys.executable, "-P", "-m", "xpuquant", "push", str(out), "me/model-xpu"]
+    refused = done(*push)
+    assert refused.returncode == 4 and "run `hf auth login`" in refused.stderr
+    entry = "from importlib.metadata import entry_points as e; e(group='console_scripts', name='hf')['hf'].load()()"
+    login = done(sys.executable, "-P", "-c", entry, "auth", "login", "--token", token)
+    assert login.returncode == 0, login.stderr
+    assert done(*push).returncode == 0
+
+
 def test_what_is_not_run_says_why_and_is_little() -> None:
     reasons = {line.unrun for page in PAGES for line in lines(page) if line.typed.startswith("xpuquant ")}
     assert reasons - {None} <= {
         "needs SLURM",
         "needs a cluster of Ray",
-        "needs an Intel GPU",
-        "needs vLLM",
         "run by scripts/lanes/walkthrough",
     }
     assert {
