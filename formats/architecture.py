@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ def layer_of(name: str) -> LayerKind:
     return LAYERS.get(name.rpartition(".")[2], _UNKNOWN)
 
 
+def is_known(name: str) -> bool:
+    """Whether anything is known of a module by its name."""
+    return name.rpartition(".")[2] in LAYERS
+
+
 _LOOKED_UP = frozenset(
     {
         "embed",
@@ -141,11 +147,16 @@ def is_embedding(name: str) -> bool:
     """Whether a module is a table of rows to look up, by its role: the words of its name say it looks something up
     (`embed_tokens_per_layer`, `wpe`, `ngram_embeddings.3`), and none says that it multiplies (`embed_out` is GPT-NeoX's
     head, `embedding_projection` a linear)."""
-    *_, parent, leaf = ("", "", *name.split("."))
+    parent, _, leaf = name.rpartition(".")
     if leaf.isdigit():
-        leaf = parent
+        leaf = parent.rpartition(".")[2]
+    return layer_of(name).embedding or _looks_up(leaf)
+
+
+@lru_cache(1024)
+def _looks_up(leaf: str) -> bool:
     words = set(leaf.lower().split("_"))
-    return layer_of(name).embedding or leaf == "shared" or bool(words & _LOOKED_UP and not words & _MULTIPLIED)
+    return leaf == "shared" or bool(words & _LOOKED_UP and not words & _MULTIPLIED)
 
 
 def is_router(name: str) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from xpuquant.errors import DamagedError
 
@@ -18,15 +17,25 @@ UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, Recu
 """What Python raises where config and tensors contradict each other, or are of a type that no check has refused."""
 
 
-@contextmanager
-def guarded(name: str) -> Iterator[None]:
-    """Raises DamagedError, which names a module or file, in the place of what is UNFORESEEN."""
-    try:
-        yield
-    except UNFORESEEN as error:
-        show(error)
-        said = f"{type(error).__name__}: {error}"
-        raise DamagedError(f"{name}: its tensors or what is said of it cannot be ({said})") from error
+class guarded:  # noqa: N801  # read as a word: with guarded(name)
+    """Raises DamagedError, which names a module or file, in the place of what is UNFORESEEN. A class, because a plan
+    enters it twice for every module: a generator would cost three times as much."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, UNFORESEEN):
+            show(error)
+            said = f"{type(error).__name__}: {error}"
+            raise DamagedError(f"{self._name}: its tensors or what is said of it cannot be ({said})") from error
 
 
 def show(error: Exception) -> None:

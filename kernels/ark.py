@@ -44,6 +44,7 @@ class Ark:
     called by `xpu_ops`, and executed by `kernels/shipped/ark.py`."""
 
     name = "ark"
+    concurrent = False
 
     def unavailable(self) -> str | None:
         return fault_of(_qlinear)

@@ -52,6 +52,11 @@ class Backend(Protocol):
         """Name for `--backend`, reports and `doctor`."""
         ...
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may call it at once, after one has asked whether it is `unavailable`."""
+        ...
+
     def unavailable(self) -> str | None:
         """None where the backend runs on this machine; otherwise why not and what would change that."""
         ...

@@ -55,6 +55,7 @@ class Ipex:
     """IPEX's weight-only int4 linear."""
 
     name = "ipex"
+    concurrent = False
 
     def unavailable(self) -> str | None:
         return fault_of(_quantization)

@@ -123,6 +123,7 @@ class Reference:
     """float64 on the stored layer: runs everything, everywhere; slow."""
 
     name = "reference"
+    concurrent = True
 
     def unavailable(self) -> str | None:
         return None

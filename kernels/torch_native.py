@@ -39,6 +39,7 @@ class TorchNative:
     """PyTorch's own kernels."""
 
     name = "torch_native"
+    concurrent = False
 
     def unavailable(self) -> str | None:
         return None if find_spec("torch") else "torch is not installed: pip install 'xpuquant[torch]'"

@@ -50,6 +50,7 @@ class VllmXpu:
     """vllm-xpu-kernels on the current XPU."""
 
     name = "vllm_xpu"
+    concurrent = False
     _device = "xpu"
 
     def unavailable(self) -> str | None:

@@ -11,11 +11,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from xpuquant.conversion.cli import check_commands, convert_commands
 from xpuquant.conversion.cli.encoding import speak_plainly
@@ -29,8 +31,46 @@ INTERNAL_ERROR = 70
 PROGRAM = "xpuquant"
 """What is typed, also where Python runs the package as a module."""
 
+
+class _Light:
+    """A command that looks only at values about which something can be wrong.
+
+    Typer (0.29) has pydantic check each, defaults too, and text that stays text: to import that costs as much as all
+    the rest of a command line.
+    """
+
+    def get_params(self, context: Any) -> list[Any]:
+        """Typer's, which are asked for their values by `process_value`."""
+        parameters: list[Any] = super().get_params(context)  # type: ignore[misc]
+        for parameter in parameters:
+            if not isinstance(parameter.process_value, partial):
+                parameter.process_value = partial(_value, parameter, parameter.process_value)
+        return parameters
+
+
+def _value(parameter: Any, check: Callable[[Any, Any], Any], context: Any, value: Any) -> Any:
+    """A parameter's value: as it is where nothing about it can be wrong, otherwise as Typer checks it."""
+    wanted = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+    if wanted is None or parameter.required or parameter.multiple or parameter.nargs != 1:
+        return check(context, value)
+    if wanted in (str, Path) and isinstance(value, str):
+        value = wanted(value)
+    elif value is not None and not (wanted is int and value == parameter.default):
+        return check(context, value)
+    return value if parameter.callback is None else parameter.callback(context, parameter, value)
+
+
+class _Command(_Light, TyperCommand):
+    pass
+
+
+class _Group(_Light, TyperGroup):
+    pass
+
+
 COMMANDS = typer.Typer(
     name=PROGRAM,
+    cls=_Group,
     help="Convert quantized LLM checkpoints, once and exactly, into the layouts Intel GPU kernels read.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -63,7 +103,7 @@ def show_help(
     COMMANDS(args=words, prog_name=PROGRAM, standalone_mode=False)
 
 
-COMMANDS.command("help")(show_help)
+COMMANDS.command("help", cls=_Command)(show_help)
 for _command in (
     convert_commands.convert,
     convert_commands.finish,
@@ -75,7 +115,7 @@ for _command in (
     check_commands.formats,
     check_commands.doctor,
 ):
-    COMMANDS.command()(_command)
+    COMMANDS.command(cls=_Command)(_command)
 
 
 @cache

@@ -21,7 +21,7 @@ from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.layouts.compressed_tensors import config as ct_config
 from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear
 from xpuquant.formats.layouts.modules import ExpertStack
-from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.safetensors import Tensor, collector_paused
 from xpuquant.formats.scheme import format_version, to_config
 from xpuquant.formats.weights.parts import BiasRows
 
@@ -128,6 +128,11 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         UnsupportedError: modules that no kernel takes, each with its reason, unless they are to be dequantized.
         DamagedError: tensors that are missing or contradict each other.
     """
+    with collector_paused():
+        return _make_plan(checkpoint, options)
+
+
+def _make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     survey = survey_modules(checkpoint, options)
     planned, reading = survey.planned, survey.reading
     if survey.refused:

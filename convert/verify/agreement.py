@@ -14,8 +14,9 @@ that neither a large one hides a wrong one, nor one whose terms cancel fails a r
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -66,8 +67,16 @@ _REFERENCE_TOLERANCE = 2.0**-20
 """The reference computes in float64 and returns float32, rounding each output once (2^-24)."""
 
 
+Run = Callable[[Sequence[Callable[[], list[Agreement]]]], list[list[Agreement]]]
+"""Makes calls that do not depend on each other; their results, in order."""
+
+
+def _in_turn(calls: Sequence[Callable[[], list[Agreement]]]) -> list[list[Agreement]]:
+    return [call() for call in calls]
+
+
 def check_kernels(
-    subjects: Iterable[Subject], backends: Sequence[Backend], *, full: bool, every: bool
+    subjects: Iterable[Subject], backends: Sequence[Backend], *, full: bool, every: bool, run: Run = _in_turn
 ) -> list[Agreement]:
     """Run every backend that can run on every module.
 
@@ -75,25 +84,31 @@ def check_kernels(
         subjects: matrices, those of a module together.
         full: all rows of the representatives where a backend is fast enough, and larger samples of the rest.
         every: every matrix of every module like a representative, all rows whatever they cost.
+        run: in threads; not used where a backend wants to be called by one.
     """
     usable = [backend for backend in backends if backend.unavailable() is None]
     # The reference shows that we read the layout as we wrote it, once for each shape; a module is for real kernels.
     real = [backend for backend in usable if backend.name != REFERENCE]
     sample = THOROUGH if full or every else BRIEF
     seen: set[object] = set()
-    found: list[Agreement] = []
+    calls: list[Callable[[], list[Agreement]]] = []
     for _, members in groupby(subjects, key=lambda subject: subject.stored.name):
         for subject, chosen in _chosen(list(members)):
             matrix = subject.matrix
             key = (subject.stored.scheme, matrix.role == "gate_up", matrix.N, matrix.K)
             if every or key not in seen:
                 seen.add(key)
-                found += _thorough(subject, usable, sample, full, every)
+                calls.append(partial(_thorough, subject, usable, sample, full, every))
             elif chosen:
-                products = ExpectedProducts(subject)
-                window = subject.window(sample.cell)
-                found += [_agreement(products, backend, window, (CELL_M,)) for backend in real]
-    return found
+                calls.append(partial(_brief, subject, real, sample.cell))
+    found = (run if all(backend.concurrent for backend in usable) else _in_turn)(calls)
+    return [agreement for of_call in found for agreement in of_call]
+
+
+def _brief(subject: Subject, backends: Sequence[Backend], rows: int) -> list[Agreement]:
+    """One M, some rows."""
+    products, window = ExpectedProducts(subject), subject.window(rows)
+    return [_agreement(products, backend, window, (CELL_M,)) for backend in backends]
 
 
 def _chosen(members: Sequence[Subject]) -> Iterator[tuple[Subject, bool]]:
@@ -108,10 +123,9 @@ def _chosen(members: Sequence[Subject]) -> Iterator[tuple[Subject, bool]]:
         yield from ((subject, False) for i, subject in enumerate(same) if i != index)
 
 
-def _thorough(
-    subject: Subject, backends: Sequence[Backend], few: Sample, full: bool, every: bool
-) -> Iterator[Agreement]:
+def _thorough(subject: Subject, backends: Sequence[Backend], few: Sample, full: bool, every: bool) -> list[Agreement]:
     """All M, all rows where they are affordable, and the wrong layout."""
+    found: list[Agreement] = []
     N, K = subject.matrix.N, subject.matrix.K
     products, sample = ExpectedProducts(subject), subject.window(few.rows)
     for backend in backends:
@@ -121,15 +135,16 @@ def _thorough(
         run = _agreement(products, backend, window, ROWS[-1:] if backend.name == REFERENCE else ROWS)
         if run.ran and run.reason is None:
             run = replace(run, wrong_layout=_wrong_layout(subject, backend, run.activation, run.tolerance))
-        yield run
+        found.append(run)
         if backend.name != REFERENCE and run.activation:
             for dtype in SERVED:
                 if dtype == run.activation:
                     break
                 as_served = _agreement(products, backend, sample, ROWS, (dtype,))
-                yield as_served  # refused too: what this processor cannot check belongs in the report
+                found.append(as_served)  # refused too: what this processor cannot check belongs in the report
                 if as_served.ran:
                     break
+    return found
 
 
 def _limit(backend: Backend, dtype: str, K: int) -> float:

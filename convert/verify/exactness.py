@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
-from xpuquant.conversion.options import cores
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Progress
@@ -47,7 +45,6 @@ BLOCK_CODES = 2 << 20
 """Codes decoded at once: a matrix of a small expert in one go, for every block costs the same few hundred microseconds
 beside its bytes; both sides and their temporaries still stay in the third-level cache."""
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 Matrices = Mapping[tuple[str, int | None], Matrix]
@@ -98,7 +95,7 @@ def check_exact(origin: Origin, check: Check, known: Known = NOTHING) -> tuple[l
     calls += [(name, partial(dequantized, name, weights)) for name, weights in _by_tensor(plan).items()]
     calls += [(one.name, partial(passed, one)) for one in plan.passed]
     calls += [(name, partial(bias, split, name)) for name, split in plan.split_biases.items()]
-    results = run_all(check.jobs, [partial(known.__getitem__, name) if name in known else call for name, call in calls])
+    results = check.run([partial(known.__getitem__, name) if name in known else call for name, call in calls])
     return [checked for checked, _ in results], {c.name: sanity for c, sanity in results if sanity is not None}
 
 
@@ -130,7 +127,7 @@ def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checke
 
     calls = [partial(module, stored) for stored in repo.modules.values()]
     calls += [partial(plain, tensor) for tensor in repo.plain.values()]
-    results = run_all(check.jobs, calls)
+    results = check.run(calls)
     counted = {checked.name: sanity for checked, sanity in results if sanity is not None}
     return [checked for checked, _ in results], counted
 
@@ -142,18 +139,6 @@ def _recorded(
     if digest is None and error is None:
         return Checked(name, matrices, None, None, Claim.NOT_CHECKED)
     return Checked(name, matrices, error, digest, Claim.RECORDED, rounding, held)
-
-
-def run_all(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
-    """Results of the calls, in order, from `jobs` threads. The first error stops what has not begun."""
-    # All of it is arithmetic: more threads than processors only take each other's caches.
-    with ThreadPoolExecutor(min(jobs, cores()), "verify") as workers:
-        running = [workers.submit(call) for call in calls]
-        try:
-            return [future.result() for future in running]
-        except BaseException:
-            workers.shutdown(cancel_futures=True)
-            raise
 
 
 def _same_tensors(plan: Plan, repo: Repo) -> None:

@@ -22,9 +22,9 @@ from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
 from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
 from xpuquant.conversion.tree import Identity, Tree, is_hidden
-from xpuquant.conversion.verify.exactness import run_all
 from xpuquant.conversion.verify.foreign import hidden_files, is_pickle, loadable
 from xpuquant.conversion.verify.record_form import check_form
+from xpuquant.conversion.verify.threads import run_all
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
 from xpuquant.formats.guard import guarded

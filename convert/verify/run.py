@@ -41,6 +41,7 @@ from xpuquant.conversion.verify.proof import Checked, Claim
 from xpuquant.conversion.verify.rounding import odd, round_scales
 from xpuquant.conversion.verify.sanity import findings
 from xpuquant.conversion.verify.setting import model_of, setting_of
+from xpuquant.conversion.verify.threads import pool_of
 from xpuquant.conversion.verify.verdict import (
     CONTRADICTIONS,
     NO_DEMANDS,
@@ -160,9 +161,10 @@ def verify_staged(origin: Origin, check: Check, name: str, producer: str, known:
         DamagedError: the tensors written are not those planned.
     """
     check = replace(check, backends=select(DURING_CONVERT))
-    with ThreadPoolExecutor(1, "kernels") as beside:
+    # What loads the kernels is no work of many threads, and what computes with them is shared out like all else.
+    with ThreadPoolExecutor(1, "kernels") as beside, pool_of(check.jobs) as pool:
+        check = replace(check, pool=pool)
         kernels = partial(_kernels, _source_subjects(origin, check.repo), check)
-        # Few matrices, in one thread: it would otherwise be alone at the end.
         running = beside.submit(kernels) if check.jobs > 1 else None
         verdict = verify_values(origin, check, name, producer, known)
         ran = kernels() if running is None else running.result()
@@ -222,7 +224,7 @@ def _of_source(origin: Origin) -> dict[str, Any]:
 
 
 def _kernels(subjects: Iterable[Subject], check: Check) -> list[Agreement]:
-    return check_kernels(subjects, check.backends, full=check.full, every=check.every)
+    return check_kernels(subjects, check.backends, full=check.full, every=check.every, run=check.run)
 
 
 def _with_findings(verdict: Verdict, *found: Finding) -> Verdict:

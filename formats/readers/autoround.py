@@ -92,7 +92,7 @@ def module_overrides(config: Mapping[str, Any], module: str) -> Mapping[str, Any
         if _quantizes(extra.get(rest)):
             return dict(extra[rest])
         _, _, rest = rest.partition(".")
-    for key in _patterns(_Keys(extra)):
+    for key in _patterns(Itself(extra)):
         if searches(key, module) and _quantizes(extra[key]):
             return dict(extra[key])
     return {}
@@ -105,21 +105,22 @@ def _quantizes(override: Any) -> bool:
     return not (isinstance(bits, int) and bits >= _UNQUANTIZED_BITS)
 
 
-class _Keys:
-    """A config's keys, cached by identity: a mixed-bit MoE lists tens of thousands, and is asked for each module."""
+class Itself:
+    """A config or a part of one as a key of caches, equal to itself alone: a mixed-bit MoE lists tens of thousands of
+    keys, and is asked for each module."""
 
     def __init__(self, table: Mapping[str, Any]) -> None:
         self.table = table
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keys) and other.table is self.table
+        return isinstance(other, Itself) and other.table is self.table
 
     def __hash__(self) -> int:
         return id(self.table)
 
 
 @lru_cache(maxsize=8)
-def _patterns(keys: _Keys) -> tuple[str, ...]:
+def _patterns(keys: Itself) -> tuple[str, ...]:
     """Keys to be searched for. A plain name with a layer number in it is one module's name, and not meant to match
     another."""
     found = tuple(key for key in keys.table if _METACHARACTERS.search(key) or not any(map(str.isdigit, key)))

@@ -10,9 +10,11 @@ from xpuquant.formats.readers.autoround import module_overrides
 from xpuquant.formats.readers.patterns import matches
 
 
-def overridden(config: Mapping[str, Any], module: str) -> dict[str, Any]:
-    """The config as it is for one module: GPTQModel's `dynamic` and AutoRound's `extra_config` overrule the rest."""
-    return {**config, **_dynamic(config.get("dynamic"), module), **module_overrides(config, module)}
+def overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The config as it is for one module: GPTQModel's `dynamic` and AutoRound's `extra_config` overrule the rest. Where
+    they say nothing of it, the very config."""
+    dynamic, extra = _dynamic(config.get("dynamic"), module), module_overrides(config, module)
+    return {**config, **dynamic, **extra} if dynamic or extra else config
 
 
 def integer(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:

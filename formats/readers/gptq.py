@@ -13,6 +13,7 @@ z - 1, v2 stores z; `formats/readers/gptq_zeros.py` tells them apart.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from sys import intern
 
 import numpy as np
@@ -222,19 +223,31 @@ class Gptq:
 def _bits(config: GptqConfig, N: int, qweight: Tensor, qzeros: Tensor | None, g_idx: Tensor | None) -> int:
     """Width of a code: qzeros hold N of them in a row, and qweight g_idx's K in a column. The config decides where
     these are absent or N is too small to tell."""
-    fits = list(WIDTHS)
+    fits: tuple[int, ...] = WIDTHS
     if qzeros is not None:
         width = qzeros.shape[1]
-        # Old packers dropped the fields of a last, partial word.
-        fits = [bits for bits in fits if width in (-(-N * bits // 32), N // 32 * bits)]
+        fits = _widths_of_row(N, width)
         if not fits:
             raise DamagedError(f"{qzeros.name} is {width} words wide; no width of code fits N={N}")
     if g_idx is not None:
         K, height = g_idx.shape[0], qweight.shape[0]
-        fits = [bits for bits in fits if height == -(-K * bits // 32)]
+        in_column = _widths_of_column(K, height)
+        fits = fits if fits == in_column else tuple(bits for bits in fits if bits in in_column)
         if not fits:
             raise DamagedError(f"{qweight.name} has {height} rows, which no width of code gives for K={K}")
     return config.bits if config.bits in fits else fits[0]
+
+
+@lru_cache(256)
+def _widths_of_row(N: int, words: int) -> tuple[int, ...]:
+    """Widths of which N codes fill so many words. Old packers dropped the fields of a last, partial word."""
+    return tuple(bits for bits in WIDTHS if words in (-(-N * bits // 32), N // 32 * bits))
+
+
+@lru_cache(256)
+def _widths_of_column(K: int, words: int) -> tuple[int, ...]:
+    """Widths of which K codes fill so many words."""
+    return tuple(bits for bits in WIDTHS if words == -(-K * bits // 32))
 
 
 def _check_planar(bits: int, name: str, words: int) -> None:
@@ -273,7 +286,7 @@ def _groups(
             raise UnsupportedError(f"{g_idx.name} decides the column order and cannot be read from headers alone")
         return size, None, "columns in order, as the config says"
     in_order_said = ", although desc_act is true" if config.desc_act and G > 1 else ""
-    if np.array_equal(values, even_groups(K, size)):  # nearly always: nothing else is worked out then
+    if values.tobytes() == _trivial(K, size):  # nearly always: nothing else is worked out then
         return size, None, f"g_idx is trivial: dropped{in_order_said}"
     groups = np.where(values < 0, values + G, values)
     if groups.size and not (groups.min() >= 0 and groups.max() < G):
@@ -289,6 +302,12 @@ def _groups(
         )
     said = "" if config.desc_act else ", although the config does not say desc_act"
     return size, groups.astype(np.min_scalar_type(G)), f"act-order, from the values of g_idx{said}"
+
+
+@lru_cache(64)
+def _trivial(K: int, size: int) -> bytes:
+    """The bytes of a g_idx of columns that are in order."""
+    return even_groups(K, size).astype(np.int32).tobytes()
 
 
 def _dummy_bias(checkpoint: Checkpoint, name: str) -> tuple[Tensor | None, str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.readers.autoround import gptq_label
+from xpuquant.formats.readers.autoround import Itself, gptq_label
 from xpuquant.formats.readers.config_keys import integer, overridden, symmetry
 
 _V1, _V2, _PLANAR = "gptq", "gptq_v2", "gptq_p"
@@ -42,10 +43,16 @@ def gptq_config_of(checkpoint: Checkpoint, module: str) -> GptqConfig:
         UsageError: a value of the wrong type.
     """
     config = checkpoint.quantization
+    return _claims(Itself(config), Itself(overridden(config, module)))
+
+
+@lru_cache(64)
+def _claims(whole: Itself, of_module: Itself) -> GptqConfig:
+    """What a config says, and what it says of one module: for nearly all modules the same."""
+    config, merged = whole.table, of_module.table
     if str(config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
         raise UnsupportedError(f"pack_dtype is {config['pack_dtype']!r}; only int32 words are known")
     label = _label(config)
-    merged = overridden(config, module)
     return GptqConfig(
         bits=integer(merged, ("bits", "w_bit", "wbits"), 4),
         group_size=integer(merged, ("group_size", "q_group_size"), -1),

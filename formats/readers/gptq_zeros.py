@@ -71,16 +71,19 @@ def measure_zeros(
 def _alike(config: GptqConfig, bits: int, N: int, words: Array) -> ZeroPoints | None:
     """What zero points are that are symmetric, by one word where all are alike; None where they are not, or some are
     missing."""
-    if 32 % bits or words.shape[1] * 32 // bits < N or not words.size or not (words == words[0, 0]).all():
+    if 32 % bits or words.shape[1] * 32 // bits < N or not words.size:
         return None
-    measured = _of_word(config, bits, min(N, 32 // bits), int(words.view(np.int32)[0, 0]))
+    content = words.tobytes()
+    if content != content[:4] * words.size:
+        return None
+    measured = _of_word(config, bits, min(N, 32 // bits), content[:4])
     return measured if measured.symmetric else None
 
 
 @lru_cache(64)
-def _of_word(config: GptqConfig, bits: int, count: int, word: int) -> ZeroPoints:
-    """The same of `count` fields of one int32: nearly all modules of a symmetric checkpoint have the same."""
-    words = np.array([[word]], np.int32)
+def _of_word(config: GptqConfig, bits: int, count: int, word: bytes) -> ZeroPoints:
+    """The same of `count` fields of one word: nearly all modules of a symmetric checkpoint have the same."""
+    words = np.frombuffer(word, np.int32).reshape(1, 1)
     return _measure(config, bits, stored_fields(words, bits, count, config.planar))
 
 

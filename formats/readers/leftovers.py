@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from xpuquant.formats.architecture import layer_of
+from xpuquant.formats.architecture import is_known, layer_of
 from xpuquant.formats.readers.base import STACKS, Parts
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
@@ -137,8 +137,7 @@ def sort_leftovers(
 def _is_wrapped(name: str) -> bool:
     """Whether a module is the part of a layer that holds its weight, beside other parts."""
     parent, _, leaf = name.rpartition(".")
-    known = layer_of(parent)
-    return known != layer_of("") and not known.embedding and layer_of(leaf) == layer_of("") and not leaf.isdigit()
+    return is_known(parent) and not layer_of(parent).embedding and not is_known(leaf) and not leaf.isdigit()
 
 
 def _is_expected(suffix: str, model_type: str) -> bool:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
@@ -66,6 +67,7 @@ def library() -> ctypes.CDLL:
     signatures: dict[str, tuple[Any, ...]] = {
         "engine_create": (out, c_int, c_size_t),
         "stream_create": (out, c_void_p, c_int),
+        "stream_destroy": (c_void_p,),
         "stream_wait": (c_void_p,),
         "memory_desc_create_with_strides": (out, c_int, dims, c_int, dims),
         "memory_desc_destroy": (c_void_p,),
@@ -106,16 +108,16 @@ def _new(name: str, *arguments: Any) -> c_void_p:
 
 
 @cache
-def engine() -> tuple[str, c_void_p, c_void_p]:
-    """("gpu" or "cpu", engine, stream): the first Intel GPU where SYCL sees one, otherwise the CPU.
+def engine() -> tuple[str, c_void_p]:
+    """("gpu" or "cpu", engine): the first Intel GPU where SYCL sees one, otherwise the CPU. To be asked for once before
+    several threads do.
 
     Raises:
         EnvironmentFault: no oneDNN, or SYCL sees no device at all.
     """
     for device, kind in (("gpu", _GPU), ("cpu", _CPU)):
         if library().dnnl_engine_get_count(kind):
-            handle = _new("engine_create", kind, 0)
-            return device, handle, _new("stream_create", handle, 1)
+            return device, _new("engine_create", kind, 0)
     raise EnvironmentFault(
         "oneDNN sees neither an Intel GPU nor the SYCL CPU device: OCL_ICD_FILENAMES must name "
         "libintelocl.so before the first SYCL library of the process is loaded"
@@ -230,7 +232,20 @@ def reasons(matmul: Matmul) -> str:
     return "; ".join(dict.fromkeys(told)) or "unimplemented"
 
 
-@lru_cache(maxsize=64)
+class _OfThread(threading.local):
+    """What each thread has for itself: a stream is filled by one at a time, and a primitive has one scratchpad, so that
+    two executions of it at once would write over each other (oneDNN, "Primitive Attributes: scratchpad")."""
+
+    def __init__(self) -> None:
+        self.stream = _Owned(_new("stream_create", engine()[1], 1), "stream_destroy")
+        self.primitive = lru_cache(maxsize=64)(_primitive)
+
+
+@cache
+def _threads() -> _OfThread:
+    return _OfThread()
+
+
 def _primitive(matmul: Matmul) -> _Owned:
     return _Owned(_new("primitive_create", _descriptor(matmul)), "primitive_destroy")
 
@@ -275,7 +290,7 @@ class _Argument(ctypes.Structure):
 
 
 def run(matmul: Matmul, arguments: Mapping[int, tuple[Shape, Array]], out: Array) -> Array:
-    """Execute over `arguments` (oneDNN argument → how it is described there, its bytes) into `out`.
+    """Execute over `arguments` (oneDNN argument → how it is described there, its bytes) into `out`, from any thread.
 
     Raises:
         UnsupportedError: oneDNN has no implementation for this engine; `reasons` says why.
@@ -284,8 +299,8 @@ def run(matmul: Matmul, arguments: Mapping[int, tuple[Shape, Array]], out: Array
     memories = {argument: _Memory(*value) for argument, value in arguments.items()}
     memories[DST] = _Memory(matmul.dst)
     passed = (_Argument * len(memories))(*(_Argument(arg, m._as_parameter_) for arg, m in memories.items()))
-    stream = engine()[2]
-    _call("primitive_execute", _primitive(matmul), stream, len(memories), passed)
-    _call("stream_wait", stream)
+    mine = _threads()
+    _call("primitive_execute", mine.primitive(matmul), mine.stream, len(memories), passed)
+    _call("stream_wait", mine.stream)
     memories[DST].read(out)
     return out

@@ -120,6 +120,7 @@ class OneDNN:
     """oneDNN's matmul on the first Intel GPU, else on the CPU."""
 
     name = "onednn"
+    concurrent = True
 
     def unavailable(self) -> str | None:
         return fault_of(api.engine)

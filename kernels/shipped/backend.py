@@ -29,6 +29,7 @@ class Shipped:
     """The newest wheel that was downloaded."""
 
     name = "shipped"
+    concurrent = False
 
     def unavailable(self) -> str | None:
         missing = device.unavailable()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from xpuquant import __version__
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,8 +60,8 @@ def test_module_and_version() -> None:
         cwd="/",
         env=os.environ | {"PYTHONSAFEPATH": "1"},
     )
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert (run.returncode, run.stdout) == (0, f"xpuquant {version}\n")
+    assert (run.returncode, run.stdout) == (0, f"xpuquant {__version__}\n")
+    assert version("xpuquant") == __version__
 
 
 def test_wheel_holds_one_package_and_nothing_else(wheel: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -234,3 +235,13 @@ def test_stdout_stays_ours(capfd):
         layer, _ = hand.mx(96, 256, "mxfp4")
         backend.refuses(layer.scheme, 96, 256)
     assert capfd.readouterr().out == ""
+
+
+def test_threads_compute_side_by_side_what_one_computes():
+    """Streams and scratchpads are each thread's own; more products than primitives are kept for."""
+    cases = [hand.int4_linear(8 * n, 32 * k, 32, scale="F32") for n in (1, 5, 33) for k in (2, 7, 40)]
+    given = [(layer, hand.activations(M, layer.K, "F32")) for layer, _ in cases for M in (1, 8, 33)] * 4
+    one_by_one = [BACKEND.linear(layer, x) for layer, x in given]
+    with ThreadPoolExecutor(8) as pool:
+        at_once = list(pool.map(lambda call: BACKEND.linear(*call), given))
+    assert all(np.array_equal(a, b) for a, b in zip(one_by_one, at_once, strict=True))
