@@ -28,7 +28,7 @@ def _quantization() -> Any:
     Raises:
         EnvironmentFault: not installed, or not for this torch.
     """
-    own = "run scripts/lanes/ipex, which makes an environment with torch 2.8 for it"
+    own = "it is for torch 2.8, in an environment of its own: pip install 'xpuquant[ipex]'"
     try:
         release = metadata.version("intel-extension-for-pytorch")
         torch_release = metadata.version("torch")

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xpuquant.conversion.cli.output import Answer
+from xpuquant.conversion.cli.output import Answer, Typed
 from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.report.markdown import checks
 from xpuquant.conversion.report.reports import as_data, by_claim
@@ -79,8 +79,8 @@ def _converted(result: Converted, output: Output) -> Answer:
         ),
     )
     serve = [
-        f"serve it:  vllm serve {shlex.quote(out)}",
-        f'       or  {plan.source.auto_class}.from_pretrained({json.dumps(out)}, device_map="{device}")',
+        Typed(f"serve it:  vllm serve {shlex.quote(out)}"),
+        Typed(f'       or  {plan.source.auto_class}.from_pretrained({json.dumps(out)}, device_map="{device}")'),
     ]
     data = plan_data(plan) | {
         "out": out,
@@ -96,7 +96,7 @@ def _converted(result: Converted, output: Output) -> Answer:
 def _part(result: PartConverted) -> Answer:
     made = f"{len(result.shards)} of {counted(result.of, 'shard')}, {size(result.nbytes)}"
     text = f"part {result.part}: {made}, staged in {result.out}"
-    hint = f"when every part is done: {shlex.join(['xpuquant', 'finish', result.source, str(result.out)])}"
+    hint = Typed(f"when every part is done: {shlex.join(['xpuquant', 'finish', result.source, str(result.out)])}")
     return Answer([text, hint], {"part": result.part, "shards": {n: f.sha256 for n, f in result.shards.items()}}, text)
 
 

@@ -15,6 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from xpuquant.conversion.cli.tables import wrapped
 from xpuquant.errors import one_line
 
 
@@ -50,7 +51,8 @@ class Bars:
             self._progress.advance(self._task, nbytes)
 
     def note(self, text: str) -> None:
-        self._progress.console.print(one_line(text), markup=False)
+        for line in wrapped(one_line(text), self._progress.console.width):
+            self._progress.console.print(line, markup=False)
 
     def begins(self, text: str) -> None:
         self.note(text)

@@ -22,8 +22,8 @@ def inspect(
     quiet: args.QuietOption = False,
     verbose: args.VerboseOption = False,
 ) -> None:
-    """What is it, will it convert, how big, which kernel per module: from headers only. Of a converted repo: from what,
-    verified how, what serves it."""
+    """What is it, will it convert, which GPUs hold it. Also how big, and which kernel per module: from headers only. Of
+    a converted repo: from what, verified how, what serves it."""
     from xpuquant.conversion.cli.inspect_answers import inspected
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.inspection import RANKS, look_at
@@ -82,8 +82,8 @@ def diff(
     quiet: args.QuietOption = False,
     verbose: args.VerboseOption = False,
 ) -> None:
-    """Compare the tensors of two repos: names, dtypes, shapes, values; what they store otherwise is decoded. Exit
-    code 0: equal, at least in value; 1: different."""
+    """Compare the tensors of two repos, by bytes and by value. Names, dtypes and shapes too; what the two store
+    otherwise is decoded. Exit code 0: equal, at least in value; 1: different."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.diff import compare
@@ -105,7 +105,7 @@ def explain(
     quiet: args.QuietOption = False,
     verbose: args.VerboseOption = False,
 ) -> None:
-    """One module: its tensors, what was decided from them, what it becomes, which kernel runs it."""
+    """One module: its tensors, decisions, layout and kernel. The decisions are those made from its tensors."""
     from xpuquant.conversion.cli.explain_answers import explained
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.explanation import explain_module
@@ -132,7 +132,7 @@ def formats(
 def doctor(
     as_json: args.JsonOption = False, quiet: args.QuietOption = False, verbose: args.VerboseOption = False
 ) -> None:
-    """Which kernel backends run here, why others do not, and what would change that."""
+    """Which kernel backends run here, and why others do not. Says what would change that."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.doctor import examine

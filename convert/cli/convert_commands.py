@@ -126,7 +126,7 @@ def finish(
     max_shard_size: args.SameTextOption = None,
     fold_act_order: args.SameFlagOption = None,
 ) -> None:
-    """Put the parts of `convert --part i/n` together: check that all are there, verify, publish."""
+    """Put the parts of `convert --part i/n` together. Checks that all are there, verifies, publishes."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.hub.target import Destination

@@ -36,7 +36,7 @@ def explained(found: Explanation) -> Answer:
         brief = f"{found.name}: {found.outcome.source} → {stored}"
     parts: list[str | TextTable] = [TextTable("", ("", ""), facts)]
     if found.outcome is not None:
-        parts.append(TextTable("decided from its tensors", ("", ""), [("", fact) for fact in found.outcome.decisions]))
+        parts.append(TextTable("decided from its tensors", ("",), [(fact,) for fact in found.outcome.decisions]))
     parts.append(_table("made of", found.tensors))
     if found.written:
         parts.append(_table("written as", found.written))
@@ -46,6 +46,18 @@ def explained(found: Explanation) -> Answer:
 def _table(title: str, tensors: Sequence[TensorInfo]) -> TextTable:
     rows = [(tensor.name, tensor.dtype, str(list(tensor.shape)), size(tensor.nbytes)) for tensor in tensors]
     return TextTable(title, ("tensor", "dtype", "shape", "size"), rows, most=_MAX_TENSORS)
+
+
+def _by_format(readers: Sequence[Reader]) -> list[tuple[str, str, str]]:
+    """A row for each format, however many readers it has."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for reader in readers:
+        methods, suffixes = found.setdefault(reader.name, (set(), set()))
+        methods.update(reader.methods)
+        suffixes.update(reader.suffixes)
+    return [
+        (name, ", ".join(sorted(methods)), ", ".join(sorted(suffixes))) for name, (methods, suffixes) in found.items()
+    ]
 
 
 def formats_known(readers: Sequence[Reader], layouts: Sequence[Layout]) -> Answer:
@@ -58,7 +70,9 @@ def formats_known(readers: Sequence[Reader], layouts: Sequence[Layout]) -> Answe
     }
     return Answer(
         [
-            TextTable("what is read", ("format", "quant_method", "tensors beside weight and bias"), read),
+            TextTable(
+                "what is read", ("format", "quant_method", "tensors beside weight and bias"), _by_format(readers)
+            ),
             TextTable("what is written", ("layout", "--layout", "read by"), written),
             "what converts exactly depends on the tensors: xpuquant inspect SRC",
         ],

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from xpuquant.conversion.cli.answers import engines_data, engines_table, module_data, modules_table, notes, source_data
-from xpuquant.conversion.cli.output import Answer
+from xpuquant.conversion.cli.output import Answer, Typed
 from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.gpus import EXPERT_GENERATIONS, GPUS, KEPT_FREE, USED, Gpu
 from xpuquant.conversion.plan.survey import modules_have
@@ -46,8 +46,8 @@ def _converted_repo(found: ConvertedRepo) -> Answer:
         ("when converted", found.verified or "not verified"),
         *((f"served by {name}", versions) for name, versions in found.needs.items()),
     ]
-    check = f"check it:  xpuquant verify {shlex.quote(repo.name)}"
-    serve = f"serve it:  vllm serve {shlex.quote(repo.name)}"
+    check = Typed(f"check it:  xpuquant verify {shlex.quote(repo.name)}")
+    serve = Typed(f"serve it:  vllm serve {shlex.quote(repo.name)}")
     data = {
         "repo": asdict(repo),
         "from": asdict(origin),

@@ -19,7 +19,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from xpuquant.conversion.cli.tables import TextTable, lines_of
+from xpuquant.conversion.cli.tables import TextTable, lines_of, wrapped
 from xpuquant.conversion.sizes import duration, size
 from xpuquant.errors import MESSAGE_LENGTH, Argument, UsageError, one_line
 
@@ -43,10 +43,14 @@ def _escaped(found: re.Match[str]) -> str:
     return f"\\u{ord(char):04x}" if ord(char) < 1 << 16 else json.dumps(char)[1:-1]  # a pair of surrogates
 
 
+class Typed(str):
+    """A line with something to be typed: printed as it is, however wide, so that it can be copied."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command has to say: the same thing for a reader (`parts`: text or tables, in order), for one in a hurry
-    (`brief`: a line) and for a program (`data`). Text is printed as it is, however wide: commands can be copied."""
+    (`brief`: a line) and for a program (`data`). Text is broken between words on a terminal, but for `Typed`."""
 
     parts: Sequence[str | TextTable]
     data: Mapping[str, Any]
@@ -84,7 +88,7 @@ class Output:
             return
         for part in answer.parts:
             if isinstance(part, str):
-                self._out.print(one_line(part, MESSAGE_LENGTH), markup=False)
+                _print(self._out, one_line(part, MESSAGE_LENGTH), is_typed=isinstance(part, Typed))
             else:
                 self._table(part)
 
@@ -96,7 +100,7 @@ class Output:
     def note(self, text: str) -> None:
         """A remark that is no part of the answer."""
         if not (self.as_json or self.quiet):
-            self._err.print(one_line(text, MESSAGE_LENGTH), markup=False)
+            _print(self._err, one_line(text, MESSAGE_LENGTH))
 
     def _table(self, table: TextTable) -> None:
         width = self._out.width if self._out.is_terminal else None
@@ -108,9 +112,7 @@ class Output:
 
     def error(self, text: str) -> None:
         """The one line a failed command ends with."""
-        self._err.print(
-            f"error: {one_line(text, MESSAGE_LENGTH)}", markup=False, style="red" if self._err.is_terminal else None
-        )
+        _print(self._err, f"error: {one_line(text, MESSAGE_LENGTH)}", style="red" if self._err.is_terminal else None)
 
     def ask(self, question: str) -> bool:
         """A yes-or-no question, on a terminal; no where nobody can answer."""
@@ -140,6 +142,13 @@ def _console(stderr: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def _print(console: Console, text: str, *, is_typed: bool = False, style: str | None = None) -> None:
+    """One line of text; on a terminal several, where it is wider, broken between words."""
+    lines = wrapped(text, console.width) if console.is_terminal and not is_typed else [text]
+    for line in lines:
+        console.print(line, markup=False, style=style)
 
 
 class Lines:

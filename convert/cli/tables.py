@@ -13,8 +13,8 @@ _INDENT = "  "
 _NARROWEST = 8
 """Columns: what a cell is given at least, however narrow the terminal."""
 
-_PARTS = re.compile(r"(?:\d[\d.,]* [kMGT]?B(?!\S)|\S+)\s*|\s+")
-"""Words. A size is one: its number and its unit stay together."""
+_PARTS = re.compile(r"(?:\d[\d.,]* [kMGT]?B(?!\S)|pip install (?:-\S+ )*\S+|[(\[]?`[^`]{1,40}`\S*|\S+)\s*|\s+")
+"""Words. A size is one, its number and its unit stay together; and so is what is to be typed, which is copied."""
 _NAME_PARTS = re.compile(r"[^./,:=_-]*[./,:=_-]|[^./,:=_-]+")
 """A name that is longer than its column is broken after a dot, a slash, a comma."""
 
@@ -46,7 +46,9 @@ def lines_of(table: TextTable, width: int | None = None, every: bool = False) ->
         yield "title", one_line(table.title)
     cells = [[one_line(cell, 4000) for cell in row] for row in shown]
     header = [list(table.columns)] if any(table.columns) else []
-    widths = _widths([*header, *cells], None if width is None else width - len(indent), labels=not header)
+    widths = _widths(
+        [*header, *cells], None if width is None else width - len(indent), labels=not header and len(table.columns) > 1
+    )
     for kind, rows in (("header", header), ("row", cells)):
         for row in rows:
             columns = [_wrapped(cell, limit) for cell, limit in zip(row, widths, strict=True)]
@@ -86,6 +88,16 @@ def _widths(rows: Sequence[Sequence[str]], limit: int | None, labels: bool) -> l
                 break
             widths[widest] -= 1
     return widths
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Prose, broken between words alone: a path that is longer than a line stays one, and can be copied."""
+    lines = [""]
+    for word in _PARTS.findall(text):
+        if lines[-1] and len(lines[-1]) + len(word.rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip() for line in lines]
 
 
 def _wrapped(text: str, width: int) -> list[str]:

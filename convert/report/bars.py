@@ -64,7 +64,10 @@ def histogram(ran: Sequence[Agreement]) -> Histogram | None:
         held = counts.setdefault(run.activation, [0] * (len(BINS) + 1))
         counts[run.activation] = [a + b for a, b in zip(held, run.histogram or held, strict=True)]
     shares = {
-        dtype: [count / sum(of_dtype) for count in of_dtype] for dtype, of_dtype in counts.items() if sum(of_dtype)
+        # Of one colour on every page, whichever ran first.
+        dtype: [count / sum(of_dtype) for count in of_dtype]
+        for dtype, of_dtype in sorted(counts.items(), reverse=True)
+        if sum(of_dtype)
     }
     if not shares:
         return None

@@ -81,7 +81,7 @@ def picture(verdict: Verdict) -> str:
         f"<tspan>{_text(_fit(name, width - 2 * _MARGIN - 170, 1.4))}</tspan></text>"
     ]
     for line, of in ((exactness(verdict.proof) + ".", ""), (_explained(verdict, shown), "soft")):
-        for part in textwrap.wrap(line, most):
+        for part in textwrap.wrap(line, most, break_on_hyphens=False):
             y += 20
             body.append(f'<text class="{of}" x="{_MARGIN}" y="{y}">{_text(part)}</text>')
     y += 36
@@ -95,7 +95,7 @@ def picture(verdict: Verdict) -> str:
             y += _SQUARE_HEIGHT
         body += _legend(shown, y + 22)
         y += 80
-    for part in textwrap.wrap(_stamp(verdict), most):
+    for part in textwrap.wrap(_stamp(verdict), most, break_on_hyphens=False):
         body.append(f'<text class="soft" x="{_MARGIN}" y="{y:.0f}">{_text(part)}</text>')
         y += 20
     height = y + _MARGIN - 26

@@ -317,13 +317,12 @@ class Verdict:
         return by_module
 
     def cell(self, module: str) -> Agreement | None:
-        """The run that colours a module's cell: one that failed, or the least exact of the most exact dtype of
-        activations; real kernels first."""
+        """The run that colours a module's cell: the one nearest to its tolerance or farthest beyond it, of those that
+        failed where some did; real kernels first."""
         runs = self._ran.get(module, [])
         real = [run for run in runs if run.backend != REFERENCE] or runs
-        shown = [run for run in real if not run.passed]
-        shown = shown or [run for run in real if run.activation == real[0].activation]
-        return max(shown, key=lambda run: run.error or 0.0, default=None)
+        shown = [run for run in real if not run.passed] or real
+        return max(shown, key=lambda run: run.used or 0.0, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON objects, for `from_json`. verify.json is another, made for readers."""

@@ -34,7 +34,7 @@ class Shipped:
     def unavailable(self) -> str | None:
         missing = device.unavailable()
         if missing is None and not wheel.found():
-            return f"no vllm-xpu-kernels wheel in {wheel.folder()}: scripts/lanes/shipped downloads them"
+            return wheel.missing("vllm-xpu-kernels<0.1.17")
         return missing
 
     def refuses(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str | None:
@@ -50,7 +50,7 @@ class Shipped:
             return "the grouped GEMM takes 16-bit activations only"
         if scheme.layout in _BITS:
             if not wheel.found("auto_round_lib"):
-                return f"no auto-round-lib wheel in {wheel.folder()}: scripts/lanes/shipped downloads it"
+                return wheel.missing("auto-round-lib<0.17")
             if N % 16 or (_BITS[scheme.layout] == 4 and scheme.group_size % 2):
                 return f"ARK's expert kernels need N % 16 == 0, not N={N}"
             return None

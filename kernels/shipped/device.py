@@ -30,7 +30,7 @@ def unavailable() -> str | None:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            return f"{package} is not installed: scripts/lanes/shipped makes an environment that has it"
+            return f"{package} is not installed: pip install 'xpuquant[shipped]'"
     if driver() is None:
         return f"intel-opencl-rt has no {_DRIVER} here: it is made for Linux on x86-64"
     try:

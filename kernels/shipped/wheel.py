@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import sys
 import zipfile
 from pathlib import Path
@@ -52,6 +53,17 @@ class Wheel:
     def module(self, library: str, kernel: str) -> spirv.Module:
         """The module of a kernel, cut down to it."""
         return spirv.Module.read(self.kernels(library)[kernel]).only(kernel)
+
+
+def missing(requirement: str) -> str:
+    """That there is no wheel of a package, and how to get one.
+
+    Args:
+        requirement: name of the package, then which of its releases.
+    """
+    package = requirement.partition("<")[0]
+    command = shlex.join(["pip", "download", "--no-deps", "-d", str(folder()), requirement])
+    return f"no wheel of {package} in {folder()}: {command}"
 
 
 def folder() -> Path:

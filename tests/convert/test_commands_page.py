@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from xpuquant.conversion.cli.app import run
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -19,3 +21,9 @@ def test_the_page_of_commands_is_current(monkeypatch: pytest.MonkeyPatch) -> Non
         assert commands.page() == commands.PAGE.read_text(), "python scripts/commands.py writes it again"
     finally:
         del sys.modules["commands"]
+
+
+def test_no_command_is_described_in_half_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the list of all, on 80 columns, which the first sentence of each description has to fit."""
+    assert run(["--help"]) == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]

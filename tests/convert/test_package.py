@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from email import message_from_string
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,3 +82,44 @@ def test_wheel_holds_one_package_and_nothing_else(wheel: Path) -> None:
         "__main__.py",
     ):
         assert f"xpuquant/{module}" in names
+
+
+def test_the_metadata_is_what_an_index_shows(wheel: Path) -> None:
+    """The page of the package: README as Markdown, the licence and its text, the Python versions; no torch."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_string(archive.read(name).decode())
+        assert f"{name.rpartition('/')[0]}/licenses/LICENSE" in archive.namelist()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload() == (ROOT / "README.md").read_text()
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata["License-File"] == "LICENSE"
+    classifiers = metadata.get_all("Classifier") or []
+    assert not [one for one in classifiers if one.startswith("License ::")], (
+        "the expression says it; an index refuses both"
+    )
+    least = metadata["Requires-Python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {least}" in classifiers
+    required = [one for one in metadata.get_all("Requires-Dist") or [] if "extra ==" not in one]
+    assert required and not [one for one in required if one.startswith("torch")]
+
+
+def test_nothing_that_is_said_names_a_file_of_the_repository() -> None:
+    """An installed package has no scripts, tests and docs: what a message names as the fix has to be there."""
+    said = [
+        (path.relative_to(ROOT), node.lineno, node.value)
+        for folder in ("xpuquant", "convert", "formats", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in spoken(ast.parse(path.read_text()))
+    ]
+    assert len(said) > 1000
+    assert not [one for one in said if re.search(r"\b(scripts|tests|docs)/", one[2])]
+
+
+def spoken(tree: ast.AST) -> Iterator[ast.Constant]:
+    """Every text of a module that is no docstring."""
+    for parent in ast.walk(tree):
+        for node in ast.iter_child_nodes(parent):
+            is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if is_text and not isinstance(parent, ast.Expr):
+                assert isinstance(node, ast.Constant)
+                yield node

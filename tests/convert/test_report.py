@@ -241,6 +241,17 @@ def test_a_square_for_every_module(made):
     assert {square.module for square in shown.squares if square.state is State.FAILED} == failed
 
 
+def test_a_square_stands_for_the_run_that_is_nearest_to_its_tolerance():
+    """Whatever its dtype: what the page says of the largest is what its table says."""
+    first, *others = verdict(2, broken=False).kernels
+    bf16 = replace(first, activation="BF16", backend="ark", error=1e-4, deviation=5e-4, tolerance=1e-3)
+    made = replace(verdict(2, broken=False), kernels=[first, *others, bf16])
+    assert made.cell(first.module) == bf16
+    largest = heat_map(made).largest
+    assert largest is not None and largest.run == bf16 and bf16.used == max(run.used for run in made.kernels)
+    assert "The largest here: 50 % of the tolerance" in render_page(made)
+
+
 def test_the_scale_is_anchored_at_the_tolerance():
     """The same share has the same colour in every report; what passes is told from what fails by more than colour."""
     run = Agreement("onednn", "m", "linear", None, "s", 8, 32, 8, (8,), "F32", 1e-6, 1e-6, tolerance=8e-6)

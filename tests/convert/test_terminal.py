@@ -142,7 +142,7 @@ def test_a_terminal_shows_what_a_pipe_does(columns: int, room: Path) -> None:
             assert line == "" or line.strip(), f"a header without words, in {where}"
             if _COMMAND.search(line):
                 assert any(line.strip() in other for other in plain.splitlines()), f"{line!r} is cut, in {where}"
-            elif line not in plain.splitlines():
+            else:
                 assert len(line) <= columns, f"{line!r} is too wide, in {where}"
             for token in line.split():
                 assert is_a_piece(token, said) or token.startswith("-v"), f"{token!r} is cut, in {where}"

@@ -54,7 +54,7 @@ def test_a_backend_that_is_asked_for_is_run_or_refused(
     if missing is not None:
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and backend in lines[0]
-        assert any(fix in lines[0] for fix in ("pip install", "scripts/lanes/")), lines
+        assert "pip install" in lines[0], lines
 
 
 def test_a_conversion_says_what_would_have_checked_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
