@@ -106,20 +106,18 @@ def test_the_metadata_is_what_an_index_shows(wheel: Path) -> None:
 def test_nothing_that_is_said_names_a_file_of_the_repository() -> None:
     """An installed package has no scripts, tests and docs: what a message names as the fix has to be there."""
     said = [
-        (path.relative_to(ROOT), node.lineno, node.value)
+        (path.relative_to(ROOT), line, text)
         for folder in ("xpuquant", "convert", "formats", "kernels")
         for path in (ROOT / folder).rglob("*.py")
-        for node in spoken(ast.parse(path.read_text()))
+        for line, text in spoken(ast.parse(path.read_text()))
     ]
     assert len(said) > 1000
     assert not [one for one in said if re.search(r"\b(scripts|tests|docs)/", one[2])]
 
 
-def spoken(tree: ast.AST) -> Iterator[ast.Constant]:
-    """Every text of a module that is no docstring."""
+def spoken(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every text of a module that is no docstring."""
     for parent in ast.walk(tree):
         for node in ast.iter_child_nodes(parent):
-            is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
-            if is_text and not isinstance(parent, ast.Expr):
-                assert isinstance(node, ast.Constant)
-                yield node
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and not isinstance(parent, ast.Expr):
+                yield node.lineno, node.value
