@@ -67,6 +67,10 @@ class Nvfp4Rows(Filler):
     start: int
     stop: int
 
+    def octets(self, arrays: Arrays) -> Array:
+        """uint8 `[stop - start, K/2]`."""
+        return np.ascontiguousarray(arrays[0].T) if self.weight.transposed else arrays[0]
+
     def piece(self) -> Piece:
         return Piece((self.weight.code_rows(self.start, self.stop),), (self.stop - self.start) * self.weight.K, self)
 
@@ -83,7 +87,7 @@ class FillIntegers(Nvfp4Rows):
     def fill(self, arrays: Arrays, out: Array) -> None:
         from xpuquant.formats.packing.convert_loops import look_up
 
-        look_up(arrays[0].reshape(-1), _INTEGERS, out.view(np.uint16))
+        look_up(self.octets(arrays).reshape(-1), _INTEGERS, out.view(np.uint16))
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class FillSums(Nvfp4Rows):
     def fill(self, arrays: Arrays, out: Array) -> None:
         from xpuquant.formats.packing.convert_loops import look_up_planes
 
-        codes = arrays[0].reshape(-1, GROUP // 2)
+        codes = self.octets(arrays).reshape(-1, GROUP // 2)
         look_up_planes(codes, *_PLANES, out.reshape(len(codes), 2, GROUP // 2))
 
 
@@ -118,7 +122,7 @@ class FillHalvedScales(Filler):
         every = _OCTETS.view(scales.dtype).astype(np.float64)
         table = np.ldexp(every, exponent - 1).astype(numpy_dtype("BF16"))
         octets = scales.view(np.uint8)
-        found = table[octets if self.by_row else octets.T]
+        found = table[octets if self.by_row != self.weight.transposed else octets.T]
         out.view(table.dtype).reshape(found.shape)[...] = found
 
     def piece(self) -> Piece:

@@ -16,6 +16,7 @@ from xpuquant.formats.readers.gptq import Gptq
 from xpuquant.formats.readers.mxfp4 import Mxfp4
 from xpuquant.formats.readers.mxfp8 import Mxfp8
 from xpuquant.formats.readers.nvfp4 import Nvfp4
+from xpuquant.formats.readers.nvfp4_fused import Nvfp4Fused
 
 READERS: tuple[Reader, ...] = (
     Gptq(),
@@ -30,5 +31,6 @@ READERS: tuple[Reader, ...] = (
     Mxfp8(),
     GptOss(),
     Nvfp4(),
+    Nvfp4Fused(),
 )
 """Every source format. No two claim one module, so that their order decides nothing (tests/formats/test_readers.py)."""

@@ -110,7 +110,7 @@ class FloatWeight(Weight):
         def build(arrays: Arrays) -> Decoded:
             codes = (arrays[0].T if self.transposed else arrays[0]).view(np.uint8)
             if self.element == "e2m1":
-                codes = unpack_nibbles(codes)
+                codes = unpack_nibbles(np.ascontiguousarray(codes))
             row = np.arange(start, stop) // self.block[0] - start // self.block[0]
             return Decoded(self.element, codes, scales.build(arrays[1:]), row, even_groups(self.K, self.block[1]))
 

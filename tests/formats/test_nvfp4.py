@@ -24,7 +24,7 @@ from support.floats import (
 from support.ints import DOWN, Pico, convert, refusal
 
 from xpuquant.conversion.plan.tensor_parallel import problems
-from xpuquant.errors import DamagedError
+from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.layouts.nvfp4_fillers import power_of_two
 from xpuquant.formats.layouts.xpu.nvfp4_linear import Nvfp4Linear
 
@@ -158,6 +158,69 @@ def test_experts_are_the_bytes_of_the_contract(tmp_path, divides):
         assert out.array(f"{EXPERTS}.{part}_scale").shape == (*stored.shape[:2], stored.shape[2] // 16)
     assert out.repo.modules[EXPERTS].scheme.label() == "nvfp4_experts g16"
     assert out.plan.format_version == 2
+
+
+def fused_stack(weights, transposed, numbers, static=None):
+    """As ModelOpt exports Llama 4's experts: one tensor of each projection, with the unquantized model's axes."""
+    tensors = {}
+    for part, roles in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+        members = [[weights[expert, role] for role in roles] for expert in range(2)]
+        for end, of in (("", "packed"), ("_weight_scale", "scales")):
+            stack = np.stack([np.concatenate([getattr(weight, of) for weight in each]) for each in members])
+            tensors[part + end] = stack.swapaxes(1, 2).copy() if transposed else stack
+        found = np.array([each[0].number for each in members], np.float32)
+        tensors[f"{part}_weight_scale_2"] = found.reshape(numbers) if numbers else found[0]
+        if static is not None:
+            tensors[f"{part}_input_scale"] = static
+    return Pico(NVFP4_MODELOPT_CONFIG, {EXPERTS: tensors})
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("numbers", [(), (2,), (2, 1, 1)], ids=["one number", "of each expert", "with unit axes"])
+def test_experts_in_one_tensor_are_those_of_their_parts(tmp_path, transposed, numbers):
+    """Byte for byte what the same experts become that lie apart."""
+    number = lambda seed: 10.0 ** (seed // 10 if numbers else -1)  # noqa: E731
+    weights = nvfp4_experts(lambda N, K, seed: nvfp4(N, K, seed, number=number(seed), divides=False))
+    static = np.array(3.0, np.float32)
+    source = fused_stack(weights, transposed, numbers, static).write(tmp_path / "in")
+    out = convert(source, tmp_path / "out")
+    for (expert, role), weight in weights.items():
+        np.testing.assert_array_equal(out.values(EXPERTS, role, expert), weight.values)
+    apart = Pico(NVFP4_MODELOPT_CONFIG, expert_modules(weights, lambda weight: weight.tensors))
+    wanted = convert(apart.write(tmp_path / "apart"), tmp_path / "apart out")
+    assert out.repo.modules[EXPERTS].scheme == wanted.repo.modules[EXPERTS].scheme
+    for name in wanted.repo.tensors:
+        assert np.array_equal(out.array(name).view(np.uint8), wanted.array(name).view(np.uint8)), name
+    facts = out.facts(EXPERTS)
+    assert f"fused NVFP4 experts, {'[E, K, N]' if transposed else '[E, N, K]'}" in facts
+    assert "activations stay in 16 bits" in facts
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"gate_up_proj": np.zeros((2, 16, 64), np.uint8)}, DamagedError, "do not belong together"),
+        ({"down_proj_weight_scale": None}, DamagedError, "down_proj_weight_scale is missing"),
+        ({"gate_up_proj_weight_scale_2": np.ones((3,), np.float32)}, DamagedError, "want one number, or one of 2"),
+        ({"down_proj": np.zeros((2, 32, 64), ml_dtypes.bfloat16)}, UnsupportedError, "unquantized: down_proj of every"),
+        ({"down_proj_input_scale": np.ones(64, np.float32)}, UnsupportedError, "want one static scale per tensor"),
+        ({"down_proj_weight_scale": np.zeros((2, 1, 64), FP8["e4m3"])}, DamagedError, "NVFP4 of [64, 32] needs [2, 2"),
+    ],
+)
+def test_damaged_and_odd_experts_in_one_tensor(tmp_path, change, error, said):
+    weights = nvfp4_experts(lambda N, K, seed: nvfp4(N, K, seed, divides=False))
+    pico = fused_stack(weights, True, ())
+    tensors = {name: array for name, array in (pico.modules[EXPERTS] | change).items() if array is not None}
+    assert said in refusal(tmp_path, Pico(NVFP4_MODELOPT_CONFIG, {EXPERTS: tensors}), error)
+
+
+def test_gpt_oss_in_nvfp4_is_refused_by_name(tmp_path):
+    """Its rows alternate gate and up, and it has biases: ARK's kernels know neither."""
+    weights = nvfp4_experts(lambda N, K, seed: nvfp4(N, K, seed, divides=False))
+    pico = fused_stack(weights, True, ())
+    biases = {f"{EXPERTS}.{part}_proj_bias": np.ones((2, 64), np.float32) for part in ("gate_up", "down")}
+    message = refusal(tmp_path, replace(pico, plain=biases, config={"model_type": "gpt_oss"}))
+    assert f"ARK's expert kernels add no bias and know no rows that alternate gate and up: {EXPERTS}" in message
 
 
 def stack_of(change=lambda weights: weights, pack=lambda weight: weight.tensors, **sizes):

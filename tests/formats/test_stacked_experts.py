@@ -96,6 +96,18 @@ def test_integers_in_stacks(tmp_path, parts):
     check(out, weights, f"{MOE if parts is STEP else GRANITE}.experts")
 
 
+@pytest.mark.parametrize("parts", [STEP, FUSED], ids=["step", "granite"])
+@pytest.mark.parametrize(("bits", "layout"), [(4, "uint4_experts"), (8, "int8_experts"), (3, "int4_experts")])
+def test_zero_points_in_stacks(tmp_path, parts, bits, layout):
+    """Packed along N, so that those of gate and up lie one after the other in a fused stack."""
+    weights = expert_weights(lambda N, K, seed: ints(bits, N, K, symmetric=False, seed=seed), H, I, E)
+    modules = stacked(weights, lambda weight: pack_quantized(weight, shape=False), parts)
+    out = convert(Pico(ct_config(bits, symmetric=False), modules).write(tmp_path / "in"), tmp_path / "out")
+    name = f"{MOE if parts is STEP else GRANITE}.experts"
+    check(out, weights, name)
+    assert out.repo.modules[name].scheme.layout == layout
+
+
 def test_one_scale_for_each_expert_or_for_all(tmp_path):
     weights = expert_weights(lambda N, K, seed: tensor(N, K, seed), H, I, E)
     modules = stacked(weights, lambda w: fp8_tensors(w, shape=(1, 1)), STEP)
