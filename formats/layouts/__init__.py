@@ -8,7 +8,7 @@ from functools import cache
 
 from xpuquant.formats.layouts.base import Layout
 from xpuquant.formats.layouts.compressed_tensors.fp8 import CtFp8
-from xpuquant.formats.layouts.compressed_tensors.int4 import CtInt4
+from xpuquant.formats.layouts.compressed_tensors.ints import CtInt4, CtInt8
 from xpuquant.formats.layouts.compressed_tensors.mx import CT_MXFP4, CT_MXFP8
 from xpuquant.formats.layouts.xpu.ark_experts import Int8Experts, Uint4Experts
 from xpuquant.formats.layouts.xpu.fp8_channel_experts import Fp8ChannelExperts
@@ -38,6 +38,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Nvfp4Linear(),
     Nvfp4Experts(),
     CtInt4(),
+    CtInt8(),
     CtFp8(),
     CT_MXFP4,
     CT_MXFP8,

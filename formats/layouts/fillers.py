@@ -88,27 +88,40 @@ class FillGroupScales(Filler):
 @dataclass(frozen=True)
 class FillZeroPoints(Filler):
     """`[K/g, ceil(N/8)]` words of true zero points, packed along N (`[ceil(N/8), K/g]` where `by_row`). Those of a
-    weight that needs none are 8."""
+    weight that needs none are 8.
+
+    octets  four to a word instead, of what `IntWeight.octets` gives; those of a weight that needs none are 128
+    """
 
     weight: IntWeight
     groups: Regrouping
     by_row: bool = False
+    octets: bool = False
+
+    @property
+    def _stored(self) -> bool:
+        return self.weight.has_octet_zeros if self.octets else self.weight.has_zero_points
+
+    @property
+    def _to_a_word(self) -> int:
+        return 4 if self.octets else NIBBLES_PER_WORD
 
     def fill(self, arrays: Arrays, out: Array) -> None:
         N = self.weight.N
-        width = -(-N // NIBBLES_PER_WORD)
+        width = -(-N // self._to_a_word)
         target = out.view(np.uint32).reshape((width, -1) if self.by_row else (-1, width))
-        if not self.weight.has_zero_points:
-            target[...] = WORD_ZERO * 0x11111111
+        if not self._stored:
+            target[...] = OCTET_ZERO * 0x01010101 if self.octets else WORD_ZERO * 0x11111111
             return
         zeros = self.groups.rows(self.weight.zeros(0, N).build(arrays))
-        missing = -N % NIBBLES_PER_WORD
-        words = pack_nibbles(np.pad(zeros, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(zeros))
+        missing = -N % self._to_a_word
+        padded = np.pad(zeros, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(zeros)
+        words = padded.astype(np.uint8).view(np.uint32) if self.octets else pack_nibbles(padded)
         target[...] = words.T if self.by_row else words
 
     def piece(self) -> Piece:
-        inputs = self.weight.zeros(0, self.weight.N).inputs if self.weight.has_zero_points else ()
-        words = -(-self.weight.N // NIBBLES_PER_WORD) * (self.weight.K // self.groups.size)
+        inputs = self.weight.zeros(0, self.weight.N).inputs if self._stored else ()
+        words = -(-self.weight.N // self._to_a_word) * (self.weight.K // self.groups.size)
         return Piece(inputs, 4 * words, self)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.checkpoints import FIXTURES, oracles
+from support.ints import Pico, ct_config, gptq, gptq_config, ints, pack_quantized
 
 import xpuquant
 from xpuquant.conversion.cli.app import run
@@ -30,7 +31,8 @@ REFUSED = {
     "llmcompressor-llama-nvfp4a16": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
     "llmcompressor-qwen3moe-nvfp4a16": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
     "modelopt-llama-nvfp4": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
-    "llmcompressor-llama-w8a8": "8-bit integers are not converted to compressed-tensors; the layout xpu takes them",
+    "modelopt-llama4-nvfp4": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
+    "llmcompressor-llama-w8a8": "W8A8 is a compressed-tensors checkpoint already, which stock loaders read",
 }
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json") if path.parent.name not in REFUSED)
 
@@ -58,10 +60,10 @@ def test_the_library_decodes_what_the_producer_meant(name: str, tmp_path: Path) 
         }
         wanted = alternating(name, decoded, wanted)
     assert set(decoded) == set(wanted)
-    for module, (values, ints) in decoded.items():
+    for module, (values, codes) in decoded.items():
         assert sha256(values) == wanted[module]["values_sha256"], module
-        if ints is not None:
-            assert sha256(ints) == wanted[module]["ints_sha256"], module
+        if codes is not None:
+            assert sha256(codes) == wanted[module]["ints_sha256"], module
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +128,7 @@ def alternating(name: str, decoded: dict[str, tuple[Any, Any]], wanted: dict[str
     for role, experts in stacks.items():
         entry = next(entry for module, entry in wanted.items() if module.endswith(f"experts.{role}"))
         assert sha256(np.stack(experts)) == entry["values_sha256"], role
-    for module, (values, ints) in decoded.items():
+    for module, (values, codes) in decoded.items():
         gate = module.replace("up_proj", "gate_proj")
         up = module.replace("gate_proj", "up_proj")
         if name.startswith("llmcompressor-0.12") and gate in wanted and up in wanted and gate != up:
@@ -140,7 +142,7 @@ def alternating(name: str, decoded: dict[str, tuple[Any, Any]], wanted: dict[str
             continue
         merged[module] = {
             "values_sha256": sha256(values),
-            "ints_sha256": None if ints is None else sha256(ints),
+            "ints_sha256": None if codes is None else sha256(codes),
         }
     return merged
 
@@ -232,6 +234,51 @@ def test_packing_by_eye(tmp_path: Path) -> None:
     assert out[name + "weight_scale"].tolist() == [[float(n)] for n in range(1, 9)]
     assert out[name + "weight_shape"].tolist() == [8, 32]
     assert out[name + "weight_shape"].dtype == np.int64
+
+
+MORE_BITS = [
+    # bits, whether symmetric, and whether zero points are stored
+    (8, True, False),
+    (8, False, True),
+    (5, False, False),  # code minus zero point fits a byte
+    (6, True, False),
+    (7, False, False),
+]
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "zeros"), MORE_BITS)
+def test_more_than_4_bits_are_packed_as_8(bits: int, symmetric: bool, zeros: bool, tmp_path: Path) -> None:
+    """N = 12: the last word of zero points is not whole."""
+    name, weight = "model.layers.0.mlp.down_proj", ints(bits, 12, 64, symmetric=symmetric)
+    packed = pack_quantized(weight, zeros="none" if symmetric else "packed")
+    Pico(ct_config(bits, symmetric=symmetric), {name: packed}).write(tmp_path / "source")
+    config = convert(tmp_path / "source", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored[f"{name}.weight_packed"].shape == (12, 16)
+    assert (f"{name}.weight_zero_point" in stored) == zeros
+    if bits == 8:
+        assert np.array_equal(stored[f"{name}.weight_packed"].view(np.uint8), weight.codes)
+        assert not zeros or stored[f"{name}.weight_zero_point"].shape == (3, 2)
+    group = config["config_groups"]["group_0"]
+    assert (group["format"], group["weights"]["num_bits"], group["weights"]["symmetric"]) == (
+        *("pack-quantized", 8),
+        not zeros,
+    )
+    values, codes = by_library(tmp_path / "out", config)[name]
+    np.testing.assert_array_equal(values, weight.values.astype(np.float32))
+    assert codes.shape == (12, 64)
+
+
+def test_experts_of_4_and_8_bits_all_get_8(tmp_path: Path) -> None:
+    """Engines take the experts of a layer in one scheme."""
+    stack, made = "model.layers.0.mlp.experts.0", {}
+    for seed, (role, bits) in enumerate((("gate", 4), ("up", 4), ("down", 8))):
+        made[f"{stack}.{role}_proj"] = ints(bits, 64, 64, symmetric=role != "up", seed=seed)
+    Pico(gptq_config(), {name: gptq(weight) for name, weight in made.items()}).write(tmp_path / "source")
+    config = convert(tmp_path / "source", tmp_path / "out")
+    assert len(config["config_groups"]) == 1 and config["config_groups"]["group_0"]["weights"]["num_bits"] == 8
+    for name, (values, _) in by_library(tmp_path / "out", config).items():
+        np.testing.assert_array_equal(values, made[name].values.astype(np.float32))
 
 
 def test_config_of_a_mixture_names_exactly_what_it_means(tmp_path: Path) -> None:

@@ -27,13 +27,15 @@ VERSION = "0.16.0"
 """The oldest release that reads every format below as it is meant: MXFP4 with its bias mended, MXFP8; and before those
 (0.17.1 to 0.18) whose producers cut gpt-oss's gate and up rows in halves, which readers tell by this number."""
 
+_INTS = {4: "ct_int4", 8: "ct_int8"}
 _FORMATS = {
-    "pack-quantized": "ct_int4",
-    "float-quantized": "ct_fp8",
-    "naive-quantized": "ct_fp8",
-    "mxfp4-pack-quantized": "ct_mxfp4",
-    "mxfp8-quantized": "ct_mxfp8",
+    "pack-quantized": tuple(_INTS.values()),
+    "float-quantized": ("ct_fp8",),
+    "naive-quantized": ("ct_fp8",),
+    "mxfp4-pack-quantized": ("ct_mxfp4",),
+    "mxfp8-quantized": ("ct_mxfp8",),
 }
+"""The library's names of storage formats → layouts that are stored so."""
 _ACTIVATIONS = re.compile(r"(int|float)(\d+) (tensor|token|group)(\d*) (static|dynamic)")
 
 
@@ -61,7 +63,7 @@ class CtScheme(Scheme):
         """The library's name of the storage format."""
         if self.layout == "ct_fp8":
             return "float-quantized" if self.activations else "naive-quantized"
-        return next(name for name, layout in _FORMATS.items() if layout == self.layout)
+        return next(name for name, layouts in _FORMATS.items() if self.layout in layouts)
 
     def label(self) -> str:
         label = super().label().replace(self.layout, f"{self.format} {self.layout.removeprefix('ct_')}", 1)
@@ -126,7 +128,9 @@ def scheme_of(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor
     """
     group = _group(config, name)
     weights = group.get("weights") if group is not None else None
-    layout = _FORMATS.get(str(group.get("format"))) if group is not None else None
+    layouts = _FORMATS.get(str(group.get("format")), ()) if group is not None else ()
+    bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
+    layout = layouts[0] if len(layouts) == 1 else _INTS.get(bits if type(bits) is int else 0) if layouts else None
     if group is None or not isinstance(weights, Mapping) or layout is None:
         raise DamagedError(f"config.json: no group of quantization_config describes {name}")
     granularity = str(weights.get("strategy"))
@@ -226,8 +230,8 @@ def _stack_pattern(name: str) -> str:
 def _weight_args(scheme: CtScheme) -> dict[str, Any]:
     mx = scheme.layout in ("ct_mxfp4", "ct_mxfp8")
     args: dict[str, Any] = {
-        "num_bits": 8 if scheme.layout in ("ct_fp8", "ct_mxfp8") else 4,
-        "type": "int" if scheme.layout == "ct_int4" else "float",
+        "num_bits": 8 if scheme.layout in ("ct_int8", "ct_fp8", "ct_mxfp8") else 4,
+        "type": "int" if scheme.layout in _INTS.values() else "float",
         "symmetric": scheme.symmetric,
         "strategy": scheme.granularity,
         "group_size": scheme.group_size if scheme.granularity == "group" else None,

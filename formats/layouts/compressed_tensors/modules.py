@@ -31,13 +31,15 @@ class CtLinear(Linear):
     """A module of this family.
 
     activations  see `CtScheme`
-    zero_points  store zero points although all are 8: engines fuse the module with one that has others
+    octets       store 8 bits although 4 suffice: engines fuse the module with one that needs them
+    zero_points  store zero points although all are the middle: engines fuse the module with one that has others
     group_size   store groups of this many columns: engines fuse the module with one that has them; 0 for its own
     bias         a bias to be taken out of a stacked or fused one; None where it passes through, or there is none
     reason       why it cannot be converted
     """
 
     activations: str = ""
+    octets: bool = False
     zero_points: bool = False
     group_size: int = 0
     bias: BiasRows | None = None
@@ -55,23 +57,34 @@ def gather_linears(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Mo
     for weight in (module.weight for module in taken):
         if isinstance(weight, IntWeight):
             mates.setdefault(_mates(weight.name), []).append(weight)
-    common = {
-        name: (any(weight.has_zero_points for weight in members), _common_group(members))
-        for name, members in mates.items()
-    }
+    common = {name: (*_common_codes(members), _common_group(members)) for name, members in mates.items()}
     plain = unquantized_members(checkpoint, weights)
     found: list[Module] = []
     for module in taken:
         activations = _activations(checkpoint, module.weight)
-        zero_points, group_size = common.get(_mates(module.name), (False, 0))
+        octets, zero_points, group_size = common.get(_mates(module.name), (False, False, 0))
         expert = expert_of(module.name)
         reason = module.reason
         if expert is not None and expert[0] in plain and reason is None:
             reason = "others of the layer's experts are not quantized: engines take them in one format"
-        found.append(
-            replace(module, activations=activations, zero_points=zero_points, group_size=group_size, reason=reason)
-        )
+        if isinstance(module.weight, IntWeight) and module.weight.bits == 8 and reason is None:
+            reason = _kept_better(checkpoint, module.name)
+        shared = replace(module, octets=octets, zero_points=zero_points, group_size=group_size)
+        found.append(replace(shared, activations=activations, reason=reason))
     return found
+
+
+def _common_codes(members: Sequence[IntWeight]) -> tuple[bool, bool]:
+    """Whether all members are to have 8 bits, and whether zero points."""
+    octets = any(weight.bits > 4 for weight in members)
+    return octets, any(weight.has_octet_zeros if octets else weight.has_zero_points for weight in members)
+
+
+def _kept_better(checkpoint: Checkpoint, name: str) -> str | None:
+    """Why 8-bit integers for 8-bit activations are left to their source."""
+    if not _of_group(checkpoint, name).startswith("int8"):
+        return None
+    return "W8A8 is a compressed-tensors checkpoint already, which stock loaders read; the layout xpu takes it"
 
 
 def groups_in_order(weight: IntWeight, size: int = 0) -> Regrouping | None:
