@@ -2,7 +2,7 @@
 
     generate.py '{"models": ["DIR", ...], "tp": 1, "expert_parallel": ["DIR", ...], "dtype": "bfloat16", "engine": {}}'
 
-`engine`: more arguments of vLLM's `LLM`.
+`engine`: more arguments of vLLM's `LLM`. `vocabulary`, `positions`: of the smallest model, where it has not 512 and 256.
 One line per model: {"model": DIR, "tokens": [[...], ...], "logprobs": [[...], ...]}, or {"error": "..."}.
 """
 
@@ -43,7 +43,7 @@ def main() -> None:
                 model,
                 enforce_eager=True,
                 dtype=job.get("dtype", "bfloat16"),
-                max_model_len=256,
+                max_model_len=job.get("positions", 256),
                 skip_tokenizer_init=tokenized is None,
                 tensor_parallel_size=tp,
                 enable_expert_parallel=model in job.get("expert_parallel", ()),
@@ -51,7 +51,8 @@ def main() -> None:
                 disable_log_stats=True,
                 **job.get("engine", {}),
             )
-            prompts = tokenized or [{"prompt_token_ids": ids} for ids in PROMPTS]
+            size = job.get("vocabulary", 512)
+            prompts = tokenized or [{"prompt_token_ids": [token % size for token in ids]} for ids in PROMPTS]
             outputs = [out.outputs[0] for out in llm.generate(prompts, sampling, use_tqdm=False)]
             report["tokens"] = [list(out.token_ids) for out in outputs]
             report["text"] = [out.text for out in outputs]

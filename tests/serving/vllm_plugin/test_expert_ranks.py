@@ -12,23 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import EXPERTS, PACK
+from support.models import EXPERTS, pack_matrices
 
 from xpuquant import layers
 
 E, H, I = 4, 256, 256
-SCHEMES = {name: scheme for name, scheme in EXPERTS.items() if "nvfp4" not in name}
+SCHEMES = EXPERTS
 GATES = {True: "silu", False: "relu2_no_mul"}
 
 
 def stacks(scheme: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(5)
     tensors: dict[str, torch.Tensor] = {}
-    for part, (N, K) in zip(scheme.stacks, ((I * (1 + scheme.gated), H), (H, I)), strict=True):
-        packed = [PACK[scheme.layout](torch.randn(N, K).bfloat16() / 8, scheme)[0] for _ in range(E)]
+    for part, (matrices, N, K) in zip(scheme.stacks, ((1 + scheme.gated, I, H), (1, H, I)), strict=True):
+        weights = [[torch.randn(N, K).bfloat16() / 8 for _ in range(matrices)] for _ in range(E)]
+        packed = [pack_matrices(members, scheme)[0] for members in weights]
         for end in packed[0]:
             stack = torch.stack([one[end] for one in packed])
-            tensors[part + end] = stack.reshape(E) if stack.shape == (E, 1) else stack
+            tensors[part + end] = stack.reshape(E) if end == "_scale" and stack.shape == (E, 1) else stack
     return tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ CASES: dict[str, tuple[str, Any, Any, dict[str, Any], dict[str, Any]]] = {
         "llama",
         [
             *(S["int4-asym"], S["int4-channel"], S["int4-act-order-asym"], S["int8-asym"], S["int8-act-order"]),
-            *(S["fp8-tensor"], S["fp8-channel"], S["mxfp4"], S["mxfp8"], S["nvfp4"]),
+            *(S["int8"], S["fp8-tensor"], S["fp8-channel"], replace(S["fp8-block"], block_n=64)),
+            *(S["mxfp4"], S["mxfp8"], S["nvfp4"], S["nvfp4-factor"]),
         ],
         None,
         {},
@@ -25,8 +27,8 @@ CASES: dict[str, tuple[str, Any, Any, dict[str, Any], dict[str, Any]]] = {
     ),
     "experts": (
         "qwen3_moe",
-        [S["int4"], S["int4-asym"], S["fp8-channel"], S["nvfp4"]],
-        [E["int4"], E["uint4"], E["fp8-channel"], E["nvfp4"]],
+        [S["int4"], S["int4-asym"], S["int8"], S["fp8-tensor"], S["fp8-channel"], S["nvfp4"], S["nvfp4-factor"]],
+        [E["int4"], E["uint4"], E["int8"], E["fp8-tensor"], E["fp8-channel"], E["nvfp4"], E["nvfp4-factor"]],
         {},
         {},
     ),

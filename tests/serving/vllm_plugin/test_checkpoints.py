@@ -1,0 +1,95 @@
+"""Real checkpoints, as their producers wrote them: converted, they say under vLLM what their dequantized twins say
+under stock vLLM, on one rank and, those with experts, on two.
+
+All that 0.1.0 refused for want of a kernel are among them where they are present (`XPUQUANT_CHECKPOINTS`); the same
+kinds are among the fixtures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import LAID_OUT, all_checkpoints
+from support.models import Pair
+from support.twins import write_twin
+
+import xpuquant
+
+FIXTURES = {
+    "gptqmodel-qwen3moe-w4g32-asym-as-awq",
+    "llmcompressor-qwen3moe-w4a16-asym",
+    "llmcompressor-qwen3moe-fp8-dynamic",
+    "llmcompressor-qwen3moe-nvfp4a16",
+    "llmcompressor-llama-w8a8",
+    "modelopt-llama-nvfp4",
+    "modelopt-llama4-nvfp4",
+}
+NAMES = sorted(name for name in all_checkpoints() if name in FIXTURES | LAID_OUT)
+EXPERT = [name for name in NAMES if "moe" in name or "llama4" in name]
+TOLERANCE = 2e-3
+"""Of a log-probability in float32: two orders of summation."""
+JOB = {"dtype": "float32", "vocabulary": 64, "positions": 128}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, asked: set[str]) -> dict[str, Pair]:
+    made = {}
+    for name in asked:
+        folder, source = tmp_path_factory.mktemp("checkpoint"), all_checkpoints()[name]
+        xpuquant.convert(str(source), str(folder / "converted"))
+        assert xpuquant.verify(str(folder / "converted"), source=str(source)).passed
+        made[name] = Pair(folder / "converted", write_twin(source, folder / "plain"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
+    return generate([pair.plain for pair in pairs.values()], **JOB)
+
+
+@pytest.fixture(scope="module")
+def one(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
+    return generate([pair.converted for pair in pairs.values()], **JOB)
+
+
+def with_experts(pairs: dict[str, Pair]) -> list[Path]:
+    return [pair.converted for name, pair in pairs.items() if name in EXPERT]
+
+
+@pytest.fixture(scope="module")
+def tensor(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
+    return generate(with_experts(pairs), tp=2, **JOB)
+
+
+@pytest.fixture(scope="module")
+def expert(pairs: dict[str, Pair], generate: Callable[..., Any]) -> Any:
+    models = with_experts(pairs)
+    return generate(models, tp=2, expert_parallel=[str(model) for model in models], **JOB)
+
+
+def check(pair: Pair, plain: Any, said: Any) -> None:
+    wanted, got = plain[str(pair.plain)], said[str(pair.converted)]
+    assert "error" not in wanted, f"{wanted['error']}\n{wanted['log'][-3000:]}"
+    assert "error" not in got, f"{got['error']}\n{got['log'][-3000:]}"
+    assert got["tokens"] == wanted["tokens"]
+    for ours, theirs in zip(got["logprobs"], wanted["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=TOLERANCE)
+    assert len({tuple(tokens) for tokens in got["tokens"]}) > 1, "the prompts must not all end alike"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_says_what_the_twin_says(name: str, pairs: dict[str, Pair], plain: Any, one: Any) -> None:
+    check(pairs[name], plain, one)
+
+
+@pytest.mark.parametrize("name", EXPERT)
+def test_tensor_parallel(name: str, pairs: dict[str, Pair], plain: Any, tensor: Any) -> None:
+    check(pairs[name], plain, tensor)
+
+
+@pytest.mark.parametrize("name", EXPERT)
+def test_expert_parallel(name: str, pairs: dict[str, Pair], plain: Any, expert: Any) -> None:
+    check(pairs[name], plain, expert)
