@@ -341,7 +341,7 @@ def test_convolutions_in_fp8_are_refused_and_not_called_damaged(tmp_path: Path) 
     config, tensors = KINDS["fp8"]
     conv: Tensors = {"weight": np.zeros((16, 3, 4, 4), np.uint8).view(FP8["e4m3"]), "weight_scale": ones(1)}
     message = refusal(tmp_path, Pico(config, {DOWN: tensors, "visual.patch_embed.proj": conv}))
-    assert "visual.patch_embed.proj.weight [16, 3, 4, 4] is no matrix" in message
+    assert "visual.patch_embed.proj.weight [16, 3, 4, 4] is no matrix (a convolution?): no XPU kernel" in message
 
 
 def test_a_weight_of_another_shape_beside_the_codes_is_refused(tmp_path: Path) -> None:

@@ -206,7 +206,20 @@ def test_biases_are_refused(tmp_path):
     assert "ARK's expert kernels add no bias" in refusal(tmp_path, per_expert(weights, pack=pack))
 
 
+def test_why_the_grouped_gemm_does_not_take_blocks_is_said_first(tmp_path):
+    """Of other sizes than its own, or that do not divide the matrices: ARK would take both, but for the biases."""
+    pack = lambda weight: fp8_tensors(weight) | {"bias": np.ones(weight.N, ml_dtypes.bfloat16)}  # noqa: E731
+    for size, said in (
+        (64, "the grouped GEMM has no fp8 blocks of 64x64 (128x128); ARK's"),
+        (128, "the grouped GEMM's fp8 blocks need N and K to be multiples of 128, an expert has [192, 256]; ARK's"),
+    ):
+        make = lambda N, K, seed: random("e4m3", N, K, size, size, seed=seed)  # noqa: B023, E731
+        config = deepseek_config(weight_block_size=[size, size])
+        source = per_expert(expert_weights(make, H=256, I=192), config, pack)
+        assert said in refusal(tmp_path / str(size), source)
+
+
 def test_experts_of_two_types_are_refused(tmp_path):
     weights = expert_weights(channel, H=64, I=32)
     weights[1, "up"] = random("e5m2", 32, 64, 1, 64)
-    assert "weights of F8_E4M3 and F8_E5M2" in refusal(tmp_path, per_expert(weights))
+    assert "experts of one layer have weights of F8_E4M3 and F8_E5M2" in refusal(tmp_path, per_expert(weights))

@@ -73,6 +73,12 @@ def test_act_order_experts_are_refused(tmp_path):
     assert "act-order experts have no XPU kernel" in refusal(tmp_path, Pico(gptq_config(), modules))
 
 
+def test_sizes_that_the_grouped_gemm_does_not_take_are_refused(tmp_path):
+    modules = {name: gptq(ints(N=36, K=36, group=36)) for name in experts({"gate": 4, "up": 4, "down": 4})}
+    message = refusal(tmp_path, Pico(gptq_config(group_size=-1), modules))
+    assert "gate is [36, 36]; the grouped GEMM needs N % 8 == 0, K % 32 == 0: model.layers.0.mlp.experts" in message
+
+
 def test_dummy_biases_of_experts_are_dropped(tmp_path):
     modules = experts({"gate": 4, "up": 4, "down": 4})
     plain = {f"{name}.bias": np.zeros(64, np.float16) for name in modules}

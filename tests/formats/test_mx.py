@@ -212,6 +212,7 @@ def lookalike(octets: int, groups: int):
     ("tensors", "config", "reason"),
     [
         (lookalike(48, 2), mxfp4_ct_config(), "MXFP6 has no XPU kernel"),
+        (lookalike(64, 2), mxfp4_ct_config(), "an MX format of one byte per element other than FP8 has no XPU kernel"),
         (lookalike(32, 4), mxfp4_ct_config(), "NVFP4 with E5M3 scales has no XPU kernel"),
         (lookalike(32, 2), {**AUTOROUND, "data_type": "mx_int"}, "MXINT4 has no XPU kernel"),
         (
@@ -270,7 +271,7 @@ def test_expert_rows_the_grouped_gemm_does_not_take(tmp_path, make):
 def test_square_exponents_of_mxfp8_experts_are_refused(tmp_path):
     weights = expert_weights(mxfp8, H=2048, I=32, E=1)
     message = refusal(tmp_path, Pico(MXFP8_CONFIG, expert_modules(weights, mx_tensors)))
-    assert "experts of [64, 2048] have square exponents" in message
+    assert "experts of [64, 2048] have square exponents, whose axes the grouped GEMM mistakes" in message
 
 
 def test_experts_that_do_not_belong_together_are_damage(tmp_path):

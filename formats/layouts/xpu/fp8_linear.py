@@ -135,7 +135,8 @@ def _granularity(weight: FloatWeight) -> str | None:
 def _too_odd(weight: FloatWeight) -> str:
     """Why no kernel takes the blocks of a weight."""
     if weight.block[1] % FP8_BLOCK:
-        return f"fp8 blocks of {weight.block[0]}x{weight.block[1]} have no XPU kernel (128 columns each)"
+        size = f"{weight.block[0]}x{weight.block[1]}"
+        return f"fp8 blocks of {size} have no XPU kernel for linears (they take 128 columns each)"
     if weight.K % FP8_BLOCK:
         return f"fp8 blocks need K to be a multiple of {FP8_BLOCK}, K={weight.K}"
     return (
