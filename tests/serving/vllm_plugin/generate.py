@@ -2,7 +2,7 @@
 
     generate.py '{"models": ["DIR", ...], "tp": 1, "expert_parallel": ["DIR", ...], "dtype": "bfloat16", "engine": {}}'
 
-`engine`: more arguments of vLLM's `LLM`. `vocabulary`, `positions`: of the smallest model, where it has not 512 and 256.
+`engine`: more arguments of vLLM's `LLM`. `vocabulary`, `positions`: of the smallest model; 512 and 256 where not given.
 One line per model: {"model": DIR, "tokens": [[...], ...], "logprobs": [[...], ...]}, or {"error": "..."}.
 """
 
