@@ -7,6 +7,7 @@ one for every module), and whether a module is looked up rather than multiplied.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -183,6 +184,34 @@ def members_of(fused: str) -> list[str]:
     return [leaf for leaf, layer in LAYERS.items() if fused and layer.fused == fused]
 
 
+def fused_rows(checkpoint: Checkpoint, name: str, N: int, count: int) -> tuple[int, ...] | None:
+    """Rows of each of the `count` linears that a checkpoint has as one of N rows, in their order; None where that is
+    not known.
+
+    gate and up are halves. q, k and v are as large as the heads of attention say, or those of a Gated DeltaNet
+    (transformers/models/qwen3_5/modeling_qwen3_5.py, `in_proj_qkv`).
+    """
+    leaf, config = name.rpartition(".")[2], checkpoint.text_config
+    if count == 2 and layer_of(name).role == "gate_up":
+        return (N // 2, N // 2) if N % 2 == 0 else None
+    if count != 3 or leaf not in ("qkv_proj", "in_proj_qkv"):
+        return None
+    if leaf == "in_proj_qkv":
+        keys, values = (
+            _product(config, f"linear_num_{part}_heads", f"linear_{part}_head_dim") for part in ("key", "value")
+        )
+        return _if_all(N, keys, keys, values)
+    heads, hidden = _int(config, "num_attention_heads"), _int(config, "hidden_size")
+    width = _int(config, "head_dim") or (hidden // heads if heads and hidden else None)
+    kv = _int(config, "num_key_value_heads") or heads
+    return _if_all(N, heads * width, kv * width, kv * width) if heads and width and kv else None
+
+
+def _if_all(N: int, *rows: int | None) -> tuple[int, ...] | None:
+    known = tuple(count for count in rows if count)
+    return known if len(known) == len(rows) and sum(known) == N else None
+
+
 # model_type → (attention, mlp): whether the linears have biases, or the config key that says so
 # (transformers/models/<model_type>/modeling_*.py, default False).
 _BIASES: Mapping[str, tuple[str | bool, str | bool]] = {
@@ -264,6 +293,11 @@ def _out_features(checkpoint: Checkpoint, name: str) -> int | None:
 def _int(config: Mapping[str, Any], key: str) -> int | None:
     value = config.get(key)
     return value if isinstance(value, int) and value > 0 else None
+
+
+def _product(config: Mapping[str, Any], *keys: str) -> int | None:
+    factors = [_int(config, key) for key in keys]
+    return math.prod(factor for factor in factors if factor) if all(factors) else None
 
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")

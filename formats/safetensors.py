@@ -69,6 +69,10 @@ class _Entry(NamedTuple):
     offsets: Any
 
 
+_LFS_POINTER = b"version "
+"""The first 8 bytes of what `git clone` leaves without Git LFS. As a length they would be an exabyte and more."""
+
+
 def header_length(prefix: bytes, file: str, file_size: int) -> int:
     """Bytes of the JSON header, from the first 8 bytes of a file of `file_size` bytes.
 
@@ -79,6 +83,8 @@ def header_length(prefix: bytes, file: str, file_size: int) -> int:
         _damaged(file, f"has {file_size} bytes, too few for a safetensors header")
     if file_size > MAX_FILE_BYTES:
         _damaged(file, f"claims {file_size} bytes, more than any checkpoint has")
+    if prefix.startswith(_LFS_POINTER):
+        _damaged(file, "is Git LFS's pointer to the file, not the file: run `git lfs pull` in its folder")
     length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         _damaged(file, f"claims a header of {length} bytes; it is not a safetensors file, or is damaged")

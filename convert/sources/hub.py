@@ -41,6 +41,7 @@ from xpuquant.conversion.sources.repo_files import (
     is_parsed,
     json_limit,
     list_files,
+    no_config,
     read_text,
     sort_files,
 )
@@ -250,7 +251,7 @@ class HubSource:
         names = sorted(self.remote.blobs)
         try:
             if "config.json" not in names:
-                raise UsageError("has no config.json; is it a model?")
+                raise UsageError(no_config(names))
             self._check_sizes(names)
             return sort_files(names, self.remote.download)
         except UsageError as error:

@@ -169,6 +169,8 @@ def _implied_method(merged: Mapping[str, Any], from_file: bool) -> str:
         return "modelopt"
     if "config_groups" in merged:
         return "compressed-tensors"
+    if "load_in_4bit" in merged or "load_in_8bit" in merged:
+        return "bitsandbytes"  # before quant_method had been thought of (Transformers 4.30 to 4.32)
     if not from_file:
         return ""
     return "awq" if "zero_point" in merged or str(merged.get("version")).lower() == "gemm" else "gptq"

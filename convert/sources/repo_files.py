@@ -16,6 +16,7 @@ from xpuquant.conversion.sources.quantization import (
 )
 from xpuquant.conversion.sources.weight_files import (
     ADAPTER_CONFIG,
+    FOREIGN,
     INDEX,
     PICKLED,
     WeightFiles,
@@ -38,7 +39,6 @@ costs its sender nothing."""
 _MAX_TEXT_BYTES = 4 << 20
 """Of a text file that is read for the card. The longest cards of the Hub have some hundred kilobytes."""
 
-_OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", ".npz", ".mlmodel")
 _PICKLED_INDEX = re.compile(r"[\w.-]+\.(?:bin|h5|msgpack)\.index(?:\.[\w-]+)?\.json")
 _WEIGHT_FOLDERS = {"original", "metal"}
 _WRITTEN_ANEW = ("README.md", "xpuquant.json", "verify.json", "verify.md", "verify.html", "verify.svg")
@@ -76,8 +76,22 @@ def find_files(folder: Path) -> FoundFiles:
     tree = Tree(folder)
     listed = _listed(tree)
     if not any(file.name == "config.json" for file in listed):
-        raise UsageError(f"{folder}: has no config.json; is it a model folder?")
+        raise UsageError(f"{folder}: {no_config([file.name for file in listed])}")
     return sort_files([file.name for file in listed], lambda name: tree, {file.name: file.means for file in listed})
+
+
+def no_config(names: Iterable[str]) -> str:
+    """Why files without a config.json at the top are no model, and where one is."""
+    names = list(names)
+    inner = sorted(name.removesuffix("/config.json") for name in names if name.endswith("/config.json"))
+    if inner:
+        return f"has no config.json; the model is a folder inside it ({', '.join(inner[:3])}): convert that folder"
+    if "params.json" in names:
+        return (
+            "has no config.json, but params.json: Mistral's own format, with tensor names of its own; convert the repo "
+            "that Transformers loads"
+        )
+    return "has no config.json; is it a model folder?"
 
 
 def sort_files(
@@ -228,7 +242,7 @@ def extra_files(
             left[name] = "weights outside the index"
         elif path.name == ADAPTER_CONFIG:
             left[name] = "describes an adapter"
-        elif {path.suffix, target.suffix} & {*PICKLED, *_OTHER_WEIGHTS} or path.parts[0] in _WEIGHT_FOLDERS:
+        elif {path.suffix, target.suffix} & {*PICKLED, *FOREIGN} or path.parts[0] in _WEIGHT_FOLDERS:
             left[name] = "weights of another format"
         elif _PICKLED_INDEX.fullmatch(name) or (mistral and name == "params.json"):
             left[name] = "describes weights that are left out"

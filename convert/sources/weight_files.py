@@ -24,6 +24,9 @@ INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+FOREIGN = (".gguf", ".ggml", ".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", ".npz", ".mlmodel")
+"""Weights of other programs."""
+
 _ANY_INDEX = re.compile(r".*\.safetensors\.index\.(?:[\w-]+\.)?json")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
@@ -194,6 +197,17 @@ def _only_copies(names: Sequence[str], left: Mapping[str, str]) -> tuple[list[st
                 f"{name}: pickled weights are never opened (they can run code); save the model as safetensors "
                 "first: model.save_pretrained(folder, safe_serialization=True)"
             )
+    for name in names:
+        if name.endswith(FOREIGN):
+            raise UsageError(
+                f"{name}: weights of another format, which is not read, and no *.safetensors file beside it"
+            )
+    inner = sorted({name.rpartition("/")[0] for name in names if name.endswith(".safetensors")})
+    if inner:
+        raise UsageError(
+            f"no *.safetensors file in the folder itself, only below it: {_shown(inner)}; name the folder that has "
+            "both config.json and weights"
+        )
     raise UsageError("no *.safetensors file in the folder")
 
 

@@ -4,7 +4,8 @@
     P.weight_scale_inv  [ceil(N/n), ceil(K/k)]   blocks; a multiplier, despite its name
     P.weight_scale      [] or [1]; [N] or [N, 1]; [ceil(N/n), ceil(K/k)], or [ceil(N/n), 1, ceil(K/k), 1] (ModelOpt)
     P.scale             DeepSeek-V4's name of either, E8M0
-    P.input_scale       [] or [1]                static activation scale
+                        [2], [3]: one for each part of a fused linear (ModelOpt: q, k and v of a Gated DeltaNet)
+    P.input_scale       [] or [1]                static activation scale; AutoFP8 called it act_scale at first
 
 A value is `weight * scale` in every one of them. Scales are F32, BF16, F16 or E8M0. Written by DeepSeek, Qwen,
 compressed-tensors (`float-quantized`, `naive-quantized`), AutoRound (FP8_BLOCK, FP8_STATIC, FPW8A16), ModelOpt, Quark,
@@ -16,17 +17,22 @@ from __future__ import annotations
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.architecture import expert_of
+from xpuquant.formats.architecture import expert_of, fused_rows
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported, weight_args
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
-from xpuquant.formats.weights.floats import E8M0, ELEMENTS, FloatWeight, view
+from xpuquant.formats.weights.floats import E8M0, ELEMENTS, FloatWeight, FusedWeight, view
 
 SCALES = ("weight_scale_inv", "weight_scale", "scale")
 """Names of the multiplier, each used by some producer."""
+
+STATIC = ("input_scale", "activation_scale", "act_scale")
+"""Names of the static scale of the activations. `act_scale` is AutoFP8's of before June 2024 (its pull request 11)."""
+
+_FUSED_COUNTS = (2, 3)
 
 SCALE_DTYPES = (*FLOATS, E8M0)
 
@@ -45,11 +51,10 @@ class Fp8:
     suffixes = frozenset(
         {
             *SCALES,
-            "input_scale",
+            *STATIC,
             "input_zero_point",
             "weight_zero_point",
             "input_scale_ub",
-            "activation_scale",
         }
     )
 
@@ -62,34 +67,42 @@ class Fp8:
         weight = fp8_weight(parts, name)
         N, K = weight.shape
         scale = without_unit_axes(float_scale(scale_of(parts, name), SCALE_DTYPES))
-        granularity, block, fact = _granularity(checkpoint, name, scale, N, K)
+        parts_of = _fused_parts(checkpoint, name, scale, N, K)
+        if parts_of is None:
+            granularity, block, fact = _granularity(checkpoint, name, scale, N, K)
+        else:
+            granularity, block = "channel", (1, K)
+            fact = f"fp8 with a scale for each of {len(parts_of)} fused linears, of {parts_of} rows: a scale per row"
         grid = (-(-N // block[0]), -(-K // block[1]))
         used = [weight, scale, *_no_zero_points(checkpoint, parts)]
         facts = [fact]
         input_scale = _input_scale(parts)
-        if input_scale is not None:
+        if input_scale is not None and parts_of and input_scale.shape == scale.shape:
             used.append(input_scale)
+            facts.append("static activation scales, one for each fused linear: dropped")
+            input_scale = None
+        elif input_scale is not None:
+            used.append(_one_number(input_scale))
             if expert_of(name) is not None:
                 # The expert kernel takes 16-bit activations.
                 facts.append("static activation scales of experts dropped: their kernel takes 16-bit activations")
                 input_scale = None
-        return [
-            FloatWeight(
-                name=name,
-                format=self.name,
-                N=N,
-                K=K,
-                tensors=tuple(used),
-                facts=tuple(facts),
-                element=ELEMENTS[weight.dtype],
-                granularity=granularity,
-                block=block,
-                codes=weight,
-                scale=view(scale, scale.dtype, grid),
-                input_scale=input_scale,
-                scale_value=_value(checkpoint, name, scale) if granularity == "tensor" else None,
-            )
-        ]
+        read = FloatWeight(
+            name=name,
+            format=self.name,
+            N=N,
+            K=K,
+            tensors=tuple(used),
+            facts=tuple(facts),
+            element=ELEMENTS[weight.dtype],
+            granularity=granularity,
+            block=block,
+            codes=weight,
+            scale=scale if parts_of else view(scale, scale.dtype, grid),
+            input_scale=input_scale,
+            scale_value=_value(checkpoint, name, scale) if granularity == "tensor" else None,
+        )
+        return [read if parts_of is None else FusedWeight(**vars(read), parts=parts_of)]
 
 
 def is_mxfp8(parts: Parts) -> bool:
@@ -168,11 +181,32 @@ def _granularity(checkpoint: Checkpoint, name: str, scale: Tensor, N: int, K: in
     )
 
 
-def _input_scale(parts: Parts) -> Tensor | None:
-    scale = parts.get("input_scale") or parts.get("activation_scale")
-    if scale is None:
+def _fused_parts(checkpoint: Checkpoint, name: str, scale: Tensor, N: int, K: int) -> tuple[int, ...] | None:
+    """Rows of each linear of a fused one that has a scale for each (vllm-project/vllm#47396); None for any other.
+
+    Raises:
+        UnsupportedError: it has one for each, of rows that nobody here knows.
+    """
+    if len(scale.shape) != 1 or scale.shape[0] not in _FUSED_COUNTS or scale.shape[0] == N:
         return None
-    if scale.dtype not in FLOATS or scale.shape not in ((), (1,), (1, 1)):
+    parts = fused_rows(checkpoint, name, N, scale.shape[0])
+    if parts is None:
+        raise UnsupportedError(
+            f"{scale.name} has {scale.shape[0]} numbers, one for each linear that is fused here, of rows which the "
+            "config does not tell"
+        )
+    return parts
+
+
+def _input_scale(parts: Parts) -> Tensor | None:
+    scale = next((parts[suffix] for suffix in STATIC if suffix in parts), None)
+    if scale is not None and scale.dtype not in FLOATS:
+        raise UnsupportedError(f"{scale.name} is {scale.dtype}; kernels take one static scale per tensor")
+    return scale
+
+
+def _one_number(scale: Tensor) -> Tensor:
+    if scale.shape not in ((), (1,), (1, 1)):
         raise UnsupportedError(
             f"{scale.name} is {scale.dtype} {list(scale.shape)}; kernels take one static scale per tensor"
         )

@@ -185,7 +185,7 @@ class Gptq:
         qweight = need(parts, "qweight", name, dtype="I32", dims=2)
         scales = float_scale(need(parts, "scales", name, dims=2))
         qzeros = need(parts, "qzeros", name, dtype="I32", dims=2) if "qzeros" in parts else None
-        g_idx = need(parts, "g_idx", name, dtype="I32", dims=1) if "g_idx" in parts else None
+        g_idx = _index(parts, name)
         G, N = scales.shape
         if qweight.shape[1] != N:
             raise DamagedError(f"{qweight.name} has {qweight.shape[1]} columns, {scales.name} has {N}")
@@ -204,7 +204,7 @@ class Gptq:
                 format=self.name,
                 N=N,
                 K=K,
-                tensors=tuple(part for part in (qweight, scales, qzeros, g_idx, bias) if part is not None),
+                tensors=tuple(part for part in (qweight, scales, qzeros, parts.get("g_idx"), bias) if part is not None),
                 facts=tuple(intern(fact) for fact in facts if fact),
                 bits=bits,
                 group_size=group_size,
@@ -250,6 +250,16 @@ def _widths_of_column(K: int, words: int) -> tuple[int, ...]:
     return tuple(bits for bits in WIDTHS if words == -(-K * bits // 32))
 
 
+def _index(parts: Parts, name: str) -> Tensor | None:
+    """`g_idx`; None where there is none, or an empty one, which Marlin's loaders leave for "columns in order"."""
+    if "g_idx" not in parts or parts["g_idx"].shape == (0,):
+        return None
+    g_idx = need(parts, "g_idx", name, dims=1)
+    if g_idx.dtype not in ("I32", "I64"):
+        raise DamagedError(f"{g_idx.name} is {g_idx.dtype}, want I32")
+    return g_idx
+
+
 def _check_planar(bits: int, name: str, words: int) -> None:
     if 32 % bits and words % bits:
         raise DamagedError(f"{name} has {words} words, no whole number of planar blocks ({bits} words each)")
@@ -288,6 +298,12 @@ def _groups(
     in_order_said = ", although desc_act is true" if config.desc_act and G > 1 else ""
     if values.tobytes() == _trivial(K, size):  # nearly always: nothing else is worked out then
         return size, None, f"g_idx is trivial: dropped{in_order_said}"
+    if G > 1 and not values.any():
+        # No quantizer gives all columns one of several groups. exllama's and TGI's loaders take it for "none"
+        # (exllamav2/ext.py, make_q_matrix; text_generation_server/layers/gptq), vLLM reads no g_idx without desc_act.
+        if config.desc_act:
+            raise DamagedError(f"{g_idx.name} is all zeros, which is no order of {G} groups; the config says desc_act")
+        return size, None, "g_idx is all zeros, which loaders take for none: dropped"
     groups = np.where(values < 0, values + G, values)
     if groups.size and not (groups.min() >= 0 and groups.max() < G):
         raise DamagedError(f"{g_idx.name} names group {values[(groups < 0) | (groups >= G)][0]} of {G}")

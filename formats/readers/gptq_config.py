@@ -15,13 +15,17 @@ from xpuquant.formats.readers.config_keys import integer, overridden, symmetry
 _V1, _V2, _PLANAR = "gptq", "gptq_v2", "gptq_p"
 
 
+_ENGINES_NAMES = ("marlin", "moe_wna16", "moe-wna16")
+"""Values of `quant_method` that are vLLM's kernels for GPTQ."""
+
+
 @dataclass(frozen=True)
 class GptqConfig:
     """What the config says of one module.
 
     group_size       columns of K per scale; -1 for one group of all
     sym              None where the config does not say
-    zeros_minus_one  the label is v1: zero points are stored minus one
+    zeros_minus_one  the label is v1: zero points are stored minus one; None where the config is another format's
     planar           the label is GPTQModel's planar packing
     writer           `auto-round`, `gptqmodel`, or empty where the config does not say
     """
@@ -30,7 +34,7 @@ class GptqConfig:
     group_size: int
     sym: bool | None
     desc_act: bool
-    zeros_minus_one: bool
+    zeros_minus_one: bool | None
     planar: bool
     writer: str
 
@@ -58,7 +62,7 @@ def _claims(whole: Itself, of_module: Itself) -> GptqConfig:
         group_size=integer(merged, ("group_size", "q_group_size"), -1),
         sym=symmetry(merged),
         desc_act=bool(merged.get("desc_act", False)),
-        zeros_minus_one=label == _V1,
+        zeros_minus_one=None if label is None else label == _V1,
         planar=label == _PLANAR,
         writer=_writer(config),
     )
@@ -75,11 +79,15 @@ def _writer(config: Mapping[str, Any]) -> str:
     return "gptqmodel" if "gptqmodel" in quantizer else ""
 
 
-def _label(config: Mapping[str, Any]) -> str:
+def _label(config: Mapping[str, Any]) -> str | None:
+    """`gptq`, `gptq_v2` or `gptq_p`; None of a config that another format announces and that names none of them."""
     if config.get("is_marlin_format"):
         raise UnsupportedError("the tensors are in Marlin's tile order (is_marlin_format)")
     if _is_autoround(config):
         return gptq_label(config)
+    method = str(config.get("quant_method") or "gptq").lower()
+    if "gptq" not in method and method not in _ENGINES_NAMES and not config.get("checkpoint_format"):
+        return None
     label = str(config.get("checkpoint_format") or config.get("format") or _V1).lower()
     if label not in (_V1, _V2, _PLANAR):
         raise UnsupportedError(f"checkpoint_format '{label}' is not known; known: gptq, gptq_v2, gptq_p")

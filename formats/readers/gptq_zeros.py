@@ -52,7 +52,7 @@ def measure_zeros(
     words = checkpoint.peek(qzeros)
     if words is None:
         symmetric = config.sym is True
-        return ZeroPoints(symmetric, config.zeros_minus_one, f"zero points {_said(config)}, as the config says")
+        return ZeroPoints(symmetric, _labelled(config), f"zero points {_said(config)}, as the config says")
     alike = _alike(config, bits, N, words)
     if alike is not None:
         return alike
@@ -90,13 +90,13 @@ def _of_word(config: GptqConfig, bits: int, count: int, word: bytes) -> ZeroPoin
 def _measure(config: GptqConfig, bits: int, fields: Array) -> ZeroPoints:
     middle = 1 << (bits - 1)
     minus_one, true = (int(np.count_nonzero(fields == value)) for value in (middle - 1, middle))
-    if config.sym is not False and fields.size in (minus_one, true):
+    if (config.sym is not False or config.zeros_minus_one is None) and fields.size in (minus_one, true):
         plus_one = fields.size == minus_one
-        lie = "" if plus_one == config.zeros_minus_one else f"; the config says {_said(config)}"
+        lie = "" if config.zeros_minus_one in (plus_one, None) else f"; the config says {_said(config)}"
         return ZeroPoints(True, plus_one, f"symmetric, zero points {_words(plus_one)}, from the words{lie}")
     if fields.size == (minus_one if config.zeros_minus_one else true):
         lie = "symmetric, from the words, although the config says not"
-        return ZeroPoints(True, config.zeros_minus_one, lie)
+        return ZeroPoints(True, _labelled(config), lie)
     if config.sym and 2 * max(minus_one, true) > fields.size:
         # Symmetric but for a few: what most fields are says how all are stored.
         plus_one = minus_one > true
@@ -108,9 +108,7 @@ def _measure(config: GptqConfig, bits: int, fields: Array) -> ZeroPoints:
             f"{stray} of {fields.size} are not the middle, although the config says symmetric",
         )
     lie = ", although it says symmetric" if config.sym else ""
-    return ZeroPoints(
-        False, config.zeros_minus_one, f"asymmetric, zero points {_said(config)}, as the config says{lie}"
-    )
+    return ZeroPoints(False, _labelled(config), f"asymmetric, zero points {_said(config)}, as the config says{lie}")
 
 
 def _words(plus_one: bool) -> str:
@@ -118,7 +116,17 @@ def _words(plus_one: bool) -> str:
 
 
 def _said(config: GptqConfig) -> str:
-    return _words(config.zeros_minus_one)
+    return _words(_labelled(config))
+
+
+def _labelled(config: GptqConfig) -> bool:
+    """Whether the label is v1. Raises UnsupportedError where there is none: nothing else tells of asymmetric files."""
+    if config.zeros_minus_one is None:
+        raise UnsupportedError(
+            "asymmetric GPTQ tensors under the config of another format: whether zero points are stored minus one is "
+            "for 'checkpoint_format' (gptq or gptq_v2) to say"
+        )
+    return config.zeros_minus_one
 
 
 def _check_writer(config: GptqConfig, bits: int, fields: Array) -> None:

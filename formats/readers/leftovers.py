@@ -40,6 +40,7 @@ ACTIVATION_ENDS = (
     "input_global_scale",
     "input_scale_ub",
     "activation_scale",
+    "act_scale",
     "input_scale_inv",
     *_OF_OUTPUTS,
 )
@@ -57,6 +58,8 @@ _FACTOR_WORDS = frozenset(
 )
 _NUMBERED_ROTATION = re.compile(r"(?:.*[._])?R[1-4](?:[._].*)?")
 """SpinQuant's names of its four rotations."""
+
+_NO_FACTORS = frozenset({"inv_freq", "bias", "running_mean", "running_var", "num_batches_tracked"})
 
 _LORA = re.compile(r"(?:.*\.)?lora_(?:embedding_)?[AB](?:\..*)?")
 _WITH_LORA = ("phi4",)
@@ -224,9 +227,9 @@ def _check_unquantized(
             gone |= {tensor.name for tensor in tensors}
     for tensor in found.passed:
         prefix = tensor.name.rpartition(".")[0]
-        if prefix in refused:
+        if prefix in refused or tensor.name in gone:
             continue
-        if _is_factor(tensor.name):
+        if _is_factor(tensor.name) and _may_be_factor(tensor):
             found.refused.setdefault(prefix, factor_reason(tensor))
         elif _LORA.fullmatch(tensor.name) and not model_type.startswith(_WITH_LORA):
             found.refused.setdefault(prefix, "a LoRA adapter inside the checkpoint; merge it into the weights first")
@@ -249,6 +252,13 @@ def _is_factor(name: str) -> bool:
     last = ".".join(name.rsplit(".", 2)[-2:])
     words = set(re.split(r"[._]", last.lower()))
     return bool(words & _FACTOR_WORDS or _FACTOR_ENDS.fullmatch(name) or _NUMBERED_ROTATION.fullmatch(last))
+
+
+def _may_be_factor(tensor: Tensor) -> bool:
+    """Whether a tensor of such a name can be a factor of activations: not the frequencies of rotary embeddings
+    (`rot_emb.inv_freq`), nor a convolution (`smooth_convs.0.weight` of a feature pyramid) or its bias."""
+    suffix = tensor.name.rpartition(".")[2]
+    return len(tensor.shape) <= 2 and suffix not in _NO_FACTORS
 
 
 def _is_packed(tensor: Tensor, siblings: Parts) -> bool:

@@ -9,10 +9,13 @@ P.input_global_scale, P.input_scale        of W4A4: static scales of the activat
 
 from __future__ import annotations
 
-from xpuquant.errors import DamagedError
+import math
+
+from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.base import Parts, check_static, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
+from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import view
 from xpuquant.formats.weights.nvfp4 import GROUP, Nvfp4Weight
@@ -35,22 +38,26 @@ class Nvfp4:
     )
 
     def claims(self, parts: Parts) -> bool:
-        codes = parts.get("weight_packed") or parts.get("weight")
-        return (
-            codes is not None and codes.dtype == "U8" and ("weight_global_scale" in parts or "weight_scale_2" in parts)
-        )
+        codes, scale = parts.get("weight_packed") or parts.get("weight"), parts.get("weight_scale")
+        if codes is None or codes.dtype != "U8":
+            return False
+        numbered = "weight_global_scale" in parts or "weight_scale_2" in parts
+        # A file that lost the number over all is known by the scales of its groups (vllm-project/vllm#54444).
+        return numbered or (scale is not None and scale.dtype == "F8_E4M3" and _are_of_groups(scale, codes))
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
         check_supported(checkpoint)
         stored = need(parts, "weight_packed" if "weight_packed" in parts else "weight", name, dims=2)
         scale = need(parts, "weight_scale", name, dtype="F8_E4M3", dims=2)
-        divides = "weight_global_scale" in parts
+        divides = "weight_global_scale" in parts or (stored.name.endswith("_packed") and "weight_scale_2" not in parts)
         overall = need(parts, "weight_global_scale" if divides else "weight_scale_2", name, dtype="F32")
+        if math.prod(overall.shape) != 1:
+            raise UnsupportedError(f"{overall.name} has shape {list(overall.shape)}; kernels take one number over all")
         of_activations = [parts[suffix] for suffix in _ACTIVATION_SUFFIXES if suffix in parts]
         for tensor in of_activations:
             check_static(tensor)
         N, K = stored.shape[0], 2 * stored.shape[1]
-        if scale.shape != (N, -(-K // GROUP)) or overall.shape not in ((), (1,)):
+        if not _are_of_groups(scale, stored):
             raise DamagedError(f"{scale.name} has shape {list(scale.shape)}; NVFP4 of {[N, K]} needs {[N, K // GROUP]}")
         return [
             Nvfp4Weight(
@@ -65,7 +72,11 @@ class Nvfp4:
                 block=(1, GROUP),
                 codes=view(stored, "U8", stored.shape),
                 scale=scale,
-                global_scale=overall,
+                global_scale=view(overall, overall.dtype, (1,)),
                 divides=divides,
             )
         ]
+
+
+def _are_of_groups(scale: Tensor, codes: Tensor) -> bool:
+    return len(codes.shape) == 2 and scale.shape == (codes.shape[0], -(-2 * codes.shape[1] // GROUP))

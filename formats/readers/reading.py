@@ -143,10 +143,13 @@ def _check_sound(name: str, parts: Parts) -> None:
     """
     if "{" in name or "}" in name:
         raise DamagedError(f"{name}: braces in a module's name stand for numbers in our config")
-    for tensor in parts.values():
-        if 0 in tensor.shape:
+    for suffix, tensor in parts.items():
+        if 0 in tensor.shape and suffix not in _EMPTY_MEANS_NONE:
             raise DamagedError(f"{tensor.name} has shape {list(tensor.shape)}: a quantized weight is not empty")
 
+
+_EMPTY_MEANS_NONE = frozenset({"g_idx"})
+"""Suffixes whose empty tensor says that there is none: of Marlin's loaders, which save what they run with."""
 
 _PLAIN_NAMES = frozenset({"weight", "scale", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"})
 """Suffixes that some format uses for quantized tensors, and unquantized models for float ones: fused experts, a

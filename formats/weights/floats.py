@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xpuquant.formats.checkpoint import Array, Slice, columns, rows
+from xpuquant.formats.checkpoint import Array, Slice, columns, rows, whole
 from xpuquant.formats.dtypes import nbytes
 from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.safetensors import Tensor
@@ -134,6 +134,20 @@ class FloatWeight(Weight):
             return table
         # Bytes wrap, as they did when they were written: the exponent of an all-zero group is 0, stored as 254.
         return (table.view(np.uint8) + np.uint8(self.exponent_shift)).view(table.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedWeight(FloatWeight):
+    """A fused linear that has one scale for each linear in it: a scale per row, most of them alike.
+
+    parts  rows of each; `scale` is `[len(parts)]`
+    """
+
+    parts: tuple[int, ...]
+
+    def scales(self, start: int, stop: int) -> ArrayRecipe:
+        part_of = np.repeat(np.arange(len(self.parts)), self.parts)[start:stop]
+        return Recipe((whole(self.scale),), lambda arrays: arrays[0].reshape(-1)[part_of][:, None])
 
 
 def is_upended(weight: Weight) -> bool:

@@ -382,3 +382,51 @@ def test_a_shard_that_the_index_lists_is_missing(tmp_path: Path) -> None:
     """Damage, and no question of which file is meant."""
     with pytest.raises(DamagedError, match=f"{TWO} is missing"):
         open_source(str(folder_of(tmp_path / "in", {ONE: QUANTIZED, INDEX: BOTH})))
+
+
+NO_MODEL: dict[str, tuple[tuple[str, ...], str]] = {
+    # unsloth/*-GGUF and thousands like it: a config and files of llama.cpp.
+    "GGUF alone": (("config.json", "model-Q4_K_M.gguf"), "model-Q4_K_M.gguf: weights of another format"),
+    "pickles alone": (("config.json", "pytorch_model.bin"), "pickled weights are never opened"),
+    # onnx-community/*: the weights are a folder's.
+    "weights in a folder": (
+        ("config.json", "int4/model.safetensors"),
+        "only below it: int4; name the folder that has both",
+    ),
+    # Repos that keep one quantization in each folder.
+    "models in folders": (
+        ("README.md", "int4/config.json", "int4/model.safetensors", "int8/config.json"),
+        "has no config.json; the model is a folder inside it (int4, int8): convert that folder",
+    ),
+    # mistralai/*: some repos have Mistral's own format only.
+    "Mistral's format alone": (("params.json", "consolidated.safetensors"), "params.json: Mistral's own format"),
+    "nothing": (("README.md",), "has no config.json; is it a model folder?"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODEL)
+def test_a_folder_that_is_no_model_is_told_what_it_is(case: str, tmp_path: Path) -> None:
+    names, said = NO_MODEL[case]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError) as raised:
+        open_source(str(tmp_path))
+    assert said in str(raised.value)
+
+
+def test_the_pointer_that_git_leaves_is_told_from_damage(tmp_path: Path) -> None:
+    """`git clone` of a Hub repo without Git LFS: a text file of three lines under the name of each shard."""
+    folder = folder_of(tmp_path / "in", {})
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(DamagedError, match=r"model\.safetensors: is Git LFS's pointer .* run `git lfs pull`"):
+        open_source(str(folder))
+
+
+def test_a_bitsandbytes_config_of_before_it_had_a_name(tmp_path: Path) -> None:
+    """huggingface/transformers 4.30: `quant_method` came later."""
+    files = {"model.safetensors": FLOAT}
+    source = open_source(str(folder_of(tmp_path / "in", files, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})))
+    with pytest.raises(UsageError, match="quant_method 'bitsandbytes' is not supported"):
+        make_plan(source.checkpoint, Options())

@@ -150,7 +150,7 @@ def test_3_bit_zero_points_spoilt_by_autoround_are_refused_by_name(tmp_path):
         (lambda t: t.update(qzeros=np.zeros((2, 9), np.int32)), f"{DOWN}.qzeros is 9 words wide; no width of code"),
         (lambda t: t.update(qweight=t["qweight"][:-1]), f"{DOWN}.qweight has 7 rows, which no width of code gives"),
         (lambda t: t.update(scales=np.ones((3, 16), np.float16)), f"{DOWN}.scales has 3 groups, which no group size"),
-        (lambda t: t.update(g_idx=t["g_idx"].astype(np.int64)), f"{DOWN}.g_idx is I64, want I32"),
+        (lambda t: t.update(g_idx=t["g_idx"].astype(np.float32)), f"{DOWN}.g_idx is F32, want I32"),
     ],
 )
 def test_damage_is_named(tmp_path, change, message):

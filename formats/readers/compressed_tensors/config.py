@@ -16,6 +16,10 @@ from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.config_keys import overridden
 from xpuquant.formats.readers.patterns import check_count, matches
 
+W8A8_METHODS = frozenset({"w8a8-int8", "blockwise-int8"})
+"""SGLang's names of integer weights, one to a byte, whose activations are quantized when serving
+(sglang/srt/layers/quantization/w8a8_int8.py, blockwise_int8.py)."""
+
 _SPARSE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
 
 
@@ -34,6 +38,14 @@ class WeightArgs:
     block: tuple[int, int] | None
     format: str | None
     group: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {self.type}, {self.groups}"
+
+    @property
+    def groups(self) -> str:
+        """Columns per scale, in words."""
+        return f"groups of {self.group_size}" if self.group_size else "one scale for each row"
 
 
 def check_supported(checkpoint: Checkpoint) -> None:
@@ -82,7 +94,9 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
 
 
 def quantizes_activations(checkpoint: Checkpoint) -> bool:
-    """Whether a group of the config has 8-bit integer activations (W8A8)."""
+    """Whether the config has 8-bit integer activations (W8A8): a group, or SGLang's methods by their names."""
+    if checkpoint.method in W8A8_METHODS:
+        return True
     groups = checkpoint.quantization.get("config_groups")
     listed = groups.values() if isinstance(groups, Mapping) else ()
     activations = [group.get("input_activations") for group in listed if isinstance(group, Mapping)]
@@ -118,8 +132,8 @@ def _rank(target: str, module: str) -> int | None:
         return 0
     if target.startswith("re:"):
         return 1 if matches(target[3:], module) else None
-    # A class name; attention-only groups describe the KV cache.
-    return 2 if "." not in target and not target.endswith("Attention") else None
+    # A class name, which begins with a capital (`lm_head` is a module); attention-only groups describe the KV cache.
+    return 2 if target[:1].isupper() and "." not in target and not target.endswith("Attention") else None
 
 
 def _args(args: Mapping[str, Any], fmt: Any) -> WeightArgs:

@@ -28,6 +28,7 @@ from xpuquant.formats.readers.compressed_tensors.config import (
     check_supported,
     weight_args,
 )
+from xpuquant.formats.readers.compressed_tensors.shapes import args_of_shapes
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import (
     CACHED_CODES,
@@ -50,6 +51,9 @@ from xpuquant.formats.weights.integers import (
     words_of_rows,
 )
 from xpuquant.formats.weights.packed import Packed
+
+_BITS = range(1, 9)
+"""Bits of a code."""
 
 
 def packed_words(count: int, bits: int, padded: bool) -> int:
@@ -196,8 +200,6 @@ class PackQuantized:
         scale = float_scale(need(parts, "weight_scale", name))
         zero_point, g_idx = parts.get("weight_zero_point"), parts.get("weight_g_idx")
         candidates = weight_args(checkpoint, name)
-        if not candidates:
-            raise UnsupportedError("no group of the config describes it, so its bits are unknown")
         N = packed.shape[0]
         stated = _in_features(checkpoint, name, parts, N)
         fits = [
@@ -208,12 +210,13 @@ class PackQuantized:
             and groups_fit(args, scale, N, K)
             and _words_fit(args.bits, packed, K)
         ]
-        if not fits:
-            raise DamagedError(
-                f"{packed.name} {list(packed.shape)} with scales {list(scale.shape)} is not "
-                f"what the config describes ({candidates[0]})"
-            )
-        args, K = fits[0]
+        told: tuple[str, ...] = ()
+        if fits:
+            args, K = fits[0]
+        else:
+            K = stated or 0  # without weight_shape, nothing but the config says K
+            widths = [bits for bits in _BITS if stated and _words_fit(bits, packed, K)]
+            args, told = args_of_shapes(candidates, widths, packed, scale, N, K)
         group_size = args.group_size or K
         groups_of = _act_order(checkpoint, g_idx, K, group_size)
         padded = packed.shape[1] != packed_words(K, args.bits, padded=False)
@@ -227,6 +230,7 @@ class PackQuantized:
                 tensors=tuple(parts[suffix] for suffix in parts if suffix in self.suffixes),
                 facts=(
                     intern(f"{args.bits}-bit, {'padded' if padded else 'dense'} packing, from the shapes"),
+                    *told,
                     fact,
                     *["act-order, from the values of weight_g_idx"] * (groups_of is not None),
                 ),
@@ -265,7 +269,7 @@ def _implied(args: WeightArgs, packed: Tensor, scale: Tensor) -> int | None:
 
 
 def _words_fit(bits: int, packed: Tensor, K: int) -> bool:
-    return 1 <= bits <= 8 and packed.shape[1] in (packed_words(K, bits, padded) for padded in (False, True))
+    return bits in _BITS and packed.shape[1] in (packed_words(K, bits, padded) for padded in (False, True))
 
 
 def groups_fit(args: WeightArgs, scale: Tensor, N: int, K: int) -> bool:

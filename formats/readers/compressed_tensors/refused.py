@@ -1,6 +1,7 @@
 """compressed-tensors files that hold no quantized storage a kernel could read, refused by name.
 
-fake-quantized    P.weight float, P.weight_scale        rounded weights kept as floats (status "frozen")
+fake-quantized    P.weight float, P.weight_scale        rounded weights kept as floats (status "frozen"); under others'
+                                                      configs a weight that was made float again, by someone
 sparse-bitmask    P.compressed, P.bitmask, P.shape, ...  2:4 or unstructured sparsity
 """
 
@@ -28,6 +29,11 @@ class Refused:
         check_supported(checkpoint)
         if "bitmask" in parts:
             raise UnsupportedError("sparse (bitmask) weights have no XPU kernel")
+        if checkpoint.method not in COMPRESSED_TENSORS:
+            raise UnsupportedError(
+                f"weight {parts['weight'].dtype} beside weight_scale {parts['weight_scale'].dtype}: nothing tells "
+                "whether it has been multiplied by it already"
+            )
         status = checkpoint.quantization.get("quantization_status") or "unknown"
         raise UnsupportedError(
             f"fake-quantized: the weight is stored as {parts['weight'].dtype} beside its scale (quantization_status "
