@@ -1,48 +1,32 @@
-"""The one door to files of strangers: every path below a source or an output folder is opened here.
+"""The one door to files of strangers: every path below a source or an output folder is opened here, and the way to it
+is that of `walk.py`.
 
-The folder itself is the user's word and may be a link. What lies below it came with a download, a clone or an archive,
-and anybody may have made it: so it is reached from a handle on the folder, one component after the other, and
-
-- what is written, moved or deleted is reached through no link at all, and a file is made anew in place of what was
+- What is written, moved or deleted is reached through no link at all, and a file is made anew in place of what was
   there;
 - what is read may be a link to a file of the same folder that could be copied under its own name, and, in the Hub's
   cache, to the blob that the cache means; no other, and no link to a folder;
 - only regular files are opened: never a pipe, which would wait for ever, nor a device;
 - what is parsed is read up to a limit, whatever size the file system claims.
-
-Handles (`dir_fd`) are of POSIX, as are the locks of the staging folder: this package runs nowhere else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
 import shutil
 import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from xpuquant.errors import DamagedError, UsageError, shown
+from xpuquant.conversion.walk import Walk, check_no_link, check_regular, is_hidden, lstat, parts_of
+from xpuquant.errors import DamagedError, UsageError
 
-LONGEST_NAME = 255
-"""Bytes of a file's name on the file systems in use (`NAME_MAX`)."""
-
-_LONGEST_PATH = 2048
 _MAX_FILES = 100_000
-_MAX_HOPS = 8
-"""Links that lead to links. The Hub's cache needs two."""
-
-_SEARCH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_COPY_BYTES = 8 << 20
-_BLOB = re.compile(r"([0-9a-f]{2}/)?([0-9a-f]{40}|[0-9a-f]{64})")
-"""Blobs in the Hub's cache, by git's sha1, sha256 or xet's own; the shared ones in folders by their first digits."""
-
-_TOOLS = ("__pycache__",)
-"""Folders of tools that begin with no dot."""
+_CHUNK_BYTES = 1 << 20
 
 
 class Identity(NamedTuple):
@@ -60,6 +44,13 @@ class Identity(NamedTuple):
         return ", ".join(word for word, mine, its in zip(words, self, other, strict=True) if mine != its)
 
 
+class Written(NamedTuple):
+    """A file as it was written or read: the sha256, in hex, of its bytes as they passed, and which file it was then."""
+
+    sha256: str
+    identity: Identity
+
+
 class Listed(NamedTuple):
     """A regular file of a folder.
 
@@ -71,37 +62,7 @@ class Listed(NamedTuple):
     means: str
 
 
-class _Place(NamedTuple):
-    """Where a file is, links resolved: the handle of its folder, its name there, and its path below the tree; None
-    where it is a blob of the Hub's cache."""
-
-    folder: int
-    name: str
-    parts: tuple[str, ...] | None
-    status: os.stat_result
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a path leads through a file or folder of a tool: `.git`, `.cache`, `.env`. Secrets lie in such, and no
-    loader reads one."""
-    return any(part.startswith(".") or part in _TOOLS for part in name.split("/"))
-
-
-def wrong_name(name: object) -> str | None:
-    """What is wrong with a path that a stranger gives for a file of a folder; None where nothing is."""
-    if not isinstance(name, str) or not name:
-        return "is no name of a file"
-    if not name.isprintable():  # NUL and halves of surrogate pairs are not
-        return "has control characters in its name"
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        return "is no path below the folder"
-    if any(len(part.encode()) > LONGEST_NAME for part in parts) or len(name.encode()) > _LONGEST_PATH:
-        return "has too long a name"
-    return None
-
-
-class Tree:
+class Tree(Walk):
     """A folder, and every file below it. Names are POSIX paths below it. Thread-safe; holds nothing open.
 
     path  the folder, for messages
@@ -110,17 +71,9 @@ class Tree:
     file's, and for what is no regular file. OSError with the whole path, as the system says.
     """
 
-    def __init__(self, path: Path, below: tuple[str, ...] = ()) -> None:
-        self.path = path.joinpath(*below)
-        self._root = path
-        self._below = below
-
-    def __repr__(self) -> str:
-        return f"Tree({str(self.path)!r})"
-
     def below(self, name: str) -> Tree:
         """A folder of this one, which may not exist yet."""
-        return Tree(self._root, (*self._below, *_parts(self.path, name)))
+        return Tree(self._root, (*self._below, *parts_of(self.path, name)))
 
     # Reading
 
@@ -135,11 +88,11 @@ class Tree:
             DamagedError: it is another file.
         """
         with self._named(name), self._found(name) as place:
-            _check_regular(place.status, self.path / name)
+            check_regular(place.status, self.path / name)
             fd = os.open(place.name, os.O_RDONLY | _NO_LINK, dir_fd=place.folder)
             try:
                 status = os.fstat(fd)
-                _check_regular(status, self.path / name)
+                check_regular(status, self.path / name)
                 if known is not None:
                     check_same(self.path / name, known, _identity(status))
             except BaseException:
@@ -159,10 +112,30 @@ class Tree:
                 raise DamagedError(f"{self.path / name}: is too large for what it is (more than {limit >> 20} MiB)")
         return data
 
+    def chunks(self, name: str, known: Identity | None = None) -> Generator[memoryview, None, Identity]:
+        """A file's content, from front to back; each part is good until the next is asked for. Returns which file it
+        was: one that grows for ever is not read for ever.
+
+        Args:
+            known: as `open`.
+
+        Raises:
+            DamagedError: it changed meanwhile.
+        """
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        with os.fdopen(self.open(name, known), "rb", buffering=0) as file, self._named(name):
+            identity = _identity(os.fstat(file.fileno()))
+            left = identity.size
+            while left and (count := file.readinto(buffer[:left])):
+                yield buffer[:count]
+                left -= count
+            check_same(self.path / name, identity, _identity(os.fstat(file.fileno())))
+        return identity
+
     def identity(self, name: str) -> Identity:
         """Of the file that `open` would open."""
         with self._named(name), self._found(name) as place:
-            _check_regular(place.status, self.path / name)
+            check_regular(place.status, self.path / name)
             return _identity(place.status)
 
     def blob(self, name: str) -> str:
@@ -267,33 +240,38 @@ class Tree:
                 last, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666, dir_fd=folder
             )
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes) -> Written:
         """Make a file of this content, flushed to the disk."""
         fd = self.create(name)
         with self._named(name):
             try:
                 _write_all(fd, content)
                 os.fsync(fd)
+                return Written(hashlib.sha256(content).hexdigest(), _identity(os.fstat(fd)))
             finally:
                 os.close(fd)
 
-    def copy_from(self, other: Tree, name: str, new: str | None = None, known: Identity | None = None) -> None:
+    def copy_from(self, other: Tree, name: str, new: str | None = None, known: Identity | None = None) -> Written:
         """Copy a file of another tree, content only: the mode follows the umask, and a link becomes a file.
 
         Args:
             known: as `open`.
+
+        Raises:
+            DamagedError: it is another file, or changed while it was copied.
         """
-        source = other.open(name, known)
-        try:
-            fd = self.create(new or name)
-            with self._named(new or name):
-                try:
-                    while data := os.read(source, _COPY_BYTES):
-                        _write_all(fd, data)
-                finally:
-                    os.close(fd)
-        finally:
-            os.close(source)
+        digest, parts = hashlib.sha256(), other.chunks(name, known)
+        part = next(parts, None)  # what cannot be read makes no file
+        fd = self.create(new or name)
+        with self._named(new or name):
+            try:
+                while part is not None:
+                    digest.update(part)
+                    _write_all(fd, part)
+                    part = next(parts, None)
+                return Written(digest.hexdigest(), _identity(os.fstat(fd)))
+            finally:
+                os.close(fd)
 
     def update(self, name: str, flags: int) -> int:
         """A descriptor to change a file in place, a lock or a journal.
@@ -302,15 +280,15 @@ class Tree:
             flags: of `os.open`, with the access; `O_CREAT` makes it where it is not there.
         """
         with self._named(name), self._folder_of(name) as (folder, last):
-            status = _lstat(last, folder)
+            status = lstat(last, folder)
             if status is not None:
-                _check_no_link(status, self.path / name)
-                _check_regular(status, self.path / name)
+                check_no_link(status, self.path / name)
+                check_regular(status, self.path / name)
                 if status.st_nlink > 1:
                     raise UsageError(f"{self.path / name}: has a second name elsewhere; remove it")
             fd = os.open(last, flags | _NO_LINK, 0o666, dir_fd=folder)
             try:
-                _check_regular(os.fstat(fd), self.path / name)
+                check_regular(os.fstat(fd), self.path / name)
             except BaseException:
                 os.close(fd)
                 raise
@@ -327,8 +305,8 @@ class Tree:
         new = new or name
         with self._named(name), self._folder_of(name) as (folder, last):
             status = os.stat(last, dir_fd=folder, follow_symlinks=False)
-            _check_no_link(status, self.path / name)
-            _check_regular(status, self.path / name)
+            check_no_link(status, self.path / name)
+            check_regular(status, self.path / name)
             with to._named(new), to._folder_of(new, make=True) as (target, target_last):
                 os.replace(last, target_last, src_dir_fd=folder, dst_dir_fd=target)
 
@@ -370,97 +348,6 @@ class Tree:
             finally:
                 os.close(fd)
 
-    # The way
-
-    @contextmanager
-    def _named(self, name: str) -> Iterator[None]:
-        """Errors of the system name the whole path."""
-        try:
-            yield
-        except OSError as error:
-            error.filename, error.filename2 = str(self.path / name), None
-            raise
-
-    @contextmanager
-    def _walked(self, parts: Sequence[str], make: bool = False) -> Iterator[int]:
-        """A handle on a folder below the root, reached through no link."""
-        fd = os.open(self._root, _SEARCH)
-        try:
-            for i, part in enumerate(parts):
-                if make:
-                    with suppress(FileExistsError):
-                        os.mkdir(part, dir_fd=fd)
-                try:
-                    inner = os.open(part, _SEARCH | os.O_NOFOLLOW, dir_fd=fd)
-                except NotADirectoryError:
-                    path = self._root.joinpath(*parts[: i + 1])
-                    _check_no_link(os.stat(part, dir_fd=fd, follow_symlinks=False), path)
-                    raise UsageError(f"{path}: is no folder; remove it") from None
-                os.close(fd)
-                fd = inner
-            yield fd
-        finally:
-            os.close(fd)
-
-    @contextmanager
-    def _folder_of(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
-        """A handle on the folder that holds a name, and the name there."""
-        *folders, last = _parts(self.path, name)
-        with self._walked((*self._below, *folders), make) as fd:
-            yield fd, last
-
-    @contextmanager
-    def _opened(self) -> Iterator[int]:
-        """A handle on this folder that can be listed."""
-        with self._named(""), self._walked(self._below) as search:
-            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=search)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def _status(self, name: str) -> os.stat_result | None:
-        try:
-            with self._named(name), self._folder_of(name) as (folder, last):
-                return _lstat(last, folder)
-        except FileNotFoundError:
-            return None
-
-    @contextmanager
-    def _found(self, name: str) -> Iterator[_Place]:
-        """Where a file that is read is, after links that may be followed."""
-        link = self.path / name
-        root, parts, is_ours = self, (*self._below, *_parts(self.path, name)), True
-        for hop in range(_MAX_HOPS):
-            try:
-                with root._walked(parts[:-1]) as folder:
-                    status = os.stat(parts[-1], dir_fd=folder, follow_symlinks=False)
-                    if not stat.S_ISLNK(status.st_mode):
-                        if hop and stat.S_ISDIR(status.st_mode):
-                            raise UsageError(f"{link}: is a link to a folder; copy the folder in instead")
-                        yield _Place(folder, parts[-1], parts if is_ours else None, status)
-                        return
-                    target = os.readlink(parts[-1], dir_fd=folder)
-            except FileNotFoundError:
-                if hop:
-                    raise _leads_nowhere(link) from None
-                raise
-            root, parts, ours = _led(root, parts, target, link)
-            is_ours = is_ours and ours
-            if is_ours and is_hidden("/".join(parts[len(self._below) :])):
-                raise UsageError(
-                    f"{link}: is a link to {'/'.join(parts)}, which is not copied; copy the file in instead"
-                )
-        raise _leads_nowhere(link)
-
-    def _means(self, name: str) -> str:
-        """The path of the file that a link leads to; its own where that is a blob of the Hub's cache."""
-        with self._named(name), self._found(name) as place:
-            _check_regular(place.status, self.path / name)
-            if not os.access(place.name, os.R_OK, dir_fd=place.folder, effective_ids=True):
-                raise PermissionError(13, "Permission denied", str(self.path / name))
-            return name if place.parts is None else "/".join(place.parts[len(self._below) :])
-
 
 def check_same(path: Path, before: Identity, now: Identity) -> None:
     """Raises DamagedError if a file is no longer the one that it was."""
@@ -472,72 +359,12 @@ def _identity(status: os.stat_result) -> Identity:
     return Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
-def _led(tree: Tree, parts: tuple[str, ...], target: str, link: Path) -> tuple[Tree, tuple[str, ...], bool]:
-    """Where a link leads: (tree, path below its root, whether that is the root it lies in).
-
-    Raises:
-        UsageError: out of the folder, and not to a blob of the Hub's cache.
-    """
-    root = Path(os.path.realpath(tree._root))
-    # No folder on the way is a link, or the walk will say so: so the path may be shortened as text.
-    path = Path(os.path.normpath(root.joinpath(*parts[:-1], target)))
-    if target.startswith("/"):
-        path = Path(os.path.realpath(path.parent)) / path.name
-    if path.is_relative_to(root) and path != root:
-        return tree, path.relative_to(root).parts, True
-    if path.is_relative_to(root) or root.is_relative_to(path):
-        raise UsageError(f"{link}: is a link to a folder; copy the folder in instead")
-    blobs = next((folder for folder in _blobs(root) if path.is_relative_to(folder)), None)
-    if blobs is not None and _BLOB.fullmatch(path.relative_to(blobs).as_posix()):
-        return Tree(blobs), path.relative_to(blobs).parts, False
-    raise UsageError(f"{link}: is a link out of the folder; copy the file in instead")
-
-
-def _blobs(root: Path) -> list[Path]:
-    """Where links of the Hub's cache lead: from `snapshots/COMMIT` to the repository's `blobs`, and since
-    huggingface_hub 2 from there to the `blobs` that all repositories share."""
-    if root.parent.name == "snapshots":
-        return [root.parents[1] / "blobs", root.parents[2] / "blobs"]
-    return [root.parents[1] / "blobs"] if root.name == "blobs" else []
-
-
-def _leads_nowhere(link: Path) -> UsageError:
-    return UsageError(f"{link}: is a link that leads nowhere; copy the file in instead")
-
-
-def _parts(folder: Path, name: str) -> tuple[str, ...]:
-    wrong = wrong_name(name)
-    if wrong is not None:
-        raise DamagedError(f"{folder}: {shown(name)} {wrong}")
-    return tuple(name.split("/"))
-
-
-def _lstat(name: str, folder: int) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
 def _check_shown(path: Path) -> None:
     if not path.name.isprintable():
         raise UsageError(f"{path}: has control characters in its name; rename it")
 
 
-def _check_no_link(status: os.stat_result, path: Path) -> None:
-    if stat.S_ISLNK(status.st_mode):
-        raise UsageError(f"{path}: is a link; remove it")
-
-
-def _check_regular(status: os.stat_result, path: Path) -> None:
-    if stat.S_ISREG(status.st_mode):
-        return
-    kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISLNK, "link"))
-    kind = next((word for is_kind, word in kinds if is_kind(status.st_mode)), "device")
-    raise DamagedError(f"{path}: is a {kind}, not a file")
-
-
-def _write_all(fd: int, data: bytes) -> None:
+def _write_all(fd: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

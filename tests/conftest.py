@@ -24,6 +24,9 @@ for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
 # Reports say when they were made: with this, equal conversions write equal files, and tests compare all of them.
 os.environ.setdefault("SOURCE_DATE_EPOCH", "1795780800")
 
+# A run's own notes bear a mark of the user's key: not of whoever runs the tests.
+os.environ.setdefault("XDG_STATE_HOME", str(ROOT / ".pytest_cache" / "state"))
+
 with suppress(ImportError):  # the slow lanes' environments have no hypothesis
     from hypothesis import settings
 

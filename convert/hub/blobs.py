@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xpuquant.conversion.tree import Tree
-from xpuquant.errors import EnvironmentFault
+from xpuquant.errors import DamagedError, EnvironmentFault, shown
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -39,6 +39,32 @@ class Blob:
         return self.git is not None and self.git == remote.git
 
 
+def listed_blob(name: str, nbytes: object, sha256: object, git: object) -> Blob:
+    """A file as a server lists it.
+
+    Raises:
+        DamagedError: the list says of it what can be said of no file.
+    """
+    # Sizes are of files below an exabyte: what is larger overflows where files are made.
+    if type(nbytes) is not int or not 0 <= nbytes < 1 << 60:
+        raise DamagedError(f"{shown(name)} has the size {shown(nbytes)} in the Hub's list")
+    for digest, form in ((sha256, _SHA256), (git, _SHA1)):
+        if digest is not None and not (isinstance(digest, str) and form.fullmatch(digest)):
+            raise DamagedError(f"{shown(name)} has a digest in the Hub's list that is none: {shown(digest)}")
+    return Blob(nbytes, sha256 if isinstance(sha256, str) else None, git if isinstance(git, str) else None)
+
+
+def checked_commit(sha: object) -> str:
+    """A commit's id, as a server gives it: the client makes files of that name.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    if not isinstance(sha, str) or _SHA1.fullmatch(sha) is None:
+        raise DamagedError(f"the Hub names a commit that is none: {shown(sha)}")
+    return sha
+
+
 def mismatch(tree: Tree, name: str, blob: Blob) -> str | None:
     """How a file here differs from what the Hub says that it is; None where it does not.
 
@@ -51,7 +77,7 @@ def mismatch(tree: Tree, name: str, blob: Blob) -> str | None:
             return f"has {nbytes} bytes, the Hub says {blob.nbytes}"
         kind, stated = ("sha256", blob.sha256) if blob.sha256 is not None else ("git sha1", blob.git)
         if stated is None:
-            return None
+            return "has no digest in the Hub's list: there is nothing to compare it with"
         found = _digest(tree, name, nbytes, kind)
     except OSError as error:
         raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from xpuquant.errors import EnvironmentFault, UsageError, XpuquantError
+from xpuquant.errors import EnvironmentFault, UsageError, XpuquantError, shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -88,16 +88,33 @@ class Patience:
                 )
 
 
+def check_names(response: Any) -> None:
+    """Looks at every answer: the client calls files of its cache by an answer's `ETag`, and joins it to a path as it
+    stands.
+
+    Raises:
+        EnvironmentFault: it would lead elsewhere.
+    """
+    for header in _ETAGS:
+        tag = str(response.headers.get(header, ""))
+        parts = tag.removeprefix("W/").strip('"').split("/")
+        if tag and any(part in ("", ".", "..") for part in parts):
+            raise EnvironmentFault(
+                f"{response.request.url.host} answers with an {header} that is the name of no file: {shown(tag)}"
+            )
+
+
+_ETAGS = ("ETag", "X-Linked-Etag")
 _PATIENCE = Patience()
+_WATCHERS = (_PATIENCE, check_names)
 
 
 def _watch_answers() -> None:
-    """Let `Patience` look at what the client is answered. Before each use: it makes new sessions after some faults."""
+    """Let `_WATCHERS` look at what the client is answered. Before each use: it makes new sessions after some faults."""
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented, but not in __all__
 
     hooks = get_session().event_hooks["response"]
-    if _PATIENCE not in hooks:
-        hooks.append(_PATIENCE)
+    hooks.extend(watcher for watcher in _WATCHERS if watcher not in hooks)
 
 
 def status_of(error: BaseException) -> int | None:

@@ -31,6 +31,7 @@ from xpuquant.conversion.repo.checksums import hash_file, wrong_size
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
 from xpuquant.conversion.sources.repo_files import list_files, read_text
 from xpuquant.conversion.tree import Tree
+from xpuquant.conversion.verify.foreign import UNPROTECTED, loadable
 from xpuquant.conversion.verify.record_form import lacks_digests, read_record
 from xpuquant.errors import (
     Argument,
@@ -91,7 +92,7 @@ def push(
     Raises:
         UsageError: not a finished conversion, a bad repo id.
         NotVerifiedError: it was never verified, and `to` does not say to publish it all the same.
-        DamagedError: a shard is not what the conversion wrote.
+        DamagedError: a file is missing, or is not what the conversion wrote; one that it did not write may be run.
         EnvironmentFault: network, permissions.
         VerificationError: the Hub holds other bytes than were sent.
     """
@@ -101,6 +102,7 @@ def push(
             f"{folder} {NEVER_VERIFIED}; convert it with verification, or pass ", Argument("unverified", True)
         )
     tree = Tree(folder)
+    _check_whole(tree, names)
     reporter.phase("push", sum(tree.size(name) for name in names))
     blobs = hash_files(tree, names)
     target = Target(connect(token, endpoint), to.repo_id)
@@ -140,24 +142,35 @@ def local_files(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: (not name.endswith(_WEIGHTS), name == "config.json", name))
 
 
+def _check_whole(tree: Tree, names: Iterable[str]) -> None:
+    record = read_record(tree)
+    missing = sorted({*record["shards"], *record["files"]} - set(names))
+    if missing:
+        raise DamagedError(f"{tree.path / missing[0]} is missing, and the conversion wrote it; convert again")
+
+
 def hash_files(tree: Tree, names: Iterable[str]) -> dict[str, Blob]:
-    """Name → blob, of local files.
+    """Name → blob, of local files. What `verify` would fail is not published.
 
     Raises:
-        DamagedError: a shard is not the one that the conversion wrote; a record that is none.
+        DamagedError: one is not what the conversion wrote, or it wrote none such and a loader may run or read it; a
+            record that is none.
         EnvironmentFault: unreadable files.
     """
     record = read_record(tree)
     shards, blobs = record["shards"], dict[str, Blob]()
+    written = {**{name: entry["sha256"] for name, entry in shards.items()}, **record["files"]}
     for name in names:
-        if name.endswith(_WEIGHTS) and name not in shards and name not in record["files"]:
-            raise DamagedError(f"{tree.path / name} was not written by the conversion; move it away, or convert again")
+        danger = None if name in (*written, *UNPROTECTED) else loadable(name)
+        if danger is not None:
+            raise DamagedError(
+                f"{tree.path / name} was not written by the conversion, and {danger}; move it away, or convert again"
+            )
         wrong = wrong_size(tree, name, shards.get(name, {}).get("bytes"))
         if wrong is not None:
             raise DamagedError(f"{tree.path / name} {wrong}; it is not what the conversion wrote; convert it again")
         blobs[name] = blob = _blob(tree, name)
-        recorded = shards.get(name, {}).get("sha256", blob.sha256)
-        if recorded != blob.sha256:
+        if name not in UNPROTECTED and written.get(name, blob.sha256) != blob.sha256:
             raise DamagedError(f"{tree.path / name} is not what the conversion wrote; convert it again")
     return blobs
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xpuquant.conversion.hub.blobs import Blob
+from xpuquant.conversion.hub.blobs import Blob, checked_commit, listed_blob
 from xpuquant.conversion.hub.client import retried, status_of
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.repo_files import read_text
@@ -149,13 +149,14 @@ class Target:
 
     def head(self, revision: str | None = None) -> str:
         """Commit id of `revision`; None means the one to publish to."""
-        return str(self._retried(lambda: self.api.model_info(self.repo_id, revision=revision or self.revision)).sha)
+        info = self._retried(lambda: self.api.model_info(self.repo_id, revision=revision or self.revision))
+        return checked_commit(info.sha)
 
     def files(self, revision: str) -> dict[str, Blob]:
         """Path → blob, of every file at a revision."""
         entries = self._retried(lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)))
         return {
-            entry.path: Blob(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+            entry.path: listed_blob(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
             for entry in entries
             if hasattr(entry, "blob_id")
         }

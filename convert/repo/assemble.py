@@ -12,7 +12,7 @@ from typing import Any
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.repo.card import CardFacts, gather, render
 from xpuquant.conversion.repo.card_merge import CARD, merge
-from xpuquant.conversion.repo.checksums import hash_file, seal
+from xpuquant.conversion.repo.checksums import seal
 from xpuquant.conversion.repo.journal import PRODUCER, PROVENANCE, Finished
 from xpuquant.conversion.repo.provenance import provenance_record
 from xpuquant.conversion.repo.staging import EARLIER_CARD, Staging
@@ -20,6 +20,7 @@ from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import read_text
 from xpuquant.conversion.sources.weight_files import INDEX
+from xpuquant.conversion.tree import Written
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import EnvironmentFault
 
@@ -40,7 +41,7 @@ def write_repo(
     """
     files, config = stage_repo(plan, source, staging, shards, verdict, command, metadata)
     try:
-        staging.publish([*(shard.name for shard in plan.shards), *files], config)
+        staging.publish([shard.name for shard in plan.shards], files, config)
     except OSError as error:
         place = error.filename or staging.out
         raise EnvironmentFault(f"{place}: cannot be written ({error.strerror})") from error
@@ -54,36 +55,32 @@ def stage_repo(
     verdict: Verdict | None,
     command: str,
     metadata: Mapping[str, Any],
-) -> tuple[list[str], bytes]:
-    """Write everything but shards and config.json into the staging folder; returns the names, and config.json."""
+) -> tuple[dict[str, Written], bytes]:
+    """Write everything but shards and config.json into the staging folder; returns the files, and config.json."""
     tree, out = staging.files, staging.out
     try:
-        for name in source.extra_files:
-            source.copy_file(name, tree)
+        files = {name: source.copy_file(name, tree) for name in source.extra_files}
         source.check_unchanged()
-        files = list(source.extra_files)
         if len(plan.shards) > 1:
-            tree.write(INDEX, json_bytes(plan.index()))
-            files.append(INDEX)
+            files[INDEX] = tree.write(INDEX, json_bytes(plan.index()))
         config = json_bytes(plan.output_config(source.checkpoint.config, PRODUCER))
-        hashes = {name: hash_file(tree, name) or "" for name in files}
+        hashes = {name: written.sha256 for name, written in files.items()}
         exact = verdict.exact if verdict is not None else ()
         record = provenance_record(plan, source, shards, hashes, config, PRODUCER, exact)
-        tree.write(PROVENANCE, seal(json_bytes(record)))
+        files[PROVENANCE] = tree.write(PROVENANCE, seal(json_bytes(record)))
         if verdict is not None:
-            files += write_reports(tree, verdict)
-        write_card(staging, gather(plan, source, verdict, command, out.resolve().name, metadata))
-        files += [CARD, PROVENANCE]
+            files |= write_reports(tree, verdict)
+        files[CARD] = write_card(staging, gather(plan, source, verdict, command, out.resolve().name, metadata))
     except OSError as error:
         raise EnvironmentFault(f"{error.filename or out}: cannot be written ({error.strerror})") from error
     return files, config
 
 
-def write_card(staging: Staging, facts: CardFacts) -> None:
+def write_card(staging: Staging, facts: CardFacts) -> Written:
     """README.md of the output."""
     theirs = read_text(staging.tree, EARLIER_CARD)
     text, _ = merge(render(facts), theirs)
-    staging.files.write(CARD, text.encode())
+    return staging.files.write(CARD, text.encode())
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

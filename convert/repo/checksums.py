@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES
-from xpuquant.conversion.tree import Tree
+from xpuquant.conversion.tree import Tree, Written
 from xpuquant.errors import EnvironmentFault, shown
 
-_CHUNK_BYTES = 4 << 20
 _SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 UNSEALED = "0" * 64
 """What a JSON object holds as its first field, `sha256`, until it is sealed."""
+
+
+def hashed(tree: Tree, name: str, progress: Progress | None = None) -> Written:
+    """sha256 of a file, and which file it was.
+
+    Args:
+        progress: told the bytes of each part that was read.
+
+    Raises:
+        OSError: it cannot be read. DamagedError, UsageError: it is no file, or changed meanwhile, see `Tree`.
+    """
+    digest, parts = hashlib.sha256(), tree.chunks(name)
+    while True:
+        try:
+            part = next(parts)
+        except StopIteration as end:
+            return Written(digest.hexdigest(), end.value)
+        digest.update(part)
+        if progress is not None:
+            progress(len(part))
 
 
 def hash_file(tree: Tree, name: str, progress: Progress | None = None) -> str | None:
     """sha256 of a file, in hex; None where there is no such file.
 
     Args:
-        progress: told the bytes of each chunk that was read.
+        progress: as `hashed`.
 
     Raises:
-        EnvironmentFault: it cannot be read. DamagedError, UsageError: it is no file, see `Tree`.
+        EnvironmentFault: it cannot be read. DamagedError, UsageError: as `hashed`.
     """
     try:
-        with os.fdopen(tree.open(name), "rb") as file:
-            if progress is None:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            digest = hashlib.sha256()
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                progress(len(chunk))
-            return digest.hexdigest()
+        return hashed(tree, name, progress).sha256
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.sources.open import no_such_folder, or_no_such_folder
-from xpuquant.conversion.tree import is_hidden
+from xpuquant.conversion.walk import is_hidden
 from xpuquant.errors import UsageError
 
 _DOWNLOADS_AT_ONCE = 3

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 from xpuquant import __version__
 from xpuquant.conversion.options import Options
-from xpuquant.conversion.tree import Identity, Tree, wrong_name
+from xpuquant.conversion.tree import Identity, Tree
+from xpuquant.conversion.walk import wrong_name
 from xpuquant.errors import Argument, UsageError
 
 STAGING = ".xpuquant"

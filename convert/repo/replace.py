@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.repo.journal import PROVENANCE
-from xpuquant.conversion.tree import Tree, is_hidden, wrong_name
+from xpuquant.conversion.tree import Tree
+from xpuquant.conversion.walk import is_hidden, wrong_name
 from xpuquant.errors import DamagedError, UsageError
 
 _WRITTEN = (

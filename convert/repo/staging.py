@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from xpuquant.conversion.options import Options, contrast, cores
-from xpuquant.conversion.repo.checksums import hash_file
+from xpuquant.conversion.repo.checksums import hashed
 from xpuquant.conversion.repo.journal import (
     PROVENANCE,
     STAGING,
@@ -35,8 +35,8 @@ from xpuquant.conversion.repo.journal import (
 )
 from xpuquant.conversion.repo.replace import SHARD
 from xpuquant.conversion.sizes import counted, size
-from xpuquant.conversion.tree import Identity, Tree
-from xpuquant.errors import Argument, EnvironmentFault, UnsupportedError, UsageError, VerificationError
+from xpuquant.conversion.tree import Identity, Tree, Written
+from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UnsupportedError, UsageError, VerificationError
 
 LOCK = "lock"
 EARLIER_CARD = "README.earlier.md"
@@ -57,6 +57,7 @@ class Staging:
     files  where the output's files are made. Nothing else lies in it: a source may have a file of any name.
     tree   the staging folder: what is only known until the end lies beside them
     kept   bytes of an earlier run that need not be made again, by shard
+    plan   digest of the plan and the source, once `begin` was told it
     """
 
     def __init__(self, out: Path, note: Callable[[str], None] = lambda text: None) -> None:
@@ -70,8 +71,10 @@ class Staging:
         self.tree = self._out.below(STAGING)
         self.files = staged_files(out)
         self.kept: dict[str, int] = {}
+        self.plan = ""
         self._journal = JournalFile(self.tree, _JOURNAL)
         self._reached: dict[str, list[Reached]] = {}
+        self._shards: dict[str, Written] = {}
         self._lock_fd: int | None = None
 
     @property
@@ -134,6 +137,7 @@ class Staging:
                 of the source was replaced since.
         """
         _check(self.out, force)
+        self.plan = digest
         records = self.records()
         other = next((record for record in records.values() if record.plan != digest), None)
         if other is not None:
@@ -168,13 +172,15 @@ class Staging:
             if SHARD.fullmatch(name) and not self.files.holds_anything(name) and self._out.holds(name):
                 self._out.move(name, self.files)
         self._reached = merged(records.values())
-        done = still_there(self.files, entries)
+        self._shards = still_there(self.files, entries)
+        done = {name: finished for name, finished in entries if name in self._shards}
         self.kept = {name: finished.nbytes for name, finished in done.items()}
         note_finished(done, self._note)
         return done
 
     def finish(self, shard: str, finished: Finished) -> None:
         """Note a complete shard."""
+        self._shards[shard] = Written(finished.sha256, self.files.identity(shard))
         self._journal.append(shard, finished)
 
     def reached(self, shard: str) -> Sequence[Reached]:
@@ -195,22 +201,44 @@ class Staging:
         here = [name for name in self._reached if name not in done and self.files.holds(name)]
         return sum(min(self.files.size(name), max(step.nbytes for step in self._reached[name])) for name in here)
 
-    def publish(self, files: Sequence[str], config: bytes) -> None:
-        """Move staged files into OUT, then write config.json, then drop the staging folder.
+    def check_unchanged(self, files: Mapping[str, Written]) -> None:
+        """Raises DamagedError where a staged file is no longer the one whose sha256 was taken: another program's hand
+        in the staging folder. One that only its times tell from it is hashed again."""
+        for name, written in files.items():
+            check_held(self.files, name, written)
+
+    def publish(self, shards: Iterable[str], files: Mapping[str, Written], config: bytes) -> None:
+        """Move shards and other staged files into OUT, then write config.json, then drop the staging folder.
 
         A run stopped in between finds the moved files gone from the staging folder and makes them again. The provenance
         goes first: by it a half-published repo is known for ours. Files and folders reach the disk before config.json
         does, so that a power cut cannot leave a repo that looks whole.
+
+        Args:
+            files: beside the shards.
+
+        Raises:
+            DamagedError: a file is not the one that was made and checked, on this side of its move or the other.
         """
-        ordered = sorted(files, key=lambda name: name != PROVENANCE)
-        for name in ordered:
+        held = {PROVENANCE: files[PROVENANCE], **files, **{name: self._shards[name] for name in shards}}
+        for name in held:
             self.files.sync(name)
-        for name in ordered:
+        self.check_unchanged(held)
+        for name, written in held.items():
+            check_held(self.files, name, written)
             self.files.move(name, self._out)
-        for folder in sorted({name.rpartition("/")[0] for name in ordered}):
+        for name, written in held.items():
+            # A move changes the time of an inode: of a shard the rest has to do, or all would be read again.
+            check_held(self._out, name, written, moved=name not in files)
+        for folder in sorted({name.rpartition("/")[0] for name in held}):
             (self._out.below(folder) if folder else self._out).sync()
-        self.tree.write(_CONFIG, config)
+        written = self.tree.write(_CONFIG, config)
         self.tree.move(_CONFIG, self._out, "config.json")
+        try:
+            check_held(self._out, "config.json", written)
+        except DamagedError:
+            self._out.remove("config.json")
+            raise
         self._out.sync()
         # The journals go first: without them, what is left of the staging folder claims nothing.
         self._drop_journals()
@@ -241,17 +269,40 @@ def journals(staging: Tree) -> list[str]:
     return [name for name in staging.names() if name.endswith(_JOURNALS)]
 
 
-def still_there(files: Tree, noted: Iterable[tuple[str, Finished]]) -> dict[str, Finished]:
+def still_there(files: Tree, noted: Iterable[tuple[str, Finished]]) -> dict[str, Written]:
     """The shards that are still what a journal says. What lies in their places and is no file, is not. They are hashed
     side by side, one on each core: all of a large conversion's may be."""
 
-    def is_there(name: str, finished: Finished) -> bool:
-        return files.holds(name) and files.size(name) == finished.nbytes and hash_file(files, name) == finished.sha256
+    def look(name: str, finished: Finished) -> Written | None:
+        if not files.holds(name) or files.size(name) != finished.nbytes:
+            return None
+        written = hashed(files, name)
+        return written if written.sha256 == finished.sha256 else None
 
     entries = list(noted)
     with ThreadPoolExecutor(cores(), "hash") as threads:
-        found = threads.map(lambda entry: is_there(*entry), entries)
-        return {name: finished for (name, finished), there in zip(entries, found, strict=True) if there}
+        found = threads.map(lambda entry: look(*entry), entries)
+        return {name: there for (name, _), there in zip(entries, found, strict=True) if there is not None}
+
+
+def check_held(tree: Tree, name: str, written: Written, moved: bool = False) -> None:
+    """Raises DamagedError where a file is not the one that was written.
+
+    Args:
+        moved: it has been moved since: the time of its inode says nothing.
+    """
+    try:
+        now = tree.identity(name)
+        if moved:
+            now = now._replace(ctime_ns=written.identity.ctime_ns)
+        is_held = now == written.identity or hashed(tree, name).sha256 == written.sha256
+    except FileNotFoundError:
+        is_held = False
+    if not is_held:
+        raise DamagedError(
+            f"{tree.path / name} changed between being made and being published: another program writes into this "
+            "folder; convert again"
+        )
 
 
 def merged(records: Iterable[Record]) -> dict[str, list[Reached]]:

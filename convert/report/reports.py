@@ -21,7 +21,7 @@ from xpuquant.conversion.report.page import render_page
 from xpuquant.conversion.report.sentences import exactness, headline
 from xpuquant.conversion.report.svg import picture
 from xpuquant.conversion.sources.repo_files import read_json
-from xpuquant.conversion.tree import Tree
+from xpuquant.conversion.tree import Tree, Written
 from xpuquant.conversion.verify.agreement import BINS, ROWS
 from xpuquant.conversion.verify.contents import differences
 from xpuquant.conversion.verify.expected import SEED
@@ -32,8 +32,8 @@ from xpuquant.errors import one_line
 from xpuquant.formats.dtypes import numpy_dtype
 
 
-def write_reports(tree: Tree, verdict: Verdict) -> list[str]:
-    """Write the four files; returns their names.
+def write_reports(tree: Tree, verdict: Verdict) -> dict[str, Written]:
+    """Write the four files; returns them by name.
 
     Raises:
         OSError: the folder cannot be written.
@@ -47,9 +47,7 @@ def write_reports(tree: Tree, verdict: Verdict) -> list[str]:
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     data = {"sha256": UNSEALED, **as_data(verdict), "reports": hashes}
     contents[VERDICT] = seal((json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
-    for name, content in contents.items():
-        tree.write(name, content)
-    return list(contents)
+    return {name: tree.write(name, content) for name, content in contents.items()}
 
 
 def as_data(verdict: Verdict) -> dict[str, Any]:

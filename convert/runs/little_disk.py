@@ -161,10 +161,11 @@ def convert_streaming(
         files, config = stage_repo(plan, source, staging, shards, verdict, command, metadata)
         result = Converted(summary(plan, source), out, shards, verdict, kept=staging.kept)
         if target is None:
-            staging.publish([*(shard.name for shard in plan.shards), *files], config)
+            staging.publish([shard.name for shard in plan.shards], files, config)
             return result
-        staging.files.write(CONFIG, config)
-        small = hash_files(staging.files, [*files, CONFIG])
+        files[CONFIG] = staging.files.write(CONFIG, config)
+        staging.check_unchanged(files)
+        small = hash_files(staging.files, files)
         pushed = publish_repo(target, staging.files, small, shards, lambda nbytes: None)
         staging.drop()
     with suppress(OSError):  # it holds something else
@@ -271,7 +272,7 @@ class _Work:
 
     def _noted(self, segment: Segment) -> Verdict | None:
         """The verdict of an earlier run on these very shards, which are staged or here; None where there is none."""
-        noted = read_noted(self._verdicts, _note(segment), self._done | self._staged)
+        noted = read_noted(self._verdicts, _note(segment), self._done | self._staged, self._staging.plan)
         is_of_it = noted is not None and noted.shards == {shard.name for shard in segment.shards}
         return noted.verdict if noted is not None and is_of_it else None
 
@@ -290,7 +291,7 @@ class _Work:
             repo.reader.close()
         raise_failures(verdict, self._staging.files)
         made = {shard.name: self._done[shard.name] for shard in segment.shards}
-        note_verdict(self._verdicts, _note(segment), verdict, made)
+        note_verdict(self._verdicts, _note(segment), verdict, made, self._staging.plan)
         return verdict
 
     def _stage(self, shard: Shard, reporter: Reporter) -> Finished:

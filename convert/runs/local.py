@@ -175,7 +175,7 @@ def check_staged(
     from xpuquant.conversion.verify.noted import known_of
     from xpuquant.conversion.verify.run import verify_staged
 
-    known = known_of(staging.tree, shards)
+    known = known_of(staging.tree, shards, staging.plan)
     with _checked(plan, staging.files, jobs, reporter) as check:
         verdict = verify_staged(Origin(plan, source), check, staging.out.resolve().name, PRODUCER, known)
     source.check_unchanged()

@@ -125,6 +125,7 @@ class PartStaging:
         self._part = part
         self._journal = JournalFile(self._tree, part.journal)
         self._locks: list[int] = []
+        self._plan = ""
 
     def __enter__(self) -> PartStaging:
         check_output(self.out, force=False)
@@ -164,6 +165,7 @@ class PartStaging:
         Raises:
             UsageError: what lies there, of this part or of others, is of another source or of other options.
         """
+        self._plan = digest
         record = self._journal.read()
         self._check_others(digest, options)
         if record is None:
@@ -179,7 +181,8 @@ class PartStaging:
         if not is_seen_from_here(record):
             self._journal.note_sources(sources)
         self._reached = record.reached
-        done = still_there(self.files, record.finished.items())
+        there = still_there(self.files, record.finished.items())
+        done = {name: finished for name, finished in record.finished.items() if name in there}
         note_finished(done, self._note)
         return done
 
@@ -203,12 +206,18 @@ class PartStaging:
         Raises:
             VerificationError: something differs.
         """
-        from xpuquant.conversion.verify.noted import note_verdict, read_noted
+        from xpuquant.conversion.verify.noted import note_verdict
 
-        if not plan.shards or read_noted(self._tree, self._part.verified, shards) is not None:
+        if not plan.shards or self._noted(shards):
             return
         verdict = check_part(plan, source, self.files, self.out.resolve().name, jobs, reporter)
-        note_verdict(self._tree, self._part.verified, verdict, shards)
+        note_verdict(self._tree, self._part.verified, verdict, shards, self._plan)
+
+    def _noted(self, shards: Mapping[str, Finished]) -> bool:
+        """Whether an earlier run of this part has verified these very shards."""
+        from xpuquant.conversion.verify.noted import read_noted
+
+        return read_noted(self._tree, self._part.verified, shards, self._plan) is not None
 
     def reached(self, shard: str) -> Sequence[Reached]:
         """How far an earlier run of this part came with a shard, as it noted it."""

@@ -118,7 +118,7 @@ def execute_on_ray(
         staging.out.resolve(),
         jobs,
     )
-    finished = dict(done)
+    finished = {shard.name: done[shard.name] for shard in plan.shards if shard.name in done}
     for shard in plan.shards:
         if shard.name in done:
             progress(shard.nbytes)

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from xpuquant.conversion.sources.repo_files import FoundFiles
-from xpuquant.conversion.tree import Identity, Tree
+from xpuquant.conversion.tree import Identity, Tree, Written
 from xpuquant.errors import DamagedError, UsageError, one_line
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array
 from xpuquant.formats.safetensors import Tensor
@@ -57,7 +57,7 @@ class Source(Protocol):
         """Fill `out` (flat uint8, `box.nbytes` long) with the bytes of a slice."""
         ...
 
-    def copy_file(self, name: str, into: Tree) -> None:
+    def copy_file(self, name: str, into: Tree) -> Written:
         """Copy one of `extra_files`, under its name."""
         ...
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from xpuquant.conversion.sources.base import checkpoint_of
 from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, find_files, read_text
 from xpuquant.conversion.sources.shard_reader import ShardReader
-from xpuquant.conversion.tree import Identity, Tree, check_same
+from xpuquant.conversion.tree import Identity, Tree, Written, check_same
 from xpuquant.errors import EnvironmentFault, UsageError, XpuquantError
 from xpuquant.formats.checkpoint import Array, Slice
 
@@ -43,8 +43,8 @@ class LocalSource:
     def read_into(self, box: Slice, out: Array) -> None:
         self._shards.read_into(box, out)
 
-    def copy_file(self, name: str, into: Tree) -> None:
-        into.copy_from(self._tree, name, known=self._watched.get(name))
+    def copy_file(self, name: str, into: Tree) -> Written:
+        return into.copy_from(self._tree, name, known=self._watched.get(name))
 
     def read_text(self, name: str) -> str | None:
         return read_text(self._tree, name)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xpuquant.conversion.hub.blobs import Blob, blob_named, mismatch
+from xpuquant.conversion.hub.blobs import blob_named, checked_commit, listed_blob, mismatch
 from xpuquant.conversion.hub.client import connect, is_offline, retried
 from xpuquant.conversion.hub.downloads import Downloads, FileProgress
 from xpuquant.conversion.hub.ranges import Ranges
@@ -45,7 +45,8 @@ from xpuquant.conversion.sources.repo_files import (
     read_text,
     sort_files,
 )
-from xpuquant.conversion.tree import Identity, Tree, wrong_name
+from xpuquant.conversion.tree import Identity, Tree, Written
+from xpuquant.conversion.walk import wrong_name
 from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError, shown
 from xpuquant.formats.checkpoint import Array, Slice, whole
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
@@ -87,9 +88,11 @@ class Remote:
         self.repo_id = repo_id
         self._revision = revision
         info = retried(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), repo_id)
-        self.commit = str(info.sha)
+        self.commit = checked_commit(info.sha)
         self.blobs = {
-            _checked(file.rfilename): Blob(int(file.size or 0), file.lfs.sha256 if file.lfs else None, file.blob_id)
+            _checked(file.rfilename): listed_blob(
+                file.rfilename, file.size, file.lfs.sha256 if file.lfs else None, file.blob_id
+            )
             for file in info.siblings or ()
         }
         self._ranges = Ranges(api, repo_id, self.commit)
@@ -102,6 +105,11 @@ class Remote:
         Raises:
             DamagedError: what came is not what the Hub says it has, and was not the second time either.
         """
+        if self.blobs[name].sha256 is None and self.blobs[name].git is None:
+            raise DamagedError(
+                f"{self.repo_id}: the Hub lists {name} without a digest, so what comes could be compared with nothing; "
+                "download it by other means, and convert the folder"
+            )
         counted = FileProgress(self.blobs[name].nbytes, progress)
         for _attempt in (1, 2):
             path = Path(
@@ -206,9 +214,9 @@ class HubSource:
             out[position : position + length] = np.frombuffer(data, np.uint8)
             position += length
 
-    def copy_file(self, name: str, into: Tree) -> None:
+    def copy_file(self, name: str, into: Tree) -> Written:
         """Copy one of `extra_files`."""
-        into.copy_from(self.remote.download(name), name)
+        return into.copy_from(self.remote.download(name), name)
 
     def read_text(self, name: str) -> str | None:
         """A small text file of the repository; None where it has none of that name, or it is too large to be read."""

@@ -25,7 +25,8 @@ from xpuquant.conversion.sources.weight_files import (
     parse_index,
     pick_weight_files,
 )
-from xpuquant.conversion.tree import Listed, Tree, is_hidden
+from xpuquant.conversion.tree import Listed, Tree
+from xpuquant.conversion.walk import is_hidden
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
 
 _MAX_CONFIG_BYTES = 32 << 20

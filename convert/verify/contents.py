@@ -102,8 +102,7 @@ def _copied(source: Source, tree: Tree) -> list[Finding]:
         copies = Tree(Path(temporary))
         for name in source.extra_files:
             if name not in missing:
-                source.copy_file(name, copies)
-                if hash_file(copies, name) != hash_file(tree, name):
+                if source.copy_file(name, copies).sha256 != hash_file(tree, name):
                     found.append(_wrong(name, "is not the source's file"))
                 copies.remove(name)
     return found

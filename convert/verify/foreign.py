@@ -11,8 +11,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from xpuquant.conversion.tree import is_hidden
+from xpuquant.conversion.walk import is_hidden
 from xpuquant.errors import EnvironmentFault, UsageError
+
+UNPROTECTED = ("README.md", ".gitattributes", ".gitignore")
+"""Files that may differ: the card, which is edited, and what hosting adds."""
 
 _CODE = re.compile(r"\.(py[a-z]?|pth|so(\.\d+)*|dylib|dll|exe|jar|wasm|sh|ipynb)$", re.IGNORECASE)
 _PICKLED = re.compile(

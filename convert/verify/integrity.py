@@ -21,17 +21,15 @@ from xpuquant.conversion.repo.checksums import hash_file, is_sealed, wrong_size
 from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
 from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
-from xpuquant.conversion.tree import Identity, Tree, is_hidden
-from xpuquant.conversion.verify.foreign import hidden_files, is_pickle, loadable
+from xpuquant.conversion.tree import Identity, Tree
+from xpuquant.conversion.verify.foreign import UNPROTECTED, hidden_files, is_pickle, loadable
 from xpuquant.conversion.verify.record_form import check_form
 from xpuquant.conversion.verify.threads import run_all
 from xpuquant.conversion.verify.verdict import Finding
+from xpuquant.conversion.walk import is_hidden
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.scheme import expand
-
-UNPROTECTED = ("README.md", ".gitattributes", ".gitignore")
-"""Files that may differ: the card, which is edited, and what hosting adds."""
 
 VERDICT = "verify.json"
 REPORTS = ("verify.md", "verify.html", "verify.svg")
@@ -172,7 +170,10 @@ def _file(tree: Tree, name: str, sha256: str, progress: Progress, nbytes: Any = 
     wrong = wrong_size(tree, name, nbytes)
     if wrong is not None:
         return _wrong(name, wrong)
-    found = hash_file(tree, name, progress)
+    try:
+        found = hash_file(tree, name, progress)
+    except DamagedError as error:
+        return _wrong(name, str(error))
     if found is None:
         return _wrong(name, "is missing")
     if found != sha256:

@@ -1,7 +1,8 @@
 """Verdicts on some of a conversion's shards, kept until all of them are put together.
 
-A note names the shards and their sha256: it speaks of bytes, and is believed only of a repo that has these. So a part
-is verified on the machine that made it, a stream shard by shard, and what puts them together reads no source again.
+A note names the shards and their sha256: it speaks of bytes, and is believed only of a repo that has these, in a
+conversion of the same plan and source, and only where this user made it (`vouching.py`). So a part is verified on the
+machine that made it, a stream shard by shard, and what puts them together reads no source again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.staging import VERIFIED_PART
@@ -18,6 +20,7 @@ from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.exactness import Known
 from xpuquant.conversion.verify.proof import Checked
 from xpuquant.conversion.verify.verdict import Sanity, Verdict
+from xpuquant.conversion.vouching import is_ours, mark_of
 from xpuquant.errors import XpuquantError
 
 
@@ -29,16 +32,33 @@ class Noted:
     verdict: Verdict
 
 
-def note_verdict(tree: Tree, name: str, verdict: Verdict, shards: Mapping[str, Finished]) -> None:
-    """Keep the verdict on some shards in a file. Raises OSError."""
+def note_verdict(tree: Tree, name: str, verdict: Verdict, shards: Mapping[str, Finished], plan: str) -> None:
+    """Keep the verdict on some shards in a file.
+
+    Args:
+        plan: digest of the plan and the source that they were compared with.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     hashes = {shard: finished.sha256 for shard, finished in shards.items()}
-    tree.write(name, json.dumps({"shards": hashes, "verdict": verdict.to_json()}).encode())
+    note = {"plan": plan, "shards": hashes, "verdict": verdict.to_json()}
+    tree.write(name, json.dumps({**note, "mark": mark_of(_text(note))}).encode())
 
 
-def read_noted(tree: Tree, name: str, held: Mapping[str, Finished]) -> Noted | None:
-    """The verdict in a file, where the shards it is on are among those held, byte for byte; else None."""
+def _text(note: Mapping[str, Any]) -> bytes:
+    """A note as it is marked; the same after it has been written and read."""
+    return json.dumps(json.loads(json.dumps(note)), sort_keys=True).encode()
+
+
+def read_noted(tree: Tree, name: str, held: Mapping[str, Finished], plan: str) -> Noted | None:
+    """The verdict in a file, where this user noted it of the same plan and the shards it is on are among those held,
+    byte for byte; else None."""
     try:
         note = read_json(tree, name)
+        mark = note.pop("mark")
+        if note["plan"] != plan or not is_ours(_text(note), mark):
+            return None
         shards = dict(note["shards"])
         if any(held[shard].sha256 != sha256 for shard, sha256 in shards.items()):
             return None
@@ -47,11 +67,11 @@ def read_noted(tree: Tree, name: str, held: Mapping[str, Finished]) -> Noted | N
         return None
 
 
-def known_of(staging: Tree, held: Mapping[str, Finished]) -> Known:
+def known_of(staging: Tree, held: Mapping[str, Finished], plan: str) -> Known:
     """What the parts of a conversion noted of theirs in its staging folder; of shards that are held, byte for byte."""
     found: dict[str, tuple[Checked, Sanity | None]] = {}
     for name in staging.names():
-        noted = read_noted(staging, name, held) if name.endswith(VERIFIED_PART) else None
+        noted = read_noted(staging, name, held, plan) if name.endswith(VERIFIED_PART) else None
         if noted is not None:
             verdict = noted.verdict
             found |= {checked.name: (checked, verdict.sanity.get(checked.name)) for checked in verdict.exact}

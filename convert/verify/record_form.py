@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from xpuquant.conversion.repo.checksums import is_sealed
 from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.sizes import LARGEST_SIZE
-from xpuquant.conversion.sources.repo_files import read_json
+from xpuquant.conversion.sources.repo_files import json_limit, read_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.digests import digest_in
 from xpuquant.errors import DamagedError
@@ -55,11 +56,13 @@ def read_record(tree: Tree) -> dict[str, Any]:
     """The record of a converted repo.
 
     Raises:
-        DamagedError: it is none that a conversion writes. EnvironmentFault: it cannot be read.
+        DamagedError: it is none that a conversion writes, or was changed since. EnvironmentFault: it cannot be read.
     """
     record = read_json(tree, PROVENANCE)
     try:
         check_form(record)
+        if not is_sealed(tree.read(PROVENANCE, json_limit(PROVENANCE))):
+            raise DamagedError("is not as it was written: its own sha256 differs")
     except DamagedError as error:
         raise DamagedError(f"{tree.path / PROVENANCE}: {error}; convert again") from None
     return record

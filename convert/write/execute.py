@@ -44,7 +44,8 @@ def execute_plan(
         EnvironmentFault: disk full, unreadable or unwritable files.
         DamagedError: the source changed or ended early.
     """
-    finished = dict(done)
+    # What else a journal lists, which may be a stranger's, is none of this plan's.
+    finished = {shard.name: done[shard.name] for shard in plan.shards if shard.name in done}
     waiting = [shard for shard in plan.shards if shard.name not in done]
     for shard in plan.shards:
         if shard.name in done:

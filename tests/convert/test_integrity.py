@@ -18,7 +18,7 @@ from support.fuzz.mutations import change_at, odd
 from support.fuzz.tally import count
 
 from xpuquant.conversion.repo.checksums import seal
-from xpuquant.conversion.verify.integrity import UNPROTECTED
+from xpuquant.conversion.verify.foreign import UNPROTECTED
 
 PLACES = int(os.environ.get("XPUQUANT_TRUST_PLACES", "60"))
 """Random bits; scripts/lanes/trust takes a thousand and more."""

@@ -201,6 +201,34 @@ def test_weights_that_the_record_does_not_list_are_not_pushed(made: dict[str, Pa
     assert code == 3 and f"{name} was not written by the conversion" in error and error.count("\n") == 1
 
 
+NOT_PUSHED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a changed tokenizer": (lambda out: (out / "tokenizer.json").write_text("{}"), "is not what the conversion wrote"),
+    "a changed config": (lambda out: (out / "config.json").write_text("{}"), "is not what the conversion wrote"),
+    "code": (lambda out: (out / "modeling_x.py").write_text(""), "it is code that may be run"),
+    "code below": (lambda out: ((out / "sub").mkdir(), (out / "sub" / "x.so").write_text("")), "it is code that may"),
+    "a pickle": (lambda out: (out / "x.pkl").write_bytes(b""), "a loader may unpickle it"),
+    "a template": (lambda out: (out / "extra.jinja").write_text(""), "a loader may read it"),
+    "no tokenizer": (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "no weights": (lambda out: next(out.glob("model*.safetensors")).unlink(), "is missing, and the conversion wrote"),
+    "an edited record": (
+        lambda out: (out / "xpuquant.json").write_text((out / "xpuquant.json").read_text().replace(": ", ":  ", 5)),
+        "is not as it was written: its own sha256 differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PUSHED)
+def test_what_verify_fails_is_not_pushed(case: str, made: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever was changed, added or taken away since the conversion; a note of people may lie there."""
+    out = Path(shutil.copytree(made["exact"], tmp_path / "out"))
+    (out / "notes.txt").write_text("mine")
+    spoil, said = NOT_PUSHED[case]
+    spoil(out)
+    code, _, error = command("push", str(out), "me/x")
+    assert code == 3 and said in error and error.count("\n") == 1
+    assert command("verify", str(out), "--backend", "reference")[0] == 1
+
+
 @pytest.mark.parametrize(
     ("named", "edit"),
     [

@@ -452,6 +452,21 @@ class TestPlaces:
             assert code == 0, (data, error)
         assert (tmp_path / "victim").read_text() == "precious"
 
+    def test_a_journal_that_lists_what_is_nobody_s_shard(self, tmp_path: Path) -> None:
+        """A staging folder that came with a clone, of this very plan: what it lists besides is not published."""
+        source, out = spoil(tmp_path, lambda folder: None), tmp_path / "out"
+        assert command("convert", str(source), str(out), "--part", "1/1")[0] == 0
+        staging = out / ".xpuquant"
+        journal = next(staging.glob("*.jsonl"))
+        for name in ("evil.py", "model-00009-of-00009.safetensors", "config.json"):
+            (staging / "files" / name).write_bytes(b"evil")
+            line = {"shard": name, "sha256": hashlib.sha256(b"evil").hexdigest(), "nbytes": 4}
+            with journal.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        assert command("finish", str(source), str(out))[0] == 0
+        assert not any(path.read_bytes() == b"evil" for path in out.rglob("*") if path.is_file())
+        assert command("verify", str(out), "--backend", "reference")[0] == 0
+
 
 def test_a_million_tensors_through_the_command_line(tmp_path: Path) -> None:
     """XPUQUANT_TRUST_TENSORS of them (a million in scripts/lanes/trust), in bounded memory and time."""

@@ -169,7 +169,7 @@ def play_swap(seed: int, prepared: Prepared, room: Path) -> tuple[str, int, str 
             return said, code, "a file outside was changed"
         problem = _problem(code, text, error)
         if problem is None and code == 0 and done:
-            problem = _untrue(name, side, prepared, source, out)
+            problem = _untrue(name, side, f"{side}/{target.relative_to(root)}", prepared, source, out)
         return said if done else f"{said}, never", code, problem
     finally:
         shutil.rmtree(room, ignore_errors=True)
@@ -187,8 +187,12 @@ def _problem(code: int, text: str, error: str) -> str | None:
     return None
 
 
-def _untrue(name: str, side: str, prepared: Prepared, source: Path, out: Path) -> str | None:
-    """How exit code 0 is not so."""
+def _untrue(name: str, side: str, said: str, prepared: Prepared, source: Path, out: Path) -> str | None:
+    """How exit code 0 is not so.
+
+    Args:
+        said: what was exchanged, below the room.
+    """
     held = contents(out)
     secret = hashlib.sha256(SECRET).hexdigest()
     if secret in held.values():
@@ -211,4 +215,10 @@ def _untrue(name: str, side: str, prepared: Prepared, source: Path, out: Path) -
             return None
         return f"written from a source that was exchanged: {differ}"
     again = command("verify", str(out), "--backend", "reference")[0]
-    return f"{differ} differ, and verify passes" if again == 0 else None
+    if again == 0:
+        return f"{differ} differ, and verify passes"
+    # What lay in the staging folder is looked at until it is moved; what is published, until config.json is there.
+    was_staged = [
+        file for file in differ if f"out/.xpuquant/files/{file}" == said and not file.endswith(".safetensors")
+    ]
+    return f"published, though exchanged in the staging folder: {was_staged}" if was_staged else None

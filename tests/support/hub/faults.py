@@ -6,7 +6,9 @@ query). It lets `skip` of them pass, spoils the next `times`, and is then spent.
 - `status`: answering with that status (and `headers`), without doing the work;
 - `drop="before"`: closing the connection without doing the work;
 - `drop="after"`: doing the work, then closing the connection without a word;
-- `drop="middle"`: sending the headers and half of the body, then closing the connection.
+- `drop="middle"`: sending the headers and half of the body, then closing the connection;
+- `lie`: doing the work, then answering with other words: pairs of a regular expression and what is put in its place
+  in the body, and `headers` in place of those of these names.
 """
 
 import json
@@ -26,6 +28,7 @@ class Fault:
     status: int | None = None
     drop: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    lie: list[tuple[str, str]] | None = None
     skip: int = 0
     times: int = 1
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from support.hub.process import TOKEN, Hub, MakeFolder, contents
+from xpuquant.conversion.repo.checksums import UNSEALED, seal
 from xpuquant.formats.safetensors import Tensor, build_header, parse_header
 
 
@@ -68,19 +69,22 @@ def folder(tmp_path: Path) -> MakeFolder:
         if shards > 1:
             weight_map = {f"t{i}": shard for i, shard in enumerate(names)}
             (made / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        (made / "xpuquant.json").write_text(json.dumps(record_of(records)))
         (made / "config.json").write_text(json.dumps({"model_type": "llama", "conversion": name}))
         (made / "tokenizer").mkdir()
         (made / "tokenizer/vocab.txt").write_text("a\nb\n")
+        (made / "xpuquant.json").write_bytes(record_of(made, records))
         (made / "README.md").write_text(f"---\nlicense: mit\n---\n# {name}\n")
         return made
 
     return make
 
 
-def record_of(shards: dict[str, Any]) -> dict[str, Any]:
-    """xpuquant.json of a conversion that had nothing but these shards, with one unquantized tensor, verified."""
-    return {
+def record_of(folder: Path, shards: dict[str, Any]) -> bytes:
+    """xpuquant.json of a conversion that had nothing but these shards, with one unquantized tensor, verified, and wrote
+    what else lies in a folder."""
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents(folder).items()}
+    record = {
+        "sha256": UNSEALED,
         "producer": "xpuquant 0.1.0",
         "format_version": 1,
         "source": {
@@ -97,8 +101,9 @@ def record_of(shards: dict[str, Any]) -> dict[str, Any]:
         "tensors_sha256": {"t0": "0" * 64},
         "left_files": {},
         "shards": shards,
-        "files": {"config.json": "0" * 64},
+        "files": {name: digest for name, digest in files.items() if name not in shards},
     }
+    return seal(json.dumps(record).encode())
 
 
 def split_shards(folder: Path, target: Path, count: int) -> Path:
@@ -136,6 +141,6 @@ def push_older(repo_id: str, scratch: Path) -> dict[str, bytes]:
     (folder / "model.safetensors").write_bytes(content)
     (folder / "config.json").write_text("{}")
     records = {"model.safetensors": {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}
-    (folder / "xpuquant.json").write_text(json.dumps(record_of(records)))
+    (folder / "xpuquant.json").write_bytes(record_of(folder, records))
     push(folder, repo_id)
     return contents(folder)

@@ -68,8 +68,12 @@ class Handler(BaseHTTPRequestHandler):
         self.received = 0
         fault = None if parts.path == "/-/faults" else self.server.faults.take(self.command, parts.path)
         response = None
-        if fault is None or fault.drop in ("after", "middle"):
+        if fault is None or fault.lie is not None or fault.drop in ("after", "middle"):
             response = self._respond(parts.path)
+            if fault is not None and fault.lie is not None:
+                for pattern, other in fault.lie:
+                    response.body = re.sub(pattern.encode(), other.encode(), response.body, flags=re.DOTALL)
+                response.headers |= fault.headers
         elif fault.status is not None:
             self.body()
             response = answer({"error": "injected fault"}, fault.status, **fault.headers)
