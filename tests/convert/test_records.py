@@ -19,6 +19,7 @@ from support.fuzz.tally import count
 
 import xpuquant
 from xpuquant.conversion.hub.publish import never_verified
+from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError
 
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -205,7 +206,7 @@ NOT_PUSHED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a changed tokenizer": (lambda out: (out / "tokenizer.json").write_text("{}"), "is not what the conversion wrote"),
     "a changed config": (lambda out: (out / "config.json").write_text("{}"), "is not what the conversion wrote"),
     "code": (lambda out: (out / "modeling_x.py").write_text(""), "it is code that may be run"),
-    "code below": (lambda out: ((out / "sub").mkdir(), (out / "sub" / "x.so").write_text("")), "it is code that may"),
+    "code below": (lambda out: Tree(out).write("sub/x.so", b""), "it is code that may"),
     "a pickle": (lambda out: (out / "x.pkl").write_bytes(b""), "a loader may unpickle it"),
     "a template": (lambda out: (out / "extra.jinja").write_text(""), "a loader may read it"),
     "no tokenizer": (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json is missing"),
