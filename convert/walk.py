@@ -36,7 +36,7 @@ _TOOLS = ("__pycache__",)
 """Folders of tools that begin with no dot."""
 
 
-class Place(NamedTuple):
+class _Place(NamedTuple):
     """Where a file is, links resolved: the handle of its folder, its name there, and its path below the tree; None
     where it is a blob of the Hub's cache."""
 
@@ -137,7 +137,7 @@ class Walk:
             return None
 
     @contextmanager
-    def _found(self, name: str) -> Iterator[Place]:
+    def _found(self, name: str) -> Iterator[_Place]:
         """Where a file that is read is, after links that may be followed."""
         link = self.path / name
         root: Walk = self
@@ -149,7 +149,7 @@ class Walk:
                     if not stat.S_ISLNK(status.st_mode):
                         if hop and stat.S_ISDIR(status.st_mode):
                             raise UsageError(f"{link}: is a link to a folder; copy the folder in instead")
-                        yield Place(folder, parts[-1], parts if is_ours else None, status)
+                        yield _Place(folder, parts[-1], parts if is_ours else None, status)
                         return
                     target = os.readlink(parts[-1], dir_fd=folder)
             except FileNotFoundError:
