@@ -51,9 +51,16 @@ class XpuquantError(Exception):
 
 
 class VerificationError(XpuquantError):
-    """The output does not decode to what the source decodes to, or a kernel disagrees. Exit 1."""
+    """The output does not decode to what the source decodes to, or a kernel disagrees. Exit 1.
+
+    files  the output's files in which that is, by name; None where it may be in any
+    """
 
     exit_code = 1
+
+    def __init__(self, *parts: object, files: frozenset[str] | None = None) -> None:
+        super().__init__(*parts)
+        self.files = files
 
 
 class NotVerifiedError(XpuquantError):

@@ -229,7 +229,8 @@ def publish_repo(
         fault = uploads.attempt(head, {name: wanted[name].nbytes for name in missing}, stale)
     if fault is not None:
         raise explain(fault, target.repo_id) from fault
-    raise VerificationError(f"{target.repo_id}: {[*missing, *stale][0]} there is not what was uploaded; push again")
+    message = f"{target.repo_id}: {[*missing, *stale][0]} there is not what was uploaded; push again"
+    raise VerificationError(message, files=frozenset())  # here nothing is wrong
 
 
 class _Uploads:

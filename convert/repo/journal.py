@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,10 +132,18 @@ class JournalFile:
         """Remove it."""
         self._tree.remove(self._name)
 
-    def forget_shards(self) -> None:
-        """Take back what it says of shards, finished and under way: they are made again."""
+    def forget_shards(self, names: Container[str] | None = None) -> None:
+        """Take back what it says of shards, finished and under way: they are made again.
+
+        Args:
+            names: of which; None: of all.
+        """
+
+        def is_kept(line: Mapping[str, Any]) -> bool:
+            return "shard" not in line or (names is not None and line["shard"] not in names)
+
         text = self._tree.read(self._name, _MAX_BYTES) if self._tree.holds(self._name) else b""
-        kept = [line for line in text.splitlines(keepends=True) if "shard" not in _parse(line)]
+        kept = [line for line in text.splitlines(keepends=True) if is_kept(_parse(line))]
         self._tree.write(self._name, b"".join(kept))
 
     def begin(self, plan: str, options: Options, sources: Mapping[str, Identity]) -> None:

@@ -15,26 +15,24 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from xpuquant.conversion.options import Options, contrast, cores
+from xpuquant.conversion.options import Options, contrast
 from xpuquant.conversion.repo.checksums import hashed
 from xpuquant.conversion.repo.journal import (
     PROVENANCE,
     STAGING,
     Finished,
     JournalFile,
-    Reached,
     Record,
     check_sources,
     is_seen_from_here,
 )
 from xpuquant.conversion.repo.replace import SHARD
-from xpuquant.conversion.sizes import counted, size
+from xpuquant.conversion.repo.shard_notes import ShardNotes
 from xpuquant.conversion.tree import Identity, Tree, Written
 from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UnsupportedError, UsageError, VerificationError
 
@@ -51,12 +49,11 @@ _JOURNAL = "journal.jsonl"
 _JOURNALS = ".jsonl"
 
 
-class Staging:
+class Staging(ShardNotes):
     """The staging folder of one output, held alone. Use as a context manager: it holds the lock.
 
     files  where the output's files are made. Nothing else lies in it: a source may have a file of any name.
     tree   the staging folder: what is only known until the end lies beside them
-    kept   bytes of an earlier run that need not be made again, by shard
     plan   digest of the plan and the source, once `begin` was told it
     """
 
@@ -66,15 +63,10 @@ class Staging:
             note: told what of an earlier run is kept.
         """
         self.out = out
-        self._note = note
         self._out = Tree(out)
         self.tree = self._out.below(STAGING)
-        self.files = staged_files(out)
-        self.kept: dict[str, int] = {}
+        super().__init__(staged_files(out), JournalFile(self.tree, _JOURNAL), note)
         self.plan = ""
-        self._journal = JournalFile(self.tree, _JOURNAL)
-        self._reached: dict[str, list[Reached]] = {}
-        self._shards: dict[str, Written] = {}
         self._lock_fd: int | None = None
 
     @property
@@ -106,7 +98,7 @@ class Staging:
                 if isinstance(error, VerificationError):
                     # Shards that were found wrong are not what a run that is started again goes on with.
                     for name in journals(self.tree):
-                        JournalFile(self.tree, name).forget_shards()
+                        JournalFile(self.tree, name).forget_shards(error.files)
                 if not journals(self.tree) and not self.tree.holds(EARLIER_CARD):
                     # Finished, or refused.
                     self._out.drop(STAGING)
@@ -166,40 +158,11 @@ class Staging:
             self._journal.begin(digest, options, sources)
         elif not is_seen_from_here(records[_JOURNAL]):
             self._journal.note_sources(sources)
-        entries = [entry for record in records.values() for entry in record.finished.items()]
-        for name, _ in entries:
+        for name in [name for record in records.values() for name in record.finished]:
             # A journal may be a stranger's: what is no shard of ours is not taken out of OUT.
             if SHARD.fullmatch(name) and not self.files.holds_anything(name) and self._out.holds(name):
                 self._out.move(name, self.files)
-        self._reached = merged(records.values())
-        self._shards = still_there(self.files, entries)
-        done = {name: finished for name, finished in entries if name in self._shards}
-        self.kept = {name: finished.nbytes for name, finished in done.items()}
-        note_finished(done, self._note)
-        return done
-
-    def finish(self, shard: str, finished: Finished) -> None:
-        """Note a complete shard."""
-        self._shards[shard] = Written(finished.sha256, self.files.identity(shard))
-        self._journal.append(shard, finished)
-
-    def reached(self, shard: str) -> Sequence[Reached]:
-        """How far earlier runs came with a shard, as they noted it: to be hashed before it is believed."""
-        return self._reached.get(shard, ())
-
-    def note_reached(self, shard: str, reached: Reached) -> None:
-        """Note how far a shard has come."""
-        self._journal.append_reached(shard, reached)
-
-    def keep(self, shard: str, nbytes: int) -> None:
-        """An unfinished shard of an earlier run was sound up to there."""
-        self.kept[shard] = nbytes
-        note_kept(shard, nbytes, self._note)
-
-    def noted_bytes(self, done: Mapping[str, Finished]) -> int:
-        """Bytes of unfinished shards that lie here already, by what earlier runs noted."""
-        here = [name for name in self._reached if name not in done and self.files.holds(name)]
-        return sum(min(self.files.size(name), max(step.nbytes for step in self._reached[name])) for name in here)
+        return self.go_on(records.values())
 
     def check_unchanged(self, files: Mapping[str, Written]) -> None:
         """Raises DamagedError where a staged file is no longer the one whose sha256 was taken: another program's hand
@@ -269,22 +232,6 @@ def journals(staging: Tree) -> list[str]:
     return [name for name in staging.names() if name.endswith(_JOURNALS)]
 
 
-def still_there(files: Tree, noted: Iterable[tuple[str, Finished]]) -> dict[str, Written]:
-    """The shards that are still what a journal says. What lies in their places and is no file, is not. They are hashed
-    side by side, one on each core: all of a large conversion's may be."""
-
-    def look(name: str, finished: Finished) -> Written | None:
-        if not files.holds(name) or files.size(name) != finished.nbytes:
-            return None
-        written = hashed(files, name)
-        return written if written.sha256 == finished.sha256 else None
-
-    entries = list(noted)
-    with ThreadPoolExecutor(cores(), "hash") as threads:
-        found = threads.map(lambda entry: look(*entry), entries)
-        return {name: there for (name, _), there in zip(entries, found, strict=True) if there is not None}
-
-
 def check_held(tree: Tree, name: str, written: Written, moved: bool = False) -> None:
     """Raises DamagedError where a file is not the one that was written.
 
@@ -303,27 +250,6 @@ def check_held(tree: Tree, name: str, written: Written, moved: bool = False) -> 
             f"{tree.path / name} changed between being made and being published: another program writes into this "
             "folder; convert again"
         )
-
-
-def merged(records: Iterable[Record]) -> dict[str, list[Reached]]:
-    """How far shards had come, by several journals."""
-    found: dict[str, list[Reached]] = {}
-    for record in records:
-        for shard, steps in record.reached.items():
-            found.setdefault(shard, []).extend(steps)
-    return found
-
-
-def note_finished(done: Mapping[str, Finished], note: Callable[[str], None]) -> None:
-    """Say which shards are not made again."""
-    if done:
-        total = size(sum(finished.nbytes for finished in done.values()))
-        note(f"resumed: {counted(len(done), 'finished shard')} kept, {total}")
-
-
-def note_kept(shard: str, nbytes: int, note: Callable[[str], None]) -> None:
-    """Say how much of an unfinished shard is not made again."""
-    note(f"resumed: {size(nbytes)} of {shard} kept")
 
 
 def _is_same_source(record: Record, sources: Mapping[str, Identity]) -> bool:

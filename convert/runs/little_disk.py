@@ -289,7 +289,7 @@ class _Work:
             verdict = verify_staged(Origin(plan, self._source), check, name, PRODUCER)
         finally:
             repo.reader.close()
-        raise_failures(verdict, self._staging.files)
+        raise_failures(verdict, self._staging.files, plan)
         made = {shard.name: self._done[shard.name] for shard in segment.shards}
         note_verdict(self._verdicts, _note(segment), verdict, made, self._staging.plan)
         return verdict

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -179,7 +179,7 @@ def check_staged(
     with _checked(plan, staging.files, jobs, reporter) as check:
         verdict = verify_staged(Origin(plan, source), check, staging.out.resolve().name, PRODUCER, known)
     source.check_unchanged()
-    raise_failures(verdict, staging.files)
+    raise_failures(verdict, staging.files, plan)
     return verdict
 
 
@@ -198,7 +198,7 @@ def check_part(plan: Plan, source: Source, staged: Tree, name: str, jobs: int, r
     with _checked(plan, staged, jobs, reporter) as check:
         verdict = verify_values(Origin(plan, source), check, name, PRODUCER)
     source.check_unchanged()
-    raise_failures(verdict, staged)
+    raise_failures(verdict, staged, plan)
     return verdict
 
 
@@ -217,8 +217,12 @@ def _checked(plan: Plan, staged: Tree, jobs: int, reporter: Reporter) -> Iterato
         repo.reader.close()
 
 
-def raise_failures(verdict: Verdict, staged: Tree) -> None:
-    """Raises VerificationError where something failed; the reports beside the shards have all of it."""
+def raise_failures(verdict: Verdict, staged: Tree, plan: Plan) -> None:
+    """Raises VerificationError where something failed; the reports beside the shards have all of it.
+
+    Args:
+        plan: of what was verified.
+    """
     from xpuquant.conversion.report.reports import write_reports
     from xpuquant.conversion.verify.verdict import Outcome
 
@@ -226,4 +230,18 @@ def raise_failures(verdict: Verdict, staged: Tree) -> None:
         write_reports(staged, verdict)
         first, *more = (f"{finding.where}: {finding.what}" for finding in verdict.failing)
         also = f" (and {len(more)} more in {staged.path / 'verify.json'})" if more else ""
-        raise VerificationError(f"verification failed: {first}{also}; the output was not published")
+        message = f"verification failed: {first}{also}; the output was not published"
+        raise VerificationError(message, files=_files_of(plan, {finding.where for finding in verdict.failing}))
+
+
+def _files_of(plan: Plan, places: Set[str]) -> frozenset[str] | None:
+    """The shards in which a module, a tensor or a file lies; None where one of the places is none of these."""
+    shards = {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
+    found: dict[str, Iterable[str]] = {shard.name: [shard.name] for shard in plan.shards}
+    found |= {name: [shard] for name, shard in shards.items()}
+    found |= {
+        module.conversion.name: [shards[tensor.name] for tensor in module.conversion.tensors] for module in plan.modules
+    }
+    if not places <= found.keys():
+        return None
+    return frozenset(shard for place in places for shard in found[place])

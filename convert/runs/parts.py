@@ -31,21 +31,18 @@ from xpuquant.conversion.repo.journal import (
     STAGING,
     Finished,
     JournalFile,
-    Reached,
     Record,
     check_sources,
     is_seen_from_here,
 )
+from xpuquant.conversion.repo.shard_notes import ShardNotes
 from xpuquant.conversion.repo.staging import (
     LOCK,
     VERIFIED_PART,
     Staging,
     check_output,
     journals,
-    note_finished,
-    note_kept,
     staged_files,
-    still_there,
     take_lock,
 )
 from xpuquant.conversion.results import PartConverted
@@ -110,20 +107,15 @@ def share(plan: Plan, part: Part) -> tuple[Shard, ...]:
     return tuple(mine)
 
 
-class PartStaging:
-    """The staging folder as one part sees it. Use as a context manager: it holds the locks.
-
-    files  where the shards are made, beside those of the other parts
-    """
+class PartStaging(ShardNotes):
+    """The staging folder as one part sees it, whose shards lie beside those of the other parts. Use as a context
+    manager: it holds the locks."""
 
     def __init__(self, out: Path, part: Part, note: Callable[[str], None] = lambda text: None) -> None:
         self.out = out
-        self._note = note
-        self._reached: Mapping[str, Sequence[Reached]] = {}
-        self.files = staged_files(out)
         self._tree = Tree(out).below(STAGING)
+        super().__init__(staged_files(out), JournalFile(self._tree, part.journal), note)
         self._part = part
-        self._journal = JournalFile(self._tree, part.journal)
         self._locks: list[int] = []
         self._plan = ""
 
@@ -154,7 +146,7 @@ class PartStaging:
                 self._journal.drop()
         if isinstance(error, VerificationError):
             with suppress(OSError):
-                self._journal.forget_shards()
+                self._journal.forget_shards(error.files)
         for fd in self._locks:
             os.close(fd)
         self._locks.clear()
@@ -180,11 +172,7 @@ class PartStaging:
         check_sources(record, sources)
         if not is_seen_from_here(record):
             self._journal.note_sources(sources)
-        self._reached = record.reached
-        there = still_there(self.files, record.finished.items())
-        done = {name: finished for name, finished in record.finished.items() if name in there}
-        note_finished(done, self._note)
-        return done
+        return self.go_on([record])
 
     def _check_others(self, digest: str, options: Options) -> None:
         for name in journals(self._tree):
@@ -195,7 +183,7 @@ class PartStaging:
     def finish(self, shard: str, finished: Finished) -> None:
         """Note a complete shard."""
         self.files.sync(shard)  # another machine will read it
-        self._journal.append(shard, finished)
+        super().finish(shard, finished)
 
     def verify(self, plan: Plan, source: Source, shards: Mapping[str, Finished], jobs: int, reporter: Reporter) -> None:
         """Check the part's shards against the source, and note the verdict for `finish`; an earlier run's holds.
@@ -218,18 +206,6 @@ class PartStaging:
         from xpuquant.conversion.verify.noted import read_noted
 
         return read_noted(self._tree, self._part.verified, shards, self._plan) is not None
-
-    def reached(self, shard: str) -> Sequence[Reached]:
-        """How far an earlier run of this part came with a shard, as it noted it."""
-        return self._reached.get(shard, ())
-
-    def note_reached(self, shard: str, reached: Reached) -> None:
-        """Note how far a shard has come."""
-        self._journal.append_reached(shard, reached)
-
-    def keep(self, shard: str, nbytes: int) -> None:
-        """An unfinished shard of an earlier run was sound up to there."""
-        note_kept(shard, nbytes, self._note)
 
 
 def make_part(

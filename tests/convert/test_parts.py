@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from support.checkpoints import FIXTURES
 from support.hub.process import Hub, contents
 
@@ -257,6 +258,12 @@ def spoil(note: Path) -> None:
     note.write_text(json.dumps(said))
 
 
+def noted_shards(out: Path) -> set[str]:
+    """The shards that the journals of all parts call finished."""
+    lines = [line for path in (out / ".xpuquant").glob("*.jsonl") for line in path.read_text().splitlines()]
+    return {said["shard"] for line in lines if "nbytes" in (said := json.loads(line))}
+
+
 @pytest.mark.parametrize("forget", [None, Path.unlink, lambda note: os.truncate(note, 40), spoil])
 def test_what_a_part_has_verified_is_compared_once(
     forget: Callable[[Path], object] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -287,8 +294,12 @@ def test_what_a_part_has_verified_is_compared_once(
     for note in notes:
         forget(note)
     capsys.readouterr()
+    made = noted_shards(out)
     assert run(["finish", str(source), str(out)]) == 1
     assert "model.norm.weight: bytes differ from the source's" in capsys.readouterr().err
+    (wrong,) = made - noted_shards(out)
+    with safe_open(out / ".xpuquant" / "files" / wrong, "numpy") as shard:
+        assert "model.norm.weight" in shard.keys(), "that shard alone is made again"  # noqa: SIM118
 
 
 @pytest.mark.parametrize("cut", [1, 40, 150])
