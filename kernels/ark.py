@@ -41,7 +41,7 @@ _BITS = {"int4_linear": 4, "int4_experts": 4, "uint4_experts": 4, "int8_experts"
 
 class Ark:
     """auto-round's CPU kernels for linears, as another reader of the stored integers. Its XPU kernels for experts are
-    called by `xpu_ops`, and executed by `kernels/shipped/ark.py`."""
+    called by `ark_ops`, and executed by `kernels/shipped/ark.py`."""
 
     name = "ark"
     concurrent = False

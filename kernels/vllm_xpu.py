@@ -1,9 +1,9 @@
 """The kernels vLLM runs on an Intel GPU: the operators of vllm-xpu-kernels and ARK, called as serving calls them.
 
 Linears are oneDNN matmuls; experts go through the CUTLASS grouped GEMM that `XpuFusedMoe` calls for each of its two
-projections, or through ARK's, here with one expert. The calls are those of `xpuquant.xpu_ops`, which serves with them.
-Where a linear's operator takes quantized activations only, this backend adds up several terms
-(`kernels/activation_terms.py`).
+projections, or through ARK's, here with one expert. The calls are those of `xpuquant.xpu_ops` and
+`xpuquant.ark_ops`, which serve with them. Where a linear's operator takes quantized activations only, this backend adds
+up several terms (`kernels/activation_terms.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xpuquant import xpu_ops
+from xpuquant import ark_ops, xpu_ops
 from xpuquant.ark_releases import ARK_LAYOUTS
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
@@ -90,7 +90,7 @@ def _unfit(scheme: Scheme, N: int, K: int, activation: str) -> str | None:
     if activation == "F32":
         return "the XPU operators take 16-bit activations only"
     if layout in ARK_LAYOUTS:
-        if (missing := fault_of(xpu_ops.ark)) is not None:
+        if (missing := fault_of(ark_ops.ark)) is not None:
             return missing
         return f"ARK's expert kernels need N % 16 == 0, not N={N}" if N % 16 else None
     if scheme.experts and (N % 8 or (layout == "int4_experts" and g not in _EXPERT_GROUPS)):

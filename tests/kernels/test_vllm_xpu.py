@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import support.layers as hand
 
-from xpuquant import xpu_ops
+from xpuquant import ark_ops
 from xpuquant.kernels.base import Layer, tolerance
 from xpuquant.kernels.vllm_xpu import VllmXpu
 from xpuquant.xpu_releases import Release, served
@@ -64,7 +64,7 @@ def backend(release, monkeypatch) -> VllmXpu:
     monkeypatch.setattr(on_cpu, "unavailable", lambda: None)
     from support.ark import moe
 
-    monkeypatch.setattr(xpu_ops, "ark", lambda: SimpleNamespace(moe=moe))
+    monkeypatch.setattr(ark_ops, "ark", lambda: SimpleNamespace(moe=moe))
     return on_cpu
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.models import EXPERTS, PACK
 
+from xpuquant import ark_ops
 from xpuquant import xpu_ops as xpu
 from xpuquant.ark_releases import (
     ARK_FAULTS,
@@ -39,11 +40,11 @@ def called(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[Any, ...],
     packed = [PACK[scheme.layout](torch.randn(N, K).bfloat16(), scheme)[0] for _ in range(E)]
     stacks = {part: torch.stack([one[part] for one in packed]) for part in packed[0]}
     got: list[Any] = []
-    monkeypatch.setattr(xpu, "ark", lambda: SimpleNamespace(moe=lambda *args, **named: got.append((args, named))))
+    monkeypatch.setattr(ark_ops, "ark", lambda: SimpleNamespace(moe=lambda *args, **named: got.append((args, named))))
     scale, zeros = stacks["_scale"].bfloat16(), stacks.get("_zero_point")
     zeros = None if zeros is None else zeros.bfloat16()
     x, rows = torch.randn(7, K).bfloat16(), torch.tensor([4, 0, 3], dtype=torch.int32)
-    xpu.ark_gemm(scheme, stacks[""], scale, zeros, x, rows)
+    ark_ops.ark_gemm(scheme, stacks[""], scale, zeros, x, rows)
     ((args, named),) = got
     return args, named
 
@@ -128,7 +129,7 @@ def test_a_switch_that_refuses_other_ranks_rows_is_said_at_load(monkeypatch: pyt
     arch = SimpleNamespace(is_xe2_arch=lambda: True)
     monkeypatch.setattr(xpu, "installed", lambda: served()[-1])
     monkeypatch.setattr(xpu, "operators", lambda: arch)
-    monkeypatch.setattr(xpu, "ark", lambda: None)
+    monkeypatch.setattr(ark_ops, "ark", lambda: None)
     monkeypatch.setenv(COUNTS_ROWS, "yes")
     xpu.check_experts(EXPERTS["uint4"], 8, "silu")
     xpu.check_experts(EXPERTS["int4"], 8, "silu", ep_size=2)  # not ARK's

@@ -22,7 +22,7 @@ from support import released_wheels, xpu_stand_ins
 from support.ark import moe
 from support.models import EXPERTS, PACK, SCHEMES, pack_matrices
 
-from xpuquant import layers
+from xpuquant import ark_ops, layers
 from xpuquant import xpu_ops as xpu
 from xpuquant.ark_releases import ARK_LAYOUTS
 from xpuquant.errors import EnvironmentFault, UnsupportedError
@@ -61,8 +61,9 @@ def names(tree: ast.Module) -> Iterator[str]:
             yield from (part for text in strings for part in text.split("."))
 
 
-def test_operators_are_named_in_one_module() -> None:
-    """What verifies and what serves make the same calls, because there is one place to make them."""
+def test_operators_are_named_in_two_modules() -> None:
+    """What verifies and what serves make the same calls, because there is one place to make each: ARK's and those
+    around them, and all others."""
     root = Path(__file__).parents[2]
     sources = [path for room in ("convert", "formats", "kernels", "xpuquant") for path in (root / room).rglob("*.py")]
     callers = {
@@ -71,7 +72,10 @@ def test_operators_are_named_in_one_module() -> None:
         if (found := set(names(ast.parse(path.read_text()))) & (NAMESPACES | OPERATORS))
     }
     assert len(sources) > 50
-    assert callers.pop("xpuquant/xpu_ops.py") >= {"int4_gemm_w4a16", "fp8_gemm", "XpuFusedMoe"}
+    others, arks = callers.pop("xpuquant/xpu_ops.py"), callers.pop("xpuquant/ark_ops.py")
+    assert others >= {"int4_gemm_w4a16", "fp8_gemm", "XpuFusedMoe"}
+    assert arks >= {"remap_hidden_states", "moe_gather"}
+    assert not others & arks & OPERATORS
     assert not callers
 
 
@@ -335,7 +339,7 @@ def test_ark_is_handed_the_stored_experts(name: str, gate: str, ranks: int, monk
     scheme = replace(EXPERTS[name], gated=gate == "silu")
     for module in ("vllm_xpu_kernels", "vllm_xpu_kernels.fused_moe_interface"):
         monkeypatch.setitem(sys.modules, module, ModuleType(module))
-    monkeypatch.setattr(xpu, "ark", lambda: SimpleNamespace(moe=moe))
+    monkeypatch.setattr(ark_ops, "ark", lambda: SimpleNamespace(moe=moe))
     monkeypatch.setattr(xpu, "check_experts", lambda *_: NEW)
     stand_ins = SimpleNamespace(remap_hidden_states=remap_hidden_states, moe_gather=moe_gather)
     monkeypatch.setattr(torch.ops, "_moe_C", stand_ins, raising=False)
