@@ -147,7 +147,8 @@ def _make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     fused = [module.source.bias for module in planned if isinstance(module.source, CtLinear)]
     used |= {part.tensor.name for bias in fused if bias is not None for part in bias.parts}
     passed = tuple(tensor for tensor in reading.rest if tensor.name not in used)
-    shards = balance(in_source_order(planned, passed), options.max_shard_bytes)
+    units = in_source_order(planned, passed)
+    shards = balance(units, options.max_shard_bytes, fused=options.layout != ct_config.FAMILY)
     read_bytes = sum(
         part.nbytes for shard in shards for tensor in shard.tensors for piece in tensor.pieces for part in piece.inputs
     )

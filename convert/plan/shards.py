@@ -6,10 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from xpuquant.conversion.plan.survey import PlannedModule
+from xpuquant.formats.architecture import LAYERS, fused_with
 from xpuquant.formats.layouts.base import OutTensor, copied
 from xpuquant.formats.safetensors import Tensor, build_header
 
 _METADATA = {"format": "pt"}
+
+_ROWS = frozenset({"qweight", "weight"})
+"""Suffixes of the tensors of linears, in the layouts that XPU kernels read, whose first dimension is their rows."""
+
+_PLACES = {leaf: place for place, leaf in enumerate(LAYERS)}
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,14 @@ def in_source_order(planned: Iterable[PlannedModule], passed: Iterable[Tensor]) 
     return [tensors for _, tensors in placed]
 
 
-def balance(units: Sequence[Sequence[OutTensor]], max_bytes: int) -> tuple[Shard, ...]:
+def balance(units: Sequence[Sequence[OutTensor]], max_bytes: int, *, fused: bool = False) -> tuple[Shard, ...]:
     """Fill shards evenly, none over `max_bytes` of data unless one tensor is. A unit's tensors stay in one shard where
-    they fit, so that a shard can be made and verified on its own."""
+    they fit, so that a shard can be made and verified on its own.
+
+    Args:
+        fused: put the rows of q, k and v, and those of gate and up, that lie in one shard one behind the other, in the
+            order in which engines join them. The joined tensor is then one run of the file's bytes.
+    """
     sizes = [sum(tensor.nbytes for tensor in unit) for unit in units]
     total = sum(sizes)
     # Even shards: the same number of files, none of them a stub. Two where one would be more than half full: a file is
@@ -62,10 +73,21 @@ def balance(units: Sequence[Sequence[OutTensor]], max_bytes: int) -> tuple[Shard
     return tuple(
         _shard(
             f"model-{i:05}-of-{len(filled):05}.safetensors" if len(filled) > 1 else "model.safetensors",
-            members,
+            _side_by_side(members) if fused else members,
         )
         for i, members in enumerate(filled, 1)
     )
+
+
+def _side_by_side(tensors: Sequence[OutTensor]) -> list[OutTensor]:
+    """The tensors, with the rows that engines join at the place of the first of them."""
+    joined: dict[tuple[str, str], list[tuple[int, OutTensor]]] = {}
+    for tensor in tensors:
+        module, _, suffix = tensor.name.rpartition(".")
+        leaf = module.rpartition(".")[2]
+        key = (fused_with(module), suffix) if suffix in _ROWS and leaf in _PLACES else (tensor.name, "")
+        joined.setdefault(key, []).append((_PLACES.get(leaf, 0), tensor))
+    return [tensor for members in joined.values() for _, tensor in sorted(members, key=lambda member: member[0])]
 
 
 def _shard(name: str, tensors: Iterable[OutTensor]) -> Shard:

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from bench.stock_xpu import become_stock_xpu
 
 GROUP = 128
-FASTER = 3.0  # goal: how many times; the other goal is a peak of the parameters plus the largest tensor
+FASTER = 5.0  # goal: how many times, in seconds; the other goal is a peak of no more than the parameters
 KERNELS = "vllm-xpu-kernels==0.1.16.2"
 COMMON = {
     "torch_dtype": "bfloat16",
@@ -216,14 +216,7 @@ def measure(folder: Path, wheel: Path, stock: bool) -> dict[str, float]:
     done.set()
     watcher.join()
     held = {p.data_ptr(): p.nbytes for p in model.parameters()}
-    largest = max(held.values())
-    return {
-        "seconds": seconds,
-        "cpu": cpu,
-        "peak": peak - baseline,
-        "parameters": sum(held.values()),
-        "largest": largest,
-    }
+    return {"seconds": seconds, "cpu": cpu, "peak": peak - baseline, "parameters": sum(held.values())}
 
 
 def run(folder: Path, wheel: Path, side: str) -> dict[str, float]:
@@ -284,7 +277,7 @@ def bench(root: Path, layers: int, repeat: int) -> bool:
             row = f"{r['seconds']:.2f} | {r['cpu']:.2f} | {r['peak'] / 1e6:.0f} | {r['parameters'] / 1e6:.0f}"
             print(f"| {title} | {side} | {row} | {r['peak'] / r['parameters']:.2f} |", flush=True)
         stock, ours = median["stock"], median["converted"]
-        faster, over = stock["seconds"] / ours["seconds"], ours["peak"] - ours["parameters"]
+        faster = stock["seconds"] / ours["seconds"]
         goals += [
             (
                 f"{title}: {faster:.1f} times faster ({stock['cpu'] / ours['cpu']:.1f} times less processor "
@@ -292,9 +285,9 @@ def bench(root: Path, layers: int, repeat: int) -> bool:
                 faster >= FASTER,
             ),
             (
-                f"{title}: the peak is {ours['peak'] / 1e6:.0f} MB; goal: the parameters and the largest tensor, "
-                f"{(ours['parameters'] + ours['largest']) / 1e6:.0f} MB",
-                over <= ours["largest"],
+                f"{title}: the peak is {ours['peak'] / 1e6:.0f} MB; goal: the parameters, "
+                f"{ours['parameters'] / 1e6:.0f} MB",
+                ours["peak"] <= ours["parameters"],
             ),
         ]
     load = ", ".join(f"{average:.1f}" for average in os.getloadavg())

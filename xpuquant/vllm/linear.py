@@ -1,4 +1,4 @@
-"""Linear layers: parameters allocated in the stored layout, filled by vLLM's own sharding, never moved."""
+"""Linear layers: parameters in the stored layout, filled by vLLM's own sharding or left in the file, never moved."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from xpuquant import layers
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
+from xpuquant.vllm.adoption import SHARDS, MemberLoader, adopt
 from xpuquant.xpu_ops import eight
-
-SHARDS = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
-"""vLLM's name of a member of a fused attention projection → its place. The last two are a lightning indexer's."""
 
 
 @register_weight_loader_v2_supported_method
@@ -71,7 +69,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         if scheme.granularity == "block":
             layer.weight_block_size = [scheme.block_n, group]  # vLLM's sharding of block scales reads it
-        loader = extra["weight_loader"]
+        whole_rows = sizes if (input_size, output_size) == (K, N) else ()
         for suffix, stored in layers.linear_tensors(replace(scheme, group_size=group), N, K).items():
             if suffix == "g_idx":
                 self._create_g_idx(layer, len(sizes), K)
@@ -81,6 +79,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             if suffix == "weight_scale" and dtype.is_floating_point:
                 dtype = torch.float32  # what the fp8 kernels read
             data = torch.empty((len(sizes),) if scalar else stored.shape, dtype=dtype)
+            loader = MemberLoader(extra["weight_loader"], whole_rows if suffix in ("qweight", "weight") else ())
             layer.register_parameter(suffix, _parameter(scheme, suffix, data, scalar, whole, loader))
 
     def _create_g_idx(self, layer: Any, members: int, K: int) -> None:
@@ -158,6 +157,8 @@ class XpuquantHeadMethod(XpuquantLinearMethod):
         size = indices.org_vocab_end_index - start
 
         def load(param: Any, loaded: torch.Tensor) -> None:
+            if adopt(param, loaded):
+                return
             dim = getattr(param, "output_dim", None)
             if dim is None:
                 param.data.copy_(loaded)

@@ -5,8 +5,8 @@ single experts, some permute them, and some drop them without a word. So stacks 
 stream here and written into their layer directly. vLLM checks no missing weights where a model is
 quantized; this module does, by name.
 
-On the CPU a parameter that is one whole tensor of the file stays in the file's pages: nothing is copied, and the
-page cache is the only memory it takes.
+On the CPU stacks stay in the file's pages, as linears do (`adoption.py`): nothing is copied, and the page cache is the
+only memory that they take.
 
 The hook is `BaseModelLoader.create_model`, the one place that every load format passes: the new model's
 `load_weights` is wrapped where the model is quantized by us, and nothing else is touched.
@@ -26,6 +26,7 @@ from xpuquant.errors import DamagedError, UnsupportedError, one_line
 from xpuquant.formats.architecture import ALIASES
 from xpuquant.formats.scheme import Scheme
 from xpuquant.layers import expert_tensors, linear_tensors
+from xpuquant.vllm.adoption import adopt, settle
 from xpuquant.vllm.config import XpuquantConfig
 from xpuquant.vllm.copying import HostCopies
 from xpuquant.vllm.experts import XpuquantExpertsMethod
@@ -49,12 +50,6 @@ class Intake:
                 stored = config.name_of(method.prefix)
                 assert stored is not None, "the method was made from it"
                 self.experts[stored] = (name, layer)
-        self.linears = {
-            f"{name}.{suffix}": param
-            for name, layer in model.named_modules()
-            if isinstance(layer, LinearBase) and name in config.stored
-            for suffix, param in layer.named_parameters(recurse=False)
-        }
         self.seen: set[str] = set()
         self.filled: set[str] = set()
         # Mixtral's block has two names; vLLM's model loader knows one.
@@ -81,15 +76,12 @@ class Intake:
             elif suffix != "bias" or scheme.experts:
                 _check(name, suffix, scheme, tensor)
             if module not in self.experts:
-                if _adopt(self.linears.get(name), tensor):
-                    self.filled.add(name)
-                    continue
                 for stored, known in self.renames:
                     name = name.replace(stored, known)
                 yield name, tensor
                 continue
             prefix, layer = self.experts[module]
-            if not _adopt(getattr(layer, suffix, None), tensor):
+            if not adopt(getattr(layer, suffix, None), tensor):
                 layer.quant_method.load(layer, suffix, tensor)
             self.filled.add(f"{prefix}.{suffix}")
 
@@ -120,17 +112,6 @@ class Intake:
                 absent = suffixes - came.get(member, set())
                 missing |= {f"{member}.{suffix}" for suffix in (absent & {"bias"} if mixed else absent)}
         return sorted(missing)
-
-
-def _adopt(param: Any, tensor: torch.Tensor) -> bool:
-    """Let a parameter on the CPU be the tensor that it would be a copy of, and say whether it could."""
-    if not isinstance(param, torch.nn.Parameter) or param.device.type != "cpu" or tensor.device.type != "cpu":
-        return False
-    alike = param.shape == tensor.shape and param.dtype == tensor.dtype and param.stride() == tensor.stride()
-    if not alike or tensor.data_ptr() % tensor.itemsize:
-        return False
-    param.data = tensor
-    return True
 
 
 def names_of(scheme: Scheme) -> set[str]:
@@ -179,6 +160,7 @@ def guard(model: Any, config: XpuquantConfig) -> None:
         intake = Intake(model, config)
         with HostCopies():
             loaded = inner(intake.stream(weights), *args, **kwargs)
+            settle(model)
         if not complete:
             intake.finish(loaded)
             complete = True

@@ -15,7 +15,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
-from xpuquant.vllm.linear import SHARDS, XpuquantLinearMethod
+from xpuquant.vllm.adoption import SHARDS, adopt
+from xpuquant.vllm.linear import XpuquantLinearMethod
 
 
 class XpuquantMembersMethod(LinearMethodBase):  # type: ignore[misc]
@@ -67,7 +68,9 @@ class XpuquantMembersMethod(LinearMethodBase):  # type: ignore[misc]
                 replicas = layer.num_kv_head_replicas if shard in ("k", "v", "index_q") else 1
                 everywhere = shard == "index_k" or (shard == "index_q" and getattr(layer, "replicate_index_q", False))
                 param.tp_rank = 0 if everywhere else layer.tp_rank // replicas
-                param.load_column_parallel_weight(loaded.reshape(1) if loaded.ndim == 0 else loaded)
+                loaded = loaded.reshape(1) if loaded.ndim == 0 else loaded
+                if not adopt(param, loaded):
+                    param.load_column_parallel_weight(loaded)
             param.filled = True
 
         return load

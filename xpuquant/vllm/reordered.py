@@ -3,12 +3,15 @@
 Llama 4's loader (`Llama4ForCausalLM.permute_qk_weight_for_rotary`) brings the rows of q and k from the order of Hugging
 Face's rotary embedding into its own. It does so for `weight`, `weight_packed` and `weight_scale`, and takes the rows of
 each for its first dimension: `qweight` and `scales` would stay as they are, and the model would say other tokens,
-without an error. Here that method is followed: what it does to a matrix of row numbers is done to every tensor of a
-module. Loaders that nothing follows yet are refused.
+without an error. BLOOM's (`BloomModel._repack_qkv`) brings the rows of all heads' q, k and v into the order q of all,
+k of all, v of all, and takes every tensor of the module for one whose first dimension they are, scales and permutations
+included. Here those methods are followed: what they do to a matrix of row numbers is done to every tensor of a module,
+along the dimension that its rows lie in. Loaders that nothing follows yet are refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from inspect import getmro
 from typing import Any
 
@@ -20,9 +23,17 @@ from xpuquant.formats.scheme import Scheme
 REFUSED = {"K2HorizonForCausalLM": ("q_proj", "k_proj"), "TeleChat2ForCausalLM": ("key_value",)}
 """Classes of vLLM whose `load_weights` takes rows apart or reorders them → the linears of which it does."""
 
-_METHOD = "permute_qk_weight_for_rotary"
-_REORDERED = ("q_proj", "k_proj")
+_BY_NAME = "permute_qk_weight_for_rotary"
+"""Llama 4: a name and a tensor in, both out."""
+
+_BY_STREAM = "_repack_qkv"
+"""BLOOM: all names and tensors in, all out."""
+
+_REORDERED = {_BY_NAME: ("q_proj", "k_proj"), _BY_STREAM: ("query_key_value",)}
+"""Method → the linears whose rows it reorders."""
+
 _STORED = ("qweight", "qzeros", "scales", "weight_scale")
+_ROWLESS = ("g_idx", "global_scale", "input_scale")
 
 
 def follow_or_refuse(model: torch.nn.Module, stored: dict[str, Scheme]) -> None:
@@ -43,14 +54,15 @@ def follow_or_refuse(model: torch.nn.Module, stored: dict[str, Scheme]) -> None:
                         f"{one_line(name)}: vLLM's {kind.__name__} reorders its rows while it loads them, "
                         "which is not done for stored layouts yet; serve the source repo instead"
                     )
-        if hasattr(module, _METHOD):
-            _refuse_shared_scales(type(module).__name__, stored)
-            setattr(module, _METHOD, _following(getattr(module, _METHOD)))
+        for method, follow in ((_BY_NAME, _following), (_BY_STREAM, _following_stream)):
+            if hasattr(module, method):
+                _refuse_shared_scales(type(module).__name__, _REORDERED[method], stored)
+                setattr(module, method, follow(getattr(module, method)))
 
 
-def _refuse_shared_scales(kind: str, stored: dict[str, Scheme]) -> None:
+def _refuse_shared_scales(kind: str, reordered: tuple[str, ...], stored: dict[str, Scheme]) -> None:
     for name, scheme in stored.items():
-        if name.rpartition(".")[2] in _REORDERED and scheme.granularity == "block":
+        if name.rpartition(".")[2] in reordered and scheme.granularity == "block":
             raise UnsupportedError(
                 f"{one_line(name)}: vLLM's {kind} reorders its rows, of which {scheme.block_n} share a scale; "
                 "serve the source repo instead"
@@ -58,29 +70,48 @@ def _refuse_shared_scales(kind: str, stored: dict[str, Scheme]) -> None:
 
 
 def _following(theirs: Any) -> Any:
-    """`theirs` for what it knows; for stored tensors the same, along the dimension that their rows lie in."""
+    """Llama 4's `theirs` for what it knows; for stored tensors the same, along the dimension that their rows lie in."""
 
     def reorder(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         module, _, suffix = name.rpartition(".")
-        if module.rpartition(".")[2] not in _REORDERED or suffix not in _STORED or tensor.ndim != 2:
+        if module.rpartition(".")[2] not in _REORDERED[_BY_NAME] or suffix not in _STORED or tensor.ndim != 2:
             result: tuple[str, torch.Tensor] = theirs(
                 name, tensor
             )  # `weight`, scales of rows, and what is not reordered
             return result
-        if suffix == "qzeros":
-            return name, _packed(_unpacked(tensor)[:, _order(theirs, module, tensor.shape[1] * 8)])
-        if suffix == "qweight":
-            return name, tensor[_order(theirs, module, tensor.shape[0])]
-        return name, tensor[:, _order(theirs, module, tensor.shape[1])].contiguous()
+        return name, _in_order(suffix, tensor, lambda rows: theirs(f"{module}.weight", rows)[1])
 
     return reorder
 
 
-def _order(theirs: Any, module: str, N: int) -> torch.Tensor:
-    """Which row `theirs` puts at each place."""
-    _, rows = theirs(f"{module}.weight", torch.arange(N).unsqueeze(1))
-    order: torch.Tensor = rows.flatten()
-    return order
+def _following_stream(theirs: Any) -> Any:
+    """BLOOM's `theirs` likewise. What has no rows stays as it is."""
+
+    def reorder(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            module, _, suffix = name.rpartition(".")
+            of_it = module.rpartition(".")[2] in _REORDERED[_BY_STREAM]
+            if of_it and (suffix in _ROWLESS or tensor.numel() == 1):
+                yield name, tensor
+            elif of_it and suffix in _STORED and tensor.ndim == 2:
+                yield name, _in_order(suffix, tensor, lambda rows: next(iter(theirs([(name, rows)])))[1])  # noqa: B023
+            else:
+                yield from theirs([(name, tensor)])
+
+    return reorder
+
+
+def _in_order(suffix: str, tensor: torch.Tensor, reorder: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A stored tensor with its rows as `reorder` has those of a weight `[N, K]`."""
+
+    def order(N: int) -> torch.Tensor:
+        return reorder(torch.arange(N).unsqueeze(1)).flatten()
+
+    if suffix == "qzeros":
+        return _packed(_unpacked(tensor)[:, order(tensor.shape[1] * 8)])
+    if suffix == "qweight":
+        return tensor[order(tensor.shape[0])]
+    return tensor[:, order(tensor.shape[1])].contiguous()
 
 
 def _unpacked(words: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import FIXTURES
 from support.models import EXPERTS, SCHEMES, write
 
 from xpuquant.errors import DamagedError, EnvironmentFault
@@ -69,7 +70,7 @@ def test_every_member_of_a_fused_projection_has_a_place() -> None:
 
     from vllm.model_executor.layers import linear
 
-    from xpuquant.vllm.linear import SHARDS
+    from xpuquant.vllm.adoption import SHARDS
 
     sets = [node for node in ast.walk(ast.parse(inspect.getsource(linear))) if isinstance(node, ast.Set | ast.List)]
     members = [{e.value for e in node.elts if isinstance(e, ast.Constant)} for node in sets]
@@ -84,12 +85,17 @@ def mapped(path: Path) -> list[range]:
     return [range(int(begin, 16), int(end, 16)) for begin, end in found]
 
 
+def lie_in(pages: list[range], model: torch.nn.Module) -> dict[str, bool]:
+    """Parameter → whether it lies in the file's pages."""
+    return {name: any(param.data_ptr() in part for part in pages) for name, param in model.named_parameters()}
+
+
 def test_whole_tensors_stay_in_the_files_pages(tmp_path: Path, load: Any) -> None:
-    """On the CPU: stacks of experts and linears that are not fused; what is fused or cast is copied."""
+    """On the CPU: stacks of experts, linears that are not fused, and those that are where their rows lie side by side,
+    which here they do not."""
     pair = write(tmp_path, "qwen3_moe", SCHEMES["int4"], EXPERTS["int4"])
     model = load(pair.converted)
-    pages = mapped(pair.converted / "model.safetensors")
-    held = {name: any(param.data_ptr() in part for part in pages) for name, param in model.named_parameters()}
+    held = lie_in(mapped(pair.converted / "model.safetensors"), model)
     layer = "model.layers.1"
     assert held[f"{layer}.mlp.experts.routed_experts.gate_up_proj"]
     assert held[f"{layer}.self_attn.o_proj.qweight"]
@@ -102,6 +108,89 @@ def test_whole_tensors_stay_in_the_files_pages(tmp_path: Path, load: Any) -> Non
         load_file(pair.converted / "model.safetensors")[f"{layer}.self_attn.o_proj.qweight"],
         stored[f"{layer}.self_attn.o_proj.qweight"],
     )
+
+
+JOINED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["gptqmodel-qwen3-w4g32", "gptqmodel-qwen3-w4g32-actorder", "llmcompressor-llama-fp8-dynamic"]
+    + [f"llmcompressor-llama-{kind}" for kind in ("fp8-static", "mxfp4", "mxfp8", "nvfp4a16", "w8a8")],
+)
+def test_what_vllm_joins_is_a_view_of_the_file(source: str, tmp_path: Path, load: Any) -> None:
+    """q, k, v and gate, up lie in a converted repo as vLLM joins them: on the CPU nothing of them is copied."""
+    import xpuquant
+
+    xpuquant.convert(FIXTURES / source, tmp_path / "out", verify=False)
+    file = tmp_path / "out" / "model.safetensors"
+    model, stored = load(tmp_path / "out"), load_file(file)
+    held = lie_in(mapped(file), model)
+    layer = "model.layers.0"
+    for joined, members in JOINED.items():
+        block = joined.partition(".")[0]
+        suffix = "qweight" if f"{layer}.{joined}.qweight" in held else "weight"
+        weight = model.get_parameter(f"{layer}.{joined}.{suffix}")
+        assert held[f"{layer}.{joined}.{suffix}"]
+        wanted = torch.cat([stored[f"{layer}.{block}.{member}.{suffix}"] for member in members])
+        assert torch.equal(weight.view(torch.uint8), wanted.view(torch.uint8))
+    weight.data.zero_()
+    assert all(torch.equal(load_file(file)[name].view(torch.uint8), t.view(torch.uint8)) for name, t in stored.items())
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+@pytest.mark.parametrize("scheme", ["int4", "int4-asym", "int4-act-order", "fp8-channel", "mxfp8", "nvfp4"])
+def test_a_loader_that_reorders_rows_is_not_passed_by(family: str, scheme: str, tmp_path: Path, load: Any) -> None:
+    """vLLM's own classes for BLOOM and Falcon, of the converted model and of its dequantized twin."""
+    falcon = {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}
+    changes: dict[str, Any] = falcon if family == "falcon" else {"tie_word_embeddings": True}
+    pair = write(tmp_path, family, SCHEMES[scheme], **changes)
+    plain, model = load(pair.plain, dtype="float32"), load(pair.converted, dtype="float32")
+    stored = load_file(pair.plain / "model.safetensors")
+    checked = 0
+    for name, layer in model.named_modules():
+        if name.endswith("query_key_value"):
+            x = torch.eye(256)
+            wanted = plain.get_submodule(name)(x)[0]
+            torch.testing.assert_close(layer(x)[0], wanted, atol=1e-5, rtol=0)
+            (source,) = (t for key, t in stored.items() if key.endswith(f"{name.partition('.h.')[2]}.weight"))
+            assert not torch.equal(wanted, x @ source.t()), "nothing is reordered"
+            checked += 1
+    assert checked == 2
+
+
+def test_members_that_wait_for_others_are_copied() -> None:
+    """A load that brings some members only, one that brings them from elsewhere, and one in another dtype."""
+    from xpuquant.vllm.adoption import MemberLoader, settle
+
+    def theirs(param: torch.nn.Parameter, tensor: torch.Tensor, member: int) -> None:
+        start = (0, 4)[member]
+        param.data[start : start + len(tensor)].copy_(tensor)
+
+    def fresh() -> Any:
+        model: Any = torch.nn.Module()
+        model.weight = torch.nn.Parameter(torch.zeros(6, 8, dtype=torch.int32), requires_grad=False)
+        model.weight.weight_loader = MemberLoader(theirs, [4, 2])
+        return model
+
+    rows = torch.arange(48, dtype=torch.int32).view(6, 8)
+    for parts, is_view in [
+        ({0: rows[:4], 1: rows[4:]}, True),
+        ({1: rows[4:], 0: rows[:4]}, True),
+        ({0: rows[:4].clone(), 1: rows[4:].clone()}, False),
+        ({0: rows[:4].long(), 1: rows[4:].long()}, False),
+        ({1: rows[4:]}, False),
+    ]:
+        model = fresh()
+        for member, tensor in parts.items():
+            model.weight.weight_loader(model.weight, tensor, member)
+        settle(model)
+        wanted = torch.zeros_like(rows)
+        for member in parts:
+            start = (0, 4)[member]
+            wanted[start : start + len(parts[member])] = rows[start : start + len(parts[member])]
+        assert torch.equal(model.weight, wanted)
+        assert (model.weight.data_ptr() == rows.data_ptr()) == is_view
 
 
 @pytest.mark.parametrize("experts", EXPERTS)

@@ -21,6 +21,7 @@ PATH = "model.layers.0.self_attn"
 
 REVIEWED = {
     "bagel.py": "a convolution of the vision tower",
+    "bloom.py": "followed",
     "bert_with_rope.py": "halves of up_gate_proj, experts, adapters: other shapes than the parameters', an error",
     "dbrx.py": "experts of its own, whose parts are not taken",
     "gpt_oss.py": "experts, which do not come through the loader",
@@ -107,7 +108,7 @@ def test_every_loader_that_reorders_has_been_read() -> None:
     assert found == set(REVIEWED)
 
 
-_LOADS = ("load", "weight", "permute_qk", "remap_mistral", "split_key_value")
+_LOADS = ("load", "weight", "permute_qk", "repack", "remap", "split_key_value", "split_qkv_weight")
 _REORDERING = ("permute", "transpose", "t", "flip", "roll", "index_select", "cat", "stack")
 
 
