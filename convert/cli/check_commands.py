@@ -84,14 +84,14 @@ def diff(
 ) -> None:
     """Compare the tensors of two repos, by bytes and by value. Names, dtypes and shapes too; what the two store
     otherwise is decoded. Exit code 0: equal, at least in value; 1: different."""
-    from xpuquant.conversion.cli import answers
+    from xpuquant.conversion.cli.diff_answers import compared
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.diff import compare
 
     output = Output(as_json, quiet, verbose)
     with output.progress() as progress:
         difference = compare(a, b, values=values, decode=decode, reporter=progress)
-    output.answer(answers.compared(difference))
+    output.answer(compared(difference))
     if not difference.same_values:
         raise VerificationError(f"{a} and {b} differ")
 

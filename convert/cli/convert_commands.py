@@ -84,9 +84,9 @@ def convert(
         convert_several([one.request(request) for one in read_list(sources_file)], output, dry_run=dry_run)
         return
     if dry_run:
-        from xpuquant.conversion.cli import answers
+        from xpuquant.conversion.cli.plan_answers import planned
 
-        output.answer(answers.planned(plan_only(request), request.target, request.workers, part))
+        output.answer(planned(plan_only(request), request.target, request.workers, part))
         return
     with output.progress() as progress:
         result = run(request, progress)

@@ -8,8 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from xpuquant.conversion.cli.answers import engines_data, engines_table, module_data, modules_table, notes, source_data
 from xpuquant.conversion.cli.output import Answer, Typed
+from xpuquant.conversion.cli.plan_answers import (
+    engines_data,
+    engines_table,
+    module_data,
+    modules_table,
+    notes,
+    source_data,
+)
 from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.gpus import EXPERT_GENERATIONS, GPUS, KEPT_FREE, USED, Gpu
 from xpuquant.conversion.plan.survey import modules_have

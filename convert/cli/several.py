@@ -11,6 +11,7 @@ import typer
 
 from xpuquant.conversion.cli import answers
 from xpuquant.conversion.cli.output import Answer, Output
+from xpuquant.conversion.cli.plan_answers import planned
 from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.results import Converted, Planned
 from xpuquant.conversion.runs.request import ConvertRequest, convert, plan_only
@@ -100,7 +101,7 @@ def _data(one: _Ended, output: Output) -> dict[str, Any]:
     if isinstance(result, Converted):
         found = dict(answers.converted(result, output).data)
     elif result is not None:
-        found = dict(answers.planned(result, request.target, request.workers).data)
+        found = dict(planned(result, request.target, request.workers).data)
     return {
         "source": request.source,
         "out": str(request.target),

@@ -56,6 +56,22 @@ def test_conversion_needs_no_torch() -> None:
     assert not set(python(code).stdout.splitlines()) & {"torch", "transformers", "huggingface_hub"}
 
 
+def test_looking_at_a_checkpoint_loads_nothing_that_checks_one() -> None:
+    """`inspect` feels instant: kernels, reports and compiled loops are for those who use them."""
+    source = ROOT / "tests" / "fixtures" / "gptqmodel-qwen3-w4g32"
+    code = f"import sys; from xpuquant.conversion.cli.app import run; run(['inspect', {str(source)!r}, '-q'])"
+    loaded = set(python(f"{code}; print(*sys.modules, sep='\\n')").stdout.splitlines())
+    heavy = (
+        "xpuquant.kernels",
+        "xpuquant.conversion.report",
+        "xpuquant.formats.packing.convert_loops",
+        "numba",
+        "torch",
+    )
+    assert "xpuquant.conversion.inspection" in loaded
+    assert not [name for name in loaded if name.startswith(heavy)]
+
+
 def test_module_and_version() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "xpuquant", "--version"],
