@@ -34,6 +34,7 @@ class Fit:
     weights       of the converted model
     kv_cache      of one sequence of `tokens` tokens, in bf16; None where config.json does not say enough
     kv_cache_fp8  the same in fp8
+    weights_int4  of the model, were its wider modules int4 in groups of 128; None where that is no tenth less
     """
 
     gpus: int
@@ -41,10 +42,17 @@ class Fit:
     weights: int
     kv_cache: int | None
     kv_cache_fp8: int | None
+    weights_int4: int | None = None
 
-    def held_by(self, usable: int, fp8: bool = False) -> bool:
-        """Whether a GPU with so many bytes for weights and KV cache holds its part."""
-        return self.weights + ((self.kv_cache_fp8 if fp8 else self.kv_cache) or 0) <= usable
+    def held_by(self, usable: int, fp8: bool = False, int4: bool = False) -> bool:
+        """Whether a GPU with so many bytes for weights and KV cache holds its part.
+
+        Args:
+            fp8: with a KV cache in fp8.
+            int4: with weights of 4 bits, where they are wider.
+        """
+        weights = self.weights if self.weights_int4 is None or not int4 else self.weights_int4
+        return weights + ((self.kv_cache_fp8 if fp8 else self.kv_cache) or 0) <= usable
 
 
 @dataclass(frozen=True)
@@ -151,8 +159,9 @@ def _fit(
     checkpoint: Checkpoint, planned: Sequence[PlannedModule], passed: Sequence[Tensor], ranks: int, tokens: int
 ) -> Fit:
     config = checkpoint.text_config
-    caches = [kv_cache(config, tokens, ranks, element) for element in (2, 1)]
-    return Fit(ranks, tokens, weights_on_each(planned, passed, config, ranks), *caches)
+    bf16, fp8 = (kv_cache(config, tokens, ranks, element) for element in (2, 1))
+    weights, as_int4 = (weights_on_each(planned, passed, config, ranks, narrow) for narrow in (False, True))
+    return Fit(ranks, tokens, weights, bf16, fp8, as_int4 if as_int4 < 0.9 * weights else None)
 
 
 def _bytes_below(checkpoint: Checkpoint, modules: Collection[str]) -> int:

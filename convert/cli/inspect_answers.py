@@ -141,11 +141,15 @@ def _memory(found: Inspection) -> list[str | TextTable]:
         return [TextTable("tensor parallel", ("GPUs", "splits"), [row[:2] for row in rows])]
     tokens = f"{found.fits[0].tokens:,} tokens"
     served = [gpu for gpu in GPUS if gpu.computes_experts or not found.has_experts]
-    cards = [(gpu.name, f"{gpu.gib} GiB", *(_needed(found, gpu, fp8) for fp8 in (False, True))) for gpu in served]
+    ways = [("GPUs needed", False, False), ("with an fp8 KV cache", True, False), ("as int4", False, True)]
+    helps = any(_needed(found, gpu, False, True) != _needed(found, gpu, False, False) for gpu in served)
+    ways = ways if helps else ways[:-1]
+    cards = [(gpu.name, f"{gpu.gib} GiB", *(_needed(found, gpu, fp8, int4) for _, fp8, int4 in ways)) for gpu in served]
     return [
         TextTable("on each GPU", ("GPUs", "splits", "weights", f"KV cache of {tokens}"), rows),
-        TextTable("GPUs that hold it", ("GPU", "memory", "GPUs needed", "with an fp8 KV cache"), cards),
+        TextTable("GPUs that hold it", ("GPU", "memory", *(title for title, _, _ in ways)), cards),
         f"counted: weights and {tokens} of KV cache, in {USED:.0%} of the memory, less {size(KEPT_FREE)} for work",
+        *(["as int4: were the model quantized to 4 bits in groups of 128 instead, which xpuquant does not do"] * helps),
         *_left_out([gpu for gpu in GPUS if gpu not in served]),
     ]
 
@@ -158,9 +162,9 @@ def _left_out(gpus: list[Gpu]) -> list[str]:
     return [f"not listed: {', '.join(gpu.name for gpu in gpus)}; experts are computed on {generations} only"]
 
 
-def _needed(found: Inspection, gpu: Gpu, fp8: bool) -> str:
+def _needed(found: Inspection, gpu: Gpu, fp8: bool, int4: bool) -> str:
     """The smallest number of GPUs that hold the model."""
-    enough = [fit.gpus for fit in found.fits if fit.held_by(gpu.usable, fp8)]
+    enough = [fit.gpus for fit in found.fits if fit.held_by(gpu.usable, fp8, int4)]
     return str(min(enough)) if enough else f"more than {max(fit.gpus for fit in found.fits)}"
 
 

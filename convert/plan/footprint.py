@@ -20,18 +20,32 @@ _WINDOWS = ("sliding_attention", "chunked_attention", "local_attention")
 _KEEPS_ALL = "full_attention"
 
 
+_INT4_BITS = 4 + 16 / 128
+"""Of a weight as int4 in groups of 128 with a scale of 16 bits, as most are published."""
+
+
 def weights_on_each(
-    modules: Iterable[PlannedModule], passed: Iterable[Tensor], config: Mapping[str, Any], ranks: int
+    modules: Iterable[PlannedModule],
+    passed: Iterable[Tensor],
+    config: Mapping[str, Any],
+    ranks: int,
+    as_int4: bool = False,
 ) -> int:
     """Bytes of weights on each of `ranks` GPUs.
 
     Args:
         config: the language model's, of config.json.
+        as_int4: what it would be, were wider modules quantized to int4 in groups of 128 instead.
     """
     heads = _number(config, "num_key_value_heads") or 1
-    sizes = [(module.conversion.name, module.nbytes, 2) for module in modules]
+    sizes = [(module.conversion.name, _int4(module) if as_int4 else module.nbytes, 2) for module in modules]
     sizes += [(tensor.name.removesuffix(".weight"), tensor.nbytes, len(tensor.shape)) for tensor in passed]
     return sum(_share(name, nbytes, dims, ranks, heads) for name, nbytes, dims in sizes)
+
+
+def _int4(module: PlannedModule) -> int:
+    elements = sum(weight.N * weight.K for _, _, weight in module.weights)
+    return min(module.nbytes, int(elements * _INT4_BITS / 8))
 
 
 def _share(name: str, nbytes: int, dims: int, ranks: int, heads: int) -> int:

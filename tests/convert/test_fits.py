@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from support.checkpoints import FIXTURES
 
 import xpuquant
 from xpuquant.conversion.cli.app import run
+from xpuquant.conversion.cli.inspect_answers import inspected
+from xpuquant.conversion.cli.tables import lines_of
 from xpuquant.conversion.gpus import GIB, GPUS
 from xpuquant.conversion.inspection import Fit
 from xpuquant.conversion.plan.footprint import kv_cache
@@ -17,6 +21,7 @@ from xpuquant.conversion.rates import VERIFIED, seconds
 
 SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
+FP8 = FIXTURES / "llmcompressor-llama-fp8-static"
 REFUSED = FIXTURES / "llmcompressor-llama-fp8-block-ragged"
 
 # Numbers of the published config.json of each.
@@ -90,6 +95,30 @@ def test_which_gpu_holds_it() -> None:
     model = Fit(1, 8192, weights=9 * GIB, kv_cache=1 * GIB, kv_cache_fp8=GIB // 2)
     assert not model.held_by(names["Arc B580"].usable) and model.held_by(names["Arc Pro B50"].usable)
     assert model.held_by(int(9.6 * GIB), fp8=True) and not model.held_by(int(9.6 * GIB))
+
+
+def test_what_another_scheme_would_need() -> None:
+    """A model of 8 bits is told what it would be in 4; one that is in 4 is not."""
+    wide = xpuquant.inspect(FP8, tensor_parallel=[1])
+    assert isinstance(wide, xpuquant.Inspection)
+    (fit,) = wide.fits
+    quantized = sum(module.nbytes for module in wide.modules)
+    assert fit.weights_int4 is not None and fit.weights - quantized < fit.weights_int4 < fit.weights - 0.4 * quantized
+    assert fit.held_by(fit.weights_int4 + (fit.kv_cache or 0), int4=True)
+    assert not fit.held_by(fit.weights_int4 + (fit.kv_cache or 0))
+    narrow = xpuquant.inspect(SOURCE)
+    assert isinstance(narrow, xpuquant.Inspection) and narrow.fits[0].weights_int4 is None
+    large = Fit(1, 8192, weights=40 * GIB, kv_cache=GIB, kv_cache_fp8=GIB // 2, weights_int4=21 * GIB)
+    said = "\n".join(shown(replace(wide, fits=(large,))))
+    assert "as int4: were the model quantized to 4 bits" in said
+    assert re.search(r"Arc Pro B70 +32 GiB +more than 1 +more than 1 +1$", said, re.MULTILINE)
+    assert "as int4" not in "\n".join(shown(wide)), "it fits as it is"
+
+
+def shown(found: xpuquant.Inspection) -> Iterator[str]:
+    """The answer of `inspect`, line by line."""
+    for part in inspected(found).parts:
+        yield from [part] if isinstance(part, str) else (line for _, line in lines_of(part))
 
 
 @pytest.mark.parametrize(("source", "left_out"), [(SOURCE, False), (MOE, True)])
