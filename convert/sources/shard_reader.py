@@ -7,7 +7,7 @@ import os
 import resource
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class ShardReader:
             for offset, length in box.runs():
                 end = position + length
                 while position < end:
-                    got = _read_at(fd, view[position:end], offset)
+                    got = _READ_AT(fd, (view[position:end],), offset)
                     if got == 0:
                         raise DamagedError(f"{shard}: is truncated inside '{box.tensor.name}'; download it again")
                     position += got
@@ -148,10 +148,12 @@ def _close_all(descriptors: dict[str, int]) -> None:
         os.close(descriptors.popitem()[1])
 
 
-def _read_at(fd: int, out: memoryview, offset: int) -> int:
-    """Fill `out` from a place in the file, as far as one call goes; bytes read. Without preadv: by a copy."""
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [out], offset)
+def _copied_from(fd: int, into: tuple[memoryview], offset: int) -> int:
+    (out,) = into
     data = os.pread(fd, len(out), offset)
     out[: len(data)] = data
     return len(data)
+
+
+_READ_AT: Callable[[int, tuple[memoryview], int], int] = getattr(os, "preadv", _copied_from)
+"""Fills memory from a place in the file, as far as one call goes; bytes read. Where there is no preadv: by a copy."""

@@ -35,6 +35,7 @@ import numpy as np
 
 from xpuquant.formats.layouts.base import Matrix, Stored
 from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.weights.decoded import each_row, in_order, lies_by_columns
 from xpuquant.formats.weights.packed import Packed, Rows
 
 _LATER = ("divides", "gated")
@@ -99,7 +100,8 @@ class MatrixDigest:
             codes = (pairs | pairs >> np.uint16(4)).astype(np.uint8)
         self._codes.update(codes.view(np.uint8).data)
         scale = rows.scale if _is_count(rows.row, len(rows.scale)) else np.take(rows.scale, rows.row, axis=0)
-        self._scales.update(np.ascontiguousarray(scale).reshape(-1).view(np.uint8).data)
+        rows_of_scale = in_order(scale) if lies_by_columns(scale) else np.ascontiguousarray(scale)
+        self._scales.update(rows_of_scale.reshape(-1).view(np.uint8).data)
         if not self._columns:
             self._types = f"{number} {rows.scale.dtype.name}"
             self._columns = self._hash(rows.col.astype("<i4").data).hexdigest()
@@ -130,4 +132,5 @@ def module_digest(stored: Stored, matrices: Sequence[MatrixDigest]) -> str:
 
 
 def _is_count(row: np.ndarray[tuple[int, ...], np.dtype[np.int64]], rows: int) -> bool:
-    return len(row) == rows and bool((row == np.arange(rows)).all())
+    count = each_row(rows)
+    return row is count or (len(row) == rows and bool((row == count).all()))

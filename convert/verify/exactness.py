@@ -38,10 +38,10 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import PIECE_BYTES, ROWS_MULTIPLE, Arrays, Recipe, Weight, row_blocks
 from xpuquant.formats.weights.decoded import Decoded, in_order, to_bf16
 from xpuquant.formats.weights.floats import FloatWeight, is_upended, view
-from xpuquant.formats.weights.packed import Rows, rows_difference
+from xpuquant.formats.weights.packed import PackedColumns, Rows, rows_difference
 from xpuquant.formats.weights.parts import BiasRows
 
-BLOCK_CODES = 2 << 20
+BLOCK_CODES = 4 << 20
 """Codes decoded at once: a matrix of a small expert in one go, for every block costs the same few hundred microseconds
 beside its bytes; both sides and their temporaries still stay in the third-level cache."""
 
@@ -201,14 +201,14 @@ class _ModuleCheck:
         rounded = None if self._rounding is None else RoundedScales(self._rounding.dtype)
         # Rows that one row of scales covers: a block of rows may begin among them.
         covered = weight.block[0] if isinstance(weight, FloatWeight) else 1
-        for start, stop, expected in packed_blocks(weight, self._source):
+        for start, stop, expected in _blocks(weight.as_compared, weight, self._source):
             if rounded is not None:
                 expected = rounded.round(expected, continued=start % covered != 0)
             try:
                 actual = in_rows(layout.as_packed(stored, matrix, start, stop))
             except CONTRADICTIONS as fault:
                 return contradiction(fault)
-            wrong = rows_difference(in_rows(expected), actual)
+            wrong = rows_difference(expected if isinstance(expected, PackedColumns) else in_rows(expected), actual)
             if wrong is not None:
                 return f"rows {start}:{stop}: {wrong}"
             digest.update(actual)

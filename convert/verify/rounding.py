@@ -17,9 +17,9 @@ from xpuquant.conversion.verify.proof import Rounding
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.weights.decoded import Decoded
-from xpuquant.formats.weights.packed import Packed
+from xpuquant.formats.weights.packed import Packed, PackedColumns
 
-R = TypeVar("R", bound=Decoded | Packed)
+R = TypeVar("R", bound=Decoded | Packed | PackedColumns)
 
 LARGEST_CHANGE = {"F16": 2.0**-11, "BF16": 2.0**-8}
 """dtype → the largest relative change of a number in its normal range: half of its last place. Below that range

@@ -16,7 +16,8 @@ from xpuquant.conversion.sizes import counted
 from xpuquant.conversion.verify.proof import Checked, Claim
 from xpuquant.conversion.verify.verdict import Finding, Sanity
 from xpuquant.formats.checkpoint import Array
-from xpuquant.formats.weights.decoded import Decoded
+from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.formats.weights.decoded import Decoded, even_groups, lies_by_columns
 from xpuquant.formats.weights.packed import Packed, Rows
 
 _DEAD_SHARE = 0.01
@@ -92,7 +93,9 @@ class SanityCount:
 
 def _widened(scale: Array) -> Array:
     """Scales as float32, contiguous, in any order."""
-    if scale.dtype.name != "bfloat16":
+    if lies_by_columns(scale):
+        scale = scale.T
+    if scale.dtype != numpy_dtype("BF16"):
         with np.errstate(over="ignore"):  # an infinity is what it is to a kernel
             return np.ascontiguousarray(scale, np.float32)
     # The upper half of a float32: by shifting, twice as fast as the cast.
@@ -135,8 +138,9 @@ def _run_length(rows: Rows, K: int) -> int:
     """Columns of a group, where each row has groups of its own and they are equal runs of columns; otherwise 0."""
     groups = rows.scale.shape[1]
     size = K // groups if groups > 1 and K % groups == 0 else 0
-    in_runs = size and len(rows.scale) == len(rows.codes) and (rows.col[::size] == np.arange(groups)).all()
-    return size if in_runs else 0
+    if not size or len(rows.scale) != len(rows.codes):
+        return 0
+    return size if rows.col is even_groups(K, size) or (rows.col[::size] == np.arange(groups)).all() else 0
 
 
 def _dead(rows: Decoded) -> int:

@@ -12,6 +12,7 @@ z - 1, v2 stores z; `formats/readers/gptq_zeros.py` tells them apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from sys import intern
@@ -21,7 +22,7 @@ import numpy as np
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import has_bias, in_features, is_embedding
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, columns, whole
-from xpuquant.formats.packing.plain import pack_nibbles, unpack_planar, unpack_rows
+from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, pack_nibbles, unpack_planar, unpack_rows
 from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.gptq_config import GptqConfig, gptq_config_of
 from xpuquant.formats.readers.gptq_zeros import measure_zeros, true_zeros
@@ -37,7 +38,7 @@ from xpuquant.formats.weights.base import (
     Weight,
     row_blocks,
 )
-from xpuquant.formats.weights.decoded import Decoded, even_groups, in_order, subtract_zeros
+from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups, in_order, subtract_zeros
 from xpuquant.formats.weights.integers import (
     SPREADABLE,
     SourceInts,
@@ -47,7 +48,7 @@ from xpuquant.formats.weights.integers import (
     source_group_size,
     words_of_rows,
 )
-from xpuquant.formats.weights.packed import Packed
+from xpuquant.formats.weights.packed import Packed, PackedColumns, Rows
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -133,6 +134,19 @@ class GptqWeight(SourceInts):
             words = arrays[0].view(np.uint32)[: self.K * self.bits // 32]
             minus = None if zeros is None else zeros.build(arrays[2:]).T
             return packed_stream(self, words.T, minus, arrays[1].T)
+
+        return Recipe(self.decoded(start, stop).inputs, build)
+
+    def as_compared(self, start: int, stop: int) -> Recipe[Callable[[Arrays], Rows | PackedColumns]]:
+        in_pairs = not (self.K % (2 * NIBBLES_PER_WORD) or self.N % 2 or start % 2 or stop % 2)
+        if self.bits != 4 or self.rows is not None or not packs(self) or not in_pairs:
+            return super().as_compared(start, stop)
+        zeros = None if self.symmetric else self.zeros(start, stop)
+
+        def build(arrays: Arrays) -> PackedColumns:
+            words = arrays[0].view(np.uint32)[: self.K // NIBBLES_PER_WORD]
+            minus = None if zeros is None else zeros.build(arrays[2:]).T
+            return PackedColumns(words, minus, arrays[1].T, each_row(stop - start), column_groups(self))
 
         return Recipe(self.decoded(start, stop).inputs, build)
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from xpuquant.formats.checkpoint import Array, Slice
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.decoded import Decoded
-from xpuquant.formats.weights.packed import Rows
+from xpuquant.formats.weights.packed import PackedColumns, Rows
 
 PIECE_BYTES = 32 << 20
 """Output bytes whose inputs are read at once. Bounds the memory of a conversion (a piece or two per worker); large
@@ -110,4 +110,9 @@ class Weight(ABC):
         """The same rows, packed where the format allows it: for comparing, which is then half the work. Nothing of the
         conversion's fast path either."""
         recipe = self.decoded(start, stop)
+        return Recipe(recipe.inputs, recipe.build)
+
+    def as_compared(self, start: int, stop: int) -> Recipe[Callable[[Arrays], Rows | PackedColumns]]:
+        """The same rows for nothing but `rows_difference`, which takes some as they lie."""
+        recipe = self.as_packed(start, stop)
         return Recipe(recipe.inputs, recipe.build)

@@ -17,7 +17,7 @@ from xpuquant.formats.dtypes import nbytes
 from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, Recipe, RowsRecipe, Weight
-from xpuquant.formats.weights.decoded import Decoded, even_groups
+from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups
 from xpuquant.formats.weights.packed import Packed
 
 ELEMENTS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
@@ -98,6 +98,12 @@ class FloatWeight(Weight):
         first, last = start // self.block[0], -(-stop // self.block[0])
         return Recipe(((columns if self.transposed else rows)(self.scale, first, last),), self._table)
 
+    def _rows_of_scales(self, start: int, stop: int) -> Array:
+        """Which of the rows of `scales` covers each of rows `start:stop`."""
+        if self.block[0] == 1:
+            return each_row(stop - start)
+        return np.arange(start, stop) // self.block[0] - start // self.block[0]
+
     def spread(self, scales: Array, row_step: int, column_step: int) -> Array:
         """`[N / row_step, K / column_step]`: the scales of the whole weight, repeated to finer blocks."""
         down = np.arange(0, self.N, row_step) // self.block[0]
@@ -111,7 +117,7 @@ class FloatWeight(Weight):
             codes = (arrays[0].T if self.transposed else arrays[0]).view(np.uint8)
             if self.element == "e2m1":
                 codes = unpack_nibbles(np.ascontiguousarray(codes))
-            row = np.arange(start, stop) // self.block[0] - start // self.block[0]
+            row = self._rows_of_scales(start, stop)
             return Decoded(self.element, codes, scales.build(arrays[1:]), row, even_groups(self.K, self.block[1]))
 
         return Recipe((self.code_rows(start, stop), *scales.inputs), build)
@@ -122,7 +128,7 @@ class FloatWeight(Weight):
         scales = self.scales(start, stop)
 
         def build(arrays: Arrays) -> Packed:
-            row = np.arange(start, stop) // self.block[0] - start // self.block[0]
+            row = self._rows_of_scales(start, stop)
             codes, col = np.ascontiguousarray(arrays[0]).view(np.uint8), even_groups(self.K, self.block[1])
             return Packed("e2m1", codes, None, scales.build(arrays[1:]), row, col)
 

@@ -27,7 +27,7 @@ from xpuquant.formats.weights.base import (
     all_inputs,
     deal,
 )
-from xpuquant.formats.weights.decoded import even_groups, in_order
+from xpuquant.formats.weights.decoded import each_row, even_groups, in_order
 from xpuquant.formats.weights.packed import WORD_ZERO, Packed, word_octets
 
 GROUP_MULTIPLE = 32
@@ -302,7 +302,7 @@ def packs(weight: IntWeight) -> bool:
 
 def packed_ints(weight: IntWeight, codes: Array, zeros: Array | None, scale: Array) -> Packed:
     """Rows of an integer weight from its nibbles `[n, K/2]`, zero points `[n, G]` and scales `[n, G]`."""
-    return Packed("int", codes, zeros, scale, np.arange(len(codes)), column_groups(weight))
+    return Packed("int", codes, zeros, scale, each_row(len(codes)), column_groups(weight))
 
 
 def packed_stream(weight: IntWeight, words: Array, zeros: Array | None, scale: Array) -> Packed:

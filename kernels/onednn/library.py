@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -27,13 +28,19 @@ _DEPENDENCIES = (
 _SYCL_CPU_DEVICE = ("intel-opencl-rt", "libintelocl.so")
 
 
-def _path(distribution: str, library: str) -> str:
+@cache
+def _files(distribution: str) -> tuple[metadata.PackagePath, ...]:
+    """The libraries of a distribution, by what pip recorded of it."""
     try:
         files = metadata.files(distribution) or ()
     except metadata.PackageNotFoundError:
         raise EnvironmentFault(f"{distribution} is not installed: pip install 'xpuquant[onednn]'") from None
+    return tuple(file for file in files if ".so" in file.name)
+
+
+def _path(distribution: str, library: str) -> str:
     # The shortest name is the soname itself or its one-number form: both are what dependents ask for.
-    found = sorted((f for f in files if f.name.startswith(library)), key=lambda f: len(f.name))
+    found = sorted((f for f in _files(distribution) if f.name.startswith(library)), key=lambda f: len(f.name))
     if not found:
         raise EnvironmentFault(f"{distribution} holds no {library}*: pip install -U 'xpuquant[onednn]'")
     path = Path(str(found[0].locate()))

@@ -28,6 +28,7 @@ from xpuquant.formats.packing.verify_loops import (
     count_nibbles,
     count_scales,
     equal_bytes,
+    equal_upright,
     spread_stream,
     upright_fields,
 )
@@ -232,6 +233,19 @@ class TestPackedComparison:
         lying = random_codes(8, (K, n * itemsize), seed).view(f"u{itemsize}")
         for columns in (lying, lying[:, : n // 2 + 1], lying[::2]):
             assert np.array_equal(in_order(columns.T), columns.T)
+
+    @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 32), st.integers(0, 2**32 - 1))
+    def test_columns_are_compared_with_rows_word_by_word(self, K, N, left, seed):
+        """K and N in pairs of words; some of the columns of a wider matrix."""
+        random = np.random.default_rng(seed)
+        wide = random.integers(0, 1 << 64, (2 * K, left + N), np.uint64)
+        columns = wide[:, left:]
+        rows = np.ascontiguousarray(columns.view(np.uint32).T).view(np.uint64)
+        assert equal_upright(columns, rows)
+        for n, k in {(0, 0), (2 * N - 1, K - 1), (int(random.integers(2 * N)), int(random.integers(K)))}:
+            spoilt = rows.copy()
+            spoilt[n, k] ^= np.uint64(1 << int(random.integers(64)))
+            assert not equal_upright(columns, spoilt)
 
     @given(st.integers(0, 200), st.sampled_from((0x7F, 0x7C, 1)), st.integers(0, 2**32 - 1))
     def test_large_codes_are_counted_whatever_their_sign(self, words, least, seed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -20,7 +21,7 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Recipe, Weight, all_inputs, deal
 from xpuquant.formats.weights.decoded import difference
 from xpuquant.formats.weights.integers import IntWeight
-from xpuquant.formats.weights.packed import unpacked_rows
+from xpuquant.formats.weights.packed import rows_difference, unpacked_rows
 from xpuquant.formats.weights.parts import IntRows, JoinedIntRows, RowStride, join_rows, split_gate_up
 
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
@@ -85,6 +86,22 @@ def test_packed_rows_mean_what_the_decoded_ones_do(name, without_loops):
                 assert difference(decoded, packed) is None
             else:  # NVFP4 is compared as the integers that it becomes
                 assert np.array_equal(packed.values(), decoded.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_are_compared_as_they_lie_differ_where_the_upright_ones_do(name, without_loops):
+    source, seed = LocalSource(FIXTURES / name), np.random.default_rng(0)
+    for weight in matrices(source):
+        for start in range(0, weight.N, 32):
+            stop = min(start + 32, weight.N)
+            packed = made(source, weight.as_packed(start, stop))
+            lying = made(source, weight.as_compared(start, stop))
+            assert rows_difference(lying, packed) is None
+            codes = packed.codes.copy()
+            place = tuple(seed.integers(codes.shape))
+            codes.view(f"u{codes.itemsize}")[place] ^= 1
+            spoilt = replace(packed, codes=codes)
+            assert rows_difference(lying, spoilt) == rows_difference(packed, spoilt) is not None
 
 
 def test_the_fast_path_does_need_its_loops(without_loops):

@@ -39,7 +39,7 @@ from xpuquant.formats.layouts.stacks import (
 )
 from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.scheme import ARK_MULTIPLE, Scheme
-from xpuquant.formats.weights.decoded import Decoded, even_groups, subtract_zeros
+from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups, subtract_zeros
 from xpuquant.formats.weights.integers import IntWeight, common_group_size, divide_groups
 from xpuquant.formats.weights.packed import Packed
 
@@ -163,7 +163,7 @@ class ArkInts(Layout):
         else:
             codes = unpack_nibbles(rows(part)) if self.packed == 2 else rows(part)
             values = subtract_zeros(codes, rows(f"{part}_zero_point"), self.bits, col)
-        return Decoded("int", values, rows(f"{part}_scale"), np.arange(stop - start), col)
+        return Decoded("int", values, rows(f"{part}_scale"), each_row(stop - start), col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         part, rows = part_rows(stored, matrix, start, stop)
@@ -189,7 +189,7 @@ class Uint4Experts(ArkInts):
         part, rows = part_rows(stored, matrix, start, stop)
         scale, zeros = rows(f"{part}_scale"), rows(f"{part}_zero_point")
         col = even_groups(matrix.K, stored.scheme.group_size)
-        return Packed("int", rows(part), zeros, scale, np.arange(stop - start), col)
+        return Packed("int", rows(part), zeros, scale, each_row(stop - start), col)
 
 
 class Int8Experts(ArkInts):

@@ -39,7 +39,7 @@ from xpuquant.formats.layouts.stacks import (
 )
 from xpuquant.formats.packing.plain import unpack_nibbles
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.decoded import Decoded, even_groups
+from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups
 from xpuquant.formats.weights.integers import common_group_size
 from xpuquant.formats.weights.packed import Packed
 
@@ -112,13 +112,13 @@ class Int4Experts(Layout):
         codes = (nibbles ^ np.uint8(8)).view(np.int8) - np.int8(8)  # sign extension
         scale = rows(f"{part}_scale")
         col = even_groups(matrix.K, stored.scheme.group_size)
-        return Decoded("int", codes, scale, np.arange(stop - start), col)
+        return Decoded("int", codes, scale, each_row(stop - start), col)
 
     def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Packed:
         part, rows = part_rows(stored, matrix, start, stop)
         unsigned = rows(part) ^ np.uint8(0x88)  # two's complement n is unsigned n + 8
         col = even_groups(matrix.K, stored.scheme.group_size)
-        return Packed("int", unsigned, None, rows(f"{part}_scale"), np.arange(stop - start), col)
+        return Packed("int", unsigned, None, rows(f"{part}_scale"), each_row(stop - start), col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         part, rows = part_rows(stored, matrix, start, stop)

@@ -26,7 +26,7 @@ from xpuquant.formats.layouts.modules import Linear, Module
 from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD
 from xpuquant.formats.scheme import Scheme
-from xpuquant.formats.weights.decoded import Decoded, even_groups
+from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups
 from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, regroup
 from xpuquant.formats.weights.packed import Packed, Rows, word_octets
 
@@ -107,7 +107,7 @@ class Int4Linear(Layout):
         zeros = None if stored.scheme.symmetric else zero_nibbles(stored, start, stop).T
         scale = stored.load(columns(stored.tensors["scales"], start, stop)).T
         col = even_groups(matrix.K, stored.scheme.group_size)
-        return Packed("int", word_octets(words), zeros, scale, np.arange(stop - start), col)
+        return Packed("int", word_octets(words), zeros, scale, each_row(stop - start), col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         return layer_rows(stored, start, stop)

@@ -48,7 +48,7 @@ from xpuquant.formats.layouts.stacks import (
 )
 from xpuquant.formats.scheme import FP8_DTYPES, Scheme
 from xpuquant.formats.weights.base import row_blocks
-from xpuquant.formats.weights.decoded import Decoded, even_groups
+from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups
 from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight
 from xpuquant.formats.weights.packed import Packed
 
@@ -139,7 +139,7 @@ class Mxfp4Experts(MxExperts):
     def as_packed(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> Packed:
         part, rows = part_rows(stored, matrix, start, stop)
         scale, col = rows(f"{part}_scale").view(numpy_dtype(E8M0)), even_groups(matrix.K, MX_GROUP)
-        return Packed("e2m1", rows(part), None, scale, np.arange(stop - start), col)
+        return Packed("e2m1", rows(part), None, scale, each_row(stop - start), col)
 
     def layer(self, stored: Stored, matrix: Matrix, start: int, stop: int) -> dict[str, Array]:
         part, rows = part_rows(stored, matrix, start, stop)
@@ -175,7 +175,7 @@ class Mxfp8Experts(MxExperts):
             ELEMENTS[stored.tensors[part].dtype],
             codes.view(np.uint8).T,
             expert_scale(stored, part, matrix)[taken].view(numpy_dtype(E8M0)),
-            np.arange(stop - start),
+            each_row(stop - start),
             even_groups(matrix.K, MX_GROUP),
         )
 

@@ -26,7 +26,7 @@ from xpuquant.formats.layouts.fillers import FillBlockScales, code_pieces
 from xpuquant.formats.layouts.modules import Linear, Module
 from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.scheme import FP8_DTYPES, Scheme
-from xpuquant.formats.weights.decoded import Decoded, even_groups
+from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups
 from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight
 from xpuquant.formats.weights.packed import Packed, Rows, unpacked_rows
 
@@ -90,7 +90,7 @@ class MxLinear(Layout):
         weight = stored.tensors["weight"]
         number, codes = self.elements[weight.dtype], stored.load(rows(weight, start, stop)).view(np.uint8)
         exponents = stored.load(columns(stored.tensors["weight_scale"], start, stop))
-        scale, row = exponents.view(numpy_dtype(E8M0)).T, np.arange(stop - start)
+        scale, row = exponents.view(numpy_dtype(E8M0)).T, each_row(stop - start)
         col = even_groups(matrix.K, MX_GROUP)
         if self.packed == 2:
             return Packed(number, codes, None, scale, row, col)
