@@ -28,10 +28,10 @@ REFUSED = {
     "autoround-0.15-qwen3-w3g32-asym-v1": "3-bit packer spoils",
     "gptqmodel-qwen3-w4g32-actorder": "act-order, which compressed-tensors 0.19",
     "llmcompressor-0.9-llama-w4a16-actorder": "act-order, which compressed-tensors 0.19",
-    "llmcompressor-llama-nvfp4a16": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
-    "llmcompressor-qwen3moe-nvfp4a16": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
-    "modelopt-llama-nvfp4": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
-    "modelopt-llama4-nvfp4": "NVFP4 is not converted to compressed-tensors; the layout xpu takes it",
+    "llmcompressor-llama-nvfp4a16": "its tensors are those of compressed-tensors' nvfp4-pack-quantized already",
+    "llmcompressor-qwen3moe-nvfp4a16": "its tensors are those of compressed-tensors' nvfp4-pack-quantized already",
+    "modelopt-llama-nvfp4": "the factor over all has no exact float32 divisor, which compressed-tensors has",
+    "modelopt-llama4-nvfp4": "the factor over all has no exact float32 divisor, which compressed-tensors has",
     "llmcompressor-llama-w8a8": "W8A8 is a compressed-tensors checkpoint already, which stock loaders read",
 }
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json") if path.parent.name not in REFUSED)
@@ -69,7 +69,7 @@ def test_the_library_decodes_what_the_producer_meant(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", NAMES)
 def test_plans_name_the_kernel_of_experts(name: str) -> None:
     """By vLLM's own loader: each expert has tensors of its own, and a grouped kernel reads all of them,
-    but for asymmetric ones, which it has no path for."""
+    but for asymmetric ones and 8 bits, which it has no path for."""
     modules = xpuquant.plan(FIXTURES / name, layout="compressed-tensors").modules
     assert modules
     for module in modules:
@@ -77,6 +77,8 @@ def test_plans_name_the_kernel_of_experts(name: str) -> None:
         is_expert = re.search(r"\.experts\.[0-9]+\.", module.name) is not None
         has_no_path = module.scheme.startswith("pack-quantized") and "asym" in module.scheme
         wanted = ("none: " if has_no_path else "grouped GEMM ") if is_expert else ("int4_gemm", "fp8_gemm", "fp4_gemm")
+        if module.scheme.startswith("pack-quantized int8"):
+            wanted = "none: "
         assert module.kernel.startswith(wanted), (module.name, module.scheme, module.kernel)
 
 

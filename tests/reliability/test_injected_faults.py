@@ -6,6 +6,7 @@ The table in docs/verify.md is what happens here.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from xpuquant.conversion.runs.local import convert_checkpoint
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.run import select, verify
 from xpuquant.conversion.verify.verdict import Verdict
+from xpuquant.formats.layouts import layouts_by_name
 
 DOCS = Path(__file__).parents[2] / "docs" / "verify.md"
 
@@ -27,15 +29,18 @@ CASES = {
     "8 bits": "llmcompressor-llama-w8a8",
     "experts": "gptqmodel-qwen3moe-w4g32",
     "asymmetric experts": "llmcompressor-qwen3moe-w4a16-asym",
+    "experts of 8 bits": "gptqmodel-qwen3moe-w8g32-asym",
     "fp8 block": "llmcompressor-llama-fp8-block",
     "fp8 static": "llmcompressor-llama-fp8-static",
     "fp8 experts": "llmcompressor-qwen3moe-fp8-block",
     "fp8 experts per channel": "llmcompressor-qwen3moe-fp8-dynamic",
     "mxfp8": "llmcompressor-llama-mxfp8",
+    "mxfp8 experts": "llmcompressor-qwen3moe-mxfp8",
     "mxfp4": "llmcompressor-llama-mxfp4",
     "mxfp4 experts": "llmcompressor-qwen3moe-mxfp4",
     "nvfp4": "llmcompressor-llama-nvfp4a16",
     "nvfp4 experts": "llmcompressor-qwen3moe-nvfp4a16",
+    "nvfp4 experts in one tensor": "modelopt-llama4-nvfp4",
     "gpt-oss": "handpacked-gptoss-mxfp4",
 }
 
@@ -50,6 +55,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         options = Options(max_shard_size=40_000, on_unsupported="dequantize")
         convert_checkpoint(open_source(str(FIXTURES / fixture)), folder / name, options, jobs=1)
     return {name: folder / name for name in CASES}
+
+
+def test_every_layout_is_damaged(converted: dict[str, Path]) -> None:
+    configs = [json.loads((folder / "config.json").read_text()) for folder in converted.values()]
+    stored = {scheme["layout"] for config in configs for scheme in config["quantization_config"]["schemes"]}
+    assert stored == set(layouts_by_name("xpu"))
 
 
 def check(folder: Path, source: str | None, backends: tuple[str, ...] = ("reference",)) -> Verdict:

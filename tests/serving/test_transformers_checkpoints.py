@@ -18,6 +18,7 @@ import xpuquant  # noqa: E402
 
 FIXTURES = {
     "gptqmodel-qwen3moe-w4g32-asym-as-awq",
+    "gptqmodel-qwen3moe-w8g32-asym",
     "llmcompressor-qwen3moe-w4a16-asym",
     "llmcompressor-qwen3moe-fp8-dynamic",
     "llmcompressor-llama-w8a8",

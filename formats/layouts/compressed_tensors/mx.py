@@ -54,7 +54,10 @@ class CtMx(CtLayout):
             return None
         name, weight = module.name, module.weight
         if isinstance(weight, Nvfp4Weight):
-            return Refusal("NVFP4 is not converted to compressed-tensors; the layout xpu takes it")
+            why = "its tensors are those of compressed-tensors' nvfp4-pack-quantized already"
+            if not weight.divides:
+                why = "the factor over all has no exact float32 divisor, which compressed-tensors has"
+            return Refusal(f"NVFP4 is not converted to compressed-tensors: {why}; the layout xpu takes it")
         if not weight.is_mx or (weight.element == "e2m1") != (self.packed == 2):
             return None
         if (reason := ct_refusal(module)) is not None:

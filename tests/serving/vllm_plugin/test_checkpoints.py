@@ -20,6 +20,7 @@ import xpuquant
 
 FIXTURES = {
     "gptqmodel-qwen3moe-w4g32-asym-as-awq",
+    "gptqmodel-qwen3moe-w8g32-asym",
     "llmcompressor-qwen3moe-w4a16-asym",
     "llmcompressor-qwen3moe-fp8-dynamic",
     "llmcompressor-qwen3moe-nvfp4a16",
