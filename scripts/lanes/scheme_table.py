@@ -172,6 +172,8 @@ REFUSED = {
     "FP8 of AMD (E4M3FNUZ, E5M2FNUZ)": "… has no XPU kernel (want …)",
     "FP8 convolutions": "… … is no matrix (a convolution?): no XPU kernel",
     "FP8 with a static scale for each column": "… is … …; kernels take one static scale per tensor",
+    "FP8 with a static scale of no float type": "… is …; kernels take one static scale per tensor",
+    "NVFP4 with several global scales to a matrix": "… has shape …; kernels take one number over all",
     "FP8 with zero points": "fp8 with zero points has no XPU kernel",
     "int4 inside FP8": "int4 inside fp8 (AutoRound's W4A-fp8, w_bf16_to_fp8_scale) has no XPU kernel",
     "2:4 sparse": "2:4 or bitmask sparse weights have no XPU kernel",
