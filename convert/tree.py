@@ -189,9 +189,10 @@ class Tree(Walk):
             PermissionError: a file or folder that cannot be read: said now, not after hours.
         """
         found: list[Listed] = []
-        pending = deque([""])
+        pending, folders = deque([""]), 0
         while pending:
             folder = pending.popleft()
+            folders += 1
             place = self.below(folder) if folder else self
             with place._opened() as fd, os.scandir(fd) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
@@ -207,9 +208,13 @@ class Tree(Walk):
                     found.append(Listed(name, self._means(name) if entry.is_symlink() else name))
                     if not entry.is_symlink() and not os.access(entry.name, os.R_OK, dir_fd=fd, effective_ids=True):
                         raise PermissionError(13, "Permission denied", str(self.path / name))
-                    if len(found) > _MAX_FILES:
-                        raise UsageError(f"{self.path}: holds more than {_MAX_FILES} files; is it a model folder?")
+                    self._check_number(len(found))
+            self._check_number(folders)
         return sorted(found)
+
+    def _check_number(self, number: int) -> None:
+        if number > _MAX_FILES:
+            raise UsageError(f"{self.path}: holds more than {_MAX_FILES} files or folders; is it a model folder?")
 
     def has_links(self) -> bool:
         """Whether a link lies anywhere below, in folders of tools too."""

@@ -32,6 +32,10 @@ _MAX_DECISIONS = 12
 _MAX_PATTERNS = 8
 
 
+_NO_REPORT = "nothing: there is none, as after a conversion without verification"
+"""Who can write a repo's files can write its report too: `inspect` reads it, and checks nothing."""
+
+
 def inspected(found: Inspection | ConvertedRepo) -> Answer:
     """The end of `inspect`."""
     return _converted_repo(found) if isinstance(found, ConvertedRepo) else _checkpoint(found)
@@ -50,7 +54,7 @@ def _converted_repo(found: ConvertedRepo) -> Answer:
             f"{size(repo.nbytes)}, {counted(len(found.modules), 'quantized module')}, "
             f"{counted(found.plain, 'other tensor')}",
         ),
-        ("when converted", found.verified or "not verified"),
+        ("its report says", found.verified or _NO_REPORT),
         *((f"served by {name}", versions) for name, versions in found.needs.items()),
     ]
     check = Typed(f"check it:  xpuquant verify {shlex.quote(repo.name)}")
@@ -67,7 +71,7 @@ def _converted_repo(found: ConvertedRepo) -> Answer:
     return Answer(
         [TextTable("", ("", ""), facts), modules_table(found.modules), check, serve],
         data,
-        f"{what} from {_at_commit(origin)}; {found.verified or 'not verified'}",
+        f"{what} from {_at_commit(origin)}; its report says: {found.verified or _NO_REPORT}",
     )
 
 

@@ -22,6 +22,7 @@ _ON_THE_WAY_BYTES = 16 << 20
 """Per worker: pieces made ahead, blocks before the disk."""
 
 _MAX_SHARDS = 30
+_MAX_MATRICES = 8
 
 
 def planned(plan: Planned, out: Path, jobs: int, part: str | None = None) -> Answer:
@@ -80,9 +81,13 @@ def left_alone(plan: Planned) -> str:
     if not plan.passed:
         return "nothing"
     total = sum(tensor.nbytes for tensor in plan.passed)
-    matrices = [tensor.name for tensor in plan.passed if len(tensor.shape) >= 2]
-    shown = ", ".join(compact(name.removesuffix(".weight") for name in matrices)[:8])
-    return f"{counted(len(plan.passed), 'tensor')} ({size(total)}), not quantized in the source: norms, {shown}"
+    matrices = compact(tensor.name.removesuffix(".weight") for tensor in plan.passed if len(tensor.shape) >= 2)
+    vectors = sum(len(tensor.shape) < 2 for tensor in plan.passed)
+    shown = matrices[:_MAX_MATRICES]
+    shown += [f"and {len(matrices) - _MAX_MATRICES} more"] * (len(matrices) > _MAX_MATRICES)
+    shown += [counted(vectors, "vector, such as a norm's", "vectors, such as those of norms")] * bool(vectors)
+    said = ", ".join(shown)
+    return f"{counted(len(plan.passed), 'tensor')} ({size(total)}), not quantized in the source: {said}"
 
 
 def plan_data(plan: Planned) -> dict[str, Any]:

@@ -191,6 +191,9 @@ def _left(plan: Plan, source: Source) -> list[tuple[str, str]]:
     if matrices:
         more = f" and {len(matrices) - _SHOWN_NAMES} more" if len(matrices) > _SHOWN_NAMES else ""
         left.append((", ".join(matrices[:_SHOWN_NAMES]) + more, "not quantized in the source, kept as they are"))
+    vectors = sum(len(tensor.shape) < 2 for tensor in plan.passed)
+    if vectors:
+        left.append((counted(vectors, "vector", "vectors") + ", such as those of norms", "kept as they are"))
     reasons: dict[str, list[str]] = {}
     for planned in plan.dequantized:
         reasons.setdefault("; ".join(planned.conversion.facts), []).append(planned.conversion.name)

@@ -21,7 +21,7 @@ from typing import Any
 
 from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.repo.staging import EARLIER_CARD, Staging
-from xpuquant.conversion.repo.yaml_front import read_mapping
+from xpuquant.conversion.repo.yaml_front import is_read_whole, read_mapping
 from xpuquant.conversion.report.markup import Markdown
 from xpuquant.conversion.tree import Tree
 
@@ -162,8 +162,8 @@ def _metadata(front: str) -> dict[str, Any]:
 def _updated(theirs: str, ours: str) -> str:
     """Their front matter with our new facts: what they set stays, tags are joined, stale precisions go."""
     old, new = _metadata(theirs), _metadata(ours)
-    if not old:
-        return theirs  # nothing that we can read: it is theirs, and stays as it is
+    if not old or not is_read_whole(theirs):
+        return theirs  # not all of it can be read: it is theirs, and stays as it is
     said = old.get("tags")
     tags = [tag for tag in (said if isinstance(said, list) else []) if tag not in PRECISIONS]
     merged = {**new, **old, "tags": [*tags, *(tag for tag in new.get("tags", []) if tag not in tags)]}

@@ -19,7 +19,7 @@ from xpuquant.conversion.sources.hub import HubSource
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.record_form import check_form
-from xpuquant.errors import DamagedError, UsageError, XpuquantError
+from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 
@@ -114,7 +114,7 @@ def _verified(report: Mapping[str, Any]) -> str | None:
     """A verdict in one line, of this version's verify.json or an older one's."""
     sentence = report.get("sentence")
     if isinstance(sentence, str):
-        return sentence
+        return one_line(sentence, 1000)
     exact = report.get("exact")
     against = exact.get("against") if isinstance(exact, dict) else None
     return ("verified" if report.get("passed") is True else "failed") + (f" against {against}" if against else "")

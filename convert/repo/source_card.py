@@ -133,8 +133,9 @@ def _first(pattern: re.Pattern[str]) -> Callable[[Any], str | None]:
 
 
 def _name(value: Any) -> str | None:
-    """One line of plain text."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST else None
+    """One line of plain text; no name of a licence has brackets of a markup."""
+    is_plain = isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST
+    return value if is_plain and not set(value) & set("<>") else None
 
 
 _FIELDS: Mapping[str, Callable[[Any], Any]] = {

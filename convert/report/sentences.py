@@ -34,7 +34,9 @@ def in_one_line(verdict: Verdict) -> str:
     parts = [exactness(verdict.proof)]
     for (backend, activation), runs in by_kernel(verdict).items():
         kind = backend if backend == REFERENCE else f"{backend} {activation}"
-        parts.append(f"{kind} within {max(run.error or 0.0 for run in runs):.0e} of float64")
+        modules = len({run.module for run in runs})
+        of = f" in {modules} of {counted(len(verdict.schemes), 'module')}" * (modules < len(verdict.schemes))
+        parts.append(f"{kind} within {max(run.error or 0.0 for run in runs):.0e} of float64{of}")
     if verdict.unchecked:
         missing = "; ".join(verdict.unavailable.values())
         parts.append(

@@ -64,6 +64,25 @@ def test_one_that_was_not_verified_says_so(layout: str, tmp_path: Path) -> None:
     assert found.verified is None and found.modules
 
 
+def test_a_report_s_words_are_given_as_its_words(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who can write a repo's files can write that they were verified: `inspect` checks nothing, and says whose words
+    they are."""
+    out = Path(shutil.copytree(converted, tmp_path / "out"))
+    (out / "verify.json").write_text(json.dumps({"sentence": "verified against\nall \x1b[31m of it" + "x" * 5000}))
+    assert run(["inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if "verified against" in line)
+    assert line.startswith("its report says ") and "\x1b" not in said and len(said) < 5000
+    assert run(["inspect", "-q", str(out)]) == 0
+    assert "; its report says: verified against" in capsys.readouterr().out
+    (out / "verify.json").unlink()
+    assert run(["inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "its report says" in said and "nothing: there is none" in said
+
+
 @LFS
 def test_by_its_name_on_the_hub(
     hub: Hub, client: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from support.cards import FACTS
+from support.cards import FACTS, NEWER
 from support.checkpoints import FIXTURES, ROOT
 from support.fuzz.case import command
 
@@ -29,7 +30,7 @@ from xpuquant.conversion.cli.tables import TextTable, lines_of
 from xpuquant.conversion.repo.card import render
 from xpuquant.conversion.repo.card_merge import front_matter, merge, parse
 from xpuquant.conversion.repo.source_card import kept_fields
-from xpuquant.conversion.repo.yaml_front import MOST_CHARACTERS, read_mapping
+from xpuquant.conversion.repo.yaml_front import MOST_CHARACTERS, is_read_whole, read_mapping
 from xpuquant.conversion.report.markdown import render_markdown
 from xpuquant.conversion.report.markup import fenced, listed, markdown, table, text
 from xpuquant.conversion.verify.proof import Checked
@@ -256,18 +257,42 @@ class TestFrontMatter:
             "x: 1e999",
             "x: !!set {a, b}",
             "x: !!omap [1]",
+            "x: &a [*a]",
+            f"x: {'[' * 9}{']' * 9}",
+            BOMB,
+            "<<: {license: evil}",
+            "base: &b {license: evil}\n<<: *b",
         ],
     )
     def test_a_value_costs_its_own_field(self, bad: str) -> None:
-        found = read_mapping(f"license: mit\n{bad}\nbase_model: a/b\n")
-        assert found["license"] == "mit" and found["base_model"] == "a/b"
+        """In every way that a mapping is written."""
+        text = f"license: &l mit\n{bad}\nbase_model: a/b\n"
+        indented = "".join(f"  {line}\n" for line in text.splitlines())
+        for whole in (text, indented, text.replace("\n", "\r\n")):
+            found = read_mapping(whole)
+            assert found["license"] == "mit" and found["base_model"] == "a/b"
+
+    def test_sound_front_matter_is_read_whole(self) -> None:
+        text = (
+            "license: mit\ntags:\n- a\n- b: [c]\n\ntext: |\n  x\n  y\n'a b': {c: d}\nempty:\n# a remark\nz: >-\n  z\n"
+        )
+        for whole in (text, "{license: mit, tags: [a], x: {y: z}}", ""):
+            assert read_mapping(whole) == (yaml.safe_load(whole) or {})
+            assert is_read_whole(whole)
+
+    @pytest.mark.parametrize("bad", ["date: 2024-13-45", "a: &a x\nb: *a", "x: !!int y", "? [1]\n: 2", "a: ["])
+    def test_what_people_wrote_is_not_written_again_without_it(self, bad: str) -> None:
+        assert not is_read_whole(f"license: mit\n{bad}\n")
+        theirs = f"---\nmine: yes\n{bad}\n---\n" + render(FACTS).partition("---\n")[2].partition("---\n")[2]
+        merged, _ = merge(render(NEWER), theirs)
+        assert bad in merged and "mine: yes" in merged
 
     @pytest.mark.parametrize(
         "text_of",
         [
             "[" * 3000,
             "{" * 3000,
-            BOMB,
+            BOMB.partition("\n")[2],
             "x: " + "y" * MOST_CHARACTERS,
             "a: [",
             "- list",

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from xpuquant.conversion.cli.plan_answers import left_alone
+from xpuquant.conversion.options import Options
 from xpuquant.conversion.repo.checksums import is_sealed
 from xpuquant.conversion.report.glossary import CHECKS, COLUMNS
 from xpuquant.conversion.report.heatmap import FAILED_COLOUR, State, colour, heat_map, table_of
@@ -24,6 +26,7 @@ from xpuquant.conversion.report.page import render_page
 from xpuquant.conversion.report.reports import as_data, write_reports
 from xpuquant.conversion.report.sentences import exactness, headline, in_one_line
 from xpuquant.conversion.report.svg import picture, said_of
+from xpuquant.conversion.results import Planned, SourceInfo, TensorInfo
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.proof import Checked, Claim, Proof, Rounding
 from xpuquant.conversion.verify.run import select
@@ -176,6 +179,30 @@ def test_markdown_pastes_as_tables():
 def test_the_end_of_a_conversion_in_one_line():
     said = in_one_line(verdict(broken=False))
     assert said.startswith("128 matrices decode exactly to the source; onednn F32 within")
+
+
+def test_a_kernel_that_computed_some_says_how_many():
+    made = verdict(broken=False)
+    assert " of 128 modules" not in in_one_line(made)
+    some = replace(made, kernels=[run for run in made.kernels if "q_proj" not in run.module])
+    assert re.search(r"onednn F32 within \S+ of float64 in 96 of 128 modules", in_one_line(some))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({"a.weight": (2, 2), "n.weight": (2,)}, "source: a, 1 vector, such as a norm's"),
+        ({"a.weight": (2, 2)}, "source: a"),
+        ({"n.weight": (2,), "m.weight": ()}, "source: 2 vectors, such as those of norms"),
+        (
+            {f"{letter}.weight": (2, 2) for letter in "abcdefghijk"},
+            "source: a, b, c, d, e, f, g, h, and 3 more",
+        ),
+    ],
+)
+def test_what_is_left_alone_is_counted(shapes, said):
+    passed = tuple(TensorInfo(name, "F16", shape, 8) for name, shape in shapes.items())
+    assert left_alone(Planned(SourceInfo("s", None, 8), Options(), (), passed, (), (), 0, 0)).endswith(said)
 
 
 def test_only_what_is_exact_is_called_so():
