@@ -114,8 +114,8 @@ def test_the_figures_of_the_readme_are_those_of_the_pages() -> None:
     assert f"at most {peak:.0f} MiB there" in readme
     loading = (ROOT / "docs" / "performance.md").read_text().partition("\n## Loading\n")[2]
     cells = [
-        re.findall(r"[\d.]+", line.rpartition(") |")[2])
-        for line in re.findall(r"^\|.* (?:stock|converted) .*$", loading, re.MULTILINE)
+        re.findall(r"[\d.]+", figures)
+        for figures in re.findall(r"^\|[^|]*\| (?:stock|converted) \|(.*)$", loading, re.MULTILINE)
     ]
     (dense, dense_mb), (mine, mine_mb), (experts, experts_mb), (few, few_mb) = ((row[0], row[2]) for row in cells)
     assert f"dense {mine} s and {mine_mb} MB, stock {dense} s and {dense_mb} MB" in readme
