@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from xpuquant.conversion.cli.output import Answer
 from xpuquant.conversion.cli.tables import TextTable
-from xpuquant.conversion.sizes import size
+from xpuquant.conversion.sizes import counted, size
 
 if TYPE_CHECKING:
     from xpuquant.conversion.decoded_diff import ModuleValues
@@ -36,12 +36,12 @@ def compared(difference: Difference) -> Answer:
         columns = ("module", "differ", "by", "largest", "first")
         parts.append(TextTable("", columns, [_differing(one) for one in other], most=_MAX_DIFFERENCES))
         parts.append("by: the largest difference of two values; largest: the largest value in A, to measure it by")
-    said = [f"{d.same} tensors ({size(d.same_bytes)}) are {what}"]
+    said = [f"{_are(d.same, 'tensor', size(d.same_bytes))} {what}"]
     if len(d.decoded) > len(other):
-        said.append(f"{len(d.decoded) - len(other)} modules are stored otherwise, of equal values")
+        said.append(f"{_are(len(d.decoded) - len(other), 'module')} stored otherwise, of equal values")
     if other:
-        said.append(f"{len(other)} differ in value")
-    said += [f"{len(rows)} are not"] if rows or not d.decoded else []
+        said.append(f"{_are(len(other), 'module')} of other values")
+    said += [f"{_are(len(rows), 'tensor')} not equal"] if rows or not d.decoded else []
     brief = "; ".join(said)
     if d.not_decoded is not None:
         parts.append(f"note: values of modules that are stored otherwise were not compared: {d.not_decoded}")
@@ -51,9 +51,14 @@ def compared(difference: Difference) -> Answer:
     return Answer(parts, data, brief)
 
 
+def _are(number: int, noun: str, of: str = "") -> str:
+    """`1 module is`, `7 tensors (3 kB) are`."""
+    return counted(number, noun) + f" ({of})" * bool(of) + (" is" if number == 1 else " are")
+
+
 def _differing(one: ModuleValues) -> tuple[str, str, str, str, str]:
     if one.problem is not None:
         return one.name, "not compared", "", "", one.problem
-    counted = f"{one.differ} of {one.elements}"
+    differ = f"{one.differ} of {one.elements}"
     where = "; ".join(filter(None, (one.first, one.beside)))
-    return one.name, counted, f"{one.max_abs:.3g}", f"{one.largest:.3g}", where
+    return one.name, differ, f"{one.max_abs:.3g}", f"{one.largest:.3g}", where

@@ -90,7 +90,7 @@ def test_one_value_is_found_and_named(
     assert run(["diff", str(FIXTURES / CASES[name]), str(other)]) == 1
     said = capsys.readouterr()
     assert wrong.name in said.out and f"{wrong.differ} of {wrong.elements}" in said.out
-    assert "1 differ in value" in said.out and said.err.count("\n") == 1
+    assert "1 module is of other values" in said.out and said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("name", "end"), [("experts with biases", "_bias"), ("activation scales", "input_scale")])
