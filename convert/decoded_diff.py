@@ -65,6 +65,11 @@ class _Pair:
     matrices: list[tuple[str, View, View]]
     tensors: set[str]
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors on both sides."""
+        return sum(side.nbytes(self.tensors) for side in (self.first, self.second))
+
 
 def fetch_modules(ours: Side, theirs: Side, suspects: set[str], reporter: Reporter) -> None:
     """Download the shards of the modules to which tensors that differ belong, where a side is on the Hub.
@@ -92,14 +97,14 @@ def compare_modules(
     spoken = (ours.dropped | theirs.dropped) & suspects
     spoken |= set[str]().union(*(_tensors(name, ours, theirs) for name in wrong))
     fetch_modules(ours, theirs, suspects, reporter)
-    reporter.phase("decode", sum(pair.elements for pair in pairs))
+    reporter.phase("decode", sum(pair.nbytes for pair in pairs))
     for pair in pairs:
         try:
             found.append(_compare(pair))
         except CONTRADICTIONS as error:
             found.append(ModuleValues(pair.name, pair.elements, problem=contradiction(error)))
         spoken |= pair.tensors
-        reporter.advance(pair.elements)
+        reporter.advance(pair.nbytes)
     return found, spoken
 
 

@@ -191,6 +191,11 @@ class Side:
             reporter.phase("download", sum(streamed.remote.blobs[shard].nbytes for shard in missing))
             streamed.fetch_shards(missing, reporter.advance)
 
+    def nbytes(self, names: Collection[str]) -> int:
+        """Of some tensors, as far as it has them."""
+        tensors = self.source.checkpoint.tensors
+        return sum(tensors[name].nbytes for name in names if name in tensors)
+
     def read(self, box: Slice) -> Array:
         """A slice of one of its tensors."""
         return read_slice(self.source, box)

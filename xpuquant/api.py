@@ -12,8 +12,8 @@ Results are frozen dataclasses. Errors are those of `xpuquant.errors`: a message
 argument that is not what its function takes is a `UsageError`, before anything is read or written.
 
 A function that takes `progress` calls it with the name of a phase (`download`, `convert`, `verify`, `push`, `compare`,
-`stream`), the bytes done and the bytes in all. One thread at a time calls it. Within a phase the bytes never fall, and
-a phase that ends well ends with all of them. An exception that it raises stops the work.
+`decode`, `stream`), the bytes done and the bytes in all. One thread at a time calls it. Within a phase the bytes never
+fall, and a phase that ends well ends with all of them. An exception that it raises stops the work.
 """
 
 from __future__ import annotations
@@ -339,9 +339,9 @@ def diff(
 
     Args:
         values: compare bytes too, not only names, dtypes and shapes.
-        decode: compare the values of modules that two folders store otherwise: a checkpoint and its conversion, a model
+        decode: compare the values of modules that the two store otherwise: a checkpoint and its conversion, a model
             quantized by two tools, or one that is not quantized. Not without `values`.
-        progress: told how far the comparison of bytes is.
+        progress: told how far downloads, the comparison of bytes and the decoding are.
 
     Returns:
         What they do not share; `equal` where that is nothing, `same_values` where only the way of storing differs.
