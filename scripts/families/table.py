@@ -3,6 +3,7 @@
     scripts/lanes/families                    every family that has no cells of these versions yet
     scripts/lanes/families --only llama4      one, again
     scripts/lanes/families --engines plan,transformers     without vLLM's environment
+    scripts/lanes/families --engines vllm --overlay 0.33.0     vLLM's cells of a release that has no build for CPUs
     scripts/lanes/families --accept           cells that became worse are recorded too
 
 Cells are recorded in xpuquant/families.json, from which `inspect`, the plan and the card say what is known of an
@@ -27,12 +28,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 from bench.measure import insert  # noqa: E402
 from support.families.catalogue import FAMILIES, Family  # noqa: E402
+from support.families.processors import prompt_with_image  # noqa: E402
 
 RECORD = ROOT / "xpuquant" / "families.json"
 PAGE = ROOT / "docs" / "families.md"
 HERE = Path(__file__).parent
-AT_ONCE = 6
+AT_ONCE = 10
 """Families for which one vLLM process is started."""
+TORCHVISION = "torchvision==0.28.0"
+"""What goes with the torch of scripts/lanes/vllm, which leaves it out: vLLM's multimodal models import it."""
 NEAR = {"float32": 1e-3, "bfloat16": 5e-2}
 """Difference of log-probabilities that is called the same, where the tokens are: of all in float32, of nine in ten in
 bfloat16, in which rounding may choose another expert for a token."""
@@ -50,13 +54,18 @@ def main() -> int:
     parser.add_argument(
         "--vllm", type=Path, help="Python of an environment with vLLM; default: that of scripts/lanes/vllm"
     )
+    parser.add_argument(
+        "--overlay", metavar="VERSION", help="vLLM's Python of this release over that environment's compiled library"
+    )
     arguments = parser.parse_args()
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"families": {}}
+    record = _record()
     families = [one for one in FAMILIES if not arguments.only or one.name in arguments.only]
     engines = arguments.engines.split(",")
     bad: list[str] = []
     again = arguments.again or bool(arguments.only)
-    for found in _cells(families, engines, arguments.work, arguments.vllm, None if again else record):
+    environment = Environment(arguments.vllm, arguments.overlay) if "vllm" in engines else None
+    for found in _cells(families, engines, arguments.work, environment, None if again else record):
+        record = _record()  # another run may have written meanwhile
         bad += merge(record, found, arguments.accept)
         RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         insert(PAGE, "families", page(record))
@@ -64,8 +73,45 @@ def main() -> int:
     return 1 if bad else 0
 
 
+def _record() -> dict[str, Any]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {"families": {}}
+
+
+class Environment:
+    """A Python with vLLM, and what it is started with."""
+
+    def __init__(self, python: Path | None, overlay: str | None) -> None:
+        if python is None:
+            subprocess.run([str(ROOT / "scripts" / "lanes" / "vllm"), "--env-only"], check=True)
+            python = Path(os.environ.get("XPUQUANT_VENVS", ROOT)) / ".venv-vllm" / "bin" / "python"
+        self.python = python
+        self.variables = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            **os.environ,
+        }
+        paths = [ROOT / ".cache" / TORCHVISION]
+        if not paths[0].exists():
+            pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+            subprocess.run([*pip, "--target", paths[0], TORCHVISION], check=True)
+        if overlay is not None:
+            subprocess.run([str(ROOT / "scripts" / "lanes" / "vllm-overlay"), overlay, "--env-only"], check=True)
+            paths.insert(0, ROOT / ".cache" / "overlay" / overlay)
+        self.variables["PYTHONPATH"] = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
+        self.version = _version(python, "vllm", self.variables).split("+")[0]
+
+    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([self.python, *command], env=self.variables, capture_output=True, text=True, check=False)
+
+
 def _cells(
-    families: Sequence[Family], engines: Sequence[str], work: Path, vllm: Path | None, known: Mapping[str, Any] | None
+    families: Sequence[Family],
+    engines: Sequence[str],
+    work: Path,
+    vllm: Environment | None,
+    known: Mapping[str, Any] | None,
 ) -> Iterator[dict[str, dict[str, Cell]]]:
     """Family → column → cell, as they come: plan and Transformers one by one, vLLM in batches."""
     names = [one.name for one in families]
@@ -73,20 +119,18 @@ def _cells(
     if "transformers" in engines or "plan" in engines:
         wanted = [name for name in names if known is None or not _has(known, name, "transformers", version)]
         yield from _converted(wanted, work, version)
-    if "vllm" not in engines:
+    if vllm is None:
         return
-    python = vllm or _vllm_environment()
-    version = _version(python, "vllm").split("+")[0]
     wanted = [
         name
         for name in names
         if (work / name / "converted" / "config.json").exists()
-        and (known is None or not _has(known, name, "vllm", version))
+        and (known is None or not _has(known, name, "vllm", vllm.version))
     ]
     for dtype in NEAR:
         alike = [one.name for one in families if one.name in wanted and one.dtype == dtype]
         for at in range(0, len(alike), AT_ONCE):
-            yield _served(python, version, alike[at : at + AT_ONCE], work, dtype)
+            yield _served(vllm, alike[at : at + AT_ONCE], work, dtype)
 
 
 def _has(record: Mapping[str, Any], name: str, column: str, version: str) -> bool:
@@ -119,45 +163,52 @@ def _dated(cells: dict[str, Cell], version: str) -> dict[str, Cell]:
     return found
 
 
-def _vllm_environment() -> Path:
-    subprocess.run([str(ROOT / "scripts" / "lanes" / "vllm"), "--env-only"], check=True)
-    return Path(os.environ.get("XPUQUANT_VENVS", ROOT)) / ".venv-vllm" / "bin" / "python"
-
-
-def _version(python: Path, package: str) -> str:
+def _version(python: Path, package: str, variables: Mapping[str, str] | None = None) -> str:
     asked = f"from importlib.metadata import version; print(version({package!r}))"
-    return subprocess.run([python, "-c", asked], check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run([python, "-c", asked], env=variables, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
-def _served(python: Path, version: str, names: list[str], work: Path, dtype: str) -> dict[str, dict[str, Cell]]:
-    """vLLM's cells: the tokens of each family's twin, and of the converted repo."""
-    folders = [work / name / kind for name in names for kind in ("plain", "converted")]
+def _served(vllm: Environment, names: list[str], work: Path, dtype: str) -> dict[str, dict[str, Cell]]:
+    """vLLM's cells: the tokens of each family's twin, and of the converted repo; with an image too, where the twin
+    takes one."""
+    kinds = {one.name: one.sees for one in FAMILIES}
+    published = {name: (work / name / "published").exists() for name in names}
+    twins = {name: str(work / name / ("published" if published[name] else "plain")) for name in names}
+    pairs = {name: (twins[name], str(work / name / "converted")) for name in names}
+    pictures = {
+        folder: prompt_with_image(Path(folder), kinds[name]) for name in names for folder in pairs[name] if kinds[name]
+    }
+    reports = _reports(vllm, [folder for pair in pairs.values() for folder in pair], dtype, pictures, work)
+    blind = {n: str(reports[twins[n]]["error"]) for n in names if kinds[n] and "error" in reports[twins[n]]}
+    reports |= _reports(vllm, [folder for name in blind for folder in pairs[name]], dtype, {}, work)
+    cells = {}
+    for name in names:
+        cell = _token_cell(*(reports[folder] for folder in pairs[name]), NEAR[dtype])
+        if kinds[name] and cell["outcome"] in ("same", "differs"):
+            cell["image"] = "not run: " + " ".join(blind[name].split())[:300] if name in blind else cell["outcome"]
+        for key in ("why", "image"):
+            if key in cell:
+                cell[key] = cell[key].replace(str(work), "WORK")
+        cells[name] = {"vllm": {vllm.version: {**cell, "date": date.today().isoformat()}}}
+        print(name, json.dumps(cells[name]), flush=True)
+    return cells
+
+
+def _reports(
+    vllm: Environment, folders: Sequence[str], dtype: str, pictures: Mapping[str, list[int]], work: Path
+) -> dict[str, Any]:
+    """What each model says, by folder: as many processes as it takes."""
     reports: dict[str, Any] = {}
-    while left := [str(folder) for folder in folders if str(folder) not in reports]:
-        job = {"models": left, "dtype": dtype, "engine": {"language_model_only": True}}
-        environment = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            **os.environ,
-        }
-        done = subprocess.run(
-            [python, HERE / "tokens.py", json.dumps(job)], env=environment, capture_output=True, text=True, check=False
-        )
-        (work / "vllm.log").write_text(done.stdout + done.stderr)
+    while left := [folder for folder in folders if folder not in reports]:
+        job = {"models": left, "dtype": dtype, "engine": {"language_model_only": True}, "pictures": pictures}
+        done = vllm.run(HERE / "tokens.py", json.dumps(job))
+        (work / f"vllm-{vllm.version}.log").write_text(done.stdout + done.stderr)
         lines = [line.removeprefix("REPORT ") for line in done.stdout.splitlines() if line.startswith("REPORT ")]
         reports |= {report["model"]: report for report in map(json.loads, lines)}
         if len(lines) < len(left):  # the process ended in the next one
             reports[left[len(lines)]] = {"error": f"the process ended: {_last(done.stderr)}"}
-    cells = {}
-    for name in names:
-        cell = _token_cell(*(reports[str(work / name / kind)] for kind in ("plain", "converted")), NEAR[dtype])
-        if "why" in cell:
-            cell["why"] = cell["why"].replace(str(work), "WORK")
-        cells[name] = {"vllm": {version: {**cell, "date": date.today().isoformat()}}}
-        print(name, json.dumps(cells[name]), flush=True)
-    return cells
+    return reports
 
 
 def _last(text: str) -> str:
@@ -197,6 +248,9 @@ def merge(record: dict[str, Any], found: Mapping[str, Mapping[str, Any]], accept
                     continue
                 if column == "plan":
                     old[column] = cell
+                    if cell["outcome"] != "converts":  # nothing is left to load
+                        for engine in ("transformers", "vllm"):
+                            old.pop(engine, None)
                 else:
                     old.setdefault(column, {})[version] = cell
     return bad
@@ -234,7 +288,9 @@ def _shown(cell: Mapping[str, Any] | None, family: Family, reasons: dict[str, li
     if "difference" not in cell:
         return outcome
     worst = max(cell["difference"], cell.get("with an image", 0.0))
-    image = ", with an image too" if "with an image" in cell else ""
+    image = ", with an image too" if "with an image" in cell or cell.get("image") == "same" else ""
+    if str(cell.get("image", "")).startswith("not run"):
+        reasons.setdefault(f"with an image, {cell['image']}", []).append(family.name)
     saved = cell.get("saved", "same")
     if saved != "same":
         reasons.setdefault(f"`save_pretrained`: {saved}", []).append(family.name)

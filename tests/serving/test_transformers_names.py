@@ -160,10 +160,18 @@ def test_names_that_a_renaming_knows_by_the_dot_after_them(tmp_path: Path) -> No
     agree(*convert_by_hand(model, tmp_path, r".*\.attn\.(wo_a|wo_b|wq_a|wq_b|wkv)\.weight"))
 
 
-def test_a_router_that_is_a_linear_by_its_class_alone(tmp_path: Path) -> None:
-    """Llama 4's returns scores; AutoRound's model-free export packs it."""
-    pair = convert_by_hand(tiny_family("llama4"), tmp_path, r".*\.router\.weight")
-    agree(*pair, "AutoModelForImageTextToText")
+@pytest.mark.parametrize(
+    ("family", "routers", "auto"),
+    [
+        ("llama4", r".*\.router\.weight", "AutoModelForImageTextToText"),
+        ("phimoe", r".*\.block_sparse_moe\.(gate|router)\.weight", "AutoModelForCausalLM"),
+        ("hunyuan_v1_moe", r".*\.gate\.wg\.weight", "AutoModelForCausalLM"),
+    ],
+)
+def test_routers_that_are_linears_by_their_class(family: str, routers: str, auto: str, tmp_path: Path) -> None:
+    """Llama 4's and Phi-MoE's return scores, Hunyuan's is asked for its weight's dtype; AutoRound's model-free export
+    packs them."""
+    agree(*convert_by_hand(tiny_family(family), tmp_path, routers), auto)
 
 
 def tiny_family(name: str) -> Any:

@@ -38,7 +38,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     f"{_LAYERS}.fused_moe.config.FusedMoEConfig": ("moe_parallel_config", "ep_rank", "ep_size", "experts_per_token"),
     f"{_LAYERS}.fused_moe.config.FusedMoEParallelConfig": ("tp_rank", "tp_size"),
     f"{_LAYERS}.fused_moe.fused_moe_method_base.FusedMoEMethodBase": ("moe",),
-    f"{_LAYERS}.linear.LinearBase": ("prefix", "tp_rank", "quant_method"),
+    f"{_LAYERS}.linear.LinearBase": ("prefix", "tp_rank", "tp_size", "quant_method", "update_param_tp_status()"),
     f"{_LAYERS}.linear.QKVParallelLinear": ("num_kv_head_replicas",),
     f"{_LAYERS}.vocab_parallel_embedding.ParallelLMHead": ("shard_indices",),
     f"{_LAYERS}.vocab_parallel_embedding.VocabParallelEmbeddingShardIndices": (

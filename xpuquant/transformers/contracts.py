@@ -2,8 +2,8 @@
 
 Transformers swaps the forward of a class of experts itself (for grouped GEMMs), where the class is decorated with
 `transformers.integrations.moe.use_experts_implementation`: the decorator's arguments are then all that a stand-in has
-to know, and `_apply_gate` is what lies between the two matrices. A class without the decorator may do anything:
-Longcat-Flash's has experts that return their input.
+to know, and `_apply_gate` is what lies between the two matrices. A class without the decorator may do anything: those
+that are listed here were read, others are refused.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ ROWS_BY_EXPERT = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts"
 """Classes that are given rows instead of routes, as many for each expert, router weights in them already;
 `gate_up_proj` is `[E, H, 2I]`, gate then up."""
 
+WITH_IDENTITIES = ("transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts",)
+"""Classes that are given routes to experts beyond those of the stack, which return their input."""
+
 _ANY = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 """Arguments of the decorator that are served, whatever they say: how `gate_up_proj` and `down_proj` lie in the source,
 and what the scheme says too."""
@@ -38,13 +41,14 @@ def check_experts_class(experts: Any, scheme: Scheme) -> None:
     """Raise UnsupportedError, in one line, where a module computes anything but a routed sum of gated experts, or reads
     its rows otherwise than they are stored."""
     name = type(experts).__name__
-    if not (_is_declared(experts) or takes_rows_by_expert(experts) or _full_name(experts) in UNDECORATED):
+    if not (_is_declared(experts) or _full_name(experts) in (*UNDECORATED, *ROWS_BY_EXPERT, *WITH_IDENTITIES)):
         raise UnsupportedError(
             f"{name} computes in its own way, which xpuquant does not know in Transformers: "
             "load the source repo instead"
         )
     for argument, default in _declaration().items():
-        if argument not in _ANY and getattr(experts, argument, default) != default:
+        is_computed = argument in _ANY or (argument == "has_post_expert_norm" and normalizes_outputs(experts))
+        if not is_computed and getattr(experts, argument, default) != default:
             raise UnsupportedError(
                 f"{name} is declared {argument}={getattr(experts, argument)}, which xpuquant does not compute in "
                 "Transformers: load the source repo instead"
@@ -69,6 +73,17 @@ def takes_rows_by_expert(experts: Any) -> bool:
     return _full_name(experts) in ROWS_BY_EXPERT
 
 
+def has_identities(experts: Any) -> bool:
+    """Whether a module is one of `WITH_IDENTITIES`."""
+    return _full_name(experts) in WITH_IDENTITIES
+
+
+def normalizes_outputs(experts: Any) -> bool:
+    """Whether each expert's output is normalized before it is weighed, as Muse Spark's are."""
+    declared = getattr(experts, "has_post_expert_norm", False)
+    return bool(declared) and isinstance(getattr(experts, "post_expert_norm", None), torch.nn.Module)
+
+
 def stack_sizes(experts: Any) -> tuple[int, int, int]:
     """E, H and I of the stack."""
     E, first, second = experts.down_proj.shape
@@ -79,7 +94,7 @@ def stack_sizes(experts: Any) -> tuple[int, int, int]:
 
 def gate_of(experts: Any) -> Gate:
     """What lies between the two matrices, `[m, 2I]` → `[m, I]`, or `[m, I]` without a gate."""
-    if takes_rows_by_expert(experts):
+    if takes_rows_by_expert(experts) or has_identities(experts):
         return partial(_gate_then_up, experts.act_fn)
     gate: Gate = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
     return gate

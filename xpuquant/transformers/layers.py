@@ -12,7 +12,15 @@ from transformers.pytorch_utils import Conv1D
 from xpuquant import layers
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
-from xpuquant.transformers.contracts import check_experts_class, gate_of, kernel_gate, stack_sizes, takes_rows_by_expert
+from xpuquant.transformers.contracts import (
+    check_experts_class,
+    gate_of,
+    has_identities,
+    kernel_gate,
+    normalizes_outputs,
+    stack_sizes,
+    takes_rows_by_expert,
+)
 
 
 def quantized(scheme: Scheme, module: nn.Module) -> nn.Module:
@@ -22,8 +30,7 @@ def quantized(scheme: Scheme, module: nn.Module) -> nn.Module:
         UnsupportedError: nothing does.
     """
     if scheme.experts:
-        kind = XpuquantRowsByExpert if takes_rows_by_expert(module) else XpuquantExperts
-        return kind(scheme, module)
+        return _kind_of(module)(scheme, module)
     if isinstance(module, nn.Linear | Conv1D) and _multiplies_alone(module):
         return XpuquantLinear(scheme, module)
     weight = module._parameters.get("weight")
@@ -31,6 +38,14 @@ def quantized(scheme: Scheme, module: nn.Module) -> nn.Module:
     if isinstance(module, nn.Embedding) or weight is None or weight.ndim != 2 or reads_it_stored:
         raise UnsupportedError(f"a {type(module).__name__} cannot be loaded as {scheme.label()}: not a linear")
     return XpuquantRouter.take_over(scheme, module)
+
+
+def _kind_of(experts: nn.Module) -> type[XpuquantExperts]:
+    if takes_rows_by_expert(experts):
+        return XpuquantRowsByExpert
+    if has_identities(experts):
+        return XpuquantExpertsOrInput
+    return XpuquantNormalizedExperts if normalizes_outputs(experts) else XpuquantExperts
 
 
 def _multiplies_alone(module: nn.Linear | Conv1D) -> bool:
@@ -180,3 +195,39 @@ class XpuquantRowsByExpert(XpuquantExperts):
         experts = torch.arange(self.num_experts, device=rows.device)
         ids = experts.repeat_interleave(len(rows) // self.num_experts).unsqueeze(-1)
         return super().forward(rows, ids, torch.ones_like(ids, dtype=rows.dtype))
+
+
+class XpuquantExpertsOrInput(XpuquantExperts):
+    """Instead of Longcat-Flash's, where a route beyond the stack leads to an expert that returns its input."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As of `XpuquantExperts`, plus each row times the weights of its routes beyond the stack."""
+        beyond = torch.where(top_k_index >= self.num_experts, top_k_weights, 0).sum(-1, keepdim=True)
+        computed = super().forward(hidden_states, top_k_index, top_k_weights)
+        return computed + (hidden_states * beyond).to(computed.dtype)
+
+
+class XpuquantNormalizedExperts(XpuquantExperts):
+    """Instead of Muse Spark's, which normalize the output of each expert before they weigh it: a row for each route."""
+
+    def __init__(self, scheme: Scheme, experts: Any) -> None:
+        super().__init__(scheme, experts)
+        self.post_expert_norm = experts.post_expert_norm
+
+    def check_kernel(self, top_k: int | None) -> None:
+        """As of `XpuquantExperts`, for one expert to a row."""
+        super().check_kernel(1)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`[M, H]`, ids `[M, k]` (the number of experts: none), weights `[M, k]` → `[M, H]`."""
+        rows = hidden_states.repeat_interleave(top_k_index.shape[1], dim=0)
+        ids = top_k_index.reshape(-1, 1)
+        outputs = super().forward(rows, ids, torch.ones_like(ids, dtype=rows.dtype))
+        weights = torch.where(top_k_index < self.num_experts, top_k_weights, 0).unsqueeze(-1)
+        normalized = self.post_expert_norm(outputs).reshape(*top_k_index.shape, -1)
+        summed: torch.Tensor = (normalized * weights).sum(1)
+        return summed.to(hidden_states.dtype)

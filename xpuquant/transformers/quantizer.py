@@ -63,13 +63,14 @@ class XpuquantQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.own_experts = self.other_experts = False
         self.aliases: dict[str, str] = {}
+        self.by_weight: dict[str, str] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Raises UnsupportedError where a module of the config is not in the model, or no XPU kernel computes it."""
         renamings = [r for r in _conversions(model) if isinstance(r, WeightRenaming)]
         found = False
         for stored, scheme in self.quantization_config.modules.items():
-            name = self._alias_of(model, _found_as(model, _renamed(renamings, stored, scheme)), scheme)
+            name = self._alias_of(model, self._name_in(model, renamings, stored, scheme), scheme)
             try:
                 module = model.get_submodule(name)
             except AttributeError:
@@ -97,6 +98,16 @@ class XpuquantQuantizer(HfQuantizer):
         self.dtypes = _unquantized_dtypes(model)
         if _is_for_xpu(kwargs.get("device_map")):
             _check_kernels(model)
+
+    def _name_in(self, model: nn.Module, renamings: list[Any], stored: str, scheme: Scheme) -> str:
+        """A module's name in this model. Transformers renames tensors: where a pattern ends in `.weight` (Phi-MoE's
+        router, DeepSeek-V4's head), those of a quantized module are renamed as that one."""
+        name = _found_as(model, _renamed(renamings, stored, _first_tensor(scheme)))
+        if not _has(model, name):
+            by_weight = _found_as(model, _renamed(renamings, stored, "weight"))
+            if _has(model, by_weight):
+                self.by_weight[stored] = name = by_weight
+        return name
 
     def _alias_of(self, model: nn.Module, name: str, scheme: Scheme) -> str:
         """The name of a stack of experts in this model, where that has another; its tensors are then renamed so."""
@@ -128,10 +139,14 @@ class XpuquantQuantizer(HfQuantizer):
             WeightRenaming(source_patterns=re.escape(f"{old}experts."), target_patterns=f"{new}experts.")
             for old, new in self.aliases.items()
         ]
+        moved = [
+            WeightRenaming(source_patterns=f"^{re.escape(stored)}\\.", target_patterns=f"{name}.")
+            for stored, name in self.by_weight.items()
+        ]
         if self.other_experts:
-            return [*weight_conversions, *ours]
+            return [*moved, *weight_conversions, *ours]
         stacks = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
-        return ours + [
+        return [*moved, *ours] + [
             c
             for c in weight_conversions
             if not (isinstance(c, WeightConverter) and any(s in t for t in c.target_patterns for s in stacks))
@@ -146,14 +161,19 @@ class XpuquantQuantizer(HfQuantizer):
         return False
 
 
-def _renamed(renamings: list[Any], stored: str, scheme: Scheme) -> str:
-    """Transformers' name of a module of the repo. It renames tensors: patterns may end in the dot before a suffix."""
-    sizes = (1, 1, 1) if scheme.experts else (1, 1)
-    tensors = layers.expert_tensors(scheme, *sizes) if scheme.experts else layers.linear_tensors(scheme, *sizes)
-    name = f"{stored}.{next(iter(tensors))}"
+def _renamed(renamings: list[Any], stored: str, suffix: str) -> str:
+    """Transformers' name of a module of the repo, by that of one of its tensors: patterns may end in the dot before a
+    suffix."""
+    name = f"{stored}.{suffix}"
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
     return name.rpartition(".")[0]
+
+
+def _first_tensor(scheme: Scheme) -> str:
+    sizes = (1, 1, 1) if scheme.experts else (1, 1)
+    tensors = layers.expert_tensors(scheme, *sizes) if scheme.experts else layers.linear_tensors(scheme, *sizes)
+    return next(iter(tensors))
 
 
 def _conversions(model: Any) -> list[Any]:

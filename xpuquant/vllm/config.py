@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ class XpuquantConfig(QuantizationConfig):  # type: ignore[misc]
         self.stored = stored
         # vLLM's module name → the repo's; models with other names than the repo's add theirs.
         self.names = {name: name for name in stored}
+        self.kinds = _last_parts(self.names)
         self.mapper = WeightsMapper()
 
     @classmethod
@@ -57,24 +59,31 @@ class XpuquantConfig(QuantizationConfig):  # type: ignore[misc]
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.mapper = hf_to_vllm_mapper
         self.names |= {theirs: name for name in self.stored if (theirs := self.mapped(name)) is not None}
+        self.kinds = _last_parts(self.names)
 
-    def mapped(self, name: str) -> str | None:
-        """vLLM's name of a module or tensor of the repo, before layers are fused."""
-        mapped: str | None = self.mapper.map_name(name)
-        return mapped
+    def mapped(self, module: str) -> str | None:
+        """vLLM's name of a module of the repo, before layers are fused. It renames tensors: patterns may end in
+        `.weight`, as Zamba 2's for adapters do."""
+        mapped: str | None = self.mapper.map_name(f"{module}.weight")
+        if mapped is None or not mapped.endswith(".weight"):
+            mapped = self.mapper.map_name(module)
+        return None if mapped is None else mapped.removesuffix(".weight")
 
-    def name_of(self, prefix: str) -> str | None:
-        """The repo's name of an unfused layer, by vLLM's; None where it is not quantized."""
+    def offered(self, name: str) -> str:
+        """The name under which vLLM's model loader, which maps it, finds a stored tensor of the repo."""
+        module, _, suffix = name.rpartition(".")
+        theirs = self.mapped(module)
+        found: str | None = self.mapper.map_name(name)
+        return name if theirs is None or found == f"{theirs}.{suffix}" else f"{theirs}.{suffix}"
+
+    def stack_of(self, prefix: str) -> str | None:
+        """The repo's name of a stack of experts, by vLLM's; None where it is not quantized."""
         other = (prefix.replace(a, b) for pair in ALIASES for a, b in (pair, pair[::-1]))
-        for candidate in (prefix, *other):
-            if candidate in self.names:
-                return self.names[candidate]
-        return None
+        return next((self.names[name] for name in (prefix, *other) if name in self.names), None)
 
-    def scheme_of(self, prefix: str) -> Scheme | None:
-        """The scheme of an unfused layer, by vLLM's name; None where it is not quantized."""
-        name = self.name_of(prefix)
-        return None if name is None else self.stored[name]
+    def scheme_of(self, name: str) -> Scheme | None:
+        """The scheme of an unfused linear, by vLLM's name; None where it is not quantized."""
+        return self.stored[self.names[name]] if name in self.names else None
 
     def members(self, prefix: str) -> list[str]:
         """The layers of the repo that vLLM fuses into `prefix`; itself where it fuses nothing."""
@@ -89,16 +98,17 @@ class XpuquantConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, RoutedExperts):
             from xpuquant.vllm.experts import XpuquantExpertsMethod
 
-            scheme = self.scheme_of(prefix)
-            return None if scheme is None else XpuquantExpertsMethod(scheme, prefix, layer.moe_config)
+            name = self.stack_of(prefix)
+            return None if name is None else XpuquantExpertsMethod(self.stored[name], prefix, layer.moe_config)
         if isinstance(layer, ParallelLMHead):
             from xpuquant.vllm.linear import XpuquantHeadMethod
 
             scheme = self.scheme_of(prefix)
             return None if scheme is None else XpuquantHeadMethod(scheme, prefix)
-        return self._linear_method(prefix) if isinstance(layer, LinearBase) else None
+        return self.linear_method(prefix) if isinstance(layer, LinearBase) else None
 
-    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
+    def linear_method(self, prefix: str) -> QuantizeMethodBase:
+        """The method of a linear by the name that it is asked for under, or its path."""
         schemes = {name: self.scheme_of(name) for name in self.members(prefix)}
         # The dtype of stored scales does not matter: they are cast to the serving dtype while copied.
         kinds = {scheme and replace(scheme, scale_dtype="") for scheme in schemes.values()}
@@ -108,10 +118,18 @@ class XpuquantConfig(QuantizationConfig):  # type: ignore[misc]
             return XpuquantMembersMethod(schemes, prefix)
         scheme = next(iter(schemes.values()))
         if scheme is None:
-            return UnquantizedLinearMethod()
+            if prefix and self.kinds.isdisjoint(_last_parts([prefix, *schemes])):
+                return UnquantizedLinearMethod()
+            from xpuquant.vllm.by_path import WaitingMethod
+
+            return WaitingMethod()
         from xpuquant.vllm.linear import XpuquantLinearMethod
 
         return XpuquantLinearMethod(scheme, prefix)
+
+
+def _last_parts(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
 
 
 def register() -> None:

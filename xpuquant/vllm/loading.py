@@ -19,7 +19,9 @@ from functools import wraps
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from xpuquant.errors import DamagedError, UnsupportedError, one_line
@@ -27,9 +29,11 @@ from xpuquant.formats.architecture import ALIASES
 from xpuquant.formats.scheme import Scheme
 from xpuquant.layers import expert_tensors, linear_tensors
 from xpuquant.vllm.adoption import adopt, settle
+from xpuquant.vllm.by_path import go_by_path
 from xpuquant.vllm.config import XpuquantConfig
 from xpuquant.vllm.copying import HostCopies
 from xpuquant.vllm.experts import XpuquantExpertsMethod
+from xpuquant.vllm.linear import XpuquantLinearMethod
 from xpuquant.vllm.members import MEMBERS, XpuquantMembersMethod
 from xpuquant.vllm.reordered import follow_or_refuse
 
@@ -47,7 +51,7 @@ class Intake:
         for name, layer in model.named_modules():
             method = getattr(layer, "quant_method", None)
             if isinstance(method, XpuquantExpertsMethod):
-                stored = config.name_of(method.prefix)
+                stored = config.stack_of(method.prefix)
                 assert stored is not None, "the method was made from it"
                 self.experts[stored] = (name, layer)
         self.seen: set[str] = set()
@@ -78,7 +82,7 @@ class Intake:
             if module not in self.experts:
                 for stored, known in self.renames:
                     name = name.replace(stored, known)
-                yield name, tensor
+                yield name if scheme is None else self.config.offered(name), tensor
                 continue
             prefix, layer = self.experts[module]
             if not adopt(getattr(layer, suffix, None), tensor):
@@ -101,8 +105,8 @@ class Intake:
         """Members of fused layers whose siblings came without them: vLLM would leave their rows as they are."""
         came: dict[str, set[str]] = {}
         for name in self.seen:
-            module, _, suffix = (self.config.mapped(name) or name).rpartition(".")
-            came.setdefault(module, set()).add(suffix)
+            module, _, suffix = name.rpartition(".")
+            came.setdefault(self.config.mapped(module) or module, set()).add(suffix)
         missing = set()
         for layer in self.model.modules():
             members = self.config.members(layer.prefix) if isinstance(layer, LinearBase) else []
@@ -135,18 +139,21 @@ def _check(name: str, suffix: str, scheme: Scheme, tensor: torch.Tensor) -> None
 
 
 def refuse_unasked(model: torch.nn.Module, config: XpuquantConfig) -> None:
-    """Raise UnsupportedError, in one line, for a layer that the repo has quantized, and vLLM has asked for by a name
-    that is not its path: Falcon-H1's attention is `layers.0.self_attn`, and asked for as `layers.0`."""
+    """Raise UnsupportedError, in one line, for a layer that the repo has quantized, and vLLM builds unquantized: a head
+    without a quantization config, as Falcon-H1's, or a stack of experts that is asked for by a name nobody knows.
+    (Linears go by their path: `by_path`.)"""
+    ours = XpuquantLinearMethod | XpuquantMembersMethod | XpuquantExpertsMethod
     for path, layer in model.named_modules():
-        if isinstance(layer, LinearBase) and isinstance(layer.quant_method, UnquantizedLinearMethod):
-            for member in config.members(path):
-                stored = config.name_of(member)
-                if stored is not None:
-                    raise UnsupportedError(
-                        f"{one_line(stored)}: vLLM's {type(model).__name__} builds this layer under the name "
-                        f"{layer.prefix or 'of none'}, so that it is not known to be quantized; "
-                        "serve the source repo instead"
-                    )
+        if not isinstance(layer, LinearBase | RoutedExperts | ParallelLMHead) or isinstance(layer.quant_method, ours):
+            continue
+        # A stack of experts is a part of the module that has its name.
+        paths = [path, path.rpartition(".")[0]] if isinstance(layer, RoutedExperts) else config.members(path)
+        stored = next((config.names[name] for name in paths if name in config.names), None)
+        if stored is not None:
+            raise UnsupportedError(
+                f"{one_line(stored)}: vLLM's {type(model).__name__} builds this layer so that it cannot be quantized; "
+                "serve the source repo instead"
+            )
 
 
 def guard(model: Any, config: XpuquantConfig) -> None:
@@ -179,6 +186,7 @@ def register() -> None:
     def create_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         model: torch.nn.Module = inner(self, vllm_config, *args, **kwargs)
         if isinstance(vllm_config.quant_config, XpuquantConfig):
+            go_by_path(model, vllm_config.quant_config)
             follow_or_refuse(model, vllm_config.quant_config.stored)
             refuse_unasked(model, vllm_config.quant_config)
             guard(model, vllm_config.quant_config)

@@ -7,6 +7,10 @@ without an error. BLOOM's (`BloomModel._repack_qkv`) brings the rows of all head
 k of all, v of all, and takes every tensor of the module for one whose first dimension they are, scales and permutations
 included. Here those methods are followed: what they do to a matrix of row numbers is done to every tensor of a module,
 along the dimension that its rows lie in. Loaders that nothing follows yet are refused.
+
+Mamba 2's mixer is another: where several GPUs share one group of states, each has the group's rows beside those of its
+own heads, for which the mixer gives its `in_proj.weight` a loader of its own. Tensors of other names would be cut in
+even parts, and the model would say other tokens. That is refused.
 """
 
 from __future__ import annotations
@@ -16,11 +20,19 @@ from inspect import getmro
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
 from xpuquant.errors import UnsupportedError, one_line
 from xpuquant.formats.scheme import Scheme
+from xpuquant.vllm.linear import XpuquantLinearMethod
+from xpuquant.vllm.members import XpuquantMembersMethod
 
-REFUSED = {"K2HorizonForCausalLM": ("q_proj", "k_proj"), "TeleChat2ForCausalLM": ("key_value",)}
+REFUSED = {
+    "K2HorizonForCausalLM": ("q_proj", "k_proj"),
+    "MistralForCausalLM": ("wq", "wk"),  # Mistral's own names; those of Hugging Face are left as they are
+    "MuseSpark1xForCausalLM": ("q_proj", "k_proj"),
+    "TeleChat2ForCausalLM": ("key_value",),
+}
 """Classes of vLLM whose `load_weights` takes rows apart or reorders them → the linears of which it does."""
 
 _BY_NAME = "permute_qk_weight_for_rotary"
@@ -44,7 +56,8 @@ def follow_or_refuse(model: torch.nn.Module, stored: dict[str, Scheme]) -> None:
         stored: the repo's quantized modules.
 
     Raises:
-        UnsupportedError: in one line, where that cannot be: a class of `REFUSED`, or rows that share a scale.
+        UnsupportedError: in one line, where that cannot be: a class of `REFUSED`, rows that share a scale, or a group
+            of states that several GPUs share.
     """
     for module in model.modules():
         for kind in getmro(type(module)):
@@ -54,10 +67,25 @@ def follow_or_refuse(model: torch.nn.Module, stored: dict[str, Scheme]) -> None:
                         f"{one_line(name)}: vLLM's {kind.__name__} reorders its rows while it loads them, "
                         "which is not done for stored layouts yet; serve the source repo instead"
                     )
+        _refuse_repeated_group(module)
         for method, follow in ((_BY_NAME, _following), (_BY_STREAM, _following_stream)):
             if hasattr(module, method):
                 _refuse_shared_scales(type(module).__name__, _REORDERED[method], stored)
                 setattr(module, method, follow(getattr(module, method)))
+
+
+def _refuse_repeated_group(module: Any) -> None:
+    """Raise UnsupportedError for a mixer of Mamba 2 on several GPUs whose quantized `in_proj` is one piece to vLLM:
+    where the groups can be dealt out, it is merged of five."""
+    in_proj: Any = getattr(module, "in_proj", None)
+    is_ours = isinstance(getattr(in_proj, "quant_method", None), XpuquantLinearMethod | XpuquantMembersMethod)
+    if not (is_ours and any(kind.__name__ == "MambaMixer2" for kind in getmro(type(module)))):
+        return
+    if in_proj.tp_size > 1 and not isinstance(in_proj, MergedColumnParallelLinear):
+        raise UnsupportedError(
+            f"{in_proj.prefix}: {in_proj.tp_size} GPUs share a group of this layer's states, whose rows vLLM repeats "
+            "on each, which is not done for stored layouts yet; use --tensor-parallel-size 1"
+        )
 
 
 def _refuse_shared_scales(kind: str, reordered: tuple[str, ...], stored: dict[str, Scheme]) -> None:

@@ -38,7 +38,7 @@ def run_models(models: list[Path], **job: Any) -> Reports:
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     reports = [json.loads(line.removeprefix("REPORT ")) for line in lines]
     assert len(reports) == len(models), f"vLLM ended early:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return {report["model"]: {**report, "log": done.stderr} for report in reports}
+    return {report["model"]: {**report, "log": done.stdout + done.stderr} for report in reports}
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
     generate.py '{"models": ["DIR", ...], "tp": 1, "expert_parallel": ["DIR", ...], "dtype": "bfloat16", "engine": {}}'
 
 `engine`: more arguments of vLLM's `LLM`. `vocabulary`, `positions`: of the smallest model; 512 and 256 where not given.
+`pictures`: DIR → tokens of a prompt with an image, which is asked last.
 One line per model: {"model": DIR, "tokens": [[...], ...], "logprobs": [[...], ...]}, or {"error": "..."}.
 """
 
@@ -17,6 +18,14 @@ PROMPTS = [
     [1, 400, 12, 12, 75],
     [1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17],
 ]
+
+
+def _image() -> object:
+    """16 by 16 pixels, no two alike."""
+    from PIL import Image
+
+    values = bytes((37 * place + 11 * (place // 48)) % 256 for place in range(16 * 16 * 3))
+    return Image.frombytes("RGB", (16, 16), values)
 
 
 def main() -> None:
@@ -39,20 +48,24 @@ def main() -> None:
         report: dict[str, object] = {"model": model}
         llm = None
         try:
+            picture = job.get("pictures", {}).get(model)
+            sees = {"language_model_only": False, "limit_mm_per_prompt": {"image": 1}, "skip_mm_profiling": True}
             llm = LLM(
                 model,
                 enforce_eager=True,
                 dtype=job.get("dtype", "bfloat16"),
                 max_model_len=job.get("positions", 256),
-                skip_tokenizer_init=tokenized is None,
+                skip_tokenizer_init=tokenized is None and picture is None,
                 tensor_parallel_size=tp,
                 enable_expert_parallel=model in job.get("expert_parallel", ()),
                 seed=0,
                 disable_log_stats=True,
-                **job.get("engine", {}),
+                **job.get("engine", {}) | (sees if picture is not None else {}),
             )
             size = job.get("vocabulary", 512)
             prompts = tokenized or [{"prompt_token_ids": [token % size for token in ids]} for ids in PROMPTS]
+            if picture is not None:
+                prompts = [*prompts, {"prompt_token_ids": picture, "multi_modal_data": {"image": _image()}}]
             outputs = [out.outputs[0] for out in llm.generate(prompts, sampling, use_tqdm=False)]
             report["tokens"] = [list(out.token_ids) for out in outputs]
             report["text"] = [out.text for out in outputs]

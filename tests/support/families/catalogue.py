@@ -75,13 +75,17 @@ class Family:
     text     the same, of its `text_config`
     vision   the same, of its `vision_config`
     head     Auto class that makes the model
+    renames  regex of names of tensors that Transformers saves → what published repos have
     skipped  regex of modules that are left unquantized besides heads, routers and embeddings
     source_lacks  regex of tensors that Transformers saves and no published repo has
+    published  keys of the published config.json that Transformers' own lacks and vLLM reads; a part's are merged in
     turned   experts are saved in one tensor, `[E, K, N]`
+    turns    the same, of published repos alone: Transformers turns the stacks while it loads them
     scheme   `int4`, as GPTQModel writes it, `fp8` in blocks, or `mxfp4` experts, as gpt-oss has them
     dtype    in which vLLM is asked: its CPU code for gated delta nets takes bfloat16 alone
     mtp      name of a layer for multi-token prediction, made of the last layer's tensors
-    image    how the model is asked with an image (`models.image_of`); empty: not tried
+    image    how the model is asked with an image in Transformers (`models.asked`); empty: not tried
+    sees     the same in vLLM: a key of `processors.PROCESSORS`
     """
 
     name: str
@@ -90,13 +94,17 @@ class Family:
     text: Mapping[str, Any] = field(default_factory=dict)
     vision: Mapping[str, Any] = field(default_factory=dict)
     head: str = "AutoModelForCausalLM"
+    renames: tuple[str, str] = ("(?!)", "")
     skipped: str = "(?!)"
     source_lacks: str = "(?!)"
+    published: Mapping[str, Any] = field(default_factory=dict)
     turned: bool = False
+    turns: bool = False
     scheme: str = "int4"
     dtype: str = "float32"
     mtp: str = ""
     image: str = ""
+    sees: str = ""
 
 
 _SEES = "AutoModelForImageTextToText"
@@ -111,10 +119,12 @@ _MLA = {
 }
 _LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
 _SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
-_CONV = {"conv_dim": 256, "conv_dim_out": 256}
+_CONV = {"conv_dim": 256, "conv_dim_out": 256, "block_dim": 256}
 _NEXTN = {"num_nextn_predict_layers": 1}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}}
+_HALF = {"rope_type": "default", "partial_rotary_factor": 0.5}
+_MIMO_THETAS = (("full_attention", 5e6), ("sliding_attention", 1e4))
 _ERNIE_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [11, 11, 10]}}
 _QWEN35_ROPE = {
     "rope_parameters": {
@@ -135,7 +145,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("phi", "PhiConfig", {"num_key_value_heads": 4}),
     Family("phi3", "Phi3Config", {"sliding_window": None}),
     Family("glm4", "Glm4Config", {"attention_bias": True}),
-    Family("gemma2", "Gemma2Config", {"query_pre_attn_scalar": 64}),
+    Family("gemma2", "Gemma2Config", {"query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
     Family("gemma3_text", "Gemma3TextConfig", {"query_pre_attn_scalar": 64}),
     Family("granite", "GraniteConfig"),
     Family("hunyuan_v1_dense", "HunYuanDenseV1Config"),
@@ -143,19 +153,31 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3_moe", "Qwen3MoeConfig"),
     Family("mixtral", "MixtralConfig", {"sliding_window": None}),
     Family("olmoe", "OlmoeConfig"),
-    Family("phimoe", "PhimoeConfig", {"sliding_window": None}),
+    Family(
+        "phimoe",
+        "PhimoeConfig",
+        {"sliding_window": None, "attention_bias": True, "lm_head_bias": True},
+        published={"architectures": ["PhiMoEForCausalLM"]},  # Transformers calls its class PhimoeForCausalLM
+    ),
     Family("ernie4_5_moe", "Ernie4_5_MoeConfig", {"moe_layer_start_index": 1, "moe_layer_interval": 1}),
     Family("hunyuan_v1_moe", "HunYuanMoEV1Config"),
     Family("lfm2_moe", "Lfm2MoeConfig", {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}),
     Family("gpt_oss", "GptOssConfig", _LOCAL, turned=True, scheme="mxfp4"),
     Family("deepseek_v2", "DeepseekV2Config", {**_MLA, "topk_method": "greedy"}),
-    Family("deepseek_v3", "DeepseekV3Config", {**_MLA, **_NEXTN}, mtp="model.layers.2"),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3Config",
+        {**_MLA, **_NEXTN},
+        published={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        mtp="model.layers.2",
+    ),
     Family("deepseek_v32", "DeepseekV32Config", {**_MLA, "index_n_heads": 4, "index_head_dim": 128, "index_topk": 64}),
     Family("deepseek_v4", "DeepseekV4Config", {"o_groups": 4, "o_lora_rank": 64, "head_dim": 64}),
     Family("glm4_moe", "Glm4MoeConfig", {**_NEXTN, "head_dim": 64}, mtp="model.layers.2"),
     Family("glm4_moe_lite", "Glm4MoeLiteConfig", {**_MLA, **_NEXTN}, mtp="model.layers.2"),
     Family("minimax_m2", "MiniMaxM2Config", {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}),
     Family("granitemoe", "GraniteMoeConfig", scheme="fp8"),
+    Family("granitemoe_by_expert", "GraniteMoeConfig"),
     Family(
         "granitemoehybrid",
         "GraniteMoeHybridConfig",
@@ -165,7 +187,16 @@ FAMILIES: tuple[Family, ...] = (
         scheme="fp8",
     ),
     Family("mistral4", "Mistral3Config", text={"model_type": "mistral4", **_MLA, "head_dim": 128}, head=_SEES),
-    Family("mimo_v2_flash", "MiMoV2FlashConfig"),
+    Family(
+        "mimo_v2_flash",
+        "MiMoV2FlashConfig",
+        {"v_head_dim": 64, "sliding_window": 129, "layer_types": ["full_attention", "sliding_attention"]}
+        | {"rope_parameters": {layer: {**_HALF, "rope_theta": theta} for layer, theta in _MIMO_THETAS}},
+        published={"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5}
+        | {"sliding_window_size": 128, "rope_theta": 5e6, "swa_rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 64, "swa_v_head_dim": 64}
+        | {"add_swa_attention_sink_bias": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    ),
     Family(
         "kimi_linear",
         "KimiLinearConfig",
@@ -228,6 +259,7 @@ FAMILIES: tuple[Family, ...] = (
         dtype="bfloat16",
         mtp="mtp.layers.0",
         image="qwen",
+        sees="qwen3",
     ),
     Family(
         "qwen3_5_moe",
@@ -237,12 +269,28 @@ FAMILIES: tuple[Family, ...] = (
         dtype="bfloat16",
         mtp="mtp.layers.0",
         image="qwen",
+        sees="qwen3",
     ),
-    Family("qwen3_vl", "Qwen3VLConfig", text=_MROPE, head=_SEES, image="qwen"),
-    Family("qwen3_vl_moe", "Qwen3VLMoeConfig", text={**_MROPE, "norm_topk_prob": True}, head=_SEES, image="qwen"),
-    Family("qwen2_5_vl", "Qwen2_5_VLConfig", text=_MROPE, head=_SEES, image="qwen"),
+    Family("qwen3_vl", "Qwen3VLConfig", text=_MROPE, head=_SEES, image="qwen", sees="qwen3"),
     Family(
-        "gemma3", "Gemma3Config", {"mm_tokens_per_image": 4}, {"query_pre_attn_scalar": 64}, head=_SEES, image="flat"
+        "qwen3_vl_moe",
+        "Qwen3VLMoeConfig",
+        text={**_MROPE, "norm_topk_prob": True, "moe_intermediate_size": 64},
+        head=_SEES,
+        turns=True,
+        image="qwen",
+        sees="qwen3",
+    ),
+    Family("qwen2_5_vl", "Qwen2_5_VLConfig", text=_MROPE, head=_SEES, image="qwen", sees="qwen2_5"),
+    Family(
+        "gemma3",
+        "Gemma3Config",
+        {"mm_tokens_per_image": 4},
+        {"query_pre_attn_scalar": 64},
+        head=_SEES,
+        renames=(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model."),
+        image="flat",
+        sees="gemma3",
     ),
     Family(
         "gemma4",
@@ -252,7 +300,7 @@ FAMILIES: tuple[Family, ...] = (
         | {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 64},
         head=_SEES,
     ),
-    Family("mistral3", "Mistral3Config", head=_SEES, image="sizes"),
+    Family("mistral3", "Mistral3Config", head=_SEES, image="sizes", sees="pixtral"),
     Family(
         "llama4",
         "Llama4Config",
@@ -266,15 +314,39 @@ FAMILIES: tuple[Family, ...] = (
         head=_SEES,
         turned=True,
         image="pixels",
+        sees="llama4",
     ),
-    Family("kimi_k25", "Kimi_K25Config", text=_MLA, head=_SEES),
-    Family("step3p7", "Step3p7Config", text={**_SPARSE, "share_expert_dim": 128}, head=_SEES, scheme="fp8"),
+    Family(
+        "kimi_k25",
+        "Kimi_K25Config",
+        text=_MLA,
+        published={"architectures": ["KimiK25ForConditionalGeneration"]},  # Transformers calls its class otherwise
+        head=_SEES,
+    ),
+    Family(
+        "step3p7",
+        "Step3p7Config",
+        text={**_SPARSE, "share_expert_dim": 128},
+        vision={"mlp_ratio": 4.0},
+        published={"projector_bias": False}
+        | {
+            "text_config": {"architectures": ["Step3p5ForCausalLM"], "num_attention_groups": 2, "moe_num_experts": 8}
+            | {"moe_top_k": 2, "moe_layers_enum": "1", "use_moe": True, "use_head_wise_attn_gate": True}
+            | {"norm_expert_weight": True, "moe_router_activation": "sigmoid", "moe_router_scaling_factor": 1.0}
+            | {"rope_theta": 10000.0},
+            "vision_config": {"width": 64, "layers": 1, "heads": 2, "output_dim": None, "use_cls_token": False}
+            | {"use_ln_pre": True, "use_ln_post": False, "use_abs_posemb": True, "use_rope2d": True}
+            | {"ls_init_value": 0.1, "pool_type": "none"},
+        },
+        head=_SEES,
+        scheme="fp8",
+    ),
     Family("lfm2_vl", "Lfm2VlConfig", text={"layer_types": ["conv", "full_attention"], **_CONV}, head=_SEES),
     Family("aria", "AriaConfig", head=_SEES),
     Family(
         "ernie4_5_vl_moe",
         "Ernie4_5_VLMoeConfig",
-        text={**_SPARSE, "moe_intermediate_size": [128, 128], **_ERNIE_ROPE},
+        text={**_SPARSE, "moe_intermediate_size": [128, 64], **_ERNIE_ROPE},
         head=_SEES,
     ),
     Family(

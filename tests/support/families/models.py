@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.families.catalogue import SIZE, VISION, VOCAB, Family
+from support.families.processors import write_processor
 from support.packers import pack_tensor
 
 
@@ -71,10 +73,15 @@ _NEVER = re.compile(
 )
 """Modules that no producer quantizes, by a part of their name or the whole of its last; and the narrow ones, whose
 sizes no group divides."""
-_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_STACKED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+    "input_linear": ("input_linear",),
+    "output_linear": ("output_linear",),
+}
 _IN_STACKS = {
     "int4": tuple(_STACKED),
-    "mxfp4": tuple(_STACKED),
+    "mxfp4": ("gate_up_proj", "down_proj"),
     "fp8": ("gate_proj", "up_proj", "down_proj", "input_linear", "output_linear"),
 }
 """Tensors of all experts that are quantized in each scheme."""
@@ -106,7 +113,10 @@ def write(folder: Path, family: Family, experts: bool = True) -> Twins:
     """The family's model twice. `experts`: whether those are quantized too."""
     source, plain = folder / "source", folder / "plain"
     tiny(family).save_pretrained(plain, max_shard_size="1GB")
-    tensors = load_file(plain / "model.safetensors")
+    _publish(plain / "config.json", family.published)
+    if family.sees:
+        write_processor(plain, family.sees)
+    tensors = {re.sub(*family.renames, name): t for name, t in load_file(plain / "model.safetensors").items()}
     if family.mtp:
         tensors |= dict(_nextn(tensors, family.mtp))
     stored: Tensors = {}
@@ -128,6 +138,10 @@ def write(folder: Path, family: Family, experts: bool = True) -> Twins:
         else:
             stored[name] = tensor
     source.mkdir()
+    if family.source_lacks != Family.source_lacks:
+        _without(family.source_lacks, tensors, plain, folder / "published")
+    if family.turns:
+        tensors = {n: t.transpose(1, 2) if t.ndim == 3 and ".experts." in n else t for n, t in tensors.items()}
     save_file({name: t.contiguous() for name, t in tensors.items()}, plain / "model.safetensors", {"format": "pt"})
     save_file({name: t.contiguous() for name, t in stored.items()}, source / "model.safetensors", {"format": "pt"})
     for path in plain.glob("*.json"):
@@ -135,6 +149,21 @@ def write(folder: Path, family: Family, experts: bool = True) -> Twins:
     config = json.loads((plain / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "quantization_config": _CONFIGS[family.scheme]}))
     return Twins(source, plain, tuple(quantized))
+
+
+def _without(pattern: str, tensors: Tensors, plain: Path, folder: Path) -> None:
+    """A third model: the twin as it would be published, for loaders that stumble over what Transformers adds."""
+    shutil.copytree(plain, folder)
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if not re.fullmatch(pattern, name)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def _publish(path: Path, keys: Mapping[str, Any]) -> None:
+    """Add keys to a config.json, those of a part to that part."""
+    config = json.loads(path.read_text())
+    for key, value in keys.items():
+        config[key] = {**config[key], **value} if isinstance(value, Mapping) and key in config else value
+    path.write_text(json.dumps(config, indent=1))
 
 
 def _nextn(tensors: Tensors, name: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -161,6 +190,8 @@ def _stack(module: str, name: str, tensors: Tensors, family: Family) -> Tensors:
     whole = tensors[name]
     upright = whole.transpose(1, 2) if family.turned else whole
     stack, _, part = module.rpartition(".")
+    if part.endswith("_linear"):  # AutoRound takes Granite's stack apart, and keeps its names
+        stack += ".experts"
     stored: dict[str, list[torch.Tensor]] = {}
     values = []
     for expert, matrix in enumerate(upright):
