@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from xpuquant.formats.scheme import compact, expand
 
 if TYPE_CHECKING:
     from xpuquant.conversion.inspection import Inspection
-    from xpuquant.conversion.results import SourceInfo
+    from xpuquant.conversion.results import ModuleOutcome, SourceInfo
 
 _MAX_DECISIONS = 12
 _MAX_PATTERNS = 8
@@ -51,8 +51,7 @@ def _converted_repo(found: ConvertedRepo) -> Answer:
         ("from", f"{_at_commit(origin)}, {size(origin.nbytes)}"),
         (
             "size",
-            f"{size(repo.nbytes)}, {counted(len(found.modules), 'quantized module')}, "
-            f"{counted(found.plain, 'other tensor')}",
+            f"{size(repo.nbytes)}, {_modules(found.modules)}, {counted(found.plain, 'other tensor')}",
         ),
         ("its report says", found.verified or _NO_REPORT),
         *((f"served by {name}", versions) for name, versions in found.needs.items()),
@@ -73,6 +72,13 @@ def _converted_repo(found: ConvertedRepo) -> Answer:
         data,
         f"{what} from {_at_commit(origin)}; its report says: {found.verified or _NO_REPORT}",
     )
+
+
+def _modules(modules: Sequence[ModuleOutcome]) -> str:
+    """`6 quantized modules, 1 dequantized`."""
+    dequantized = sum(module.scheme is None for module in modules)
+    said = counted(len(modules) - dequantized, "quantized module")
+    return f"{said}, {dequantized:,} dequantized" if dequantized else said
 
 
 def _at_commit(info: SourceInfo) -> str:

@@ -150,7 +150,8 @@ def _check_whole(tree: Tree, names: Iterable[str]) -> None:
 
 
 def hash_files(tree: Tree, names: Iterable[str]) -> dict[str, Blob]:
-    """Name → blob, of local files. What `verify` would fail is not published.
+    """Name → blob, of local files. What is not as the record has it is not published; what weights decode to is not
+    looked at.
 
     Raises:
         DamagedError: one is not what the conversion wrote, or it wrote none such and a loader may run or read it; a

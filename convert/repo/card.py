@@ -198,7 +198,7 @@ def _left(plan: Plan, source: Source) -> list[tuple[str, str]]:
     for planned in plan.dequantized:
         reasons.setdefault("; ".join(planned.conversion.facts), []).append(planned.conversion.name)
     left += [(", ".join(compact(names)), why) for why, names in reasons.items()]
-    return left + [(f"file {name}", why) for name, why in source.left_files.items() if name != CARD]
+    return left + [(f"file {name}, left out", why) for name, why in source.left_files.items() if name != CARD]
 
 
 def _verification(verdict: Verdict) -> VerificationSummary:
@@ -336,7 +336,7 @@ def _converted(facts: CardFacts) -> Markdown:
     parts = [markdown("## What was converted"), table(("source", "stored as", "modules", "size"), rows, "llrr"), total]
     if facts.left:
         left = [markdown("{what}: {why}", what=what, why=why) for what, why in facts.left]
-        parts += [markdown("Not converted:"), listed(left)]
+        parts += [markdown("What stays as it was, was dequantized or left out, and why:"), listed(left)]
     return joined("\n\n", parts)
 
 

@@ -45,7 +45,7 @@ def render_markdown(verdict: Verdict) -> Markdown:
         sections += [markdown("## Not run"), table(("Backend", "Reason"), [(name, str(why)) for name, why in not_run])]
     if verdict.unchecked:
         title = markdown(
-            "## Modules that no real kernel computed here: {left} of {all}",
+            "## Modules that no real kernel computed where this was checked: {left} of {all}",
             left=len(verdict.unchecked),
             all=len(verdict.schemes),
         )
@@ -68,7 +68,8 @@ def checks(verdict: Verdict) -> list[tuple[str, str, str]]:
         result = f"FAIL ({failing})" if failing else "not run" if what is None else "not all" if gaps else "pass"
         if warned:
             result += f", {counted(warned, 'warning')}"
-        looked = what or (_NOT_RUN.get(kind, "") if not verdict.failing else "see below")
+        is_said = not verdict.failing or (kind == "kernels" and any(run.ran for run in verdict.kernels))
+        looked = what or (_NOT_RUN.get(kind, "") if is_said else "see below")
         rows.append((kind, result, looked))
     return rows
 

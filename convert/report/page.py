@@ -153,7 +153,7 @@ def _facts(verdict: Verdict) -> dict[str, str]:
         "Checked": setting.date if setting else "",
         "Model": verdict.model,
         "Stored as": ", ".join(f"{scheme} ({counted(count, 'module')})" for scheme, count in schemes.items()),
-        "Size": size(after) + (f", {size(before)} in the source" if before else "") if after else "",
+        "Tensors": size(after) + (f", {size(before)} in the source" if before else "") if after else "",
         "Source": verdict.source,
         "Compared with": verdict.basis,
         "Hardware": setting.hardware if setting else "",

@@ -39,10 +39,9 @@ def in_one_line(verdict: Verdict) -> str:
         parts.append(f"{kind} within {max(run.error or 0.0 for run in runs):.0e} of float64{of}")
     if verdict.unchecked:
         missing = "; ".join(verdict.unavailable.values())
-        parts.append(
-            f"{len(verdict.unchecked)} of {counted(len(verdict.schemes), 'module')} computed by no real kernel here"
-            + (f" ({missing})" if missing else "")
-        )
+        left = f"{len(verdict.unchecked)} of {counted(len(verdict.schemes), 'module')}"
+        said = f"{left} computed by no real kernel where this was checked"
+        parts.append(said + (f" ({missing})" if missing else ""))
     if verdict.warnings:
         parts.append(f"{counted(len(verdict.warnings), 'warning')} in verify.md")
     return "; ".join(parts)

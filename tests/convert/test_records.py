@@ -219,7 +219,7 @@ NOT_PUSHED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", NOT_PUSHED)
-def test_what_verify_fails_is_not_pushed(case: str, made: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_not_as_recorded_is_not_pushed(case: str, made: dict[str, Path], tmp_path: Path) -> None:
     """Whatever was changed, added or taken away since the conversion; a note of people may lie there."""
     out = Path(shutil.copytree(made["exact"], tmp_path / "out"))
     (out / "notes.txt").write_text("mine")

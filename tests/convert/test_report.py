@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.checkpoints import FIXTURES
+from support.fuzz.case import command
 
 from xpuquant.conversion.cli.plan_answers import left_alone
 from xpuquant.conversion.options import Options
@@ -169,7 +171,7 @@ def test_names_from_strangers_stay_text(tmp_path):
 def test_markdown_pastes_as_tables():
     text = render_markdown(verdict())
     assert text.startswith("# Model-xpu: **FAILED**") and "## Not run" in text and "vllm_xpu" in text
-    assert "## Modules that no real kernel computed here: 1 of 128" in text
+    assert "## Modules that no real kernel computed where this was checked: 1 of 128" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
     worst = text.split("largest deviations")[1].splitlines()[4]
@@ -203,6 +205,18 @@ def test_a_kernel_that_computed_some_says_how_many():
 def test_what_is_left_alone_is_counted(shapes, said):
     passed = tuple(TensorInfo(name, "F16", shape, 8) for name, shape in shapes.items())
     assert left_alone(Planned(SourceInfo("s", None, 8), Options(), (), passed, (), (), 0, 0)).endswith(said)
+
+
+def test_sentences_of_a_dequantized_repo(tmp_path):
+    """Card, summary and `inspect` of one that keeps some matrices and dequantizes one."""
+    source, out = FIXTURES / "llmcompressor-llama-fp8-block-ragged", tmp_path / "out"
+    assert command("convert", str(source), str(out), "--on-unsupported", "dequantize")[0] == 0
+    card = (out / "README.md").read_text()
+    assert "Not converted" not in card and "no real kernel here" not in card
+    why = card.partition("What stays as it was, was dequantized or left out, and why:")[2]
+    assert "model.layers.0.mlp.down_proj: dequantized to bf16: " in why and "- 3 vectors, such as" in why
+    said = command("inspect", str(out))[1]
+    assert "6 quantized modules, 1 dequantized, 4 other tensors" in said
 
 
 def test_only_what_is_exact_is_called_so():
