@@ -2,7 +2,8 @@
 
 What flows: the driver holds the lock and the journal. Each task gets the name of a shard; its worker opens the source
 and plans once (a plan is a function of source and options, and its digest must be the driver's), writes the shard in a
-folder of its own and moves it when it is complete. The driver notes it in the journal and moves the progress on.
+folder of its own and moves it when it is complete; then it compares what it has written with the source and notes the
+verdict, so that the driver has nothing to compare. The driver notes the shard in the journal and moves the progress on.
 A repository on the Hub is read from where the driver downloaded it; a node that does not see that folder downloads
 the shards it needs into its own cache.
 
@@ -25,9 +26,10 @@ from typing import Any
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
-from xpuquant.conversion.progress import Progress
+from xpuquant.conversion.progress import Progress, Silent
 from xpuquant.conversion.repo.journal import STAGING, Finished, Reached
-from xpuquant.conversion.repo.staging import Staging, staged_files
+from xpuquant.conversion.repo.staging import VERIFIED_PART, Staging, staged_files
+from xpuquant.conversion.runs.local import check_part
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.open import open_source
@@ -51,6 +53,7 @@ class Assignment:
     digest    of the driver's plan and source
     out       the output folder, in whose staging folder finished shards go
     jobs      threads of one task
+    verify    compare each shard with the source where it was made
     """
 
     source: str
@@ -60,6 +63,7 @@ class Assignment:
     digest: str
     out: Path
     jobs: int
+    verify: bool = False
 
 
 class _Attempt:
@@ -97,13 +101,18 @@ def execute_on_ray(
     progress: Progress,
     read_again: bool = True,
     address: str,
+    verify: bool = False,
 ) -> dict[str, Finished]:
     """Like `execute.execute`, on the Ray cluster at `address` (`auto`, `ray://host:port`, `host:port`), or one
     started here (`local`). Workers write through the page cache, whatever `read_again` says: shared storage has its own
     ideas of O_DIRECT.
 
+    Args:
+        verify: each shard where it was made.
+
     Raises:
         EnvironmentFault: Ray is not installed, not reachable, or lost too many workers.
+        VerificationError: a shard is wrong.
     """
     ray = _ray()
     started = not ray.is_initialized()
@@ -117,6 +126,7 @@ def execute_on_ray(
         plan.digest(source.fingerprint()),
         staging.out.resolve(),
         jobs,
+        verify,
     )
     finished = {shard.name: done[shard.name] for shard in plan.shards if shard.name in done}
     for shard in plan.shards:
@@ -140,10 +150,18 @@ def execute_on_ray(
 
 
 def write_shard(assignment: Assignment, name: str) -> Finished:
-    """Make one shard; runs on a worker."""
+    """Make one shard, and note the verdict on it where that is asked for; runs on a worker."""
     source, plan = _planned(assignment)
+    out, jobs = assignment.out, assignment.jobs
     part = plan.part([shard for shard in plan.shards if shard.name == name])
-    return execute_plan(part, source, _Attempt(assignment.out), assignment.jobs, {}, _silent)[name]
+    finished = execute_plan(part, source, _Attempt(out), jobs, {}, _silent)[name]
+    if assignment.verify:
+        from xpuquant.conversion.verify.noted import note_verdict
+
+        verdict = check_part(part, source, staged_files(out), out.name, jobs, Silent())
+        held = {name: finished}
+        note_verdict(Tree(out).below(STAGING), f"{name}{VERIFIED_PART}", verdict, held, assignment.digest)
+    return finished
 
 
 @cache

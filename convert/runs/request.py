@@ -351,4 +351,4 @@ def _executor(request: ConvertRequest) -> Executor:
         return execute_plan
     from xpuquant.conversion.runs.ray import execute_on_ray
 
-    return partial(execute_on_ray, address=request.ray)
+    return partial(execute_on_ray, address=request.ray, verify=request.verify)

@@ -26,6 +26,7 @@ from xpuquant.conversion.repo.journal import STAGING, JournalFile
 from xpuquant.conversion.runs.parts import Part, parse_part, share
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.tree import Identity
+from xpuquant.conversion.verify import exactness
 from xpuquant.errors import UsageError
 
 pytest_plugins = "support.hub.fixtures"
@@ -394,8 +395,24 @@ class TestRay:
         monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         pytest.importorskip("ray")
 
-    def test_local(self, tmp_path: Path, wanted: dict[str, str]) -> None:
+    def test_local(self, tmp_path: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The driver compares what lies in two shards, and nothing else: the rest has been, where it was made."""
+        plan = make_plan(open_source(str(MOE)).checkpoint, Options(max_shard_size=20_000))
+        alone = {m.conversion.name for shard in plan.shards for m in plan.part([shard]).modules}
+        compared: list[str] = []
+        result = exactness._ModuleCheck.result
+
+        def counted(check: Any) -> Any:
+            compared.append(check._planned.conversion.name)
+            return result(check)
+
+        def passed(*arguments: object) -> None:
+            raise AssertionError("bytes compared on the driver")
+
+        monkeypatch.setattr(exactness._ModuleCheck, "result", counted)
+        monkeypatch.setattr(exactness, "_check_bytes", passed)
         assert convert(tmp_path / "ray" / "out", "--ray", "local") == 0
+        assert sorted(compared) == sorted({m.conversion.name for m in plan.modules} - alone) and alone
         assert digests(tmp_path / "ray" / "out") == wanted
 
     def test_no_such_cluster(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
