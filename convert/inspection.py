@@ -95,6 +95,7 @@ class Inspection:
 
     @property
     def converts(self) -> bool:
+        """Whether every module has an exact layout."""
         return not self.refused
 
     @property

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from xpuquant.errors import EnvironmentFault, UnsupportedError
+from xpuquant.errors import EnvironmentFault
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.base import Array, Layer, fault_of
-from xpuquant.kernels.integers import as_integers, finished, integer_scheme, unsigned_int4
+from xpuquant.kernels.integers import finished, integer_scheme, taken, unsigned_int4
 
 
 @cache
@@ -72,13 +72,8 @@ class Ark:
 
         from xpuquant.kernels.torch_tensors import from_torch, to_torch
 
-        reason = self.refuses(layer.scheme, layer.N, layer.K)
-        if reason is not None:
-            raise UnsupportedError(reason)
         stored = layer
-        layer, x = as_integers(layer, x)
-        if layer.scheme.act_order:
-            x = x[:, layer.tensors["g_idx"]]
+        layer, x = taken(self, layer, x)
         module = _integers(layer)
         if "bias" in layer.tensors:
             module.bias = to_torch(layer.tensors["bias"].astype(np.float32))

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from xpuquant.errors import UnsupportedError
+from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
-from xpuquant.kernels.base import Array, Layer
+from xpuquant.kernels.base import Array, Backend, Layer
 
 
 def unsigned_int4(layer: Layer) -> tuple[Array, Array]:
@@ -44,6 +46,19 @@ _APART = {
     "nvfp4_experts": ("global_scale", "bias"),
 }
 """Layout → tensors that the integer layer has not: used before, or after."""
+
+
+def taken(backend: Backend, layer: Layer, x: Array) -> tuple[Layer, Array]:
+    """`as_integers` of a layer, with the activations in the order of its columns.
+
+    Raises:
+        UnsupportedError: the backend refuses it.
+    """
+    reason = backend.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
+    if reason is not None:
+        raise UnsupportedError(reason)
+    layer, x = as_integers(layer, x)
+    return layer, x[:, layer.tensors["g_idx"]] if layer.scheme.act_order else x
 
 
 def as_integers(layer: Layer, x: Array) -> tuple[Layer, Array]:

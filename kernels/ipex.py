@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from xpuquant.errors import EnvironmentFault, UnsupportedError
-from xpuquant.formats.dtypes import label_of
+from xpuquant.errors import EnvironmentFault
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.base import Array, Layer, fault_of
-from xpuquant.kernels.integers import as_integers, finished, integer_scheme, unsigned_int4
+from xpuquant.kernels.integers import finished, integer_scheme, taken, unsigned_int4
 
 
 @cache
@@ -86,14 +85,9 @@ class Ipex:
 
         from xpuquant.kernels.torch_tensors import from_torch, to_torch
 
-        reason = self.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
-        if reason is not None:
-            raise UnsupportedError(reason)
         stored = layer
-        layer, x = as_integers(layer, x)
+        layer, x = taken(self, layer, x)
         scheme, tensors = layer.scheme, layer.tensors
-        if scheme.act_order:
-            x = x[:, tensors["g_idx"]]
         words, scales = unsigned_int4(layer)
         zeros, g = _minus_one(layer), scheme.group_size
         if g == layer.K:  # it drops a dimension of one: halve the group, exactly

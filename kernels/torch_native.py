@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xpuquant.errors import UnsupportedError
-from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.activation_terms import fp8_terms
 from xpuquant.kernels.base import Array, Layer
-from xpuquant.kernels.integers import as_integers, finished, integer_scheme, unsigned_int4
+from xpuquant.kernels.integers import finished, integer_scheme, taken, unsigned_int4
 
 if TYPE_CHECKING:
     import torch
@@ -64,13 +62,8 @@ class TorchNative:
         Raises:
             UnsupportedError: see `refuses`.
         """
-        reason = self.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
-        if reason is not None:
-            raise UnsupportedError(reason)
         stored = layer
-        layer, x = as_integers(layer, x)
-        if layer.scheme.act_order:
-            x = x[:, layer.tensors["g_idx"]]
+        layer, x = taken(self, layer, x)
         result = _int4(layer, x) if layer.scheme.layout.startswith("int4") else _fp8(layer, x)
         result = result + layer.tensors["bias"].astype(np.float32) if "bias" in layer.tensors else result
         return finished(stored, result)

@@ -96,6 +96,7 @@ def inspect(
 
     Returns:
         What would become of it; of a converted repo, what it is, from what, verified how and what serves it.
+        `isinstance` tells which; `modules` of either are as they are stored when converted.
 
     Raises:
         UsageError: not a quantized checkpoint. DamagedError: not a sound one. EnvironmentFault: disk, network.

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from xpuquant.errors import UnsupportedError
-from xpuquant.formats.dtypes import label_of
 from xpuquant.formats.scheme import Scheme
 from xpuquant.kernels.base import Array, Layer
-from xpuquant.kernels.integers import as_integers, finished, integer_scheme
+from xpuquant.kernels.integers import finished, integer_scheme, taken
 from xpuquant.kernels.shipped import ark, device, operators, wheel
 
 _GROUPS = (32, 64, 128, 256)
@@ -73,11 +71,8 @@ class Shipped:
         Raises:
             UnsupportedError: see `refuses`.
         """
-        reason = self.refuses(layer.scheme, layer.N, layer.K, label_of(x.dtype))
-        if reason is not None:
-            raise UnsupportedError(reason)
         stored = layer
-        layer, x = as_integers(layer, x)
+        layer, x = taken(self, layer, x)
         scheme, tensors = layer.scheme, layer.tensors
         if scheme.layout in _BITS:
             return finished(stored, x.astype(np.float32) @ _widened(layer, x.dtype))

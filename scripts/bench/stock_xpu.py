@@ -38,7 +38,8 @@ def become_stock_xpu(wheel: Path) -> None:
     real, fake = vllm.platforms.current_platform, AsXpu(vllm.platforms.current_platform)
     sources = wheel.parent / "kernels"
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(sources, [n for n in archive.namelist() if n.endswith(".py")])
+        archive.extractall(sources, [n for n in archive.namelist() if n.endswith(".py") or ".dist-info/" in n])
+    sys.path.append(str(sources))  # it counts as installed
     # The package's own Python, without its compiled parts, which need an XPU build of torch.
     package = ModuleType("vllm_xpu_kernels")
     package.__path__ = [str(sources / "vllm_xpu_kernels")]

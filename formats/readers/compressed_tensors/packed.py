@@ -86,6 +86,20 @@ class ScaledInts(SourceInts):
     def unpacked(self, stored: Array) -> Array:
         """uint8 `[n, K]` offset-binary codes from the array of `code_rows`."""
 
+    @abstractmethod
+    def _fill_codes(self, arrays: Arrays, out: Array) -> None:
+        """What `codes` does, from the array of `code_rows`."""
+
+    def codes(self, start: int, stop: int) -> FillRecipe:
+        return Recipe((self.code_rows(start, stop),), self._fill_codes)
+
+    def wide_codes(self, start: int, stop: int) -> FillRecipe:
+        def fill(arrays: Arrays, out: Array) -> None:
+            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
+                out[first:last] = self.unpacked(arrays[0][first:last])
+
+        return Recipe((self.code_rows(start, stop),), fill)
+
     def scales(self) -> ArrayRecipe:
         shape = (self.N, self.groups)
         return Recipe((whole(self.scale),), lambda arrays: np.broadcast_to(arrays[0].reshape(-1, self.groups), shape).T)
@@ -126,16 +140,6 @@ class PackedWeight(ScaledInts):
     @property
     def verbatim(self) -> bool:
         return self.bits == 4 and self.groups_of is None
-
-    def codes(self, start: int, stop: int) -> FillRecipe:
-        return Recipe((self.code_rows(start, stop),), self._fill_codes)
-
-    def wide_codes(self, start: int, stop: int) -> FillRecipe:
-        def fill(arrays: Arrays, out: Array) -> None:
-            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
-                out[first:last] = self.unpacked(arrays[0][first:last])
-
-        return Recipe((self.code_rows(start, stop),), fill)
 
     def code_rows(self, start: int, stop: int) -> Slice:
         return rows(self.packed, start, stop)

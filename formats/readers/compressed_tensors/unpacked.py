@@ -30,7 +30,7 @@ from xpuquant.formats.readers.compressed_tensors.config import (
 from xpuquant.formats.readers.compressed_tensors.packed import ScaledInts, groups_fit, measure_zero_points
 from xpuquant.formats.readers.compressed_tensors.shapes import args_of_shapes
 from xpuquant.formats.safetensors import Tensor
-from xpuquant.formats.weights.base import CACHED_CODES, ArrayRecipe, Arrays, FillRecipe, Recipe, Weight, row_blocks
+from xpuquant.formats.weights.base import CACHED_CODES, ArrayRecipe, Arrays, Recipe, Weight, row_blocks
 from xpuquant.formats.weights.floats import view
 
 _ACTIVATION_SUFFIXES = frozenset({"input_scale", "input_zero_point"})
@@ -48,16 +48,6 @@ class UnpackedWeight(ScaledInts):
             return super().scales()
         rows_of = np.arange(self.N) // self.rows_per_scale
         return Recipe((whole(self.scale),), lambda arrays: arrays[0][rows_of].T)
-
-    def codes(self, start: int, stop: int) -> FillRecipe:
-        return Recipe((self.code_rows(start, stop),), self._fill_codes)
-
-    def wide_codes(self, start: int, stop: int) -> FillRecipe:
-        def fill(arrays: Arrays, out: Array) -> None:
-            for first, last in row_blocks(len(out), self.K, limit=CACHED_CODES):
-                out[first:last] = self.unpacked(arrays[0][first:last])
-
-        return Recipe((self.code_rows(start, stop),), fill)
 
     def code_rows(self, start: int, stop: int) -> Slice:
         return rows(self.weight, start, stop)
