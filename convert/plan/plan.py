@@ -26,6 +26,25 @@ from xpuquant.formats.scheme import format_version, to_config
 from xpuquant.formats.weights.parts import BiasRows
 
 
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model that has a quantized head of its own. Where it ties the head to the embeddings, or the
+    model's class does where it says nothing (Gemma), vLLM drops the head and multiplies with the embeddings: it looks
+    for an `lm_head.weight` alone (vllm/transformers_utils/config.py, checkpoint_has_lm_head; vllm-project/vllm#51063).
+    """
+    said = _saying_untied(config)
+    text = said.get("text_config")
+    (text if isinstance(text, dict) else said)["tie_word_embeddings"] = False
+    return said
+
+
+def _saying_untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    for key, value in config.items():
+        tied = key == "tie_word_embeddings" and value is True
+        said[key] = False if tied else _saying_untied(value) if isinstance(value, Mapping) else value
+    return said
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will be written, and from what.
@@ -91,6 +110,8 @@ class Plan:
             config: config.json of the source.
         """
         written = without_quantization(config)
+        if any(module.conversion.name.rpartition(".")[2] == "lm_head" for module in self.modules):
+            written = untied(written)
         written["quantization_config"] = self.quantization_config(producer)
         return written
 

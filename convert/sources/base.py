@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from xpuquant.conversion.sources.repo_files import FoundFiles
+from xpuquant.conversion.sources.weight_files import are_of_one_set
 from xpuquant.conversion.tree import Identity, Tree, Written
 from xpuquant.errors import DamagedError, UsageError, one_line
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, as_array
@@ -172,10 +173,10 @@ def _merge_header(
             foreign.append(name)
             continue
         if name in tensors:
-            raise UsageError(
-                f"'{name}' is in both {tensors[name].file} and {tensor.file}, and no index says which is meant; "
-                "remove one of the files"
-            )
+            # Of a set of shards none can be spared.
+            other = tensors[name].file
+            fix = "add one" if are_of_one_set(other, tensor.file) else "remove one of the files"
+            raise UsageError(f"'{name}' is in both {other} and {tensor.file}, and no index says which is meant; {fix}")
         if index is not None and listed is None:
             unlisted.append(name)
         tensors[name] = tensor

@@ -211,6 +211,12 @@ def _only_copies(names: Sequence[str], left: Mapping[str, str]) -> tuple[list[st
     raise UsageError("no *.safetensors file in the folder")
 
 
+def are_of_one_set(one: str, other: str) -> bool:
+    """Whether two files are numbered shards of one export."""
+    matches = [_SHARD.fullmatch(name) for name in (one, other)]
+    return all(matches) and len({(match[1], match[3]) for match in matches if match}) == 1
+
+
 def _check_sets(shards: Sequence[str]) -> None:
     """Raises DamagedError where one of `-00001-of-00003` is missing, UsageError where two sets have one name or an
     incomplete one lies beside others."""

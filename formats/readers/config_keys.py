@@ -29,6 +29,12 @@ def integer(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> i
     return default
 
 
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """A value that is true or false, in whatever way it is spelt (`"False"`); false where there is none."""
+    value = config.get(key)
+    return value.strip().lower() in ("true", "1", "yes") if isinstance(value, str) else bool(value)
+
+
 def symmetry(config: Mapping[str, Any]) -> bool | None:
     """`sym`, or AWQ's `zero_point` negated; None where the config does not say."""
     if isinstance(config.get("sym"), bool | int):

@@ -37,6 +37,7 @@ _FUSED_COUNTS = (2, 3)
 SCALE_DTYPES = (*FLOATS, E8M0)
 
 _DEFAULT_BLOCK = (128, 128)
+_SMALLEST_SIDE = 16
 
 
 class Fp8:
@@ -175,9 +176,24 @@ def _granularity(checkpoint: Checkpoint, name: str, scale: Tensor, N: int, K: in
     if len(scale.shape) == 2 and scale.shape[0] == N and K % scale.shape[1] == 0:
         # compressed-tensors' group strategy: sound, but kernels have blocks only.
         return "block", (1, K // scale.shape[1]), "fp8 in groups along K, from the shapes"
+    told = block_of_shapes(scale.shape, N, K)
+    if told is not None:
+        said = f"the config says {block[0]}x{block[1]}" if stated else "the config says none"
+        return "block", told, f"fp8 in blocks of {told[0]}x{told[1]}, from the shapes; {said}"
     raise DamagedError(
         f"{scale.name} has shape {list(scale.shape)}; a weight of {[N, K]} in blocks of {list(block)} needs "
         f"{list(blocks)}"
+    )
+
+
+def block_of_shapes(scales: tuple[int, ...], N: int, K: int) -> tuple[int, int] | None:
+    """(rows, columns) of a block where scales `[N/n, K/k]` show it: powers of two, as all producers have. A short last
+    block of another size never looks like it."""
+    if len(scales) != 2 or N % scales[0] or K % scales[1]:
+        return None
+    rows, columns = N // scales[0], K // scales[1]
+    return (
+        (rows, columns) if all(side >= _SMALLEST_SIDE and side.bit_count() == 1 for side in (rows, columns)) else None
     )
 
 

@@ -16,7 +16,7 @@ from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.base import STACKS, Parts, both_quantized, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
-from xpuquant.formats.readers.fp8 import SCALE_DTYPES, block_size
+from xpuquant.formats.readers.fp8 import SCALE_DTYPES, block_of_shapes, block_size
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import ELEMENTS, FloatWeight, view
@@ -114,6 +114,13 @@ def _granularity(
         return "tensor", (N, K)
     if scale.shape in ((E, N), (E, 1, N) if transposed else (E, N, 1)):
         return "channel", (1, K)
+    told = (
+        block_of_shapes(scale.shape[:0:-1] if transposed else scale.shape[1:], N, K)
+        if scale.shape[:1] == (E,)
+        else None
+    )
+    if told is not None:
+        return "block", told
     raise DamagedError(
         f"{scale.name} has shape {list(scale.shape)}; experts of {[N, K]} in blocks of {list(block)} need "
         f"{[E, *blocks]}"

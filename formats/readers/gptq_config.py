@@ -10,7 +10,7 @@ from typing import Any
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.autoround import Itself, gptq_label
-from xpuquant.formats.readers.config_keys import integer, overridden, symmetry
+from xpuquant.formats.readers.config_keys import flag, integer, overridden, symmetry
 
 _V1, _V2, _PLANAR = "gptq", "gptq_v2", "gptq_p"
 
@@ -61,7 +61,7 @@ def _claims(whole: Itself, of_module: Itself) -> GptqConfig:
         bits=integer(merged, ("bits", "w_bit", "wbits"), 4),
         group_size=integer(merged, ("group_size", "q_group_size"), -1),
         sym=symmetry(merged),
-        desc_act=bool(merged.get("desc_act", False)),
+        desc_act=flag(merged, "desc_act"),
         zeros_minus_one=None if label is None else label == _V1,
         planar=label == _PLANAR,
         writer=_writer(config),

@@ -89,11 +89,14 @@ class Sorted:
 
 
 def is_plain(parts: Parts) -> bool:
-    """Whether a module is a float weight with static scales of activations left over beside it."""
+    """Whether a module is a float weight with static scales of activations left over beside it, or those scales alone
+    (of a head that is tied to the embeddings, which producers save without its weight)."""
     experts = next((parts[stack].shape[0] for stack in STACKS if stack in parts and parts[stack].shape), 1)
     left = {suffix: tensor for suffix, tensor in parts.items() if not _means_nothing(suffix, tensor, experts)}
+    if not left:
+        return not any(suffix in _OF_OUTPUTS for suffix in parts)
     named = {"weight", *STACKS, *_BIASES}
-    return bool(left) and left.keys() <= named and all(tensor.dtype in PLAIN for tensor in left.values())
+    return left.keys() <= named and all(tensor.dtype in PLAIN for tensor in left.values())
 
 
 def sort_leftovers(
@@ -222,7 +225,8 @@ def _check_unquantized(
     gone: set[str] = set()
     for prefix, tensors in beside.items():
         if prefix not in refused and is_plain(siblings[prefix]):
-            why = "left over beside a weight that is not quantized"
+            has_weight = any(not tensor.name.endswith(_NOTHING) for tensor in siblings[prefix].values())
+            why = "left over " + ("beside a weight that is not quantized" if has_weight else "where there is no weight")
             dropped.setdefault(why, []).extend(tensor.name for tensor in tensors)
             gone |= {tensor.name for tensor in tensors}
     for tensor in found.passed:

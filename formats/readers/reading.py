@@ -164,6 +164,8 @@ def _unknown(name: str, parts: Parts) -> str:
     if name.endswith(".act") and parts.keys() == {"scales"}:
         return factor_reason(parts["scales"])
     listed = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(parts.items()))
+    if all("scale" in suffix or "zero" in suffix for suffix in parts):
+        return f"scales without a weight, of which nothing else is there: {listed}"
     return f"no known format has these tensors: {listed}"
 
 

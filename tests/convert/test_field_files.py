@@ -195,6 +195,11 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"a.safetensors": QUANTIZED, "b.safetensors": QUANTIZED},
         ("is in both a.safetensors and b.safetensors, and no index says which is meant",),
     ),
+    # huggingface/transformers before 4.40 and hand-made splits: a tensor in two shards, the index not uploaded.
+    "two shards with one tensor": (
+        {ONE: QUANTIZED | FLOAT, TWO: OTHER | FLOAT},
+        (f"'{DOWN}.weight' is in both {ONE} and {TWO}, and no index says which is meant; add one",),
+    ),
     # An adapter by another name, among files of which no index says what they are.
     "an adapter called something else": (
         {"gptq_model-4bit.safetensors": QUANTIZED, "my-finetune.safetensors": LORA},

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.floats import NVFP4_MODELOPT_CONFIG, TABLES, block, nvfp4, tensor
+from support.floats import NVFP4_MODELOPT_CONFIG, TABLES, block, nvfp4, random, tensor
 from support.ints import (
     DOWN,
     Array,
@@ -30,7 +30,10 @@ from support.ints import (
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
+from xpuquant.conversion.repo.assemble import PRODUCER
 from xpuquant.errors import DamagedError, UnsupportedError
+from xpuquant.formats.readers import reading
+from xpuquant.formats.weights.floats import FloatWeight
 
 LANGUAGE = "model.language_model.layers.0.mlp.down_proj"
 QKV = "model.layers.0.linear_attn.in_proj_qkv"
@@ -285,3 +288,74 @@ def test_plain_tensors_with_a_factors_word_in_their_name_pass(name: str, tmp_pat
     shape = (8, 8, 3, 3) if name.endswith("weight") else (8,)
     source = Pico(gptq_config(), {DOWN: gptq(ints())}, {name: np.ones(shape, np.float32)}).write(tmp_path)
     assert [passed.name for passed in make_plan(source.checkpoint, Options()).passed] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns", "config"),
+    [
+        # vllm-project/vllm#54126: a block's size in a part of the config that loaders do not read.
+        (DOWN, 64, 64, {"quant_method": "fp8"}),
+        (DOWN, 128, 128, {"quant_method": "fp8", "weight_block_size": [64, 64]}),
+        (DOWN, 32, 256, {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}),
+    ],
+)
+def test_blocks_are_as_large_as_the_scales_show(
+    name: str, rows: int, columns: int, config: dict[str, Any], tmp_path: Path
+) -> None:
+    weight = random("e4m3", 256, 512, rows, columns)
+    checkpoint = Pico(config, {name: {"weight": weight.fp8, "weight_scale_inv": weight.scales}})
+    (read,) = reading.read(checkpoint.write(tmp_path).checkpoint).weights
+    assert isinstance(read, FloatWeight) and read.block == (rows, columns)
+    assert f"in blocks of {rows}x{columns}, from the shapes" in "; ".join(read.facts)
+
+
+def test_blocks_of_no_power_of_two_are_not_taken_from_the_shapes(tmp_path: Path) -> None:
+    """192 rows in blocks of 128 have two rows of scales: they are no blocks of 96."""
+    weight = random("e4m3", 192, 192, 128, 128)
+    config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    said = refusal(
+        tmp_path, Pico(config, {DOWN: {"weight": weight.fp8, "weight_scale_inv": weight.scales}}), DamagedError
+    )
+    assert "in blocks of [64, 64] needs [3, 3]" in said
+
+
+def test_scales_without_a_weight(tmp_path: Path) -> None:
+    """A head that is tied to the embeddings, saved without its weight: static scales of activations mean nothing."""
+    fp8: Tensors = {"weight": tensor(32, 128).fp8, "weight_scale": np.ones(1, np.float32)}
+    head: Tensors = {"input_scale": np.ones(1, np.float32)}
+    checkpoint = Pico({"quant_method": "modelopt"}, {DOWN: fp8, "lm_head": head})
+    plan = make_plan(checkpoint.write(tmp_path / "a").checkpoint, Options())
+    assert plan.notes == ("lm_head.input_scale: dropped; left over where there is no weight",) and not plan.passed
+    checkpoint = Pico({"quant_method": "modelopt"}, {DOWN: fp8, "lm_head": head | {"weight_scale": np.ones(1)}})
+    assert "scales without a weight" in refusal(tmp_path / "b", checkpoint)
+
+
+@pytest.mark.parametrize(("desc_act", "is_order"), [("False", False), ("false", False), ("true", True), (None, False)])
+def test_truth_is_spelt_in_several_ways(desc_act: Any, is_order: bool, tmp_path: Path) -> None:
+    checkpoint = Pico(gptq_config(desc_act=desc_act), {DOWN: gptq(ints(), g_idx=False)})
+    if is_order:
+        assert "g_idx is missing" in refusal(tmp_path, checkpoint, DamagedError)
+    else:
+        assert make_plan(checkpoint.write(tmp_path).checkpoint, Options()).modules
+
+
+@pytest.mark.parametrize("layout", ["xpu", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tie_word_embeddings": True},
+        # google/gemma-*: tied by the model's class where the config says nothing.
+        {"model_type": "gemma"},
+        {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "hidden_size": 64}},
+        {"text_config": {"hidden_size": 64}},
+    ],
+)
+def test_a_quantized_head_of_its_own_is_not_tied(config: dict[str, Any], layout: str, tmp_path: Path) -> None:
+    """vllm-project/vllm#51063: a head beside a config that ties it is dropped, and the embeddings multiply."""
+    head = ints(N=32)
+    for name, own in (("lm_head", True), (DOWN, False)):
+        source = Pico(gptq_config(), {name: gptq(head)}, config=config).write(tmp_path / name)
+        written = make_plan(source.checkpoint, Options(layout=layout)).output_config(source.checkpoint.config, PRODUCER)
+        text = written.get("text_config", written)
+        assert not own or text["tie_word_embeddings"] is False is bool(written.get("tie_word_embeddings"))
+        assert own or text.get("tie_word_embeddings") == config.get("text_config", config).get("tie_word_embeddings")
