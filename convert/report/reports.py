@@ -28,7 +28,7 @@ from xpuquant.conversion.verify.expected import SEED
 from xpuquant.conversion.verify.integrity import VERDICT
 from xpuquant.conversion.verify.proof import Claim, Proof
 from xpuquant.conversion.verify.verdict import Agreement, Finding, Outcome, Verdict
-from xpuquant.errors import one_line
+from xpuquant.errors import one_line, shown
 from xpuquant.formats.dtypes import numpy_dtype
 
 
@@ -101,8 +101,13 @@ def check_report(tree: Tree, verdict: Verdict) -> list[Finding]:
     if verdict.outcome is Outcome.FAILED or not tree.holds(VERDICT):
         return []
     said = read_json(tree, VERDICT)
-    if said.get("producer") != PRODUCER:
-        return [] if said.get("passed") is True else [_untrue("it does not say that the conversion was verified")]
+    if said.get("producer") != verdict.producer:
+        return [_untrue(f"its producer is {shown(said.get('producer'))}, that of xpuquant.json {verdict.producer}")]
+    if verdict.producer != PRODUCER:
+        if said.get("passed") is not True:
+            return [_untrue("it does not say that the conversion was verified")]
+        what = f"is of {verdict.producer}: what it says of the weights is not compared with what was found"
+        return [Finding("integrity", VERDICT, one_line(what), fails=False)]
     now = as_data(verdict)
     exact = {key: now["exact"][key] for key in _OF_WEIGHTS}
     held = said.get("exact")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from xpuquant.conversion.options import ROUNDED_TO
 from xpuquant.conversion.repo.checksums import is_sealed
 from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.sizes import LARGEST_SIZE
@@ -97,6 +98,7 @@ def _wrong_fields(record: Mapping[str, Any]) -> Iterator[str]:
         yield from _fields(entry, held, f"modules.{name}.")
         if "rounding" in held:
             yield from _entry(entry["rounding"], _ROUNDING, f"modules.{name}.rounding")
+            yield from _rounding(entry["rounding"], record["options"], f"modules.{name}.rounding")
         if "dequantized" in held and not entry["dequantized"]:
             yield f"names no tensor of a dequantized module: '{name}'"
         if "roles" in held and digest_in(entry)[1] is None:
@@ -111,6 +113,13 @@ def _wrong_fields(record: Mapping[str, Any]) -> Iterator[str]:
         yield from _members(list(record[key].values()), kind, key)
     counted = record["source"]["bytes_by_dtype"]
     yield from _fields(counted, dict.fromkeys(counted, _COUNT), "source.bytes_by_dtype.")
+
+
+def _rounding(rounding: Mapping[str, Any], options: Mapping[str, Any], place: str) -> Iterator[str]:
+    if rounding["dtype"] not in ROUNDED_TO or rounding["dtype"] != options.get("scale_dtype"):
+        yield f"says in the field '{place}.dtype' that scales were rounded otherwise than its options say"
+    elif rounding["changed"] > rounding["scales"]:
+        yield f"has a number that no conversion writes in the field '{place}.changed'"
 
 
 def _entry(entry: object, fields: Mapping[str, Kinds], place: str) -> Iterator[str]:

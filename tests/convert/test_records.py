@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support.injected_faults as inject
 from support.checkpoints import FIXTURES
 from support.fuzz.case import command
 from support.fuzz.tally import count
@@ -161,6 +162,7 @@ LIES: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "verdict": ("verdict", lambda r: r.pop("verdict")),
     "failed": ("passed", lambda r: r.update(passed=False)),
     "no comparison": ("exact", lambda r: r.pop("exact")),
+    "producer": ("its producer is 'xpuquant 0.0.9'", lambda r: r.update(producer="xpuquant 0.0.9")),
 }
 
 
@@ -230,12 +232,37 @@ def test_what_is_not_as_recorded_is_not_pushed(case: str, made: dict[str, Path],
     assert command("verify", str(out), "--backend", "reference")[0] == 1
 
 
+def rounding(dtype: str) -> dict[str, Any]:
+    return {"dtype": dtype, "scales": 1, "changed": 2, "largest": 0.0}
+
+
+def test_a_report_of_another_version_is_said_to_be_not_compared(made: dict[str, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(made["exact"], tmp_path / "out"))
+    for name in ("xpuquant.json", "verify.json", "config.json"):
+        text = (out / name).read_text().replace(f'"xpuquant {xpuquant.__version__}"', '"xpuquant 0.0.9"')
+        (out / name).write_text(text)
+    for name in ("xpuquant.json", "verify.json"):
+        seal(out / name, json.loads((out / name).read_text()))
+    inject.reseal(out)
+    verdict = xpuquant.verify(out, source=FIXTURES / KINDS["exact"][0], backends=["reference"], jobs=1)
+    assert any("is of xpuquant 0.0.9: what it says of the weights is not compared" in w.what for w in verdict.warnings)
+
+
 @pytest.mark.parametrize(
     ("named", "edit"),
     [
         ("source.bytes", lambda r: r["source"].update(bytes=10**400)),
         ("source.bytes_by_dtype.F16", lambda r: r["source"]["bytes_by_dtype"].update(F16=-1)),
         ("producer", lambda r: r.update(producer="xpuquant 0.1.0\n# <b>")),
+        ("rounding.dtype", lambda r: [one.update(rounding=rounding("F16")) for one in r["modules"].values()]),
+        ("rounding.dtype", lambda r: [one.update(rounding=rounding("U8")) for one in r["modules"].values()]),
+        (
+            "rounding.changed",
+            lambda r: (
+                r["options"].update(scale_dtype="BF16"),
+                [one.update(rounding=rounding("BF16")) for one in r["modules"].values()],
+            ),
+        ),
         ("stands for too many", lambda r: r.update(unquantized=["{0-9999}.{0-9999}"])),
     ],
 )
