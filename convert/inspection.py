@@ -16,6 +16,7 @@ from xpuquant.conversion.repo.description import ConvertedRepo, described
 from xpuquant.conversion.results import ModuleOutcome, SourceInfo, module_outcomes, source_info
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
+from xpuquant.formats.architecture import state_groups
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.served_families import Tried
@@ -133,7 +134,8 @@ def inspect_source(
     survey = survey_modules(checkpoint, options)
     planned, weights = survey.planned, survey.reading.weights
     decisions = Counter(fact for weight in weights for fact in weight.facts)
-    splits = {n: problems(planned, n) if n > 1 else {} for n in ranks}
+    groups = state_groups(checkpoint.text_config)
+    splits = {n: problems(planned, n, groups) if n > 1 else {} for n in ranks}
     formats = tuple(sorted({weight.format for weight in weights}))
     passed = () if survey.refused else make_plan(checkpoint, options).passed
     return Inspection(

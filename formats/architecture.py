@@ -300,6 +300,21 @@ def _product(config: Mapping[str, Any], *keys: str) -> int | None:
     return math.prod(factor for factor in factors if factor) if all(factors) else None
 
 
+def state_groups(config: Mapping[str, Any]) -> int | None:
+    """How many groups of states the mixers of a Mamba 2 model have; None for other models.
+
+    Falcon-H1, Granite 4 and Bamba call them `mamba_n_groups`, Zamba 2 `mamba_ngroups`, Nemotron-H `n_groups`
+    (transformers/models/*/configuration_*.py).
+    """
+    keys = ("mamba_n_groups", "mamba_ngroups", *(["n_groups"] if "mamba_num_heads" in config else []))
+    return next((count for key in keys if (count := _int(config, key)) is not None), None)
+
+
+def is_mixer_input(name: str) -> bool:
+    """Whether a module is the linear before the states of a Mamba mixer: `mamba.in_proj`, `mixer.in_proj`."""
+    return name.endswith((".mamba.in_proj", ".mixer.in_proj"))
+
+
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 

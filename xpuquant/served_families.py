@@ -23,7 +23,8 @@ VERSIONS: Mapping[str, tuple[str, ...]] = {"transformers": (), "vllm": ("0.33.0"
 class Tried:
     """What one version of an engine does with an architecture.
 
-    outcome  `serves`: a tiny model gave the logits (Transformers) or tokens (vLLM, on a CPU) of its dequantized twin;
+    outcome  `serves`: a tiny model gave the logits (Transformers) or tokens (vLLM, on a CPU; of 0.33.0 the released
+             Python over the compiled library of 0.32.0) of its dequantized twin;
              `refuses`: loading ends with the line in `why`; `fails`: it does not load, or computes something else;
              `not tried`
     """

@@ -1,7 +1,8 @@
 """Will the converted model split over several GPUs? Found out before the download, not at server start.
 
 vLLM splits q, k, v, gate and up along N and o, down along K. Along K every rank needs whole groups of scales (and whole
-words); along N, whole words of zero points. A permutation of K (act-order) crosses ranks.
+words); along N, whole words of zero points. A permutation of K (act-order) crosses ranks. The groups of states of a
+Mamba 2 model are dealt out; vLLM repeats one that several ranks share, which is not done for stored layouts.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from xpuquant.conversion.plan.survey import PlannedModule
-from xpuquant.formats.architecture import layer_of, splits_along_k
+from xpuquant.formats.architecture import is_mixer_input, layer_of, splits_along_k
 from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts
 from xpuquant.formats.scheme import Scheme, columns_multiple
 
@@ -31,10 +32,21 @@ def split_problem(planned: PlannedModule, ranks: int) -> str | None:
     return along(scheme, size, ranks)
 
 
-def problems(modules: Iterable[PlannedModule], ranks: int) -> dict[str, str]:
-    """Module → why it cannot be split over `ranks` GPUs."""
-    found = ((planned.conversion.name, split_problem(planned, ranks)) for planned in modules)
-    return {name: problem for name, problem in found if problem is not None}
+def problems(modules: Iterable[PlannedModule], ranks: int, state_groups: int | None = None) -> dict[str, str]:
+    """Module → why it cannot be split over `ranks` GPUs.
+
+    Args:
+        state_groups: of a Mamba 2 model (`architecture.state_groups`).
+    """
+    found = {}
+    for planned in modules:
+        name = planned.conversion.name
+        problem = split_problem(planned, ranks)
+        if state_groups is not None and state_groups % ranks and planned.conversion.scheme and is_mixer_input(name):
+            problem = f"{state_groups} group{'s' * (state_groups > 1)} of states for {ranks} GPUs"
+        if problem is not None:
+            found[name] = problem
+    return found
 
 
 def _along_n(scheme: Scheme, N: int, ranks: int) -> str | None:

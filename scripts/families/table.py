@@ -198,16 +198,18 @@ def _served(vllm: Environment, names: list[str], work: Path, dtype: str) -> dict
 def _reports(
     vllm: Environment, folders: Sequence[str], dtype: str, pictures: Mapping[str, list[int]], work: Path
 ) -> dict[str, Any]:
-    """What each model says, by folder: as many processes as it takes."""
+    """What each model says, by folder. One that fails behind others is asked again in a process of its own: kernels of
+    state space layers, for one, are in the way of whatever model vLLM loads after them."""
     reports: dict[str, Any] = {}
     while left := [folder for folder in folders if folder not in reports]:
         job = {"models": left, "dtype": dtype, "engine": {"language_model_only": True}, "pictures": pictures}
         done = vllm.run(HERE / "tokens.py", json.dumps(job))
         (work / f"vllm-{vllm.version}.log").write_text(done.stdout + done.stderr)
         lines = [line.removeprefix("REPORT ") for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-        reports |= {report["model"]: report for report in map(json.loads, lines)}
-        if len(lines) < len(left):  # the process ended in the next one
-            reports[left[len(lines)]] = {"error": f"the process ended: {_last(done.stderr)}"}
+        found = [json.loads(line) for line in lines]
+        reports |= {one["model"]: one for at, one in enumerate(found) if not at or "error" not in one}
+        if not lines:  # the process ended in the first one
+            reports[left[0]] = {"error": f"the process ended: {_last(done.stderr)}"}
     return reports
 
 

@@ -16,8 +16,13 @@ from xpuquant.conversion.cli.inspect_answers import inspected
 from xpuquant.conversion.cli.tables import lines_of
 from xpuquant.conversion.gpus import GIB, GPUS
 from xpuquant.conversion.inspection import Fit
+from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.footprint import kv_cache
+from xpuquant.conversion.plan.survey import survey_modules
+from xpuquant.conversion.plan.tensor_parallel import problems
 from xpuquant.conversion.rates import VERIFIED, seconds
+from xpuquant.conversion.sources.open import open_source
+from xpuquant.formats.architecture import state_groups
 
 SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32-asym-v1"
 MOE = FIXTURES / "gptqmodel-qwen3moe-w4g32"
@@ -199,3 +204,20 @@ def test_a_refused_module_is_explained(capsys: pytest.CaptureFixture[str]) -> No
 def test_what_is_no_quantized_module_is_said(asked: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["explain", str(SOURCE), asked]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_mixer_whose_groups_of_states_several_gpus_would_share() -> None:
+    """vLLM repeats the group on each, and the plugin refuses that at load."""
+    planned = survey_modules(open_source(str(SOURCE)).checkpoint, Options()).planned
+    one = next(each for each in planned if each.conversion.scheme)
+    mixer = replace(one, conversion=replace(one.conversion, name="model.layers.0.mamba.in_proj"))
+    assert problems([mixer], 2, state_groups=2) == problems([mixer], 2)
+    assert problems([mixer], 2, state_groups=1) == {"model.layers.0.mamba.in_proj": "1 group of states for 2 GPUs"}
+    assert problems([one], 2, state_groups=1) == problems([one], 2)
+    for config, groups in (
+        ({"mamba_n_groups": 1}, 1),
+        ({"mamba_ngroups": 2}, 2),
+        ({"mamba_num_heads": 64, "n_groups": 8}, 8),
+        ({"n_groups": 8}, None),
+    ):
+        assert state_groups(config) == groups

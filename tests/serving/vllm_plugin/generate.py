@@ -76,7 +76,8 @@ def main() -> None:
         except Exception as problem:
             traceback.print_exc()
             traceback.clear_frames(problem.__traceback__)
-            report["error"] = f"{type(problem).__name__}: {problem}"
+            said = str(problem) or f"in `{traceback.extract_tb(problem.__traceback__)[-1].line}`"
+            report["error"] = f"{type(problem).__name__}: {said}"
         print("REPORT " + json.dumps(report), flush=True)
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
