@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from xpuquant.conversion.plan.survey import PlannedModule
-from xpuquant.formats.architecture import LAYERS, fused_with
+from xpuquant.formats.architecture import LAYERS
 from xpuquant.formats.layouts.base import OutTensor, copied
 from xpuquant.formats.safetensors import Tensor, build_header
 
@@ -15,7 +15,8 @@ _METADATA = {"format": "pt"}
 _ROWS = frozenset({"qweight", "weight"})
 """Suffixes of the tensors of linears, in the layouts that XPU kernels read, whose first dimension is their rows."""
 
-_PLACES = {leaf: place for place, leaf in enumerate(LAYERS)}
+_FUSED = {leaf: layer.fused for leaf, layer in LAYERS.items() if layer.fused}
+_PLACES = {leaf: place for place, leaf in enumerate(_FUSED)}
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,22 @@ def balance(units: Sequence[Sequence[OutTensor]], max_bytes: int, *, fused: bool
 
 def _side_by_side(tensors: Sequence[OutTensor]) -> list[OutTensor]:
     """The tensors, with the rows that engines join at the place of the first of them."""
-    joined: dict[tuple[str, str], list[tuple[int, OutTensor]]] = {}
+    units: list[list[OutTensor]] = []
+    joined: dict[tuple[str, str, str], list[OutTensor]] = {}
     for tensor in tensors:
         module, _, suffix = tensor.name.rpartition(".")
-        leaf = module.rpartition(".")[2]
-        key = (fused_with(module), suffix) if suffix in _ROWS and leaf in _PLACES else (tensor.name, "")
-        joined.setdefault(key, []).append((_PLACES.get(leaf, 0), tensor))
-    return [tensor for members in joined.values() for _, tensor in sorted(members, key=lambda member: member[0])]
+        parent, _, leaf = module.rpartition(".")
+        if leaf not in _FUSED or suffix not in _ROWS:
+            units.append([tensor])
+            continue
+        key = (parent, _FUSED[leaf], suffix)
+        if key not in joined:
+            joined[key] = []
+            units.append(joined[key])
+        joined[key].append(tensor)
+    for members in joined.values():
+        members.sort(key=lambda tensor: _PLACES[tensor.name.rsplit(".", 2)[-2]])
+    return [tensor for unit in units for tensor in unit]
 
 
 def _shard(name: str, tensors: Iterable[OutTensor]) -> Shard:

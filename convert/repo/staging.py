@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -76,14 +76,9 @@ class Staging(ShardNotes):
 
     def __enter__(self) -> Staging:
         busy = f"{self.out}: another conversion is writing there; wait for it or choose another"
-        try:
+        with taking_place(self.out, self._release):
             self._lock_fd = take_lock(self.tree, LOCK, busy)
             self.files.make()
-        except BaseException as error:
-            self._release()
-            if isinstance(error, OSError):
-                raise EnvironmentFault(f"{self.out}: cannot be written ({error.strerror})") from error
-            raise
         return self
 
     def __exit__(
@@ -258,6 +253,22 @@ def _is_same_source(record: Record, sources: Mapping[str, Identity]) -> bool:
     except UsageError:
         return False
     return True
+
+
+@contextmanager
+def taking_place(out: Path, release: Callable[[], object]) -> Iterator[None]:
+    """While locks are taken and the staging folder is made: what fails gives back what was taken.
+
+    Raises:
+        EnvironmentFault: in place of OSError.
+    """
+    try:
+        yield
+    except BaseException as error:
+        release()
+        if isinstance(error, OSError):
+            raise EnvironmentFault(f"{out}: cannot be written ({error.strerror})") from error
+        raise
 
 
 def take_lock(staging: Tree, name: str, busy: str, *, shared: bool = False) -> int:

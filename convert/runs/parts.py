@@ -44,13 +44,14 @@ from xpuquant.conversion.repo.staging import (
     journals,
     staged_files,
     take_lock,
+    taking_place,
 )
 from xpuquant.conversion.results import PartConverted
 from xpuquant.conversion.runs.local import check_part, check_places
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UnsupportedError, UsageError, VerificationError
+from xpuquant.errors import Argument, DamagedError, UnsupportedError, UsageError, VerificationError
 
 _JOURNAL = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
 _MOST_LISTED = 8
@@ -123,15 +124,10 @@ class PartStaging(ShardNotes):
         check_output(self.out, force=False)
         others = f"{self.out}: a conversion or `finish` is at work there; wait for it to end"
         twin = f"{self.out}: part {self._part} is being converted already; wait for it to end"
-        try:
+        with taking_place(self.out, self.__exit__):
             self._locks.append(take_lock(self._tree, LOCK, others, shared=True))
             self._locks.append(take_lock(self._tree, self._part.lock, twin))
             self.files.make()
-        except BaseException as error:
-            self.__exit__()
-            if isinstance(error, OSError):
-                raise EnvironmentFault(f"{self.out}: cannot be written ({error.strerror})") from error
-            raise
         return self
 
     def __exit__(

@@ -137,15 +137,20 @@ def test_one_value_of_gate_or_up(end: str, said: str, tmp_path: Path) -> None:
         assert not found.left and said in f"{wrong.first} {wrong.beside}"
 
 
-def test_a_quantized_gpt_oss_and_one_that_is_not(tmp_path: Path) -> None:
-    """Transformers has the experts of a layer in `[E, H, 2I]` and `[E, I, H]`; values of MXFP4 are exact in bf16."""
-    source, plain = FIXTURES / CASES["experts of two matrices in one"], tmp_path / "plain"
+def begin_unquantized(source: Path, plain: Path) -> tuple[Side, dict[str, np.ndarray]]:
+    """A folder with the config of an unquantized twin; the source, and what of its tensors the twin has as they are."""
     plain.mkdir()
     config = json.loads((source / "config.json").read_text())
     config.pop("quantization_config")
     (plain / "config.json").write_text(json.dumps(config))
     side = Side(LocalSource(source))
-    made = {name: side.read(whole(tensor)) for name, tensor in side.plain.items()}
+    return side, {name: side.read(whole(tensor)) for name, tensor in side.plain.items()}
+
+
+def test_a_quantized_gpt_oss_and_one_that_is_not(tmp_path: Path) -> None:
+    """Transformers has the experts of a layer in `[E, H, 2I]` and `[E, I, H]`; values of MXFP4 are exact in bf16."""
+    source, plain = FIXTURES / CASES["experts of two matrices in one"], tmp_path / "plain"
+    side, made = begin_unquantized(source, plain)
     for module in side.names():
         of: dict[str, list[np.ndarray]] = {}
         for (role, _), matrix in side.views(module).items():
@@ -254,12 +259,7 @@ def test_two_layouts_and_two_scale_dtypes(converted: dict[str, Path], tmp_path: 
 def test_a_quantized_model_and_one_that_is_not(tmp_path: Path) -> None:
     """How far a quantized model is from the one that it was made of: here, from its own values rounded to bf16."""
     source, plain = FIXTURES / "llmcompressor-llama-mxfp4", tmp_path / "plain"
-    plain.mkdir()
-    config = json.loads((source / "config.json").read_text())
-    config.pop("quantization_config")
-    (plain / "config.json").write_text(json.dumps(config))
-    side = Side(LocalSource(source))
-    made = {name: side.read(whole(tensor)) for name, tensor in side.plain.items()}
+    side, made = begin_unquantized(source, plain)
     for module in side.names():
         (matrix,) = side.views(module).values()
         values = unpacked_rows(matrix.rows(0, matrix.N)).values()
