@@ -390,9 +390,13 @@ def test_of(message: str) -> str | None:
     part = max(message.split("…"), key=len)
     length = min(_TELLING, len(part.strip()))
     windows = [part.strip()[at : at + length] for at in range(len(part.strip()) - length + 1)]
+    return next((file for file, text in _tests().items() if any(window in text for window in windows)), None)
+
+
+@cache
+def _tests() -> Mapping[str, str]:
     files = sorted((TESTS / "formats").glob("test_*.py"))
-    found = [file for file in files if any(window in file.read_text() for window in windows)]
-    return found[0].relative_to(ROOT).as_posix() if found else None
+    return {file.relative_to(ROOT).as_posix(): file.read_text() for file in files}
 
 
 def refusals_table() -> str:

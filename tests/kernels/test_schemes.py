@@ -71,10 +71,9 @@ def test_what_is_said_to_run_on_a_cpu_is_not_refused_there(made: ModuleType) -> 
             case for row in made.ROWS for _, scheme in made.schemes_of(row) for case in made.by_library(scheme, name)
         }
         assert said
-        for case in by_hand.CASES:
+        for case in (case.removeprefix(f"{name}-") for case in said):
             layer, _ = next(by_hand.layers(case))
-            refused = backend.refuses(layer.scheme, layer.N, layer.K, "F32")
-            assert f"{name}-{case}" not in said or refused is None, refused
+            assert backend.refuses(layer.scheme, layer.N, layer.K, "F32") is None, case
 
 
 def test_every_refusal_has_a_row_and_a_test_of_its_message(made: ModuleType) -> None:
