@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.checkpoints import FIXTURES
 from support.hub.process import Hub
 
 from xpuquant import api
-from xpuquant.errors import XpuquantError
+from xpuquant.conversion.hub.client import check_names
+from xpuquant.errors import EnvironmentFault, XpuquantError
 
 pytest_plugins = "support.hub.fixtures"
 
@@ -68,3 +70,27 @@ def test_a_server_that_lies_leads_nowhere(hub: Hub, client: str, model: None, tm
     assert "\n" not in str(caught.value) and caught.value.exit_code in (2, 3, 4)
     now = {place for place in tmp_path.parent.rglob("*") if "hub" not in place.parts and "cache" not in place.parts}
     assert now == outside and not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize(
+    ("method", "tag", "is_none"),
+    [
+        ("HEAD", 'W/"../x"', True),
+        ("HEAD", '"/etc/passwd"', True),
+        ("HEAD", "/etc/passwd", True),
+        ("HEAD", '"a/../b"', True),
+        ("HEAD", '"0b75c1e3//9+=/"', False),
+        ("HEAD", 'W/"1c5a-QmFzZTY0Ly8vLw//"', False),
+        ("HEAD", '"d41d8cd98f00b204e9800998ecf8427e-12"', False),
+        ("GET", '"/base64"', False),
+    ],
+)
+def test_tags_that_are_names_elsewhere(method: str, tag: str, is_none: bool) -> None:
+    """And none that a sound server gives: `check_names` looks at what the client makes names of."""
+    url = SimpleNamespace(host="hub")
+    answer = SimpleNamespace(headers={"ETag": tag}, request=SimpleNamespace(method=method, url=url))
+    if is_none:
+        with pytest.raises(EnvironmentFault, match="hub answers with an ETag that is the name of no file"):
+            check_names(answer)
+    else:
+        check_names(answer)
