@@ -71,6 +71,12 @@ def test_whatever_rearranges_weights_is_known(version: str) -> None:
     assert found - set(REARRANGED) == set()
 
 
+def test_what_is_known_is_still_there() -> None:
+    """In one of the supported releases."""
+    found = {name for index in RELEASES.values() for one in index.values() for name in one["rearranges"]}
+    assert set(REARRANGED) - found == set()
+
+
 def test_what_is_said_to_be_refused_is() -> None:
     tree = ast.parse((vllm_models.ROOT / "xpuquant" / "vllm" / "reordered.py").read_text())
     (names,) = (
