@@ -162,6 +162,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="scratch space, in memory")
     parser.add_argument("--markdown", type=Path, help="renew the table in this file")
     given = parser.parse_args()
+    # As `xpuquant/__main__.py` has it: threads of OpenBLAS wait by spinning, which would count as work of the kernels.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         source, out = Path(scratch) / "source", Path(scratch) / "out"
         apart(write_checkpoint, source, given.format, Model(given.dense, given.moe))
