@@ -263,14 +263,16 @@ def test_the_first_name_of_static_activation_scales(tmp_path: Path) -> None:
     assert [passed.name for passed in converted.plan.passed] == ["lm_head.weight"]
 
 
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv"])
 @pytest.mark.parametrize("method", ["fp8", "modelopt", "compressed-tensors"])
-def test_a_float_weight_beside_its_scale_is_refused_for_what_it_is(method: str, tmp_path: Path) -> None:
-    """A head that was made float again and kept its scale; only compressed-tensors has a fake quantization."""
-    head: Tensors = {"weight": np.ones((32, 64), np.float16), "weight_scale": np.ones(1, np.float32)}
+def test_a_float_weight_beside_its_scale_is_refused_for_what_it_is(method: str, scale: str, tmp_path: Path) -> None:
+    """A head that was made float again and kept its scale, or a model that was saved so (huggingface/transformers
+    #37250); only compressed-tensors has a fake quantization."""
+    head: Tensors = {"weight": np.ones((32, 64), np.float16), scale: np.ones((1, 1), np.float32)}
     fp8: Tensors = {"weight": tensor(32, 128).fp8, "weight_scale": np.ones(1, np.float32)}
     said = refusal(tmp_path, Pico({"quant_method": method}, {DOWN: fp8, "lm_head": head}))
     assert ("fake-quantized" in said) == (method == "compressed-tensors")
-    assert "weight F16 beside weight_scale F32" in said or method == "compressed-tensors"
+    assert f"weight F16 beside {scale} F32" in said or method == "compressed-tensors"
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,17 @@ from xpuquant.formats.readers.base import Parts
 from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.weights.base import Weight
 
+_SCALES = ("weight_scale", "weight_scale_inv")
+
 
 class Refused:
     name = "compressed-tensors"
     methods = COMPRESSED_TENSORS
-    suffixes = frozenset({"weight_scale", "compressed", "bitmask"})
+    suffixes = frozenset({*_SCALES, "compressed", "bitmask"})
 
     def claims(self, parts: Parts) -> bool:
         sparse = "compressed" in parts and "bitmask" in parts
-        fake = "weight_scale" in parts and "weight" in parts and parts["weight"].dtype in FLOATS
+        fake = not parts.keys().isdisjoint(_SCALES) and "weight" in parts and parts["weight"].dtype in FLOATS
         return sparse or (fake and "weight_packed" not in parts)
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
@@ -30,9 +32,10 @@ class Refused:
         if "bitmask" in parts:
             raise UnsupportedError("sparse (bitmask) weights have no XPU kernel")
         if checkpoint.method not in COMPRESSED_TENSORS:
+            scale = next(suffix for suffix in _SCALES if suffix in parts)
             raise UnsupportedError(
-                f"weight {parts['weight'].dtype} beside weight_scale {parts['weight_scale'].dtype}: nothing tells "
-                "whether it has been multiplied by it already"
+                f"weight {parts['weight'].dtype} beside {scale} {parts[scale].dtype}: nothing tells whether it has "
+                "been multiplied by it already"
             )
         status = checkpoint.quantization.get("quantization_status") or "unknown"
         raise UnsupportedError(
