@@ -16,9 +16,9 @@ from xpuquant.conversion.sources.base import Source, bytes_by_dtype
 from xpuquant.conversion.verify.contents import MOST_DIFFERENCES, differences
 from xpuquant.conversion.verify.context import Check, Origin
 from xpuquant.conversion.verify.digests import KIND, digest_in
-from xpuquant.conversion.verify.exactness import check_recorded
 from xpuquant.conversion.verify.integrity import VERDICT
 from xpuquant.conversion.verify.proof import Checked
+from xpuquant.conversion.verify.recorded import check_recorded
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import one_line
 from xpuquant.formats.scheme import compact

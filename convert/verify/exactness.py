@@ -3,7 +3,7 @@
 What flows: a worker takes a module, walks its matrices in blocks of rows that fit the cache, decodes the block from the
 source and from the output to the common form of `weights/decoded.py`, by code that shares nothing with the conversion's
 fast path, and compares integers and scale values for equality. The same pass counts what `sanity.py` warns of
-and digests the decoded form, so that a later check needs no source: `check_recorded`. Unquantized tensors are compared
+and digests the decoded form, so that a later check needs no source (`recorded.py`). Unquantized tensors are compared
 byte by byte. Scales that were rounded on request are compared with the rounded ones, and what that changed is counted.
 """
 
@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from xpuquant.conversion.repo.converted import Repo, StoredModules
 from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.verify.column_cache import ColumnCache
 from xpuquant.conversion.verify.context import Check, Origin
-from xpuquant.conversion.verify.digests import KIND, MatrixDigest, digest_in, module_digest
+from xpuquant.conversion.verify.digests import MatrixDigest, module_digest
 from xpuquant.conversion.verify.proof import Checked, Claim, Rounding
 from xpuquant.conversion.verify.rounding import RoundedScales, change
 from xpuquant.conversion.verify.sanity import SanityCount
@@ -97,48 +97,6 @@ def check_exact(origin: Origin, check: Check, known: Known = NOTHING) -> tuple[l
     calls += [(name, partial(bias, split, name)) for name, split in plan.split_biases.items()]
     results = check.run([partial(known.__getitem__, name) if name in known else call for name, call in calls])
     return [checked for checked, _ in results], {c.name: sanity for c, sanity in results if sanity is not None}
-
-
-def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checked], dict[str, Sanity]]:
-    """Compare the decoded repo with the digests recorded at conversion. They were taken in the pass that compared every
-    value with the source, so equal digests mean equal values.
-
-    Args:
-        record: xpuquant.json.
-
-    Returns:
-        As `check_exact`. What has no recorded digest is `NOT_CHECKED`.
-    """
-    repo = check.repo
-    modules: Mapping[str, Any] = record.get("modules", {})
-    tensors: Mapping[str, str] = record.get("tensors_sha256", {})
-    dequantized = {name for entry in modules.values() for name in entry.get("dequantized", ())}
-
-    def module(stored: Stored) -> tuple[Checked, Sanity | None]:
-        return _check_module_digest(stored, modules.get(stored.name, {}), check)
-
-    def plain(tensor: Tensor) -> tuple[Checked, Sanity | None]:
-        digest, expected = _tensor_digest(repo, tensor, check.progress), tensors.get(tensor.name)
-        error = None if expected in (None, digest) else "bytes differ from those converted"
-        is_matrix = tensor.name in dequantized
-        held = Claim.DEQUANTIZED if is_matrix else Claim.EXACT
-        matrices = matrices_in(tensor) if is_matrix else 0
-        return _recorded(tensor.name, matrices, error, digest if expected else None, held), None
-
-    calls = [partial(module, stored) for stored in repo.modules.values()]
-    calls += [partial(plain, tensor) for tensor in repo.plain.values()]
-    results = check.run(calls)
-    counted = {checked.name: sanity for checked, sanity in results if sanity is not None}
-    return [checked for checked, _ in results], counted
-
-
-def _recorded(
-    name: str, matrices: int, error: str | None, digest: str | None, held: Claim, rounding: Rounding | None = None
-) -> Checked:
-    """What a comparison with a recorded digest shows. `digest` is None where there is none to compare with."""
-    if digest is None and error is None:
-        return Checked(name, matrices, None, None, Claim.NOT_CHECKED)
-    return Checked(name, matrices, error, digest, Claim.RECORDED, rounding, held)
 
 
 def _same_tensors(plan: Plan, repo: Repo) -> None:
@@ -227,47 +185,6 @@ def _scale_name(weight: Weight) -> str:
     return next((name for name in names if "scale" in name.rpartition(".")[2]), weight.name)
 
 
-def _check_module_digest(stored: Stored, entry: Mapping[str, Any], check: Check) -> tuple[Checked, Sanity | None]:
-    """One module against its digest.
-
-    Args:
-        entry: the module in xpuquant.json.
-    """
-    kind, expected = digest_in(entry)
-    rounding = rounding_in(entry)
-    name, stored, repo = stored.name, replace(stored, load=ColumnCache(stored.load)), check.repo
-    sanity, digests, layout = SanityCount(stored.scheme.symmetric), list[MatrixDigest](), repo.layout(stored)
-
-    held = Claim.EXACT if rounding is None else Claim.ROUNDED
-
-    def checked(error: str | None, digest: str | None = None) -> Checked:
-        return _recorded(name, len(digests), error, digest, held, rounding)
-
-    try:
-        matrices = matrices_by_role(repo, stored)
-        experts: list[int | None] = [*sorted({at for _, at in matrices if at is not None})] or [None]
-        roles = entry.get("roles", ()) or dict.fromkeys(role for role, _ in matrices)
-        for matrix in (find_matrix(matrices, role, expert) for role in roles for expert in experts):
-            digests.append(digest := MatrixDigest(matrix, kind))
-            for start, stop in row_blocks(matrix.N, matrix.K, 8, BLOCK_CODES):
-                show = layout.as_packed if kind == KIND else layout.decode
-                rows = in_rows(show(stored, matrix, start, stop))
-                digest.update(rows)
-                sanity.update(rows)
-        found = module_digest(stored, digests)
-    except CONTRADICTIONS as fault:
-        return checked(contradiction(fault)), None
-    check.progress(sum(tensor.nbytes for tensor in stored.tensors.values()))
-    error = None if expected in (None, found) else "decodes to something else than was converted"
-    return checked(error, found if expected else None), sanity.sanity
-
-
-def rounding_in(entry: Mapping[str, Any]) -> Rounding | None:
-    """What rounding changed when a module was converted, by its entry in xpuquant.json."""
-    found = entry.get("rounding")
-    return None if found is None else Rounding(found["dtype"], found["scales"], found["changed"], found["largest"])
-
-
 def matrices_by_role(repo: StoredModules, stored: Stored) -> Matrices:
     """The matrices of a stored module by (role, expert). Raises DamagedError where the contract is broken."""
     return {(matrix.role, matrix.expert): matrix for matrix in repo.layout(stored).matrices(stored)}
@@ -344,7 +261,7 @@ def _check_dequantized(
         rounding += changed
         if error is not None:
             return Checked(tensor.name, matrices, error, None, Claim.DEQUANTIZED, rounding)
-    digest = _tensor_digest(repo, tensor, progress)
+    digest = tensor_digest(repo, tensor, progress)
     return Checked(tensor.name, matrices, None, digest, Claim.DEQUANTIZED, rounding)
 
 
@@ -453,7 +370,8 @@ def read_bytes(repo: Repo, tensor: Tensor, start: int, stop: int) -> Array:
     return repo.reader.read(Slice(as_bytes(tensor), start, stop))
 
 
-def _tensor_digest(repo: Repo, tensor: Tensor, progress: Progress) -> str:
+def tensor_digest(repo: Repo, tensor: Tensor, progress: Progress) -> str:
+    """sha256 of the bytes of one of the repo's tensors, in hex."""
     digest = hashlib.sha256()
     for start, stop in byte_blocks(tensor):
         data = read_bytes(repo, tensor, start, stop)

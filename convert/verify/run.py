@@ -31,13 +31,13 @@ from xpuquant.conversion.verify.exactness import (
     NOTHING,
     Known,
     check_exact,
-    check_recorded,
     find_matrix,
     matrices_by_role,
 )
 from xpuquant.conversion.verify.expected import DecodeRows, Subject
 from xpuquant.conversion.verify.integrity import check_integrity, check_unchanged, check_written
 from xpuquant.conversion.verify.proof import Checked, Claim
+from xpuquant.conversion.verify.recorded import check_recorded
 from xpuquant.conversion.verify.rounding import odd, round_scales
 from xpuquant.conversion.verify.sanity import findings
 from xpuquant.conversion.verify.setting import model_of, setting_of
