@@ -46,9 +46,12 @@ DOWN = "model.layers.0.mlp.down_proj"
 EXPERT = "model.layers.0.mlp.experts"
 
 
-def all_one_group(folder: Folder) -> None:
-    dtype, shape, data = folder.tensors[f"{DOWN}.g_idx"]
-    folder.tensors[f"{DOWN}.g_idx"] = (dtype, shape, bytes(len(data)))
+def all_one_group(group: int) -> Callable[[Folder], None]:
+    def change(folder: Folder) -> None:
+        dtype, shape, data = folder.tensors[f"{DOWN}.g_idx"]
+        folder.tensors[f"{DOWN}.g_idx"] = (dtype, shape, group.to_bytes(4, "little") * (len(data) // 4))
+
+    return change
 
 
 def four_bit_vector(folder: Folder) -> None:
@@ -98,7 +101,8 @@ def block_size(value: object) -> Callable[[Folder], None]:
 
 
 FOUND: dict[str, tuple[str, Callable[[Folder], None], int]] = {
-    "a g_idx that names one of several groups": ("gptqmodel-qwen3-w4g32-actorder", all_one_group, 0),
+    "a g_idx that names one of several groups": ("gptqmodel-qwen3-w4g32-actorder", all_one_group(1), 0),
+    "a g_idx of zeros, which loaders take for none": ("gptqmodel-qwen3-w4g32-actorder", all_one_group(0), 3),
     "vectors of 4- and 6-bit elements": ("gptqmodel-qwen3-w4g32", four_bit_vector, 0),
     "experts with scales of two dtypes": ("gptqmodel-qwen3moe-w4g32", scales_of_two_dtypes, 0),
     "experts with exponents and numbers for scales": (
