@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xpuquant.errors import DamagedError, UsageError, one_line
+from xpuquant.formats.readers.spellings import same
 
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 """Files beside config.json that are read."""
@@ -70,7 +71,7 @@ def quantization_config(
             notes.append(one_line(f"{name} describes another quantization than config.json ({said!r}): ignored"))
             continue
         for key in ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format"):
-            if key in merged and key in other and merged[key] != other[key]:
+            if key in merged and key in other and not same(merged[key], other[key]):
                 notes.append(one_line(f"config.json says {key}={merged[key]!r}, {name} says {other[key]!r}"))
         if isinstance(other.get("dynamic"), dict):
             merged["dynamic"] = other["dynamic"]
@@ -109,7 +110,7 @@ def _inside(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         return dict(mlx) if isinstance(mlx, Mapping) and _is_mlx(mlx) else {}
     first, chosen = told[0]
     for place, value in told[1:]:
-        key = next((k for k in _DECISIVE if k in chosen and k in value and chosen[k] != value[k]), None)
+        key = next((k for k in _DECISIVE if k in chosen and k in value and not same(chosen[k], value[k])), None)
         if key is None:
             continue
         said = one_line(

@@ -23,6 +23,7 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.base import Parts
 from xpuquant.formats.readers.patterns import check_count, searches
+from xpuquant.formats.readers.spellings import truth, whole_number
 from xpuquant.formats.weights.base import Weight
 
 AUTOROUND_METHODS = frozenset({"auto-round", "autoround", "inc"})
@@ -66,7 +67,7 @@ def gptq_label(config: Mapping[str, Any]) -> str:
         raise UnsupportedError(f"packing_format '{named}' is AWQ's, the tensors are GPTQ's")
     # Model-free exports before 0.16 subtracted one whatever they declared (utils/missing_tensors.py,
     # quantize_weight_rtn); AutoRound's own loader decodes them wrongly.
-    if config.get("model_free") and not config.get("sym", True):
+    if config.get("model_free") and not truth(config.get("sym", True)):
         version = _version(config.get("autoround_version"))
         if version is None:
             raise UnsupportedError(
@@ -101,8 +102,8 @@ def module_overrides(config: Mapping[str, Any], module: str) -> Mapping[str, Any
 def _quantizes(override: Any) -> bool:
     if not isinstance(override, Mapping):
         return False
-    bits = override.get("bits")
-    return not (isinstance(bits, int) and bits >= _UNQUANTIZED_BITS)
+    bits = whole_number(override.get("bits"))
+    return bits is None or bits < _UNQUANTIZED_BITS
 
 
 class Itself:

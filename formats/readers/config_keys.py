@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xpuquant.errors import UsageError
+from xpuquant.errors import UsageError, shown
 from xpuquant.formats.readers.autoround import module_overrides
 from xpuquant.formats.readers.patterns import matches
+from xpuquant.formats.readers.spellings import truth, whole_number
 
 
 def overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
@@ -23,25 +24,22 @@ def integer(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> i
         value = config.get(key)
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UsageError(f"config: '{key}' is {value!r}, want a number")
-        return value
+        number = whole_number(value)
+        if number is None:
+            raise UsageError(f"config: '{key}' is {shown(value)}, want a number")
+        return number
     return default
 
 
 def flag(config: Mapping[str, Any], key: str) -> bool:
     """A value that is true or false, in whatever way it is spelt (`"False"`); false where there is none."""
-    value = config.get(key)
-    return value.strip().lower() in ("true", "1", "yes") if isinstance(value, str) else bool(value)
+    return bool(truth(config.get(key)))
 
 
 def symmetry(config: Mapping[str, Any]) -> bool | None:
     """`sym`, or AWQ's `zero_point` negated; None where the config does not say."""
-    if isinstance(config.get("sym"), bool | int):
-        return bool(config["sym"])
-    if isinstance(config.get("zero_point"), bool):
-        return not config["zero_point"]
-    return None
+    symmetric, zero_point = truth(config.get("sym")), truth(config.get("zero_point"))
+    return symmetric if symmetric is not None or zero_point is None else not zero_point
 
 
 def _dynamic(rules: Any, module: str) -> Mapping[str, Any]:

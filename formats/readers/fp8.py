@@ -21,7 +21,7 @@ from xpuquant.formats.architecture import expert_of, fused_rows
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.readers.base import Parts, float_scale, need
-from xpuquant.formats.readers.compressed_tensors.config import check_supported, weight_args
+from xpuquant.formats.readers.compressed_tensors.config import check_supported, stated_block, weight_args
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import E8M0, ELEMENTS, FloatWeight, FusedWeight, view
@@ -153,10 +153,8 @@ def without_unit_axes(scale: Tensor) -> Tensor:
 
 def block_size(checkpoint: Checkpoint, name: str) -> tuple[int, int] | None:
     """(rows, columns) of a block as the config says: `weight_block_size`, or `block_structure` of the group."""
-    stated = checkpoint.quantization.get("weight_block_size")
-    if isinstance(stated, list | tuple) and len(stated) == 2 and all(type(side) is int and side > 0 for side in stated):
-        return stated[0], stated[1]
-    return next((args.block for args in weight_args(checkpoint, name) if args.block is not None), None)
+    stated = stated_block(checkpoint)
+    return stated or next((args.block for args in weight_args(checkpoint, name) if args.block is not None), None)
 
 
 def _granularity(checkpoint: Checkpoint, name: str, scale: Tensor, N: int, K: int) -> tuple[str, tuple[int, int], str]:

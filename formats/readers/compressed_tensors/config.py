@@ -15,6 +15,7 @@ from xpuquant.errors import UnsupportedError, UsageError, shown
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.config_keys import overridden
 from xpuquant.formats.readers.patterns import check_count, matches
+from xpuquant.formats.readers.spellings import truth, whole_number, whole_numbers
 
 W8A8_METHODS = frozenset({"w8a8-int8", "blockwise-int8"})
 """SGLang's names of integer weights, one to a byte, whose activations are quantized when serving
@@ -93,6 +94,12 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
     return [args for _, _, args in sorted(ranked, key=lambda entry: entry[:2])]
 
 
+def stated_block(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """(rows, columns) of `weight_block_size`, where the config has it for all modules."""
+    sides = whole_numbers(checkpoint.quantization.get("weight_block_size"))
+    return (sides[0], sides[1]) if sides and len(sides) == 2 and min(sides) > 0 else None
+
+
 def quantizes_activations(checkpoint: Checkpoint) -> bool:
     """Whether the config has 8-bit integer activations (W8A8): a group, or SGLang's methods by their names."""
     if checkpoint.method in W8A8_METHODS:
@@ -137,19 +144,20 @@ def _rank(target: str, module: str) -> int | None:
 
 
 def _args(args: Mapping[str, Any], fmt: Any) -> WeightArgs:
-    size = args.get("group_size")
+    size = whole_number(args.get("group_size"))
     block = args.get("block_structure") or args.get("weight_block_size")
     if isinstance(block, str):
         block = [int(side) for side in re.findall(r"[0-9]{1,9}", block)]
-    if block is not None and not (isinstance(block, list) and all(type(side) is int for side in block)):
+    sides = whole_numbers(block)
+    if block is not None and sides is None:
         raise UsageError(f"config: the block size is {shown(block)}, want two numbers")
     return WeightArgs(
         bits=_number(args, "num_bits", _number(args, "bits", 8)),
         type=str(args.get("type") or args.get("data_type") or "int"),
         strategy=str(args["strategy"]) if args.get("strategy") else None,
-        group_size=size if isinstance(size, int) and size > 0 else None,
-        symmetric=bool(args.get("symmetric", args.get("sym", True))),
-        block=(block[0], block[1]) if block and len(block) == 2 and min(block) > 0 else None,
+        group_size=size if size and size > 0 else None,
+        symmetric=bool(truth(args.get("symmetric", args.get("sym", True)))),
+        block=(sides[0], sides[1]) if sides and len(sides) == 2 and min(sides) > 0 else None,
         format=str(fmt) if fmt else None,
     )
 
@@ -158,6 +166,7 @@ def _number(args: Mapping[str, Any], key: str, default: int) -> int:
     value = args.get(key)
     if value is None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 64:
-        raise UsageError(f"config: '{key}' is {value!r}, want a number of bits")
-    return value
+    number = whole_number(value)
+    if number is None or not 0 < number <= 64:
+        raise UsageError(f"config: '{key}' is {shown(value)}, want a number of bits")
+    return number

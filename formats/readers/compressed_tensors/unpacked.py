@@ -25,6 +25,7 @@ from xpuquant.formats.readers.compressed_tensors.config import (
     WeightArgs,
     check_supported,
     quantizes_activations,
+    stated_block,
     weight_args,
 )
 from xpuquant.formats.readers.compressed_tensors.packed import ScaledInts, groups_fit, measure_zero_points
@@ -135,10 +136,8 @@ def _in_groups(checkpoint: Checkpoint, name: str, weight: Tensor, scale: Tensor)
 
 def _in_blocks(checkpoint: Checkpoint, weight: Tensor, scale: Tensor) -> tuple[int, WeightArgs]:
     """(rows per scale, the scheme) of scales for blocks. Raises UnsupportedError where these are none."""
-    (N, K), stated = weight.shape, checkpoint.quantization.get("weight_block_size")
-    rows, columns = stated if isinstance(stated, list) and len(stated) == 2 else (0, 0)
-    if not (type(rows) is int and type(columns) is int and rows > 0 and columns > 0):
-        rows, columns = N, K
+    N, K = weight.shape
+    rows, columns = stated_block(checkpoint) or (N, K)
     if scale.shape != (-(-N // rows), -(-K // columns)):
         raise UnsupportedError(
             f"{weight.name} I8 {list(weight.shape)} with scales {list(scale.shape)} is no weight of 8-bit integers in "
