@@ -2,12 +2,14 @@
 
     P.weight            F8_E4M3 (F8_E5M2) [N, K]
     P.weight_scale_inv  [ceil(N/n), ceil(K/k)]   blocks; a multiplier, despite its name
-    P.weight_scale      [] or [1]; [N] or [N, 1]; [ceil(N/n), ceil(K/k)], or [ceil(N/n), 1, ceil(K/k), 1] (ModelOpt)
+    P.weight_scale      [] or [1]; [N], [N, 1] or [1, N]; [ceil(N/n), ceil(K/k)]
+                        [ceil(N/n), 1, ceil(K/k), 1] (ModelOpt)
     P.scale             DeepSeek-V4's name of either, E8M0
                         [2], [3]: one for each part of a fused linear (ModelOpt: q, k and v of a Gated DeltaNet)
     P.input_scale       [] or [1]                static activation scale; AutoFP8 called it act_scale at first
 
-A value is `weight * scale` in every one of them. Scales are F32, BF16, F16 or E8M0. Written by DeepSeek, Qwen,
+A value is `weight * scale` in every one of them. Scales are F32, BF16, F16 or E8M0, which
+files of before that dtype call U8. Written by DeepSeek, Qwen,
 compressed-tensors (`float-quantized`, `naive-quantized`), AutoRound (FP8_BLOCK, FP8_STATIC, FPW8A16), ModelOpt, Quark,
 FBGEMM and AutoFP8. Fused experts are in formats/readers/fp8_fused.py.
 """
@@ -21,7 +23,7 @@ from xpuquant.formats.architecture import expert_of, fused_rows
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.readers.base import Parts, float_scale, need
-from xpuquant.formats.readers.compressed_tensors.config import check_supported, stated_block, weight_args
+from xpuquant.formats.readers.compressed_tensors.config import stated_block, weight_args
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import E8M0, ELEMENTS, FloatWeight, FusedWeight, view
@@ -34,7 +36,7 @@ STATIC = ("input_scale", "activation_scale", "act_scale")
 
 _FUSED_COUNTS = (2, 3)
 
-SCALE_DTYPES = (*FLOATS, E8M0)
+SCALE_DTYPES = (*FLOATS, E8M0, "U8")
 
 _DEFAULT_BLOCK = (128, 128)
 _SMALLEST_SIDE = 16
@@ -64,10 +66,9 @@ class Fp8:
         return weight is not None and weight.dtype.startswith("F8") and not is_mxfp8(parts)
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
-        check_supported(checkpoint)
         weight = fp8_weight(parts, name)
         N, K = weight.shape
-        scale = without_unit_axes(float_scale(scale_of(parts, name), SCALE_DTYPES))
+        scale = without_unit_axes(exponents(float_scale(scale_of(parts, name), SCALE_DTYPES)))
         parts_of = _fused_parts(checkpoint, name, scale, N, K)
         if parts_of is None:
             granularity, block, fact = _granularity(checkpoint, name, scale, N, K)
@@ -141,6 +142,11 @@ def scale_of(parts: Parts, name: str) -> Tensor:
     return found[0]
 
 
+def exponents(scale: Tensor) -> Tensor:
+    """The scale, its bytes as the exponents that they are: beside FP8, integers are nothing else."""
+    return view(scale, E8M0, scale.shape) if scale.dtype == "U8" else scale
+
+
 def without_unit_axes(scale: Tensor) -> Tensor:
     """The scale of a matrix as at most two axes: ModelOpt keeps `[N/128, 1, K/128, 1]` (`FP8_PB_WO`)."""
     shape = scale.shape
@@ -169,7 +175,7 @@ def _granularity(checkpoint: Checkpoint, name: str, scale: Tensor, N: int, K: in
         return "block", block, f"fp8 in blocks of {block[0]}x{block[1]}, {said}"
     if scale.shape in ((), (1,), (1, 1)):
         return "tensor", (N, K), "fp8 with one scale, from the shapes"
-    if scale.shape in ((N,), (N, 1)):
+    if scale.shape in ((N,), (N, 1), (1, N)):
         return "channel", (1, K), "fp8 with a scale per row, from the shapes"
     if len(scale.shape) == 2 and scale.shape[0] == N and K % scale.shape[1] == 0:
         # compressed-tensors' group strategy: sound, but kernels have blocks only.

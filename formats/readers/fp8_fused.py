@@ -15,8 +15,7 @@ from __future__ import annotations
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.base import STACKS, Parts, both_quantized, float_scale, need
-from xpuquant.formats.readers.compressed_tensors.config import check_supported
-from xpuquant.formats.readers.fp8 import SCALE_DTYPES, block_of_shapes, block_size
+from xpuquant.formats.readers.fp8 import SCALE_DTYPES, block_of_shapes, block_size, exponents
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import ELEMENTS, FloatWeight, view
@@ -34,7 +33,6 @@ class Fp8Fused:
         return any(parts[part].dtype.startswith("F8") for part in STACKS if part in parts)
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
-        check_supported(checkpoint)
         both_quantized(parts)
         stacks = [need(parts, part, name, dims=3) for part in STACKS]
         transposed = is_transposed(name, *stacks)
@@ -48,7 +46,7 @@ class Fp8Fused:
     def _experts(
         self, checkpoint: Checkpoint, name: str, parts: Parts, part: str, tensor: Tensor, transposed: bool
     ) -> list[Weight]:
-        scale = float_scale(fused_scale(parts, name, part), SCALE_DTYPES)
+        scale = exponents(float_scale(fused_scale(parts, name, part), SCALE_DTYPES))
         E = tensor.shape[0]
         N, K = tensor.shape[:0:-1] if transposed else tensor.shape[1:]
         granularity, block = _granularity(scale, E, N, K, block_size(checkpoint, name) or (128, 128), transposed)

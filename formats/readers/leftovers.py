@@ -70,7 +70,7 @@ _TABLES = re.compile(r"(?:.*[._])?(?:bias|masked_bias|\w*mask\w*|\w*_ids?|\w*ind
 """Integer tensors that models have: masks, positions, routing tables."""
 
 _SCALING = re.compile(
-    r"(?:w?scales?|s|scale_\w+|\w+_scales?|zeros?|\w*zero_points?|qzeros|absmax|codebooks?|workspace)"
+    r"(?:[Ww]?scales?|s|[sS][uUvV]h?|(?:\w+_)?scales?(?:_\w+)?|zeros?|\w*zero_points?|qzeros|absmax|codebooks?|workspace)"
 )
 
 
@@ -279,5 +279,7 @@ def _is_packed(tensor: Tensor, siblings: Parts) -> bool:
         return True
     scaled = any(_SCALING.fullmatch(suffix) for suffix in siblings)
     floats = any(other.dtype in PLAIN for suffix, other in siblings.items() if suffix not in _BIASES)
+    # Models have tables of wide integers beside floats (coordinates of patches, of neighbours), but not in linears.
+    linear = floats and any(map(is_known, _above(tensor.name)))
     integers = tensor.dtype in ("I32", "I64") and "weight" not in siblings
-    return tensor.dtype in _PACKED or (integers and (scaled or floats))
+    return tensor.dtype in _PACKED or (integers and (scaled or linear))

@@ -14,11 +14,14 @@ import math
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.base import Parts, check_static, need
-from xpuquant.formats.readers.compressed_tensors.config import check_supported
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import view
 from xpuquant.formats.weights.nvfp4 import GROUP, Nvfp4Weight
+
+_TILE = (128, 4)
+"""Rows and groups of a tile of scales as engines lay them out at load (vllm swizzle_blockscale: padded to whole tiles,
+their axes interleaved). Where nothing is padded, shapes do not show it; no known producer publishes such files."""
 
 _ACTIVATION_SUFFIXES = ("input_global_scale", "input_scale")
 _ACTIVATIONS_STAY = "activations stay in 16 bits, where the checkpoint quantizes them: their static scales are dropped"
@@ -46,9 +49,8 @@ class Nvfp4:
         return numbered or (scale is not None and scale.dtype == "F8_E4M3" and _are_of_groups(scale, codes))
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
-        check_supported(checkpoint)
         stored = need(parts, "weight_packed" if "weight_packed" in parts else "weight", name, dims=2)
-        scale = need(parts, "weight_scale", name, dtype="F8_E4M3", dims=2)
+        scale = need(parts, "weight_scale", name, dtype="F8_E4M3")
         divides = "weight_global_scale" in parts or (stored.name.endswith("_packed") and "weight_scale_2" not in parts)
         overall = need(parts, "weight_global_scale" if divides else "weight_scale_2", name, dtype="F32")
         if math.prod(overall.shape) != 1:
@@ -57,6 +59,11 @@ class Nvfp4:
         for tensor in of_activations:
             check_static(tensor)
         N, K = stored.shape[0], 2 * stored.shape[1]
+        if _is_swizzled(scale, stored):
+            raise UnsupportedError(
+                f"{scale.name} has shape {list(scale.shape)}: scales swizzled for Blackwell (tiles of 128x4) have no "
+                "XPU kernel; take the file that an engine made them from"
+            )
         if not _are_of_groups(scale, stored):
             raise DamagedError(f"{scale.name} has shape {list(scale.shape)}; NVFP4 of {[N, K]} needs {[N, K // GROUP]}")
         return [
@@ -76,6 +83,15 @@ class Nvfp4:
                 divides=divides,
             )
         ]
+
+
+def _is_swizzled(scale: Tensor, codes: Tensor) -> bool:
+    """Whether scales are those of whole tiles, more or in other axes than the groups of the weight."""
+    if len(codes.shape) != 2 or _are_of_groups(scale, codes):
+        return False
+    (N, half), (rows, groups) = codes.shape, _TILE
+    padded = -(-N // rows) * rows * (-(-2 * half // GROUP // groups) * groups)
+    return math.prod(scale.shape) == padded
 
 
 def _are_of_groups(scale: Tensor, codes: Tensor) -> bool:

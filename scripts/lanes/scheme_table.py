@@ -174,9 +174,13 @@ REFUSED = {
     "FP8 with a static scale for each column": "… is … …; kernels take one static scale per tensor",
     "FP8 with a static scale of no float type": "… is …; kernels take one static scale per tensor",
     "NVFP4 with several global scales to a matrix": "… has shape …; kernels take one number over all",
+    "NVFP4 with scales in a kernel's order": (
+        "… has shape …: scales swizzled for Blackwell (tiles of 128x4) have no XPU kernel; take the file that an "
+        "engine made them from"
+    ),
     "FP8 with zero points": "fp8 with zero points has no XPU kernel",
     "int4 inside FP8": "int4 inside fp8 (AutoRound's W4A-fp8, w_bf16_to_fp8_scale) has no XPU kernel",
-    "2:4 sparse": "2:4 or bitmask sparse weights have no XPU kernel",
+    "2:4 sparse": "2:4 sparse weights in the order of Marlin's tiles (marlin-24) have no XPU kernel",
     "bitmask sparse": "sparse (bitmask) weights have no XPU kernel",
     "MXFP6": "MXFP6 has no XPU kernel",
     "MXINT4": "MXINT4 has no XPU kernel",

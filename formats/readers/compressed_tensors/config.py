@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xpuquant.errors import UnsupportedError, UsageError, shown
+from xpuquant.errors import UsageError, shown
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.config_keys import overridden
 from xpuquant.formats.readers.patterns import check_count, matches
@@ -20,8 +20,6 @@ from xpuquant.formats.readers.spellings import truth, whole_number, whole_number
 W8A8_METHODS = frozenset({"w8a8-int8", "blockwise-int8"})
 """SGLang's names of integer weights, one to a byte, whose activations are quantized when serving
 (sglang/srt/layers/quantization/w8a8_int8.py, blockwise_int8.py)."""
-
-_SPARSE_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
 
 
 @dataclass(frozen=True)
@@ -47,20 +45,6 @@ class WeightArgs:
     def groups(self) -> str:
         """Columns per scale, in words."""
         return f"groups of {self.group_size}" if self.group_size else "one scale for each row"
-
-
-def check_supported(checkpoint: Checkpoint) -> None:
-    """Refuse what changes the meaning of every tensor.
-
-    Raises:
-        UnsupportedError: sparse weights.
-    """
-    config = checkpoint.quantization
-    fmt = str(config.get("format") or "")
-    sparsity = config.get("sparsity_config")
-    sparse = isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense")
-    if fmt in _SPARSE_FORMATS or sparse:
-        raise UnsupportedError("2:4 or bitmask sparse weights have no XPU kernel")
 
 
 def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:

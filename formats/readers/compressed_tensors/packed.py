@@ -25,7 +25,6 @@ from xpuquant.formats.packing.plain import pack_nibbles, unpack_nibbles, unpack_
 from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import (
     WeightArgs,
-    check_supported,
     weight_args,
 )
 from xpuquant.formats.readers.compressed_tensors.shapes import args_of_shapes
@@ -196,10 +195,10 @@ class PackQuantized:
     suffixes = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"})
 
     def claims(self, parts: Parts) -> bool:
-        return "weight_packed" in parts and parts["weight_packed"].dtype == "I32"
+        # With scale_packed it is marlin-24's.
+        return "weight_packed" in parts and parts["weight_packed"].dtype == "I32" and "scale_packed" not in parts
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
-        check_supported(checkpoint)
         packed = need(parts, "weight_packed", name, dtype="I32", dims=2)
         scale = float_scale(need(parts, "weight_scale", name))
         zero_point, g_idx = parts.get("weight_zero_point"), parts.get("weight_g_idx")
@@ -277,9 +276,9 @@ def _words_fit(bits: int, packed: Tensor, K: int) -> bool:
 
 
 def groups_fit(args: WeightArgs, scale: Tensor, N: int, K: int) -> bool:
-    """Whether scales `[N, G]`, `[N, 1]` or `[1]` are what the config describes for a weight `[N, K]`."""
+    """Whether scales `[N, G]`, `[N, 1]`, `[1, N]` or `[1]` are what the config describes for a weight `[N, K]`."""
     G = -(-K // args.group_size) if args.group_size else 1
-    return scale.shape == (N, G) or (G == 1 and scale.shape in ((), (1,), (1, 1), (N,)))
+    return scale.shape == (N, G) or (G == 1 and scale.shape in ((), (1,), (1, 1), (N,), (1, N)))
 
 
 def _act_order(checkpoint: Checkpoint, g_idx: Tensor | None, K: int, group_size: int) -> Array | None:

@@ -19,7 +19,7 @@ _GROUP_STEP = 16
 
 def group_of_scales(scale: Tensor, N: int, K: int) -> int | None:
     """Columns per scale of a weight `[N, K]`, K where each row has one; None where the shapes give none."""
-    if scale.shape in ((), (1,), (1, 1), (N,), (N, 1)):
+    if scale.shape in ((), (1,), (1, 1), (N,), (N, 1), (1, N)):
         return K
     if len(scale.shape) != 2 or scale.shape[0] != N or K % scale.shape[1]:
         return None

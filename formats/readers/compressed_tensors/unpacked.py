@@ -23,7 +23,6 @@ from xpuquant.formats.readers.base import Parts, check_static, float_scale, need
 from xpuquant.formats.readers.compressed_tensors.config import (
     W8A8_METHODS,
     WeightArgs,
-    check_supported,
     quantizes_activations,
     stated_block,
     weight_args,
@@ -77,7 +76,6 @@ class IntQuantized:
         return ("weight_scale" in parts or blocks) and "weight" in parts and parts["weight"].dtype == "I8"
 
     def read(self, checkpoint: Checkpoint, name: str, parts: Parts) -> list[Weight]:
-        check_supported(checkpoint)
         weight = need(parts, "weight", name, dtype="I8", dims=2)
         N, K = weight.shape
         rows_per_scale = 1
