@@ -23,7 +23,7 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.base import Parts
 from xpuquant.formats.readers.patterns import check_count, searches
-from xpuquant.formats.readers.spellings import truth, whole_number
+from xpuquant.formats.readers.spellings import number_said, truth
 from xpuquant.formats.weights.base import Weight
 
 AUTOROUND_METHODS = frozenset({"auto-round", "autoround", "inc"})
@@ -102,7 +102,7 @@ def module_overrides(config: Mapping[str, Any], module: str) -> Mapping[str, Any
 def _quantizes(override: Any) -> bool:
     if not isinstance(override, Mapping):
         return False
-    bits = whole_number(override.get("bits"))
+    bits = number_said(override.get("bits"))
     return bits is None or bits < _UNQUANTIZED_BITS
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from xpuquant.errors import UsageError, shown
 from xpuquant.formats.readers.autoround import module_overrides
 from xpuquant.formats.readers.patterns import matches
-from xpuquant.formats.readers.spellings import truth, whole_number
+from xpuquant.formats.readers.spellings import number_said, truth
 
 
 def overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
@@ -24,7 +24,7 @@ def integer(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> i
         value = config.get(key)
         if value is None:
             continue
-        number = whole_number(value)
+        number = number_said(value)
         if number is None:
             raise UsageError(f"config: '{key}' is {shown(value)}, want a number")
         return number

@@ -12,7 +12,7 @@ _WHOLE = re.compile(r"\s*([+-]?[0-9]{1,9})(?:\.0*)?\s*")
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
-def whole_number(value: Any) -> int | None:
+def number_said(value: Any) -> int | None:
     """The whole number that a value is (`4`, `4.0`, `"4"`); None where it is none. A truth is no number."""
     if isinstance(value, bool):
         return None
@@ -24,9 +24,9 @@ def whole_number(value: Any) -> int | None:
     return int(match[1]) if match else None
 
 
-def whole_numbers(value: Any) -> tuple[int, ...] | None:
+def numbers_said(value: Any) -> tuple[int, ...] | None:
     """A list of whole numbers; None where a value is no such list."""
-    numbers = [whole_number(one) for one in value] if isinstance(value, list | tuple) else [None]
+    numbers = [number_said(one) for one in value] if isinstance(value, list | tuple) else [None]
     return None if None in numbers else tuple(number for number in numbers if number is not None)
 
 
@@ -44,5 +44,5 @@ def same(one: Any, other: Any) -> bool:
         return True
     if isinstance(one, bool) or isinstance(other, bool):
         return truth(one) is not None and truth(one) == truth(other)
-    numbers = [whole_numbers(side if isinstance(side, list | tuple) else [side]) for side in (one, other)]
+    numbers = [numbers_said(side if isinstance(side, list | tuple) else [side]) for side in (one, other)]
     return numbers[0] is not None and numbers[0] == numbers[1]

@@ -29,7 +29,7 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.errors import DamagedError, UsageError
-from xpuquant.formats.readers.spellings import same, truth, whole_number, whole_numbers
+from xpuquant.formats.readers.spellings import number_said, numbers_said, same, truth
 
 SPELT: dict[str, Callable[[Any], Any]] = {"strings": str, "floats": float, "strings of floats": lambda n: str(float(n))}
 
@@ -105,7 +105,7 @@ def test_two_places_that_say_the_same_in_two_spellings_agree(spelt: str, tmp_pat
 
 @pytest.mark.parametrize("bits", ["four", "4.5", 4.5, True, [4], "", "1e1"])
 def test_what_is_no_number_is_named(bits: Any, tmp_path: Path) -> None:
-    assert whole_number(bits) is None
+    assert number_said(bits) is None
     assert "'bits' is" in refusal(tmp_path / "a", Pico(gptq_config(bits=bits), {DOWN: gptq(ints())}), UsageError)
     config = ct_config()
     config["config_groups"]["group_0"]["weights"]["num_bits"] = bits
@@ -127,7 +127,7 @@ def test_what_says_the_same() -> None:
         None,
         None,
     ]
-    assert whole_numbers(["1", 2.0]) == (1, 2) and whole_numbers([1, "x"]) is None and whole_numbers("12") is None
+    assert numbers_said(["1", 2.0]) == (1, 2) and numbers_said([1, "x"]) is None and numbers_said("12") is None
 
 
 def indexed(folder: Path, *shards: str) -> Path:

@@ -15,7 +15,7 @@ from xpuquant.errors import UsageError, shown
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.config_keys import overridden
 from xpuquant.formats.readers.patterns import check_count, matches
-from xpuquant.formats.readers.spellings import truth, whole_number, whole_numbers
+from xpuquant.formats.readers.spellings import number_said, numbers_said, truth
 
 W8A8_METHODS = frozenset({"w8a8-int8", "blockwise-int8"})
 """SGLang's names of integer weights, one to a byte, whose activations are quantized when serving
@@ -80,7 +80,7 @@ def weight_args(checkpoint: Checkpoint, module: str) -> list[WeightArgs]:
 
 def stated_block(checkpoint: Checkpoint) -> tuple[int, int] | None:
     """(rows, columns) of `weight_block_size`, where the config has it for all modules."""
-    sides = whole_numbers(checkpoint.quantization.get("weight_block_size"))
+    sides = numbers_said(checkpoint.quantization.get("weight_block_size"))
     return (sides[0], sides[1]) if sides and len(sides) == 2 and min(sides) > 0 else None
 
 
@@ -128,11 +128,11 @@ def _rank(target: str, module: str) -> int | None:
 
 
 def _args(args: Mapping[str, Any], fmt: Any) -> WeightArgs:
-    size = whole_number(args.get("group_size"))
+    size = number_said(args.get("group_size"))
     block = args.get("block_structure") or args.get("weight_block_size")
     if isinstance(block, str):
         block = [int(side) for side in re.findall(r"[0-9]{1,9}", block)]
-    sides = whole_numbers(block)
+    sides = numbers_said(block)
     if block is not None and sides is None:
         raise UsageError(f"config: the block size is {shown(block)}, want two numbers")
     return WeightArgs(
@@ -150,7 +150,7 @@ def _number(args: Mapping[str, Any], key: str, default: int) -> int:
     value = args.get(key)
     if value is None:
         return default
-    number = whole_number(value)
+    number = number_said(value)
     if number is None or not 0 < number <= 64:
         raise UsageError(f"config: '{key}' is {shown(value)}, want a number of bits")
     return number
