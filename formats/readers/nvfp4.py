@@ -13,6 +13,7 @@ import math
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.readers.base import Parts, check_static, need
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
@@ -44,6 +45,8 @@ class Nvfp4:
         codes, scale = parts.get("weight_packed") or parts.get("weight"), parts.get("weight_scale")
         if codes is None or codes.dtype != "U8":
             return False
+        if scale is not None and scale.dtype in FLOATS:
+            return False  # ModelOpt's int4
         numbered = "weight_global_scale" in parts or "weight_scale_2" in parts
         # A file that lost the number over all is known by the scales of its groups (vllm-project/vllm#54444).
         return numbered or (scale is not None and scale.dtype == "F8_E4M3" and _are_of_groups(scale, codes))

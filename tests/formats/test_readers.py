@@ -21,6 +21,8 @@ NAMES = sorted(all_checkpoints())
 NOT_IN_FIXTURES = {
     "AutoRound": "its own files are GPTQ's, AWQ's or compressed-tensors'; it claims Apple MLX's, to refuse them",
     "Fp8Fused": "no producer fuses the experts of a model small enough: test_fp8.py makes them",
+    "ModelOptInt4": "ModelOpt exports on a GPU only: test_field_producers.py packs it as its source does",
+    "QuarkInt": "refused by name: test_field_producers.py",
     "Refused": "fake-quantized and sparse files are not what producers publish: test_compressed_tensors.py makes them",
 }
 """Readers that read no fixture → why."""

@@ -101,7 +101,7 @@ class IntQuantized:
         return [
             UnpackedWeight(
                 name=name,
-                format=self.name,
+                format=_format(checkpoint.method, self.name),
                 N=N,
                 K=K,
                 tensors=tuple(parts[suffix] for suffix in parts if suffix in self.suffixes | {"weight"}),
@@ -117,6 +117,13 @@ class IntQuantized:
                 rows_per_scale=rows_per_scale,
             )
         ]
+
+
+def _format(method: str, otherwise: str) -> str:
+    """What reports call integers in bytes: by who writes them so."""
+    if method in W8A8_METHODS:
+        return "sglang int"
+    return next((f"{producer} int" for producer in ("quark", "modelopt") if producer in method), otherwise)
 
 
 def _in_groups(checkpoint: Checkpoint, name: str, weight: Tensor, scale: Tensor) -> tuple[WeightArgs, list[str]]:
