@@ -78,6 +78,11 @@ class Plan:
         return format_version(m.conversion.scheme for m in self.modules if m.conversion.scheme is not None)
 
     @property
+    def has_own_head(self) -> bool:
+        """Whether the head is quantized, and with that no name of the embeddings."""
+        return any(module.conversion.name.rpartition(".")[2] == "lm_head" for module in self.modules)
+
+    @property
     def split_biases(self) -> dict[str, BiasRows]:
         """Tensor name → how it is taken out of a stacked or fused bias of the source."""
         linears = [m.source for m in self.modules if isinstance(m.source, CtLinear)]
@@ -110,7 +115,7 @@ class Plan:
             config: config.json of the source.
         """
         written = without_quantization(config)
-        if any(module.conversion.name.rpartition(".")[2] == "lm_head" for module in self.modules):
+        if self.has_own_head:
             written = untied(written)
         written["quantization_config"] = self.quantization_config(producer)
         return written

@@ -13,6 +13,7 @@ from typing import Any
 
 from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.sources.quantization import without_quantization
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.sources.weight_files import INDEX
 from xpuquant.conversion.tree import Tree
@@ -21,6 +22,8 @@ from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, one_line, shown
 
 _CONFIG = "config.json"
+
+_TIE = "tie_word_embeddings"
 
 MOST_DIFFERENCES = 20
 """Of one JSON file; a config of another model differs everywhere."""
@@ -39,7 +42,8 @@ def check_contents(origin: Origin, tree: Tree, record: Mapping[str, Any]) -> lis
     written = {_CONFIG: plan.output_config(source.checkpoint.config, str(record.get("producer", "")))}
     if len(plan.shards) > 1:
         written[INDEX] = plan.index()
-    found = [finding for name, content in written.items() for finding in _json(tree, name, content)]
+    before = without_quantization(source.checkpoint.config) if plan.has_own_head else {}
+    found = [finding for name, content in written.items() for finding in _json(tree, name, content, before)]
     found += _copied(source, tree)
     recorded = {name for table in ("shards", "files") for name in record.get(table, {})}
     known = {*written, *source.extra_files, *(shard.name for shard in plan.shards)}
@@ -58,8 +62,12 @@ def _wrong(where: str, what: str) -> Finding:
     return Finding("integrity", one_line(where), one_line(what))
 
 
-def _json(tree: Tree, name: str, wanted: Mapping[str, Any]) -> Iterator[Finding]:
-    """Where a JSON file says something else than the conversion writes. The order of keys says nothing."""
+def _json(tree: Tree, name: str, wanted: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[Finding]:
+    """Where a JSON file says something else than the conversion writes. The order of keys says nothing.
+
+    Args:
+        before: config.json as conversions wrote it that left the source's `tie_word_embeddings` to a quantized head.
+    """
     if not tree.holds(name):
         return  # integrity has reported it
     try:
@@ -67,12 +75,37 @@ def _json(tree: Tree, name: str, wanted: Mapping[str, Any]) -> Iterator[Finding]
     except DamagedError as error:
         yield _wrong(name, str(error))
         return
+    if name == _CONFIG:
+        yield from _ties(wanted, before, held)
     found = differences(json.loads(json.dumps(wanted)), held)
     for number, what in enumerate(found):
         if number == MOST_DIFFERENCES:
             yield _wrong(name, "differs in more places")
             return
         yield _wrong(name, what)
+
+
+def _ties(wanted: Mapping[str, Any], before: Mapping[str, Any], held: Any, place: str = "") -> Iterator[Finding]:
+    """What an output of before a quantized head was untied says, or does not say, of its head: a fault where the source
+    ties it, which vLLM obeys; a warning where the source says nothing, which means what the model's class has. `held`
+    says it afterwards."""
+    if not isinstance(held, dict):
+        return
+    for key, value in wanted.items():
+        inner = before.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            yield from _ties(value, inner, held.get(key), f"{place}{key}.")
+        if key != _TIE or value is not False or (key in before, inner) != (key in held, held.get(key)):
+            continue
+        if inner is True:
+            what = "is true, as in the source, but the head is quantized, and vLLM would multiply with the embeddings"
+            yield _wrong(_CONFIG, f"{place}{key} {what}: convert again")
+        elif key not in before:
+            what = "is missing: an earlier conversion; where the model's class ties the head, vLLM drops this one"
+            yield Finding("integrity", _CONFIG, f"{place}{key} {what}: convert again", fails=False)
+        else:
+            continue
+        held[key] = False
 
 
 def differences(wanted: Any, held: Any, place: str = "") -> Iterator[str]:
