@@ -4,8 +4,8 @@
     P.weight_scale, P.weight_zero_point
 
 Quark's own releases disagree (quark/torch/utils/pack.py, `Pack_4_bits`): which axis is packed depends on the algorithm
-in one and on the scheme in the next, the order within a word on `pack_method`, and int4 and uint4 look alike. Quark's
-export in AWQ's names (`custom_mode="awq"`) is AWQ's, and read.
+in one and on the scheme in the next, scales are `[N, G]` in old files and `[G, N]` in new ones, the order within a
+word is `pack_method`'s, and int4 and uint4 look alike. Quark's export in AWQ's names (`custom_mode="awq"`) is AWQ's, and read.
 """
 
 from __future__ import annotations
