@@ -5,7 +5,7 @@
 
 Quark's own releases disagree (quark/torch/utils/pack.py, `Pack_4_bits`): which axis is packed depends on the algorithm
 in one and on the scheme in the next, scales are `[N, G]` in old files and `[G, N]` in new ones, the order within a
-word is `pack_method`'s, and int4 and uint4 look alike. Quark's export in AWQ's names (`custom_mode="awq"`) is AWQ's, and read.
+word is `pack_method`'s, and int4 and uint4 look alike. Its uint4 export in AWQ's names (`custom_mode="awq"`) is read.
 """
 
 from __future__ import annotations
