@@ -97,14 +97,14 @@ class Scheme:
         return " ".join(words)
 
 
+ARK_LAYOUTS = ("uint4_experts", "int8_experts", "fp8_channel_experts", "nvfp4_experts")
+"""Experts that ARK computes. The others are those of `XpuFusedMoe`."""
+
 ARK_MULTIPLE = 32
-"""Columns of an expert's matrix, a step of the products in ARK's kernels; and its rows, which are columns of the other
-matrix (`_validate_moe_quant_args` in auto_round_kernel wants 16 of those)."""
-
-
-def columns_multiple(scheme: Scheme) -> int:
-    """What the columns of a rank's part must be a multiple of where no group says it; 0: nothing."""
-    return ARK_MULTIPLE if scheme.layout == "fp8_channel_experts" else 0
+"""What N and K of an expert's matrix are multiples of where it is given to ARK. Its own checks want 16 of N and whole
+groups of K (`_validate_moe_quant_args` in auto_round_kernel 0.16); but its products of 16 bits, to which prefill widens
+a stack, step through K by 32 (`sycl_tla_moe.hpp`), and what they do with half a step was never executed. Rows of one
+matrix are columns of the other."""
 
 
 def expand(pattern: str) -> list[str]:

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xpuquant import ark_ops, xpu_ops
-from xpuquant.ark_releases import ARK_LAYOUTS
 from xpuquant.errors import EnvironmentFault, UnsupportedError
 from xpuquant.formats.dtypes import label_of
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.scheme import ARK_LAYOUTS, Scheme
 from xpuquant.kernels.activation_terms import fp8_terms, mx_terms
 from xpuquant.kernels.base import Array, Layer, fault_of
 from xpuquant.kernels.integers import integer_scheme

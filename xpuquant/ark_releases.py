@@ -22,9 +22,6 @@ OLDEST_ARK = (0, 16)
 BEYOND_ARK = (0, 17)
 """Not read yet: between 0.15 and 0.16 `moe` came to choose its kernel otherwise, and to check otherwise."""
 
-ARK_LAYOUTS = ("uint4_experts", "int8_experts", "fp8_channel_experts", "nvfp4_experts")
-"""Layouts that ARK computes, the rest being those of vllm-xpu-kernels."""
-
 COUNTS_ROWS = "ARK_MOE_VALIDATE_ROUTING"
 """The environment variable by which `moe` insists that every row of the activations belongs to an expert."""
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from xpuquant import ark_ops
 from xpuquant.ark_ops import ArkMoe, with_global_scale
-from xpuquant.ark_releases import ARK_LAYOUTS, refusal_of_switches
+from xpuquant.ark_releases import refusal_of_switches
 from xpuquant.errors import EnvironmentFault, UnsupportedError
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.scheme import ARK_LAYOUTS, Scheme
 from xpuquant.xpu_releases import PACKAGE, Release, check_release, refusal_of_experts, release_of, served
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ _REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa", "gate", "router", "shared_exper
 """Routers, and the low-rank projections of MLA: every GPU has them whole, as norms."""
 
 _WINDOWS = ("sliding_attention", "chunked_attention", "local_attention")
-_KEEPS_ALL = "full_attention"
-
+_KEEP_ALL = ("full_attention", "attention", "hybrid", "*")
+"""Kinds of layers, in the words of `layer_types` and of `layers_block_type`, and Nemotron-H's sign for one; `hybrid`
+has attention beside a state space (Falcon-H1, Zamba 2)."""
 
 _INT4_BITS = 4 + 16 / 128
 """Of a weight as int4 in groups of 128 with a scale of 16 bits, as most are published."""
@@ -74,22 +75,39 @@ def kv_cache(config: Mapping[str, Any], tokens: int, ranks: int, element: int = 
         heads = _number(config, "num_attention_heads")
         hidden = _number(config, "hidden_size")
         kv_heads = _number(config, "num_key_value_heads") or heads
-        if heads is None or kv_heads is None or (hidden is None and _number(config, "head_dim") is None):
+        if heads is None or kv_heads is None or (hidden is None and _head_dim(config) is None):
             return None
-        head_dim = _number(config, "head_dim") or (hidden or 0) // heads
+        head_dim = _head_dim(config) or (hidden or 0) // heads
         per_token = 2 * -(-kv_heads // ranks) * head_dim * element
     return per_token * sum(_tokens_kept(config, layers, tokens))
 
 
+def _head_dim(config: Mapping[str, Any]) -> int | None:
+    return _number(config, "head_dim") or _number(config, "attention_head_dim")  # Zamba 2
+
+
 def _tokens_kept(config: Mapping[str, Any], layers: int, tokens: int) -> list[int]:
-    """Of each layer. Layers of other kinds (linear attention, state spaces) keep none: their state does not grow."""
-    kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        every = _number(config, "full_attention_interval")
-        return [tokens] * (layers if every is None else layers // every)
+    """Of each layer. Layers of other kinds (linear attention, state spaces, experts) keep none: their state does not
+    grow."""
     window = _number(config, "sliding_window") or _number(config, "attention_chunk_size") or tokens
-    kept = {_KEEPS_ALL: tokens, **dict.fromkeys(_WINDOWS, min(tokens, window))}
-    return [kept.get(str(kind), 0) for kind in kinds]
+    kept = {**dict.fromkeys(_KEEP_ALL, tokens), **dict.fromkeys(_WINDOWS, min(tokens, window))}
+    for key in ("layer_types", "layers_block_type", "hybrid_override_pattern"):
+        kinds = config.get(key)
+        if isinstance(kinds, list | str) and len(kinds) == layers:
+            return [kept.get(str(kind), 0) for kind in kinds]
+    return [tokens] * _attention_layers(config, layers)
+
+
+def _attention_layers(config: Mapping[str, Any], layers: int) -> int:
+    """How many layers have attention, where config.json does not say the kind of each."""
+    for key in ("hybrid_layer_ids", "attn_layer_indices"):  # Zamba 2, Bamba
+        numbers = config.get(key)
+        if isinstance(numbers, list) and all(type(number) is int for number in numbers):
+            return len({number for number in numbers if 0 <= number < layers})
+    if (period := _number(config, "attn_layer_period")) is not None:  # Jamba
+        return len(range(_number(config, "attn_layer_offset") or 0, layers, period))
+    every = _number(config, "full_attention_interval")
+    return layers if every is None else layers // every
 
 
 def _number(config: Mapping[str, Any], key: str) -> int | None:

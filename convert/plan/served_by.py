@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from xpuquant.ark_releases import ARK_LAYOUTS, ARK_PACKAGE, serving_ark
+from xpuquant.ark_releases import ARK_PACKAGE, serving_ark
 from xpuquant.formats.layouts import layouts_by_name
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.scheme import ARK_LAYOUTS, Scheme
 from xpuquant.xpu_releases import TOP_K, operators_of, served, since
 
 

@@ -1,8 +1,9 @@
 """Will the converted model split over several GPUs? Found out before the download, not at server start.
 
 vLLM splits q, k, v, gate and up along N and o, down along K. Along K every rank needs whole groups of scales (and whole
-words); along N, whole words of zero points. A permutation of K (act-order) crosses ranks. The groups of states of a
-Mamba 2 model are dealt out; vLLM repeats one that several ranks share, which is not done for stored layouts.
+words); along N, whole words of zero points: `formats/splits.py`, where the plugin that loads the model asks too. The
+groups of states of a Mamba 2 model are dealt out; vLLM repeats one that several ranks share, which is not done for
+stored layouts.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from collections.abc import Iterable
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.formats.architecture import is_mixer_input, layer_of, splits_along_k
 from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts
-from xpuquant.formats.scheme import Scheme, columns_multiple
-
-_WORD = 8
+from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.splits import columns_step, intermediate_step, rows_step
 
 
 def split_problem(planned: PlannedModule, ranks: int) -> str | None:
@@ -23,13 +23,11 @@ def split_problem(planned: PlannedModule, ranks: int) -> str | None:
     if scheme is None or isinstance(planned.source, LooseExperts) or layer_of(planned.conversion.name).whole:
         return None
     if isinstance(planned.source, ExpertStack):
-        upper, down = (planned.source.weights[role][0] for role in (next(iter(planned.source.weights)), "down"))
-        rows = upper.N // (2 if "gate_up" in planned.source.weights else 1)
-        return _along_n(scheme, rows, ranks) or _along_k(scheme, down.K, ranks)
-    weight = planned.source.weight
-    along = _along_k if splits_along_k(planned.conversion.name) else _along_n
-    size = weight.K if along is _along_k else weight.N
-    return along(scheme, size, ranks)
+        return _uneven("I", planned.source.weights["down"][0].K, ranks, intermediate_step(scheme), scheme)
+    N, K = planned.source.weight.N, planned.source.weight.K
+    if splits_along_k(planned.conversion.name):
+        return _uneven("K", K, ranks, columns_step(scheme, K, K // ranks), scheme)
+    return _uneven("N", N, ranks, rows_step(scheme), scheme)
 
 
 def problems(modules: Iterable[PlannedModule], ranks: int, state_groups: int | None = None) -> dict[str, str]:
@@ -49,25 +47,11 @@ def problems(modules: Iterable[PlannedModule], ranks: int, state_groups: int | N
     return found
 
 
-def _along_n(scheme: Scheme, N: int, ranks: int) -> str | None:
-    words = not scheme.symmetric or scheme.layout == "int8_linear"
-    unit = scheme.block_n if scheme.granularity == "block" else _WORD if words else 1
-    if N % (ranks * max(unit, 1)):
-        return (
-            f"N={N} does not split into {ranks} parts of whole {unit}s"
-            if unit > 1
-            else f"N={N} does not split by {ranks}"
-        )
-    return None
-
-
-def _along_k(scheme: Scheme, K: int, ranks: int) -> str | None:
-    if scheme.act_order:
-        return "the act-order permutation of K crosses ranks"
-    unit = scheme.group_size or columns_multiple(scheme) or _WORD
-    if scheme.group_size == K and scheme.layout not in ("int8_linear", "nvfp4_linear"):
-        return None if K % (ranks * _WORD) == 0 else f"K={K} does not split by {ranks}"
-    if K % (ranks * unit):
-        what = f"whole groups of {unit}" if scheme.group_size else f"multiples of {unit}"
-        return f"K={K} does not split into {ranks} parts of {what}"
+def _uneven(what: str, size: int, ranks: int, step: int, scheme: Scheme) -> str | None:
+    """Why `size` (N, K, or I of experts) does not split into `ranks` parts of whole steps, or None."""
+    if size % ranks:
+        return f"{what}={size} does not split by {ranks}"
+    if size // ranks % step:
+        parts = f"whole groups of {step}" if step == scheme.group_size and what != "N" else f"multiples of {step}"
+        return f"{what}={size} does not split into {ranks} parts of {parts}"
     return None

@@ -34,12 +34,12 @@ from support.checkpoints import FIXTURES  # noqa: E402
 from support.models import EXPERTS, SCHEMES  # noqa: E402
 
 from xpuquant import layers, xpu_releases  # noqa: E402
-from xpuquant.ark_releases import ARK_LAYOUTS, ARK_PACKAGE, released_ark  # noqa: E402
+from xpuquant.ark_releases import ARK_PACKAGE, released_ark  # noqa: E402
 from xpuquant.conversion.options import Options  # noqa: E402
 from xpuquant.conversion.plan.survey import survey_modules  # noqa: E402
 from xpuquant.conversion.sources.open import open_source  # noqa: E402
 from xpuquant.formats.layouts import layouts_by_name  # noqa: E402
-from xpuquant.formats.scheme import Scheme  # noqa: E402
+from xpuquant.formats.scheme import ARK_LAYOUTS, Scheme  # noqa: E402
 from xpuquant.kernels.integers import integer_scheme  # noqa: E402
 
 
@@ -147,7 +147,7 @@ REFUSED = {
         "ARK's expert kernels add no bias and know no rows that alternate gate and up"
     ),
     "gpt-oss's experts in FP8 blocks, gate and up apart": "… cannot cover columns that alternate gate and up",
-    "experts for ARK of other sizes": "… is […, …]; ARK's expert kernels take multiples of …",
+    "experts for ARK of other sizes": "… is […, …]; ARK's expert kernels are given multiples of …",
     "int4 experts of other sizes": "… is […, …]; the grouped GEMM needs N % 8 == 0, K % 32 == 0",
     "MX experts of other sizes": "an expert has […, …]; the grouped GEMM needs N % 8 == 0, K % 32 == 0",
     "MXFP8 experts with N = K/32": "experts of […, …] have square exponents, whose axes the grouped GEMM mistakes",

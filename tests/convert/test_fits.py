@@ -54,6 +54,23 @@ QWEN3_NEXT = {
     "full_attention_interval": 4,
 }
 
+NEMOTRON_H = {
+    "num_hidden_layers": 52,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+}
+JAMBA = LLAMA | {"attn_layer_period": 8, "attn_layer_offset": 4}
+ZAMBA2 = {
+    "num_hidden_layers": 54,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_size": 2560,
+    "attention_head_dim": 160,
+    "hybrid_layer_ids": [6, 12, 18, 24, 30, 36, 42, 47, 51],
+}
+
 
 @pytest.mark.parametrize(
     ("config", "tokens", "ranks", "nbytes"),
@@ -67,6 +84,13 @@ QWEN3_NEXT = {
         (GPT_OSS, 8192, 1, 12 * (8192 + 128) * 2 * 8 * 64 * 2),
         (GPT_OSS, 100, 1, 24 * 100 * 2 * 8 * 64 * 2),
         (QWEN3_NEXT, 10, 1, 12 * 10 * 2 * 2 * 256 * 2),
+        (NEMOTRON_H, 10, 1, 6 * 10 * 2 * 2 * 128 * 2),
+        (JAMBA, 10, 1, 4 * 10 * 2 * 8 * 128 * 2),
+        (ZAMBA2, 10, 1, 9 * 10 * 2 * 32 * 160 * 2),
+        (LLAMA | {"layers_block_type": ["mamba", "moe", "full_attention", "moe"] * 8}, 1, 1, 131072 // 4),
+        (LLAMA | {"layer_types": ["mamba", "attention"] * 16}, 1, 1, 131072 // 2),  # Granite 4
+        (LLAMA | {"attn_layer_indices": [9, 18, 27]}, 1, 1, 131072 * 3 // 32),  # Bamba
+        (LLAMA | {"hybrid_override_pattern": "M*"}, 1, 1, 131072),  # not of this model: errs upwards
     ],
 )
 def test_kv_caches_of_known_models(config: dict[str, object], tokens: int, ranks: int, nbytes: int) -> None:

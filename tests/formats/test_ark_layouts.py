@@ -156,7 +156,7 @@ def test_sizes_that_arks_kernels_do_not_take_are_refused(tmp_path):
     made = {f"{STACK}.0.{role}_proj": ints(4, *shape[role], 16, symmetric=False) for role in ROLES}
     tensors = {name: awq(weight) for name, weight in made.items()}
     message = refusal(tmp_path, Pico(awq_config(group_size=16), tensors))
-    assert "gate is [48, 64]; ARK's expert kernels take multiples of 32: model.layers.0.mlp.experts" in message
+    assert "gate is [48, 64]; ARK's expert kernels are given multiples of 32: model.layers.0.mlp.experts" in message
 
 
 def test_biases_of_asymmetric_experts_are_refused(tmp_path):

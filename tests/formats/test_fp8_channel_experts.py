@@ -188,8 +188,8 @@ def test_how_it_is_cut_among_gpus(tmp_path, ranks, problem):
 def test_sizes_that_arks_kernels_do_not_take_are_refused(tmp_path):
     message = refusal(tmp_path, per_expert(expert_weights(channel, H=64, I=48)))
     assert (
-        "the grouped GEMM has no fp8 scales per channel; gate is [48, 64]; ARK's expert kernels take multiples of 32: "
-        f"{EXPERTS}" in message
+        "the grouped GEMM has no fp8 scales per channel; gate is [48, 64]; ARK's expert kernels are given multiples of "
+        f"32: {EXPERTS}" in message
     )
     assert "on_unsupported='dequantize'" in message
 

@@ -242,7 +242,7 @@ def test_a_stack_of_factors_and_divisors_is_refused(tmp_path):
 
 def test_sizes_that_arks_kernels_do_not_take_are_refused(tmp_path):
     message = refusal(tmp_path, stack_of(I=48))
-    assert "gate is [48, 64]; ARK's expert kernels take multiples of 32" in message
+    assert "gate is [48, 64]; ARK's expert kernels are given multiples of 32" in message
 
 
 def test_a_short_last_group_is_refused(tmp_path):

@@ -30,8 +30,8 @@ REFUSED = {
     "llmcompressor-0.9-llama-w4a16-actorder": "act-order, which compressed-tensors 0.19",
     "llmcompressor-llama-nvfp4a16": "its tensors are those of compressed-tensors' nvfp4-pack-quantized already",
     "llmcompressor-qwen3moe-nvfp4a16": "its tensors are those of compressed-tensors' nvfp4-pack-quantized already",
-    "modelopt-llama-nvfp4": "the factor over all has no exact float32 divisor, which compressed-tensors has",
-    "modelopt-llama4-nvfp4": "the factor over all has no exact float32 divisor, which compressed-tensors has",
+    "modelopt-llama-nvfp4": "few factors over all have an exact float32 divisor, which compressed-tensors wants",
+    "modelopt-llama4-nvfp4": "few factors over all have an exact float32 divisor, which compressed-tensors wants",
     "llmcompressor-llama-w8a8": "W8A8 is a compressed-tensors checkpoint already, which stock loaders read",
 }
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json") if path.parent.name not in REFUSED)

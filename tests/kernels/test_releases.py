@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from xpuquant.ark_releases import ARK_LAYOUTS
+from xpuquant.formats.scheme import ARK_LAYOUTS
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "lanes" / "kernel_table.py"
 

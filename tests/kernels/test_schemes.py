@@ -18,8 +18,8 @@ pytest.importorskip("transformers", minversion="5.0")
 import support.layers as by_hand
 from support.models import EXPERTS, SCHEMES
 
-from xpuquant.ark_releases import ARK_LAYOUTS
 from xpuquant.formats.layouts import layouts_by_name
+from xpuquant.formats.scheme import ARK_LAYOUTS
 from xpuquant.kernels import backends
 
 ROOT = Path(__file__).parents[2]

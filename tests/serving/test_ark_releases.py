@@ -18,7 +18,6 @@ from xpuquant import ark_ops
 from xpuquant import xpu_ops as xpu
 from xpuquant.ark_releases import (
     ARK_FAULTS,
-    ARK_LAYOUTS,
     ARK_PACKAGE,
     COUNTS_ROWS,
     ArkRelease,
@@ -28,6 +27,7 @@ from xpuquant.ark_releases import (
     released_ark,
 )
 from xpuquant.errors import EnvironmentFault, UnsupportedError
+from xpuquant.formats.scheme import ARK_LAYOUTS
 from xpuquant.xpu_releases import served
 
 CASES = [name for name, scheme in EXPERTS.items() if scheme.layout in ARK_LAYOUTS]

@@ -24,9 +24,8 @@ from support.models import EXPERTS, PACK, SCHEMES, pack_matrices
 
 from xpuquant import ark_ops, layers
 from xpuquant import xpu_ops as xpu
-from xpuquant.ark_releases import ARK_LAYOUTS
 from xpuquant.errors import EnvironmentFault, UnsupportedError
-from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.scheme import ARK_LAYOUTS, Scheme
 from xpuquant.xpu_releases import Release, check_release, refusal_of_experts, release_of, served, since
 
 N, K = 256, 384

@@ -13,9 +13,9 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from xpuquant import layers
-from xpuquant.ark_releases import ARK_LAYOUTS
 from xpuquant.errors import DamagedError, UnsupportedError
-from xpuquant.formats.scheme import Scheme, columns_multiple
+from xpuquant.formats.scheme import ARK_LAYOUTS, Scheme
+from xpuquant.formats.splits import intermediate_step
 from xpuquant.xpu_ops import cast_when_loaded, check_experts, fused_moe, run_experts
 
 
@@ -50,12 +50,11 @@ class XpuquantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 check_experts(scheme, top_k, activation, layer.swiglu_limit, self.moe.ep_size)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{self.prefix}: {error}") from None
-        for step in {scheme.group_size, scheme.block_n, columns_multiple(scheme)} - {0}:
-            if I % step:
-                raise UnsupportedError(
-                    f"{self.prefix}: {I} intermediate features on each rank are no multiple of {step}; "
-                    "use a smaller --tensor-parallel-size or --enable-expert-parallel"
-                )
+        if I % (step := intermediate_step(scheme)):
+            raise UnsupportedError(
+                f"{self.prefix}: {I} intermediate features on each rank are no multiple of {step}; "
+                "use a smaller --tensor-parallel-size or --enable-expert-parallel"
+            )
         for name, stored in layers.expert_tensors(scheme, E, H, I).items():
             dtype = stored.dtype
             if cast_when_loaded(scheme, name):

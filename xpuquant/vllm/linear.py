@@ -23,6 +23,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from xpuquant import layers
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.scheme import Scheme
+from xpuquant.formats.splits import columns_step, group_on_rank, has_zero_words, rows_step
 from xpuquant.vllm.adoption import SHARDS, MemberLoader, adopt
 from xpuquant.xpu_ops import eight
 
@@ -34,7 +35,7 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, scheme: Scheme, prefix: str) -> None:
         self.scheme = scheme
         self.prefix = prefix
-        self.zero_words = not scheme.symmetric or scheme.layout == "int8_linear"
+        self.zero_words = has_zero_words(scheme)
 
     def create_weights(
         self,
@@ -51,17 +52,14 @@ class XpuquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         sizes, N = output_partition_sizes, sum(output_partition_sizes)
         self.sizes = sizes
         self.gather = scheme.act_order and input_size > K
-        # A group as long as the whole K stays one group on every rank.
-        # (Two planes lie beside each other within a group: that cannot be cut.)
-        planes = scheme.layout in ("int8_linear", "nvfp4_linear")
-        whole = scheme.group_size == input_size and input_size > K and not planes
-        group = K if whole else scheme.group_size
-        if group and K % group:
+        group = group_on_rank(scheme, input_size, K)
+        whole = group != scheme.group_size
+        if K % (step := columns_step(scheme, input_size, K)):
             raise UnsupportedError(
-                f"{self.prefix}: {K} input features on each rank are no multiple of the group of {group}; "
-                "use a smaller --tensor-parallel-size"
+                f"{self.prefix}: {K} input features on each rank are no multiple of "
+                f"{'the group of ' * (step == group)}{step}; use a smaller --tensor-parallel-size"
             )
-        step = scheme.block_n or (8 if self.zero_words else 1)
+        step = rows_step(scheme)
         if any(size % step for size in sizes):
             raise UnsupportedError(
                 f"{self.prefix}: {sizes} output features on each rank are no multiple of {step}; "

@@ -56,7 +56,8 @@ class CtMx(CtLayout):
         if isinstance(weight, Nvfp4Weight):
             why = "its tensors are those of compressed-tensors' nvfp4-pack-quantized already"
             if not weight.divides:
-                why = "the factor over all has no exact float32 divisor, which compressed-tensors has"
+                # Of powers of two the inverse is exact; whether a factor is one, headers do not tell.
+                why = "few factors over all have an exact float32 divisor, which compressed-tensors wants"
             return Refusal(f"NVFP4 is not converted to compressed-tensors: {why}; the layout xpu takes it")
         if not weight.is_mx or (weight.element == "e2m1") != (self.packed == 2):
             return None

@@ -53,7 +53,7 @@ def ark_refusal(stack: ExpertStack) -> str | None:
         return "ARK's expert kernels add no bias and know no rows that alternate gate and up"
     for role, _, weight in stack.matrices():
         if weight.N % ARK_MULTIPLE or weight.K % ARK_MULTIPLE:
-            return f"{role} is [{weight.N}, {weight.K}]; ARK's expert kernels take multiples of {ARK_MULTIPLE}"
+            return f"{role} is [{weight.N}, {weight.K}]; ARK's expert kernels are given multiples of {ARK_MULTIPLE}"
     return None
 
 
