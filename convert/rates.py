@@ -16,7 +16,13 @@ docs/performance.md, "Every goal, last full run"."""
 SLOWEST = min(VERIFIED.values())
 
 
+START_SECONDS = 1.0
+"""To start, plan and write the reports, and to load the kernels, on a quiet machine, whatever the size of the model:
+half a second each in the table of docs/performance.md, "More cores". It is all that a small model takes."""
+
+
 def seconds(nbytes: int, formats: tuple[str, ...]) -> float:
-    """Seconds that converting and verifying a source of so many bytes takes, at the rate of its slowest format."""
+    """Seconds that converting and verifying a source of so many bytes takes: the start, and the rest at the rate of its
+    slowest format."""
     rates = [VERIFIED.get(name.split()[0], SLOWEST) for name in formats] or [SLOWEST]
-    return nbytes / min(rates)
+    return START_SECONDS + nbytes / min(rates)

@@ -16,13 +16,13 @@ import os
 import shutil
 import stat
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from xpuquant.conversion.walk import Walk, check_no_link, check_regular, is_hidden, lstat, parts_of
-from xpuquant.errors import DamagedError, UsageError
+from xpuquant.conversion.walk import Walk, check_no_link, check_regular, is_hidden, lstat, not_a_file, parts_of
+from xpuquant.errors import DamagedError, UsageError, XpuquantError
 
 _MAX_FILES = 100_000
 _NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -189,6 +189,40 @@ class Tree(Walk):
             PermissionError: a file or folder that cannot be read: said now, not after hours.
         """
         found: list[Listed] = []
+        for entry, name, fd in self._entries(hidden):
+            if not (entry.is_symlink() or entry.is_file(follow_symlinks=False)):
+                continue
+            _check_shown(self.path / name)
+            found.append(Listed(name, self._means(name) if entry.is_symlink() else name))
+            if not entry.is_symlink() and not os.access(entry.name, os.R_OK, dir_fd=fd, effective_ids=True):
+                raise PermissionError(13, "Permission denied", str(self.path / name))
+            self._check_number(len(found))
+        return sorted(found)
+
+    def strays(self, expected: Iterable[str] = ()) -> dict[str, str]:
+        """What lies here and can be no file of a model: name → what it is, in words. Pipes, sockets and devices
+        anywhere below, but in folders of tools; and folders that have the name of a file.
+
+        Args:
+            expected: names of files.
+
+        Raises: as `files`.
+        """
+        found: dict[str, str] = {}
+        for entry, name, _ in self._entries(hidden=False):
+            if not (is_hidden(name) or entry.is_symlink() or entry.is_file(follow_symlinks=False)):
+                _check_shown(self.path / name)
+                found[name] = not_a_file(entry.stat(follow_symlinks=False))
+                self._check_number(len(found))
+        for name in expected:
+            with suppress(OSError, XpuquantError):  # a name that leads nowhere is no folder's
+                status = self._status(name)
+                if status is not None and stat.S_ISDIR(status.st_mode):
+                    found[name] = not_a_file(status)
+        return dict(sorted(found.items()))
+
+    def _entries(self, hidden: bool) -> Iterator[tuple[os.DirEntry[str], str, int]]:
+        """What lies below and is no folder: (entry, path below this folder, handle of the folder it lies in)."""
         pending, folders = deque([""]), 0
         while pending:
             folder = pending.popleft()
@@ -197,20 +231,12 @@ class Tree(Walk):
             with place._opened() as fd, os.scandir(fd) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
                     name = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.is_dir(follow_symlinks=False):
-                        if hidden or not is_hidden(entry.name):
-                            _check_shown(self.path / name)
-                            pending.append(name)
-                        continue
-                    if not (entry.is_symlink() or entry.is_file(follow_symlinks=False)):
-                        continue
-                    _check_shown(self.path / name)
-                    found.append(Listed(name, self._means(name) if entry.is_symlink() else name))
-                    if not entry.is_symlink() and not os.access(entry.name, os.R_OK, dir_fd=fd, effective_ids=True):
-                        raise PermissionError(13, "Permission denied", str(self.path / name))
-                    self._check_number(len(found))
+                    if not entry.is_dir(follow_symlinks=False):
+                        yield entry, name, fd
+                    elif hidden or not is_hidden(entry.name):
+                        _check_shown(self.path / name)
+                        pending.append(name)
             self._check_number(folders)
-        return sorted(found)
 
     def _check_number(self, number: int) -> None:
         if number > _MAX_FILES:

@@ -230,8 +230,12 @@ def check_no_link(status: os.stat_result, path: Path) -> None:
 
 def check_regular(status: os.stat_result, path: Path) -> None:
     """Raises DamagedError for all that is no regular file."""
-    if stat.S_ISREG(status.st_mode):
-        return
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedError(f"{path}: {not_a_file(status)}")
+
+
+def not_a_file(status: os.stat_result) -> str:
+    """What lies where a regular file should, in words."""
     kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISLNK, "link"))
     kind = next((word for is_kind, word in kinds if is_kind(status.st_mode)), "device")
-    raise DamagedError(f"{path}: is a {kind}, not a file")
+    return f"is a {kind}, not a file"

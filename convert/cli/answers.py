@@ -15,7 +15,7 @@ from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.report.markdown import checks
 from xpuquant.conversion.report.reports import as_data, by_claim
 from xpuquant.conversion.report.sentences import by_kernel, decibels, exactness, headline, in_one_line, unquantized
-from xpuquant.conversion.results import Converted, PartConverted
+from xpuquant.conversion.results import Converted, PartConverted, Planned
 from xpuquant.conversion.sizes import counted, size
 from xpuquant.conversion.verify.proof import Proof
 from xpuquant.conversion.verify.verdict import Outcome
@@ -52,7 +52,7 @@ def _converted(result: Converted, output: Output) -> Answer:
         proof = Proof.none(sum(module.matrices for module in plan.modules), len(plan.passed))
         checked = f"{exactness(proof)}; {unquantized(proof)} (--no-verify)"
     else:
-        proof, checked = Proof.none(0, 0), "not again: xpuquant verify checks it"
+        proof, checked = Proof.none(0, 0), f"{_looked_at(plan)}; all of it: {shlex.join(['xpuquant', 'verify', out])}"
     outcome = Outcome.NOT_VERIFIED if verdict is None else verdict.outcome
     before = [] if result.is_new else [f"{out} is finished already: nothing was left to do"]
     device = "xpu" if plan.options.layout == "xpu" else "auto"
@@ -80,6 +80,13 @@ def _converted(result: Converted, output: Output) -> Answer:
     }
     engines = engines_table([one for one in plan.engines if one.outcome in ("refuses", "fails")])
     return Answer([*before, *notes(plan.notes), modules_table(plan.modules), *engines, facts, *serve], data, out)
+
+
+def _looked_at(plan: Planned) -> str:
+    """What was compared of a conversion that was finished before: see `runs/request.py`."""
+    if plan.source.revision is not None:
+        return "the commit of the source, the options and the sizes of the shards"
+    return "the options, the sizes of the shards, some rows of each module and the start of each other tensor"
 
 
 def _part(result: PartConverted) -> Answer:

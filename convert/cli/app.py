@@ -146,8 +146,17 @@ def run(arguments: Sequence[str]) -> int:
         # A shell asked for completions. Or standard output is closed (`| head`): nobody is left to tell.
         return 0 if end.code in (0, None) else EnvironmentFault.exit_code
     if code == Interrupted.exit_code:
-        return _failed(Interrupted("interrupted; run the same command again to resume"), arguments)
+        return _failed(_interrupted(arguments), arguments)
     return code if isinstance(code, int) else 0
+
+
+_RESUMED = ("convert", "finish", "push")
+"""Commands that go on where an earlier run was stopped. The others only look, and begin anew."""
+
+
+def _interrupted(arguments: Sequence[str]) -> Interrupted:
+    resumes = any(word in _RESUMED for word in arguments[:1])
+    return Interrupted("interrupted; run the same command again" + " to resume" * resumes)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
@@ -170,6 +179,8 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> tuple[str, int]:
     """(one line, exit code) for any exception of a command line."""
     if isinstance(error, MemoryError):
         error = EnvironmentFault("out of memory; try ", Argument("jobs", 1))
+    if isinstance(error, typer.Abort):
+        error = _interrupted(arguments)
     if isinstance(error, XpuquantError):
         return error.spelt(Spelling(built(), arguments)), error.exit_code
     for kind, sentence in _SENTENCES:
@@ -193,10 +204,6 @@ def _sentences() -> list[tuple[type[Exception], Callable[[Any], tuple[str, int]]
     base = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ in ("ClickException", "TyperException"))
     return [
         (base, _click),
-        (
-            typer.Abort,
-            lambda error: ("interrupted; run the same command again to resume", Interrupted.exit_code),
-        ),
         (
             OSError,
             lambda error: (

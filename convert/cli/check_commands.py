@@ -54,6 +54,7 @@ def verify(
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.runs.checking import verify_folder
+    from xpuquant.conversion.verify.verdict import Outcome
 
     output = Output(as_json, quiet, verbose)
     with output.progress() as progress:
@@ -69,7 +70,8 @@ def verify(
             jobs=jobs,
             reporter=progress,
         )
-    output.answer(answers.verified(verdict, report))
+    if as_json or not quiet or verdict.outcome is Outcome.VERIFIED:  # else the error is the answer in one line
+        output.answer(answers.verified(verdict, report))
     _raise_unless_verified(verdict, out)
 
 

@@ -20,6 +20,7 @@ from xpuquant.conversion.cli.plan_answers import (
 from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.gpus import EXPERT_GENERATIONS, GPUS, KEPT_FREE, USED, Gpu
 from xpuquant.conversion.plan.survey import modules_have
+from xpuquant.conversion.rates import START_SECONDS
 from xpuquant.conversion.repo.description import ConvertedRepo
 from xpuquant.conversion.sizes import counted, duration, size
 from xpuquant.formats.scheme import compact, expand
@@ -117,7 +118,8 @@ def _checkpoint(found: Inspection) -> Answer:
         parts.append(TextTable("decided from the tensors", ("what", "matrices"), decided, most=_MAX_DECISIONS))
     if found.converts:
         parts += engines_table(found.engines)
-        took = f"about {duration(max(found.seconds, 1.0))} on two cores, verified; {size(found.nbytes)} of disk"
+        start = f"{duration(START_SECONDS)} of it to start and to load kernels"
+        took = f"about {duration(found.seconds)} on two cores, verified, {start}; {size(found.nbytes)} of disk"
         parts += [f"converting takes {took}", *_memory(found)]
     data = {
         "source": source_data(found),

@@ -28,10 +28,12 @@ from xpuquant.conversion.hub.target import MAIN, Destination, Target
 from xpuquant.conversion.progress import Progress, Reporter
 from xpuquant.conversion.repo.card_merge import CARD, merge, rename
 from xpuquant.conversion.repo.checksums import hash_file, wrong_size
-from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
+from xpuquant.conversion.repo.journal import PROVENANCE, Finished
 from xpuquant.conversion.sources.repo_files import list_files, read_text
+from xpuquant.conversion.sources.unfinished import begun
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.foreign import UNPROTECTED, loadable
+from xpuquant.conversion.verify.integrity import REPORTS, VERDICT
 from xpuquant.conversion.verify.record_form import lacks_digests, read_record
 from xpuquant.errors import (
     Argument,
@@ -133,18 +135,28 @@ def local_files(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    if Tree(folder).holds_anything(STAGING):
-        raise UsageError(f"{folder}: holds an unfinished conversion; finish it first: convert again")
+    tree = Tree(folder)
+    if (left := begun(tree)) is not None:
+        raise UsageError(f"{folder}: {left}")
     names = list_files(folder)
+    _check_files(tree, ("config.json", PROVENANCE, CARD, VERDICT, *REPORTS))
     for needed in ("config.json", PROVENANCE):
         if needed not in names:
             raise UsageError(f"{folder}: has no {needed}; push wants a folder that a conversion wrote")
     return sorted(names, key=lambda name: (not name.endswith(_WEIGHTS), name == "config.json", name))
 
 
+def _check_files(tree: Tree, expected: Iterable[str]) -> None:
+    """Raises DamagedError for what is no file: a push that passed it over would publish another model."""
+    for name, what in tree.strays(expected).items():
+        raise DamagedError(f"{tree.path / name}: {what}; move it away")
+
+
 def _check_whole(tree: Tree, names: Iterable[str]) -> None:
     record = read_record(tree)
-    missing = sorted({*record["shards"], *record["files"]} - set(names))
+    written = {*record["shards"], *record["files"]}
+    _check_files(tree, written)
+    missing = sorted(written - set(names))
     if missing:
         raise DamagedError(f"{tree.path / missing[0]} is missing, and the conversion wrote it; convert again")
 

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 from xpuquant import __version__
 from xpuquant.conversion.options import Options
+from xpuquant.conversion.sources.unfinished import STAGING as STAGING
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.walk import wrong_name
 from xpuquant.errors import Argument, UsageError
 
-STAGING = ".xpuquant"
 PROVENANCE = "xpuquant.json"
 PRODUCER = f"xpuquant {__version__}"
 """This program, as it names itself in what it writes."""

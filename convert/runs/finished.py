@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xpuquant.conversion.options import Options
+from xpuquant.conversion.repo.checksums import hash_file, wrong_size
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import read_json
@@ -30,6 +31,26 @@ def converted_shards(out: Path, source: Source, options: Options) -> dict[str, F
     shards = recorded_shards(record)
     whole = all(tree.holds(name) and tree.size(name) == finished.nbytes for name, finished in shards.items())
     return shards if whole else None
+
+
+def changed_file(out: Path) -> str | None:
+    """The first file of a finished conversion that is not what its record says was written, in words; None where all
+    are. Reads every file.
+
+    Raises:
+        DamagedError: the record is none that a conversion writes. EnvironmentFault: a file cannot be read.
+    """
+    from xpuquant.conversion.verify.record_form import read_record
+
+    tree, record = Tree(out), read_record(Tree(out))
+    sizes = {name: entry["bytes"] for name, entry in record["shards"].items()}
+    written = {**record["files"], **{name: entry["sha256"] for name, entry in record["shards"].items()}}
+    for name, sha256 in written.items():
+        if not tree.holds_anything(name):
+            return f"{out / name} is missing, and the conversion wrote it"
+        if wrong_size(tree, name, sizes.get(name)) is not None or hash_file(tree, name) != sha256:
+            return f"{out / name} is not what the conversion wrote"
+    return None
 
 
 def is_conversion(record: Mapping[str, Any], source: Source, options: Options) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from xpuquant.conversion.repo.card_merge import CARD, front_matter
 from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields
 from xpuquant.conversion.repo.staging import check_output
 from xpuquant.conversion.results import Converted, PartConverted, Planned, summary
-from xpuquant.conversion.runs.finished import converted_shards, is_finished, recorded_options
+from xpuquant.conversion.runs.finished import changed_file, converted_shards, is_finished, recorded_options
 from xpuquant.conversion.runs.local import Executor, convert_checkpoint, downloaded
 from xpuquant.conversion.runs.parts import Part, check_parts, check_told, make_part, parts_options, share
 from xpuquant.conversion.sources.base import Source
@@ -25,7 +25,7 @@ from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.sources.repo_files import read_text
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import Argument, NotVerifiedError, UsageError
+from xpuquant.errors import Argument, DamagedError, NotVerifiedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
         finished was never verified, and this one was asked to.
     """
     opened, out, options = _open(request), request.target, request.options
-    if not request.force and (earlier := _converted_before(out, opened, options)) is not None:
+    if not request.force and (earlier := _converted_before(out, opened, options, _AGAIN)) is not None:
         _check_verified(out, request.verify, request.destination)
         _check_card(out, request.card)
         return _published(earlier, request.destination, reporter)
@@ -187,10 +187,20 @@ def convert(request: ConvertRequest, reporter: Reporter) -> Converted:
     return _published(converted, request.destination, reporter)
 
 
-def _converted_before(out: Path, source: Source, options: Options) -> Converted | None:
+_AGAIN = ("to convert again, pass ", Argument("force", True))
+
+
+def _converted_before(out: Path, source: Source, options: Options, fix: Sequence[object]) -> Converted | None:
     """The finished conversion of this source with these options that a folder holds; None where it holds none.
 
-    A commit names what was converted. A folder's name and size do not: some rows of every module are compared.
+    A commit names what was converted. A folder's name and size do not: some rows of every module are compared. Where
+    they differ, the digests of the record tell files that have changed since from another source.
+
+    Args:
+        fix: the end of a refusal, in parts.
+
+    Raises:
+        UsageError: of another source. DamagedError: a file is not what the conversion wrote.
     """
     shards = converted_shards(out, source, options)
     if shards is None:
@@ -199,10 +209,9 @@ def _converted_before(out: Path, source: Source, options: Options) -> Converted 
 
     plan = make_plan(source.checkpoint, options)
     if source.revision is None and (differs := sampled_difference(out, plan, source)) is not None:
-        raise UsageError(
-            f"{out}: holds the conversion of another source ({differs}); to convert again, pass ",
-            Argument("force", True),
-        )
+        if (changed := changed_file(out)) is not None:
+            raise DamagedError(f"{changed}; ", *fix)
+        raise UsageError(f"{out}: holds the conversion of another source ({differs}); ", *fix)
     return Converted(summary(plan, source), out, shards, None, is_new=False)
 
 
@@ -271,14 +280,18 @@ def _put_together_before(request: FinishRequest, source: Source) -> Converted:
     """What an earlier run has put together.
 
     Raises:
-        UsageError: it is of another source, or of other options than were told.
+        UsageError: it is of another source, or of other options than were told. DamagedError: a file is not what the
+            conversion wrote.
     """
     options = recorded_options(request.out)
     check_told(request.out, options, request.told)
-    shards = converted_shards(request.out, source, options)
-    if shards is None:
-        raise UsageError(f"{request.out}: holds the finished conversion of another source; choose another folder")
-    return Converted(summary(make_plan(source.checkpoint, options), source), request.out, shards, None, is_new=False)
+    fix = ("choose another folder",)
+    earlier = _converted_before(request.out, source, options, fix)
+    if earlier is None:
+        if (changed := changed_file(request.out)) is not None:
+            raise DamagedError(f"{changed}; ", *fix)
+        raise UsageError(f"{request.out}: holds the finished conversion of another source; ", *fix)
+    return earlier
 
 
 def _published(converted: Converted, destination: Destination | None, reporter: Reporter) -> Converted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +14,7 @@ from xpuquant.conversion.sources.quantization import (
     describes_quantization,
     quantization_config,
 )
+from xpuquant.conversion.sources.unfinished import begun
 from xpuquant.conversion.sources.weight_files import (
     ADAPTER_CONFIG,
     FOREIGN,
@@ -24,6 +25,7 @@ from xpuquant.conversion.sources.weight_files import (
     is_index,
     parse_index,
     pick_weight_files,
+    why_no_weights,
 )
 from xpuquant.conversion.tree import Listed, Tree
 from xpuquant.conversion.walk import is_hidden
@@ -45,6 +47,9 @@ _WEIGHT_FOLDERS = {"original", "metal"}
 _WRITTEN_ANEW = ("README.md", "xpuquant.json", "verify.json", "verify.md", "verify.html", "verify.svg")
 WRITTEN = (*_WRITTEN_ANEW, "config.json", INDEX)
 """What a conversion writes beside shards and copied files."""
+
+_MOST_NOTES = 20
+"""Of one kind: a folder of a thousand pipes is told in a screen."""
 
 _OUR_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
@@ -76,9 +81,25 @@ def find_files(folder: Path) -> FoundFiles:
     """
     tree = Tree(folder)
     listed = _listed(tree)
+    strays = tree.strays(filter(_is_needed, tree.names()))
+    wrong = next(filter(_is_needed, strays), None)
+    if wrong is not None:
+        raise DamagedError(f"{folder / wrong}: {strays[wrong]}; put the file there, or move this away")
     if not any(file.name == "config.json" for file in listed):
-        raise UsageError(f"{folder}: {no_config([file.name for file in listed])}")
-    return sort_files([file.name for file in listed], lambda name: tree, {file.name: file.means for file in listed})
+        raise UsageError(f"{folder}: {begun(tree) or no_config([file.name for file in listed])}")
+    found = sort_files([file.name for file in listed], lambda name: tree, {file.name: file.means for file in listed})
+    said = [f"{name} {what}: not taken over" for name, what in strays.items()]
+    return replace(found, notes=(*found.notes, *said[:_MOST_NOTES], *_more(said)))
+
+
+def _is_needed(name: str) -> bool:
+    """Whether a checkpoint may not be read without a file of that name."""
+    weights = name.endswith(".safetensors") and why_no_weights(name) is None
+    return "/" not in name and (weights or is_parsed(name))
+
+
+def _more(said: Sequence[str]) -> list[str]:
+    return [f"{len(said) - _MOST_NOTES} more are no files: not taken over"] if len(said) > _MOST_NOTES else []
 
 
 def no_config(names: Iterable[str]) -> str:

@@ -19,8 +19,9 @@ from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.checksums import hash_file, is_sealed, wrong_size
 from xpuquant.conversion.repo.converted import Repo, open_repo
-from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
+from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
+from xpuquant.conversion.sources.unfinished import begun
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.verify.foreign import UNPROTECTED, hidden_files, is_pickle, loadable
 from xpuquant.conversion.verify.record_form import check_form
@@ -83,10 +84,16 @@ def check_integrity(folder: Path, jobs: int, progress: Progress) -> Integrity:
         for name, sha256 in listed.items()
         if name in there
     ]
-    found += [_wrong(name, "is missing") for name in listed if name not in there]
+    strays = tree.strays((*listed, VERDICT, *REPORTS, *UNPROTECTED))
+    found += [_wrong(name, f"{what}; move it away") for name, what in strays.items()]
+    found += [_wrong(name, "is missing") for name in listed if name not in there and name not in strays]
     found += [finding for finding in run_all(jobs, calls) if finding is not None]
     found += _unlisted(list(dict.fromkeys((*present, *hidden_files(folder)))), listed)
-    found += _reports(tree, present, progress)
+    found += _unprotected(tree, present)
+    # Where the reports' own hashes cannot be read, which was said, nothing can be said of the reports.
+    found += _reports(tree, present, progress) if VERDICT not in strays else []
+    if strays.keys() & listed.keys():  # what reads them would say the same again
+        return Integrity(tuple(found), record, None, len(listed) + 1, known)
     repo: Repo | None = None
     try:
         repo = open_repo(folder)
@@ -149,8 +156,8 @@ def _provenance(folder: Path) -> bytes:
     try:
         return tree.read(PROVENANCE, json_limit(PROVENANCE))
     except FileNotFoundError:
-        if tree.holds_anything(STAGING):
-            raise UsageError(f"{folder}: is an unfinished conversion; run the same convert command again") from None
+        if (left := begun(tree)) is not None:
+            raise UsageError(f"{folder}: {left}") from None
         raise UsageError(f"{folder}: has no {PROVENANCE}; it was not converted by xpuquant") from None
     except OSError as error:
         raise EnvironmentFault(f"{folder / PROVENANCE}: cannot be read ({error.strerror})") from error
@@ -181,22 +188,29 @@ def _file(tree: Tree, name: str, sha256: str, progress: Progress, nbytes: Any = 
     return None
 
 
+def _unprotected(tree: Tree, present: Sequence[str]) -> list[Finding]:
+    """Files that anybody may edit, and that are no files of such by their size."""
+    sizes = {name: wrong_size(tree, name, None) for name in UNPROTECTED if name in present}
+    return [_wrong(name, wrong) for name, wrong in sizes.items() if wrong is not None]
+
+
 def _reports(tree: Tree, present: list[str], progress: Progress) -> list[Finding]:
     """verify.json is sealed and holds the sha256 of the other reports. They are no part of the model: one that was
     deleted is none, one that was changed is a failure."""
-    found: list[Finding] = []
-    hashes: Mapping[str, Any] = {}
-    if VERDICT in present:
+    if VERDICT not in present:
+        lost = f"cannot be compared: {VERDICT}, which holds its sha256, is missing"
+        return [_wrong(name, lost) for name in REPORTS if name in present]
+    try:
         content = tree.read(VERDICT, json_limit(VERDICT))
         progress(len(content))
         if not is_sealed(content):
             return [_wrong(VERDICT, "is not as it was written: its own sha256 differs")]
-        try:
-            hashes = parse_json(content, VERDICT).get("reports", {})
-        except DamagedError as error:
-            return [_wrong(VERDICT, str(error))]
-        if not isinstance(hashes, dict):
-            return [_wrong(VERDICT, "lists no reports")]
+        hashes = parse_json(content, VERDICT).get("reports", {})
+    except DamagedError as error:
+        return [_wrong(VERDICT, str(error))]
+    if not isinstance(hashes, dict):
+        return [_wrong(VERDICT, "lists no reports")]
+    found: list[Finding] = []
     for name in REPORTS:
         if name in present:
             wrong = _file(tree, name, str(hashes.get(name, "")), progress)

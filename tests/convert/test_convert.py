@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from support.checkpoints import FIXTURES
 
-from xpuquant.conversion.cli.app import run
+from xpuquant.conversion.cli.app import explain, run
 from xpuquant.formats.safetensors import build_header
 
 GPTQ = FIXTURES / "gptqmodel-qwen3-w4g32"
@@ -324,3 +325,13 @@ class TestInterruption:
         monkeypatch.undo()
         assert convert(GPTQ, tmp_path / "out") == 0, "what was found wrong is not gone on with"
         assert "kept" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "end"),
+    [(name, "again to resume") for name in ("convert", "finish", "push")]
+    + [(name, "again") for name in ("verify", "inspect", "diff", "explain", "doctor")],
+)
+def test_an_interrupt_promises_to_resume_only_what_resumes(command: str, end: str) -> None:
+    said, code = explain(typer.Abort(), [command, "SRC"])
+    assert code == 130 and said == f"interrupted; run the same command {end}"

@@ -164,6 +164,48 @@ def test_another_model_of_the_same_name_and_size_is_noticed(suffix: str, tmp_pat
     assert xpuquant.convert(other, out, force=True, verify=False).is_new
 
 
+LOOKED_AT = {
+    "a header": ("model.safetensors", 20),
+    "its length": ("model.safetensors", 1),
+    "rows that are compared": ("model.safetensors", -1),
+    "the config": ("config.json", 20),
+}
+"""Where a bit is turned over, as far as a conversion that is run again looks: file and byte."""
+
+
+@pytest.mark.parametrize("case", LOOKED_AT)
+def test_a_file_that_changed_since_is_not_another_source(
+    case: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(converted, tmp_path / "out"))
+    name, at = LOOKED_AT[case]
+    path = sorted(out.glob("*.safetensors"))[0] if name == "model.safetensors" else out / name
+    data = bytearray(path.read_bytes())
+    if at < 0:
+        at = 8 + int.from_bytes(data[:8], "little")
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert run(["convert", str(SOURCE), str(out), "--max-shard-size", "40kB"]) == 3
+    said = capsys.readouterr().err
+    assert f"{path} is not what the conversion wrote; to convert again, pass --force" in said
+    assert run(["finish", str(SOURCE), str(out)]) == 3
+    said = capsys.readouterr().err
+    assert f"{path} is not what the conversion wrote; choose another folder" in said
+
+
+def test_what_was_looked_at_is_said_with_what_looks_at_all(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(converted, tmp_path / "out"))
+    path = out / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    assert run(["convert", str(SOURCE), str(out), "--max-shard-size", "40kB"]) == 0
+    said = capsys.readouterr().out
+    assert "the options, the sizes of the shards, some rows of each module and the start of each other tensor" in said
+    assert f"all of it: xpuquant verify {out}" in said
+    assert run(["verify", str(out), "--backend", "reference", "-q"]) == 1
+
+
 def test_a_shard_that_is_gone_is_no_finished_conversion(tmp_path: Path) -> None:
     xpuquant.convert(SOURCE, tmp_path / "out", verify=False)
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")

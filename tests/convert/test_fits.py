@@ -20,7 +20,7 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.footprint import kv_cache
 from xpuquant.conversion.plan.survey import survey_modules
 from xpuquant.conversion.plan.tensor_parallel import problems
-from xpuquant.conversion.rates import VERIFIED, seconds
+from xpuquant.conversion.rates import START_SECONDS, VERIFIED, seconds
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.formats.architecture import state_groups
 
@@ -185,6 +185,15 @@ def test_promised_rates_are_those_measured() -> None:
             continue
         assert VERIFIED[names.get(name, name)] == pytest.approx(rate * 1e9, rel=0.3), name
     assert seconds(10**9, ("gptq", "awq")) == seconds(10**9, ("awq",)) > seconds(10**9, ("gptq",))
+
+
+def test_a_small_model_is_said_to_take_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    rows = re.findall(r"^\| (?:loading the kernels|start, plan, reports, index) \| ([\d.]+) s", page, re.MULTILINE)
+    assert len(rows) == 2 and sum(map(float, rows)) == START_SECONDS
+    assert run(["inspect", str(SOURCE)]) == 0
+    said = capsys.readouterr().out
+    assert "converting takes about 1.0 s on two cores, verified, 1.0 s of it to start and to load kernels" in said
 
 
 # What is read and written, and one module

@@ -520,3 +520,16 @@ def test_a_node_that_does_not_see_the_download(
         name for name in shards if isinstance(try_to_load_from_cache("producer/model", name, revision=commit), str)
     }
     assert needed == cached < shards
+
+
+def test_parts_that_are_not_put_together_yet_name_the_command_that_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        assert convert(out, "--part", part) == 0
+    for words in (["verify", str(out)], ["inspect", str(out)], ["push", str(out), "me/x"]):
+        capsys.readouterr()
+        assert run(words) == 2
+        said = capsys.readouterr().err
+        assert f"{out}: holds parts of an unfinished conversion" in said and f"xpuquant finish SRC {out}" in said
