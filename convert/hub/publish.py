@@ -30,6 +30,7 @@ from xpuquant.conversion.repo.card_merge import CARD, merge, rename
 from xpuquant.conversion.repo.checksums import hash_file, wrong_size
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished
 from xpuquant.conversion.sources.repo_files import list_files, read_text
+from xpuquant.conversion.sources.secret_names import secret_notes
 from xpuquant.conversion.sources.unfinished import begun
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.foreign import UNPROTECTED, loadable
@@ -105,6 +106,8 @@ def push(
         )
     tree = Tree(folder)
     _check_whole(tree, names)
+    for remark in secret_notes(names, "published"):
+        reporter.note(remark)
     reporter.phase("push", sum(tree.size(name) for name in names))
     blobs = hash_files(tree, names)
     target = Target(connect(token, endpoint), to.repo_id)

@@ -155,6 +155,12 @@ def front_matter(text: str) -> dict[str, Any]:
     return _metadata(match[1]) if match else {}
 
 
+def is_named(text: str, field: str) -> bool:
+    """Whether a card's front matter has a line that begins with a field's name, readable or not."""
+    match = _FRONT.match(text)
+    return match is not None and re.search(rf"^{re.escape(field)}\s*:", match[1], re.MULTILINE) is not None
+
+
 def _metadata(front: str) -> dict[str, Any]:
     return dict(read_mapping(front))
 

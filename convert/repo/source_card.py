@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xpuquant.conversion.repo.card_merge import CARD, front_matter
+from xpuquant.conversion.repo.card_merge import CARD, front_matter, is_named
+from xpuquant.conversion.sizes import counted
 from xpuquant.conversion.sources.base import Source
-from xpuquant.errors import Argument, UsageError
+from xpuquant.errors import Argument, UsageError, shown
 
 _WORD = re.compile(r"[A-Za-z0-9][\w.+-]{0,95}", re.ASCII)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -76,15 +77,24 @@ class CardFields:
 NOTHING_TOLD = CardFields()
 
 
-def metadata_of(source: Source, told: CardFields = NOTHING_TOLD) -> dict[str, Any]:
+def metadata_of(
+    source: Source, told: CardFields = NOTHING_TOLD, note: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """What the card says of the model: what it was told, else fields of the source's card that may be kept, in their
     checked form. Its base is the repo that was converted; of a plain folder, what its own card calls its base: a
     conversion is below that too.
 
+    Args:
+        note: told of each field that could not be kept.
+
     Raises:
         EnvironmentFault: network.
     """
-    found = kept_fields(front_matter(source.read_text(CARD) or ""))
+    text = source.read_text(CARD) or ""
+    found = kept_fields(front_matter(text))
+    for name, why in lost_fields(text).items():
+        if name not in told.metadata():
+            note(f"{CARD} of the source: {name} {why}: not taken over")
     repo = source.name if source.revision is not None else cached_repo(source.name)[0]
     return found | ({} if repo is None else {"base_model": repo}) | told.metadata()
 
@@ -102,6 +112,21 @@ def kept_fields(front: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `front` that are of the form they should have."""
     found = {name: check(front[name]) for name, check in _FIELDS.items() if name in front}
     return {name: value for name, value in found.items() if value}
+
+
+def lost_fields(text: str) -> dict[str, str]:
+    """Field of a card that would be kept, were all of it of the form that it should have → why it is not, in words."""
+    front, found = front_matter(text), dict[str, str]()
+    kept = kept_fields(front)
+    for name in _FIELDS:
+        value, held = front.get(name), kept.get(name)
+        if value and not held:
+            found[name] = f"is not of the form that the Hub gives it ({shown(value)})"
+        elif isinstance(value, list) and isinstance(held, list) and len(held) < len(value):
+            found[name] = f"has {counted(len(value) - len(held), 'item')} not of the form that the Hub gives it"
+        elif name not in front and is_named(text, name):
+            found[name] = "cannot be read"
+    return found
 
 
 def _matching(pattern: re.Pattern[str]) -> Callable[[Any], str | None]:

@@ -132,7 +132,7 @@ def convert_streaming(
     Raises: as `convert_checkpoint` and `publish.push`.
     """
     plan = make_plan(source.checkpoint, options)
-    metadata = metadata_of(source, card)
+    metadata = metadata_of(source, card, reporter.note)
     reporter.note(
         f"needs at most {size(peak_disk(plan, source, destination is not None))} of disk; "
         f"the model is {size(source.nbytes)}, the output {size(plan.write_bytes)}"

@@ -88,7 +88,7 @@ def convert_checkpoint(
     check_output(out, force)
     plan = make_plan(source.checkpoint, options)
     check_places(plan, source, out)
-    metadata = metadata_of(source, card)
+    metadata = metadata_of(source, card, reporter.note)
     reporter.begins(about_to(plan, source, str(out)))
     with Staging(out, reporter.note) as staging:
         done = staging.begin(plan.digest(source.fingerprint()), options, force, source.identities())

@@ -14,6 +14,7 @@ from xpuquant.conversion.sources.quantization import (
     describes_quantization,
     quantization_config,
 )
+from xpuquant.conversion.sources.secret_names import secret_notes
 from xpuquant.conversion.sources.unfinished import begun
 from xpuquant.conversion.sources.weight_files import (
     ADAPTER_CONFIG,
@@ -136,7 +137,8 @@ def sort_files(
     named = config.get("transformers_weights")
     weights = pick_weight_files(names, index, index_name, named if isinstance(named, str) else None)
     extra, left = extra_files(names, weights, _dense_folders(names, locate), means or {})
-    return FoundFiles(config, quantization, weights.shards, weights.index, extra, left, (*notes, *weights.notes))
+    notes = [*notes, *weights.notes, *secret_notes(extra, "copied")]
+    return FoundFiles(config, quantization, weights.shards, weights.index, extra, left, tuple(notes))
 
 
 def _dense_folders(names: Sequence[str], locate: Callable[[str], Tree]) -> frozenset[str]:

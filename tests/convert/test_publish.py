@@ -105,6 +105,23 @@ def test_progress_counts_every_byte_once(hub: Hub, client: str, folder: MakeFold
         assert (told.total, told.done) == (total, total)
 
 
+class Notes(Silent):
+    """What a push remarks before it begins."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_file_that_is_called_like_a_secret_is_said(hub: Hub, client: str, folder: MakeFolder) -> None:
+    out, told = folder(), Notes()
+    (out / "id_rsa").write_text("mine")
+    publish.push(out, Destination(REPO), told)
+    assert told.said == ["id_rsa is called like a secret, and is published: move it away if it is one"]
+
+
 def test_branch(hub: Hub, client: str, folder: MakeFolder) -> None:
     out = folder()
     pushed = push(out, REPO, branch="int4/g128")

@@ -14,6 +14,7 @@ from support.checkpoints import FIXTURES
 from support.fuzz.case import command
 
 import xpuquant
+from xpuquant.conversion.sources.secret_names import secret_notes
 
 SOURCE = FIXTURES / "gptqmodel-qwen3-w4g32"
 NAMES = (
@@ -108,3 +109,55 @@ def test_what_a_source_can_do_without_is_a_note_each(tmp_path: Path) -> None:
     assert code == 0, error
     assert "extra.txt is a pipe, not a file: not taken over" in said
     assert "generation_x.json is a pipe, not a file: not taken over" in said
+
+
+# What else a source may hold that is not taken over, or should not have been
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("base_model: '<script>'", "base_model is not of the form that the Hub gives it ('<script>')"),
+        ("tags: !!int x", "tags cannot be read"),
+        ("tags: [fine, '<b>']", "tags has 1 item not of the form that the Hub gives it"),
+        ("license: [unclosed", "license cannot be read"),
+    ],
+)
+def test_a_field_of_the_source_s_card_that_is_not_kept_is_a_note(line: str, said: str, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(SOURCE, tmp_path / "model"))
+    (source / "README.md").write_text(f"---\n{line}\n---\n# A model\n")
+    code, _, error = command("convert", str(source), str(tmp_path / "out"), "--no-verify")
+    assert code == 0 and error == f"README.md of the source: {said}: not taken over\n"
+    code, _, error = command(
+        "convert", str(source), str(tmp_path / "told"), "--no-verify", "--base-model", "a/b", "--license", "mit"
+    )
+    assert code == 0 and ("tags" in line) == bool(error), "what is told is not lost"
+
+
+def test_a_card_that_is_kept_whole_makes_no_note(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(SOURCE, tmp_path / "model"))
+    (source / "README.md").write_text("---\nlicense: mit\ntags: [a, b]\nbase_model: a/b\nextra_gated_prompt: x\n---\n")
+    assert command("convert", str(source), str(tmp_path / "out"), "--no-verify")[2] == ""
+
+
+SECRETS = ("id_rsa", "token", "server.pem", "_netrc", "prod.env", "credentials.json", "below/hf_token.txt")
+
+
+def test_files_that_are_called_like_secrets_are_said_each(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(SOURCE, tmp_path / "model"))
+    (source / "below").mkdir()
+    for name in (*SECRETS, "special_tokens_map.json", "added_tokens.json"):
+        (source / name).write_text("{}")
+    for words in (["inspect", str(source)], ["convert", str(source), str(tmp_path / "out")]):
+        code, said, error = command(*words)
+        assert code == 0, error
+        for name in SECRETS:
+            assert f"{name} is called like a secret, and is copied: move it away if it is one" in said
+        assert said.count("like a secret") == len(SECRETS)
+
+
+def test_so_they_are_before_a_push(tmp_path: Path) -> None:
+    said = secret_notes(["config.json", "tokenizer.json", "id_rsa", "merges.txt"], "published")
+    assert said == ["id_rsa is called like a secret, and is published: move it away if it is one"]
+    many = secret_notes([f"{i}.pem" for i in range(25)], "copied")
+    assert len(many) == 21 and many[-1] == "5 more are called like secrets"
