@@ -44,6 +44,10 @@ class Slice:
     def nbytes(self) -> int:
         return nbytes(self.tensor.dtype, self.shape)
 
+    def of(self, values: Array) -> Array:
+        """The box, of the whole tensor's values."""
+        return values[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
+
     def runs(self) -> list[tuple[int, int]]:
         """Byte runs in the file, (absolute offset, length), in order."""
         per_element = BITS[self.tensor.dtype]

@@ -39,7 +39,9 @@ def converted(result: Converted | PartConverted, output: Output) -> Answer:
     if not result.is_new:
         return published
     made = _converted(result, output)
-    return Answer([*made.parts, *published.parts], {**made.data, "pushed": published.data}, published.brief)
+    return Answer(
+        [*made.parts, *published.parts], {**made.data, "pushed": published.data}, published.brief, made.warned
+    )
 
 
 def _converted(result: Converted, output: Output) -> Answer:
@@ -79,7 +81,9 @@ def _converted(result: Converted, output: Output) -> Answer:
         "verification": None if verdict is None else as_data(verdict),
     }
     engines = engines_table([one for one in plan.engines if one.outcome in ("refuses", "fails")])
-    return Answer([*before, *notes(plan.notes), modules_table(plan.modules), *engines, facts, *serve], data, out)
+    return Answer(
+        [*before, *notes(plan.notes), modules_table(plan.modules), *engines, facts, *serve], data, out, _warned(verdict)
+    )
 
 
 def _looked_at(plan: Planned) -> str:
@@ -138,7 +142,14 @@ def verified(verdict: Verdict, report: Path | None) -> Answer:
     if report is not None:
         parts.append(f"reports in {report}: verify.json, verify.md, verify.html, verify.svg")
     parts.append(headline(verdict))
-    return Answer(parts, as_data(verdict), headline(verdict))
+    return Answer(parts, as_data(verdict), headline(verdict), _warned(verdict))
+
+
+def _warned(verdict: Verdict | None) -> list[str]:
+    """What is odd about the numbers, a line each, and how many more there are."""
+    lines = [] if verdict is None else [finding.line() for finding in verdict.warnings]
+    more = len(lines) - _MAX_FINDINGS
+    return lines[:_MAX_FINDINGS] + [f"{more} more in verify.md"] * (more > 0)
 
 
 def diagnosed(diagnosis: Diagnosis) -> Answer:

@@ -50,11 +50,13 @@ class Typed(str):
 @dataclass(frozen=True)
 class Answer:
     """What a command has to say: the same thing for a reader (`parts`: text or tables, in order), for one in a hurry
-    (`brief`: a line) and for a program (`data`). Text is broken between words on a terminal, but for `Typed`."""
+    (`brief`: a line; `warned`: lines beside it, on standard error) and for a program (`data`). Text is broken between
+    words on a terminal, but for `Typed`."""
 
     parts: Sequence[str | TextTable]
     data: Mapping[str, Any]
     brief: str
+    warned: Sequence[str] = ()
 
 
 class Output:
@@ -85,6 +87,8 @@ class Output:
             return
         if self.quiet:
             self._out.print(one_line(answer.brief, MESSAGE_LENGTH), markup=False)
+            for warning in answer.warned:
+                _print(self._err, f"warning: {one_line(warning, MESSAGE_LENGTH)}")
             return
         for part in answer.parts:
             if isinstance(part, str):

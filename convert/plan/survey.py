@@ -16,6 +16,7 @@ from xpuquant.formats.layouts.compressed_tensors.config import FAMILY
 from xpuquant.formats.layouts.compressed_tensors.modules import gather_linears
 from xpuquant.formats.layouts.dequantized import can_dequantize, convert_to_bf16
 from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts, Module, gather_modules
+from xpuquant.formats.layouts.plane_fillers import overflow_of
 from xpuquant.formats.readers.fold_act_order import fold_act_orders
 from xpuquant.formats.readers.reading import Reading, read
 from xpuquant.formats.scheme import compact
@@ -68,6 +69,8 @@ def survey_modules(checkpoint: Checkpoint, options: Options) -> Survey:
     gather = gather_linears if options.layout == FAMILY else gather_modules
     for module in gather(checkpoint, weights):
         offer = _offer(module, options)
+        if isinstance(offer, Conversion) and (reason := overflow_of(offer.tensors, checkpoint.peek)) is not None:
+            offer = Refusal(f"{reason} (bfloat16 and float32 hold it: scale_dtype)")
         if isinstance(offer, Conversion):
             planned.append(PlannedModule(module, offer))
         elif options.on_unsupported == "dequantize":

@@ -87,6 +87,7 @@ class CardFacts:
     versions        tool → version
     left            (what was not converted, why)
     plugins         engine → its versions that the plugins are for
+    format_version  that readers of the repo must know
     releases        of the kernel libraries that serve it, as `ModuleOutcome.releases` has them
     """
 
@@ -108,6 +109,7 @@ class CardFacts:
     engines: Sequence[Tried] = ()
     plugins: Mapping[str, str] = field(default_factory=dict)
     releases: Sequence[str] = ()
+    format_version: int = 1
 
 
 def gather(
@@ -145,6 +147,7 @@ def gather(
         engines=engines_of(plan.modules, plan.options, source.checkpoint),
         plugins=engine_versions() if plan.options.layout == "xpu" else {},
         releases=_releases(plan, config),
+        format_version=plan.quantization_config("")["format_version"] if plan.options.layout == "xpu" else 1,
     )
 
 
@@ -272,7 +275,7 @@ def _serving(facts: CardFacts) -> Markdown:
     return markdown(
         "## Serve\n\n{install}{versions}\n\nWith [vLLM](https://docs.vllm.ai/) on an Intel GPU:\n\n{vllm}\n\n"
         "With Transformers:\n\n{transformers}{tried}",
-        install=_install(),
+        install=_install(facts),
         versions=_versions_that_serve(facts),
         vllm=fenced(serve, "sh"),
         transformers=fenced(_loading(facts, "xpu"), "python"),
@@ -291,7 +294,16 @@ def _tried(engines: Sequence[Tried]) -> Markdown:
     return markdown("\n\nTried with a tiny model of this architecture, on a CPU:\n\n{said}", said=listed(said))
 
 
-def _install() -> Markdown:
+_RELEASES = {
+    1: markdown("This repo is of `format_version` 1, which 0.1.0 reads too."),
+    2: markdown(
+        "This repo is of `format_version` 2, which 0.1.0 refuses: a newer release reads it, or a newer checkout."
+    ),
+}
+"""`format_version` → what reads it. A checkout calls itself by the release that came before it."""
+
+
+def _install(facts: CardFacts) -> Markdown:
     """How to install what reads this layout; an address and a package index are named once the package has them."""
     try:
         lines = distribution("xpuquant").metadata.get_all("Project-URL") or []
@@ -300,9 +312,9 @@ def _install() -> Markdown:
         urls = []
     if not urls:
         return markdown(
-            "The package `xpuquant` {version} or newer has to be installed beside the server: from a checkout of it, "
-            "`pip install .`, or from its wheel.",
-            version=__version__,
+            "The package `xpuquant` has to be installed beside the server: from a checkout of it, `pip install .`, or "
+            "from its wheel. {which}",
+            which=_RELEASES[facts.format_version],
         )
     return markdown(
         "[xpuquant]({url}) has to be installed beside the server:\n\n{line}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,14 +10,18 @@ import numpy as np
 from xpuquant.errors import Argument, UnsupportedError
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.dtypes import numpy_dtype
-from xpuquant.formats.layouts.base import Filler, Piece
+from xpuquant.formats.layouts.base import Filler, OutTensor, Piece
 from xpuquant.formats.layouts.fillers import OctetRows
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, pack_nibbles
+from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import CACHED_CODES, ROWS_MULTIPLE, Arrays, row_blocks
 from xpuquant.formats.weights.integers import OCTET_ZERO, IntWeight, Regrouping
 
 HIGH = 16
 """What one step of the high nibble counts."""
+
+LARGER = (Argument("scale_dtype", "bfloat16"), " or float32")
+"""Where all that float16 cannot hold fits."""
 
 
 def _by_turns(high: Array, low: Array) -> Array:
@@ -54,18 +59,27 @@ class FillPlaneScales(Filler):
     groups: Regrouping
     dtype: str
 
-    def fill(self, arrays: Arrays, out: Array) -> None:
-        """Raises UnsupportedError where 16 times a scale is too large for the dtype."""
+    def overflow(self, arrays: Arrays) -> str | None:
+        """Why the planes cannot be scaled in the dtype: 16 times a scale is too large for it; None where it is not."""
+        low, high = self._scales(arrays)
+        if not (np.isfinite(low.astype(np.float32)) & ~np.isfinite(high.astype(np.float32))).any():
+            return None
+        return (
+            f"{HIGH} times its largest scale is beyond {low.dtype.name}, in which the two planes of an 8-bit weight "
+            "are scaled"
+        )
+
+    def _scales(self, arrays: Arrays) -> tuple[Array, Array]:
         low = self.groups.rows(self.weight.scales().build(arrays)).astype(numpy_dtype(self.dtype))
         with np.errstate(over="ignore"):
-            high = low * low.dtype.type(HIGH)
-        if (np.isfinite(low.astype(np.float32)) & ~np.isfinite(high.astype(np.float32))).any():
-            raise UnsupportedError(
-                f"{self.weight.name}: {HIGH} times its largest scale is beyond {low.dtype.name}, in which the two "
-                "planes of an 8-bit weight are scaled; convert it with ",
-                Argument("scale_dtype", "bfloat16"),
-                " or float32",
-            )
+            return low, low * low.dtype.type(HIGH)
+
+    def fill(self, arrays: Arrays, out: Array) -> None:
+        """Raises UnsupportedError where 16 times a scale is too large for the dtype. The plan says so before, of scales
+        that it can look at."""
+        if (reason := self.overflow(arrays)) is not None:
+            raise UnsupportedError(f"{self.weight.name}: {reason}; convert it with ", *LARGER)
+        low, high = self._scales(arrays)
         scales = _by_turns(high, low)
         out.view(scales.dtype).reshape(scales.shape)[...] = scales
 
@@ -93,3 +107,17 @@ class FillPlaneZeros(Filler):
     def piece(self) -> Piece:
         inputs = self.weight.zeros(0, self.weight.N).inputs if self.weight.has_octet_zeros else ()
         return Piece(inputs, self.weight.N * (self.weight.K // self.groups.size), self)
+
+
+def overflow_of(tensors: Iterable[OutTensor], peek: Callable[[Tensor], Array | None]) -> str | None:
+    """Why the scales of a module in two planes do not fit float16, by their values; None where they do, where they are
+    of another dtype, and where `peek` does not show them."""
+    for tensor in tensors:
+        for piece in tensor.pieces:
+            if not isinstance(piece.filler, FillPlaneScales) or piece.filler.dtype != "F16":
+                continue
+            shown = [peek(box.tensor) for box in piece.inputs]
+            arrays = [box.of(values) for box, values in zip(piece.inputs, shown, strict=True) if values is not None]
+            if len(arrays) == len(shown) and (reason := piece.filler.overflow(tuple(arrays))) is not None:
+                return reason
+    return None

@@ -1,5 +1,6 @@
 """The card: what it says, that its metadata is valid, and that nobody's edits are lost."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +196,10 @@ def test_the_card_of_a_conversion(name: str, layout: str, tmp_path: Path) -> Non
     releases = {module.releases for module in made.plan.modules if module.releases}
     if layout == "xpu":
         assert "`pip install .`" in text and "pip install xpuquant" not in text
+        written = json.loads((out / "config.json").read_text())["quantization_config"]["format_version"]
+        assert written == (2 if "moe" in name else 1)
+        reads = {1: "1, which 0.1.0 reads too.", 2: "2, which 0.1.0 refuses: a newer release reads it"}[written]
+        assert f"`format_version` {reads}" in text
         assert (
             "- vllm\\>=0.32,&lt;0.34; on Intel GPUs, vllm-xpu-kernels: 0.1.15" in text and "- transformers\\>=" in text
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.ints import (
@@ -95,14 +97,28 @@ def test_w8a8_says_that_its_activations_stay_in_16_bits(tmp_path):
     assert np.array_equal(out.values(DOWN), weight.values)
 
 
-def test_a_scale_that_16_times_does_not_fit_is_refused(tmp_path):
+def test_a_scale_that_16_times_does_not_fit_is_refused_before_any_work(tmp_path):
     weight = ints(8)
     weight.scales[1, 3] = 5000
     source = gptq_checkpoint(weight).write(tmp_path / "in")
+    why = "16 times its largest scale is beyond float16, in which the two planes of an 8-bit weight are scaled"
+    with pytest.raises(UnsupportedError) as raised:
+        convert(source, tmp_path / "out")
+    assert f"{why} (bfloat16 and float32 hold it: scale_dtype): {DOWN}" in str(raised.value)
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+    assert np.array_equal(convert(source, tmp_path / "b", scale_dtype="F32").values(DOWN), weight.values)
+    plan = make_plan(source.checkpoint, Options(on_unsupported="dequantize"))
+    assert [module.conversion.scheme for module in plan.dequantized] == [None]
+
+
+def test_a_scale_that_the_plan_cannot_look_at_is_refused_when_it_is_read(tmp_path, monkeypatch):
+    weight = ints(8)
+    weight.scales[1, 3] = 5000
+    source = gptq_checkpoint(weight).write(tmp_path / "in")
+    monkeypatch.setattr(source, "checkpoint", replace(source.checkpoint, peek=lambda tensor: None))
     with pytest.raises(UnsupportedError, match=f"{DOWN}: 16 times its largest scale is beyond float16") as raised:
         convert(source, tmp_path / "out")
     assert "\n" not in str(raised.value)
-    assert np.array_equal(convert(source, tmp_path / "b", scale_dtype="F32").values(DOWN), weight.values)
 
 
 def test_planes_that_are_not_scaled_as_one_number_are_damage(tmp_path):

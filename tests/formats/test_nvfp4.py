@@ -23,6 +23,7 @@ from support.floats import (
 )
 from support.ints import DOWN, Pico, convert, refusal
 
+from xpuquant.conversion.cli.app import run
 from xpuquant.conversion.plan.tensor_parallel import problems
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.layouts.nvfp4_fillers import power_of_two
@@ -288,3 +289,12 @@ def test_every_code_meets_every_scale(tmp_path):
     weight = Nvfp4("e2m1", codes, octets.view(FP8["e4m3"]).reshape(1, 256), 1, 16, 1.0, True)
     eight = replace(weight, codes=np.repeat(codes, 8, 0), scales=np.repeat(weight.scales, 8, 0))
     linear(tmp_path, eight)
+
+
+def test_numbers_that_are_none_are_said_to_one_in_a_hurry_too(tmp_path, capsys):
+    """A divisor of 0 makes every value infinite or NaN: `-q` prints its line, and the warning beside it."""
+    Pico(config_of(True), {DOWN: nvfp4(16, 64, number=0.0).tensors}).write(tmp_path / "in")
+    assert run(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "-q"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [str(tmp_path / "out")]
+    assert f"warning: sanity: {DOWN}: 64 scales and 0 codes are NaN or infinite; so has the source" in said.err

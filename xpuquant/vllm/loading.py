@@ -36,6 +36,7 @@ from xpuquant.vllm.experts import XpuquantExpertsMethod
 from xpuquant.vllm.linear import XpuquantLinearMethod
 from xpuquant.vllm.members import MEMBERS, XpuquantMembersMethod
 from xpuquant.vllm.reordered import follow_or_refuse
+from xpuquant.xpu_ops import cast_when_loaded
 
 _FIX = "convert again, or download the repo again"
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -44,8 +45,9 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 class Intake:
     """Watches one load: which tensors came, which parameters they filled."""
 
-    def __init__(self, model: torch.nn.Module, config: XpuquantConfig) -> None:
+    def __init__(self, model: torch.nn.Module, config: XpuquantConfig, dtype: torch.dtype) -> None:
         self.model = model
+        self.dtype = dtype
         self.config = config
         self.experts: dict[str, tuple[str, Any]] = {}
         for name, layer in model.named_modules():
@@ -67,6 +69,7 @@ class Intake:
         Raises:
             DamagedError: a tensor of a quantized module that the config does not announce, or of a dtype
                 that a copy would silently convert.
+            UnsupportedError: scales that the model's dtype cannot hold.
         """
         for name, tensor in weights:
             self.seen.add(name)
@@ -79,6 +82,7 @@ class Intake:
                     )
             elif suffix != "bias" or scheme.experts:
                 _check(name, suffix, scheme, tensor)
+                check_range(name, suffix, scheme, tensor, self.dtype)
             if module not in self.experts:
                 for stored, known in self.renames:
                     name = name.replace(stored, known)
@@ -138,6 +142,20 @@ def _check(name: str, suffix: str, scheme: Scheme, tensor: torch.Tensor) -> None
         raise DamagedError(f"tensor {one_line(name)} is {tensor.dtype}, the format wants {wanted}; {_FIX}")
 
 
+def check_range(name: str, suffix: str, scheme: Scheme, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise UnsupportedError, in one line, for scales that a float16 model makes infinite: kernels read those of
+    integers, and of ARK's experts, in the dtype of the activations."""
+    cast = cast_when_loaded(scheme, suffix) if scheme.experts else suffix == "scales"
+    if not cast or dtype != torch.float16 or tensor.dtype not in (torch.float32, torch.bfloat16):
+        return
+    finite = tensor[tensor.isfinite()]
+    if not finite.to(dtype).isfinite().all():
+        raise UnsupportedError(
+            f"{one_line(name)}: {finite.abs().max().item():.6g} is beyond float16, in which its kernel reads it; "
+            "serve with --dtype bfloat16"
+        )
+
+
 def refuse_unasked(model: torch.nn.Module, config: XpuquantConfig) -> None:
     """Raise UnsupportedError, in one line, for a layer that the repo has quantized, and vLLM builds unquantized: a head
     without a quantization config, as Falcon-H1's, or a stack of experts that is asked for by a name nobody knows.
@@ -156,7 +174,7 @@ def refuse_unasked(model: torch.nn.Module, config: XpuquantConfig) -> None:
             )
 
 
-def guard(model: Any, config: XpuquantConfig) -> None:
+def guard(model: Any, config: XpuquantConfig, dtype: torch.dtype) -> None:
     """Put an `Intake` before `model.load_weights`; only the first load must be complete."""
     inner: Callable[..., set[str] | None] = model.load_weights
     complete = False
@@ -164,7 +182,7 @@ def guard(model: Any, config: XpuquantConfig) -> None:
     @wraps(inner)
     def load_weights(weights: Weights, *args: Any, **kwargs: Any) -> set[str] | None:
         nonlocal complete
-        intake = Intake(model, config)
+        intake = Intake(model, config, dtype)
         with HostCopies():
             loaded = inner(intake.stream(weights), *args, **kwargs)
             settle(model)
@@ -189,7 +207,7 @@ def register() -> None:
             go_by_path(model, vllm_config.quant_config)
             follow_or_refuse(model, vllm_config.quant_config.stored)
             refuse_unasked(model, vllm_config.quant_config)
-            guard(model, vllm_config.quant_config)
+            guard(model, vllm_config.quant_config, vllm_config.model_config.dtype)
         return model
 
     create_model._xpuquant = True  # type: ignore[attr-defined]

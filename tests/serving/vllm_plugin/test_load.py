@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import FIXTURES
 from support.models import EXPERTS, SCHEMES, write
 
-from xpuquant.errors import DamagedError, EnvironmentFault
+from xpuquant.errors import DamagedError, EnvironmentFault, UnsupportedError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -321,6 +321,26 @@ def test_refuses_bytes_of_another_dtype(tmp_path: Path, load: Any) -> None:
     name = f"{LAYER}.mlp.down_proj.weight"
     with pytest.raises(DamagedError, match=r"float8_e5m2, the format wants torch\.float8_e4m3fn"):
         load(edit(folder, lambda t: t.update({name: t[name].float().to(torch.float8_e5m2)})))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "suffix"),
+    [
+        *((SCHEMES[name], "scales") for name in ("int4", "int8", "nvfp4")),
+        *((EXPERTS[name], "down_proj_scale") for name in ("int4", "int8", "fp8-channel", "nvfp4")),
+    ],
+)
+def test_refuses_scales_that_float16_cannot_hold(scheme: Any, suffix: str) -> None:
+    from xpuquant.vllm.loading import check_range
+
+    name = f"model.layers.0.mlp.experts.{suffix}"
+    scales = torch.tensor([[0.5, 70000.0, float("inf")]])
+    for dtype in (torch.bfloat16, torch.float32):
+        check_range(name, suffix, scheme, scales, dtype)
+    already = torch.tensor([[0.5, 60000.0, float("inf")]])
+    check_range(name, suffix, scheme, already, torch.float16)  # an infinite one is the repo's own
+    with pytest.raises(UnsupportedError, match=f"{name}: 70000 is beyond float16, .* --dtype bfloat16"):
+        check_range(name, suffix, scheme, scales, torch.float16)
 
 
 def test_refuses_a_stack_of_another_shape(tmp_path: Path, load: Any) -> None:
