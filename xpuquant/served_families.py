@@ -24,7 +24,8 @@ class Tried:
     """What one version of an engine does with an architecture.
 
     outcome  `serves`: a tiny model gave the logits (Transformers) or tokens (vLLM, on a CPU; of 0.33.0 the released
-             Python over the compiled library of 0.32.0) of its dequantized twin;
+             Python over the compiled library of 0.32.0) of its dequantized twin; `why` names the layouts that it
+             had, where they are not those asked for;
              `refuses`: loading ends with the line in `why`; `fails`: it does not load, or computes something else;
              `not tried`
     """
@@ -38,18 +39,48 @@ class Tried:
         return f"{self.outcome}: {self.why}" if self.why else self.outcome
 
 
-def tried(config: Mapping[str, Any], parts: Collection[str]) -> tuple[Tried, ...]:
+REORDERING: Mapping[str, tuple[str, ...]] = {
+    "K2HorizonForCausalLM": ("q_proj", "k_proj"),
+    "MistralForCausalLM": ("wq", "wk"),  # Mistral's own names; those of Hugging Face are left as they are
+    "MuseSpark1xForCausalLM": ("q_proj", "k_proj"),
+    "TeleChat2ForCausalLM": ("key_value",),
+}
+"""Classes of vLLM whose `load_weights` takes rows apart or reorders them → the linears of which it does: refused."""
+
+
+def reordered(name: str, kind: str) -> str:
+    """Why a linear of a class of `REORDERING` is refused."""
+    return (
+        f"{name}: vLLM's {kind} reorders its rows while it loads them, which is not done for stored layouts yet; "
+        "serve the source repo instead"
+    )
+
+
+def tried(
+    config: Mapping[str, Any], parts: Collection[str], layouts: Collection[str] = (), linears: Collection[str] = ()
+) -> tuple[Tried, ...]:
     """What each version of each engine is known to do with a model.
 
     Args:
         config: its config.json.
         parts: what of it is quantized: `linears`, `experts`.
+        layouts: of its quantized modules. Where others were tried, those are named.
+        linears: names of its quantized linears.
     """
+    kind = architecture_of(config) or ""
+    refused = next((name for name in linears if name.rpartition(".")[2] in REORDERING.get(kind, ())), None)
     cells = _cells_of(config)
     found = []
     for column, engine in ENGINES.items():
         for version in _versions(column):
-            outcomes = [_outcome(plan, cell[version], set(parts)) for plan, cell in cells[column] if version in cell]
+            if column == "vllm" and refused is not None:
+                found.append(Tried(engine, version, "refuses", reordered(refused, kind)))
+                continue
+            outcomes = [
+                _outcome(plan, cell[version], set(parts), set(layouts))
+                for plan, cell in cells[column]
+                if version in cell
+            ]
             known = [one for one in outcomes if one[0] != "not tried"]
             found.append(Tried(engine, version, *(known or outcomes or [("not tried", "")])[0]))
     return tuple(found)
@@ -66,11 +97,14 @@ def _cells_of(config: Mapping[str, Any]) -> dict[str, list[tuple[Any, Any]]]:
     return {column: [(family["plan"], family.get(column, {})) for family in families] for column in ENGINES}
 
 
-def _outcome(plan: Mapping[str, Any], cell: Mapping[str, Any], parts: set[str]) -> tuple[str, str]:
+def _outcome(plan: Mapping[str, Any], cell: Mapping[str, Any], parts: set[str], layouts: set[str]) -> tuple[str, str]:
     was, why = cell["outcome"], cell.get("why", "")
     untried = parts - set(plan["quantized"])
     if was == "same":
-        return ("not tried", f"with quantized {' and '.join(sorted(untried))}") if untried else ("serves", "")
+        if untried:
+            return "not tried", f"with quantized {' and '.join(sorted(untried))}"
+        stored = plan.get("stored", [])
+        return "serves", f"tried with {' and '.join(stored)}" if layouts - set(stored) else ""
     if was == "not run":
         return "not tried", f"the tiny dequantized model did not run: {why.removeprefix('the twin: ')}"
     # The line begins with the module's name: where the repo has none of its kind, it may well load.

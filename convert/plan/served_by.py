@@ -28,9 +28,29 @@ def kernel_and_releases(name: str, scheme: Scheme | None, config: Mapping[str, A
     oldest = since(scheme, top_k)
     if oldest is None:
         return kernel, f"none gathers {top_k} experts per token"
+    if scheme.experts and (activation := _activation(config)) not in (*_COMPUTED[scheme.gated], None):
+        return kernel, f"none computes '{activation}' experts{'' if scheme.gated else ' without a gate'}"
     newest = ".".join(str(part) for part in served()[-1].number[:3])
     beside = f", {ARK_PACKAGE} {serving_ark()}" if scheme.layout in ARK_LAYOUTS else ""
     return kernel, f"{oldest} to {newest}.x{beside}"
+
+
+_COMPUTED = {
+    True: ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh", "swigluoai"),
+    False: ("relu2", "relu2_no_mul"),
+}
+"""Whether experts have a gate → activations, in the words of config.json, that vLLM hands over as one that a release
+computes (`xpu_releases.refusal_of_experts`)."""
+
+
+def _activation(config: Mapping[str, Any]) -> str | None:
+    """As config.json says, or its part for the language model; None where neither does."""
+    text = config.get("text_config")
+    for part in (text if isinstance(text, Mapping) else {}, config):
+        for key in ("mlp_hidden_act", "hidden_act", "hidden_activation"):
+            if isinstance(part.get(key), str):
+                return str(part[key])
+    return None
 
 
 def engine_versions() -> dict[str, str]:

@@ -97,9 +97,12 @@ def _offer(module: Module, options: Options) -> Conversion | Refusal:
 
 def engines_of(modules: Iterable[PlannedModule], options: Options, checkpoint: Checkpoint) -> tuple[Tried, ...]:
     """What versions of engines are known to do with the converted model; nothing where it is not for this loader."""
-    schemes = [module.conversion.scheme for module in modules]
-    parts = {"experts" if scheme.experts else "linears" for scheme in schemes if scheme is not None}
-    return tried(checkpoint.config, parts) if parts and options.layout == "xpu" else ()
+    schemes = {m.conversion.name: scheme for m in modules if (scheme := m.conversion.scheme) is not None}
+    if not schemes or options.layout != "xpu":
+        return ()
+    parts = {"experts" if scheme.experts else "linears" for scheme in schemes.values()}
+    linears = [name for name, scheme in schemes.items() if not scheme.experts]
+    return tried(checkpoint.config, parts, {scheme.layout for scheme in schemes.values()}, linears)
 
 
 def refusal(refused: Mapping[str, str], dequantizable: bool, layout: str) -> UnsupportedError:

@@ -15,8 +15,10 @@ from support.families.catalogue import FAMILIES  # noqa: E402
 from support.families.models import asked, write  # noqa: E402
 
 import xpuquant  # noqa: E402
+from xpuquant.conversion.plan.served_by import kernel_and_releases  # noqa: E402
 from xpuquant.errors import UnsupportedError  # noqa: E402
-from xpuquant.served_families import ENGINES, tried  # noqa: E402
+from xpuquant.formats.scheme import Scheme  # noqa: E402
+from xpuquant.served_families import ENGINES, REORDERING, reordered, tried  # noqa: E402
 
 RECORD: dict[str, Any] = json.loads((Path(xpuquant.__file__).parent / "families.json").read_text())["families"]
 LOADED = ("deepseek_v4", "llama4", "longcat_flash", "muse_spark", "qwen3_5_moe", "step3p7")
@@ -69,6 +71,41 @@ def test_an_architecture_with_another_language_model_is_another() -> None:
 def test_experts_that_were_not_quantized_when_tried() -> None:
     (said,) = (one for one in tried(config_of("aria"), ["linears", "experts"]) if one.engine == "Transformers")
     assert str(said) == "not tried: with quantized experts"
+
+
+@pytest.mark.parametrize("kind", REORDERING)
+def test_a_loader_that_reorders_rows_is_said_to_refuse(kind: str) -> None:
+    for leaf in REORDERING[kind]:
+        said = tried({"architectures": [kind]}, ["linears"], linears=[f"model.layers.0.{leaf}"])
+        vllm = [one for one in said if one.engine == "vLLM"]
+        assert vllm and {str(one) for one in vllm} == {f"refuses: {reordered(f'model.layers.0.{leaf}', kind)}"}
+    elsewhere = tried({"architectures": [kind]}, ["linears"], linears=["model.layers.0.other"])
+    assert "refuses" not in {one.outcome for one in elsewhere}
+
+
+def test_what_serves_with_other_layouts_is_said_to_have_had_those() -> None:
+    config = config_of("deepseek_v2")
+    same, other = (
+        next(one for one in tried(config, ["linears"], [layout]) if one.engine == "Transformers")
+        for layout in ("int4_linear", "fp8_linear")
+    )
+    assert (str(same), str(other)) == ("serves", "serves: tried with int4_experts and int4_linear")
+
+
+@pytest.mark.parametrize(
+    ("gated", "activation", "said"),
+    [
+        (True, "relu", "none computes 'relu' experts"),
+        (True, "silu", None),
+        (False, "silu", "none computes 'silu' experts without a gate"),
+        (False, "relu2", None),
+    ],
+)
+def test_activations_that_no_release_computes(gated: bool, activation: str, said: str | None) -> None:
+    key = "hidden_act" if gated else "mlp_hidden_act"
+    for layout in ("int4_experts", "uint4_experts", "int8_experts", "fp8_channel_experts", "nvfp4_experts"):
+        _, releases = kernel_and_releases("experts", Scheme(layout, group_size=32, gated=gated), {key: activation})
+        assert releases is not None and (releases == said or (said is None and "none" not in releases))
 
 
 def test_a_refusal_of_experts_says_nothing_of_linears_alone(monkeypatch: pytest.MonkeyPatch) -> None:

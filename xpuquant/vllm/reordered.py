@@ -24,16 +24,9 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
 from xpuquant.errors import UnsupportedError, one_line
 from xpuquant.formats.scheme import Scheme
+from xpuquant.served_families import REORDERING, reordered
 from xpuquant.vllm.linear import XpuquantLinearMethod
 from xpuquant.vllm.members import XpuquantMembersMethod
-
-REFUSED = {
-    "K2HorizonForCausalLM": ("q_proj", "k_proj"),
-    "MistralForCausalLM": ("wq", "wk"),  # Mistral's own names; those of Hugging Face are left as they are
-    "MuseSpark1xForCausalLM": ("q_proj", "k_proj"),
-    "TeleChat2ForCausalLM": ("key_value",),
-}
-"""Classes of vLLM whose `load_weights` takes rows apart or reorders them → the linears of which it does."""
 
 _BY_NAME = "permute_qk_weight_for_rotary"
 """Llama 4: a name and a tensor in, both out."""
@@ -56,17 +49,14 @@ def follow_or_refuse(model: torch.nn.Module, stored: dict[str, Scheme]) -> None:
         stored: the repo's quantized modules.
 
     Raises:
-        UnsupportedError: in one line, where that cannot be: a class of `REFUSED`, rows that share a scale, or a group
-            of states that several GPUs share.
+        UnsupportedError: in one line, where that cannot be: a class of `REORDERING`, rows that share a scale, or a
+            group of states that several GPUs share.
     """
     for module in model.modules():
         for kind in getmro(type(module)):
             for name in stored:
-                if name.rpartition(".")[2] in REFUSED.get(kind.__name__, ()):
-                    raise UnsupportedError(
-                        f"{one_line(name)}: vLLM's {kind.__name__} reorders its rows while it loads them, "
-                        "which is not done for stored layouts yet; serve the source repo instead"
-                    )
+                if name.rpartition(".")[2] in REORDERING.get(kind.__name__, ()):
+                    raise UnsupportedError(reordered(one_line(name), kind.__name__))
         _refuse_repeated_group(module)
         for method, follow in ((_BY_NAME, _following), (_BY_STREAM, _following_stream)):
             if hasattr(module, method):

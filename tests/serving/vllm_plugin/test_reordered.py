@@ -14,7 +14,8 @@ from support.models import PACK, SCHEMES
 
 from xpuquant import layers
 from xpuquant.errors import UnsupportedError
-from xpuquant.vllm.reordered import REFUSED, follow_or_refuse
+from xpuquant.served_families import REORDERING
+from xpuquant.vllm.reordered import follow_or_refuse
 
 HEADS = {"q_proj": 4, "k_proj": 2}
 PATH = "model.layers.0.self_attn"
@@ -82,11 +83,11 @@ def test_rows_that_share_a_scale_are_refused() -> None:
     follow_or_refuse(llama4(), {f"{PATH}.o_proj": SCHEMES["fp8-block"]})
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", REORDERING)
 def test_loaders_that_nothing_follows_are_refused(kind: str) -> None:
     """That each is a class of a supported release is checked without vLLM (`tests/serving/test_vllm_models.py`)."""
     model = type(kind, (torch.nn.Module,), {})()
-    for member in REFUSED[kind]:
+    for member in REORDERING[kind]:
         with pytest.raises(UnsupportedError, match=f"{PATH}.{member}: vLLM's {kind} reorders.*serve the source repo"):
             follow_or_refuse(model, {f"{PATH}.{member}": SCHEMES["int4"]})
     follow_or_refuse(model, {f"{PATH}.o_proj": SCHEMES["int4"]})
