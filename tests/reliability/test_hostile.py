@@ -170,7 +170,7 @@ class TestLinks:
         assert command("convert", str(source), str(tmp_path / "out"))[0] == 0
         (source / "config.json").unlink()
         os.mkfifo(source / "config.json")
-        assert "no config.json" in refused(source, tmp_path / "out2", 2)
+        assert "config.json: is a pipe, not a file" in refused(source, tmp_path / "out2", 3)
 
 
 class TestConfigs:
