@@ -15,6 +15,7 @@ import numpy as np
 from xpuquant.conversion.verify.verdict import CONTRADICTIONS
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import Layout, Matrix, Stored
+from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.base import row_blocks
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.kernels.base import Array, Layer
@@ -116,7 +117,7 @@ class ExpectedProducts:
                 decoded = self.subject.rows(start + top, start + bottom)
                 values, part = decoded.values(), slice(top, bottom)
                 product[:, part] = wide @ values.T
-                weights = _magnitudes(decoded, values)
+                weights = _magnitudes(decoded, values, self.subject.stored.scheme)
                 size[:, part] = _size(wide, product[:, part], weights, dtype)
                 largest = max(largest, float(np.fmax.reduce(weights, axis=None, initial=0.0)))
             if "bias" in layer.tensors:
@@ -128,13 +129,16 @@ class ExpectedProducts:
         return Expected(layer, x, product, size, reach > LARGEST["F32"] or highest > LARGEST[dtype])
 
 
-def _magnitudes(decoded: Decoded, values: Array) -> Array:
+def _magnitudes(decoded: Decoded, values: Array, scheme: Scheme) -> Array:
     """|W| `[n, K]`; of integers at least one step, because a kernel may multiply code and zero point by the scale
-    before it subtracts them."""
+    before it subtracts them. Of two planes of nibbles 16 steps more: the upper one is a multiple of 16 steps and the
+    lower one takes up to 15 of them back, so that small codes are the difference of larger terms."""
     if decoded.number != "int":
         return np.abs(values)
-    step = np.abs(decoded.scale.astype(np.float64))
-    return np.maximum(np.abs(values), step[decoded.row][:, decoded.col])
+    step: Array = np.abs(decoded.scale.astype(np.float64))[decoded.row][:, decoded.col]
+    if scheme.layout == "int8_linear":
+        step = 16 * step + np.abs(values)
+    return np.maximum(np.abs(values), step)
 
 
 def _size(x: Array, products: Array, weights: Array, dtype: str) -> Array:
@@ -166,7 +170,7 @@ def expected_of_misread(subject: Subject, M: int, dtype: str) -> tuple[Expected,
         values, misread = decoded.values(), dequantize(broken)
     except CONTRADICTIONS:
         return None
-    weights = _magnitudes(decoded, values)
+    weights = _magnitudes(decoded, values, subject.stored.scheme)
     if not weights.max(initial=0.0) < _PLAIN or not np.abs(misread).max(initial=0.0) < _PLAIN:
         return None
     x = activations(M, layer.K, SEED, dtype)

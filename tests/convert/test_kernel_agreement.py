@@ -46,6 +46,10 @@ def decode(layer: Layer) -> Decoded:
     """By the reference's rules; a scale for each element."""
     values = dequantize(layer)
     grid = np.arange(layer.N), np.arange(layer.K)
+    if layer.scheme.layout == "int8_linear":
+        steps = np.repeat(layer.tensors["scales"][1::2].astype(np.float64).T, layer.scheme.group_size, axis=1)
+        codes = np.divide(values, steps, out=np.zeros_like(values), where=steps != 0)
+        return Decoded("int", codes.round().astype(np.int16), steps, *grid)
     if not layer.scheme.layout.startswith("int4"):
         return Decoded("float", values, np.ones((1, 1)), *(0 * at for at in grid))
     scales = "scales" if "scales" in layer.tensors else "weight_scale"
@@ -157,6 +161,11 @@ MADE = {
         64, 256, 64, scale="BF16", act_order=True, bias=True, seed=seed
     ),
     "int4 long": lambda seed: hand.int4_linear(64, 4096, 128, scale="BF16", seed=seed),
+    "int8": lambda seed: hand.int8_linear(64, 256, 32, seed=seed),
+    "int8 asym": lambda seed: hand.int8_linear(64, 256, 64, symmetric=False, seed=seed),
+    # Small codes of two planes are differences of larger terms.
+    "int8 of 3 bits": lambda seed: hand.int8_linear(64, 64, 32, scale="F16", bits=3, seed=seed),
+    "int8 of 1 bit": lambda seed: hand.int8_linear(64, 128, 32, scale="F32", bits=1, seed=seed),
     "int4 expert": lambda seed: hand.int4_expert(64, 256, 32, scale="BF16", seed=seed),
     "fp8 tensor": lambda seed: hand.fp8(64, 256, "tensor", seed=seed),
     "fp8 channel": lambda seed: hand.fp8(64, 256, "channel", seed=seed),
@@ -181,6 +190,8 @@ def spoil(layer: Layer, rng: np.random.Generator) -> Layer:
         factors = 10.0 ** rng.uniform(-decades, decades, chosen.sum()) * rng.choice([-1, 1], chosen.sum())
         scale[chosen] = (scale[chosen].astype(np.float64) * factors).astype(scale.dtype)
         scale[rng.random(scale.shape) < 0.05] = 0
+    if layer.scheme.layout == "int8_linear":
+        scale[0::2] = scale[1::2] * scale.dtype.type(16)
     packed = tensors["qweight" if "qweight" in tensors else "weight"]
     nothing = 0x88 if layer.scheme.layout == "int4_linear" else 0
     for row in rng.choice(layer.N, rng.integers(0, 12), replace=False):

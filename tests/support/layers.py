@@ -55,11 +55,20 @@ def int4_linear(
 
 
 def int8_linear(
-    N: int, K: int, g: int, *, scale: str = "BF16", symmetric: bool = True, act_order: bool = False, seed: int = 0
+    N: int,
+    K: int,
+    g: int,
+    *,
+    scale: str = "BF16",
+    symmetric: bool = True,
+    act_order: bool = False,
+    bits: int = 8,
+    seed: int = 0,
 ) -> tuple[Layer, Array]:
-    """Two planes of nibbles, group by group."""
+    """Two planes of nibbles, group by group; codes of `bits` lie about 128."""
     rng = np.random.default_rng(seed)
-    codes, zeros = rng.integers(0, 256, (N, K)), rng.integers(0, 256, (N, K // g))
+    reach = 1 << bits - 1
+    codes, zeros = rng.integers(128 - reach, 128 + reach, (N, K)), rng.integers(0, 256, (N, K // g))
     if symmetric:
         zeros[:] = 128
     scales = (rng.uniform(0.002, 0.02, (N, K // g)) * rng.choice([-1, 1], (N, K // g))).astype(DTYPES[scale])
