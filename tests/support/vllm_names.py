@@ -29,7 +29,7 @@ Index = Mapping[str, Any]
 _LAYERS = "vllm.model_executor.layers"
 # Object → what the plugin reads of it or calls on it; a call is shown as it is made.
 MEMBERS: dict[str, tuple[str, ...]] = {
-    "vllm.config.VllmConfig": ("quant_config",),
+    "vllm.config.VllmConfig": ("quant_config", "model_config"),
     "vllm.platforms.interface.Platform": ("is_xpu()",),
     f"{_LAYERS}.fused_moe.routed_experts.RoutedExperts": (
         *("moe_config", "expert_map", "activation", "swiglu_limit", "global_num_experts"),
