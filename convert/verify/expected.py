@@ -136,9 +136,8 @@ def _magnitudes(decoded: Decoded, values: Array, scheme: Scheme) -> Array:
     if decoded.number != "int":
         return np.abs(values)
     step: Array = np.abs(decoded.scale.astype(np.float64))[decoded.row][:, decoded.col]
-    if scheme.layout == "int8_linear":
-        step = 16 * step + np.abs(values)
-    return np.maximum(np.abs(values), step)
+    least = 16 * step + np.abs(values) if scheme.layout == "int8_linear" else step
+    return np.maximum(np.abs(values), least)
 
 
 def _size(x: Array, products: Array, weights: Array, dtype: str) -> Array:
