@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -210,23 +211,54 @@ def supported(matmul: Matmul) -> bool:
     return True
 
 
-@lru_cache(maxsize=256)
-def reasons(matmul: Matmul) -> str:
+_told: dict[Matmul, str] = {}
+_asking = threading.Lock()
+
+
+def reasons(matmul: Matmul, alike: Iterable[Matmul] = ()) -> str:
     """What oneDNN's dispatcher says of the implementations it tried, for a matmul that is not supported.
 
     It says so only on standard output and only where ONEDNN_VERBOSE was set before it was loaded: hence a
-    process of its own, which reads the descriptor from its repr.
+    process of its own, which reads descriptors from their repr. Starting one takes a third of a second, an answer
+    nothing beside it: each question is asked once, by one thread, and `alike` with it.
+
+    Args:
+        alike: others that are not supported, whose reasons will probably be asked for.
     """
-    code = f"from xpuquant.kernels.onednn.api import *; supported({matmul!r})"
+    with _asking:
+        if matmul not in _told:
+            unknown = [matmul, *(other for other in dict.fromkeys(alike) if other != matmul and other not in _told)]
+            _told.update(zip(unknown, _dispatched(unknown), strict=True))
+        return _told[matmul]
+
+
+def _dispatched(matmuls: Sequence[Matmul]) -> list[str]:
+    """The reasons of each, from one process."""
+    code = f"from xpuquant.kernels.onednn.api import *; create_aloud({matmuls!r})"
     environment = {**os.environ, "ONEDNN_VERBOSE": "dispatch"}
-    try:
+    said: list[str] = []
+    with suppress(OSError, subprocess.TimeoutExpired):
         child = subprocess.run(
             [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, timeout=60
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unimplemented"
+        said = child.stdout.split(_NEXT)
+    return [_reasons_in(text) for text in (*said, *[""] * len(matmuls))][: len(matmuls)]
+
+
+_NEXT = "\nxpuquant: next matmul\n"
+
+
+def create_aloud(matmuls: Iterable[Matmul]) -> None:
+    """Have oneDNN say on standard output what it finds for each, with a line of ours behind it."""
+    for matmul in matmuls:
+        supported(matmul)
+        ctypes.CDLL(None).fflush(None)
+        os.write(1, _NEXT.encode())
+
+
+def _reasons_in(said: str) -> str:
     # ...,<implementation>,...,<reason>,<file:line>: those that blame the processor, then the general ones.
-    lines = [line.split(",") for line in child.stdout.splitlines() if "create:dispatch" in line]
+    lines = [line.split(",") for line in said.splitlines() if "create:dispatch" in line]
     told = [line[-2] for line in lines if "isa" in line[-2]]
     told += [line[-2] for line in lines if "ref:any" in line and "sparse" not in line[-1]]
     return "; ".join(dict.fromkeys(told)) or "unimplemented"

@@ -116,6 +116,21 @@ def _as_run(scheme: Scheme, N: int, K: int, activation: str) -> Scheme:
     return widened if api.implementation(matmul).startswith("ref") else scheme
 
 
+def _smallest(scheme: Scheme, activation: str) -> Matmul:
+    """The matmul of a layer of two groups: not refused for its shape."""
+    return _matmul(scheme, scheme.block_n or 8, 2 * (scheme.group_size or 32), 8, activation)
+
+
+def _refused_like(scheme: Scheme) -> Iterator[Matmul]:
+    """What a verification is about to ask for besides, where one is refused: other activations, and the layouts of one
+    model's linears and experts."""
+    kind = scheme.layout.partition("_")[0]
+    for layout in _ELEMENTS:
+        if layout.partition("_")[0] == kind:
+            smallest = (_smallest(replace(scheme, layout=layout), dtype) for dtype in ("F32", "F16", "BF16"))
+            yield from (matmul for matmul in smallest if not api.supported(matmul))
+
+
 class OneDNN:
     """oneDNN's matmul on the first Intel GPU, else on the CPU."""
 
@@ -150,11 +165,11 @@ class OneDNN:
         if api.supported(matmul):
             return None
         at = f" at N={N}, K={K}"
-        smallest = _matmul(scheme, scheme.block_n or 8, 2 * (scheme.group_size or 32), 8, activation)
+        smallest = _smallest(scheme, activation)
         if not api.supported(smallest):  # not for want of a better shape: say so, once for all of them
             matmul, at = smallest, ""
         kinds = f"{matmul.weights.dtype} weights with {matmul.src.dtype} activations"
-        return f"no oneDNN matmul of {kinds} on this {self.device()}{at}: {api.reasons(matmul)}"
+        return f"no oneDNN matmul of {kinds} on this {self.device()}{at}: {api.reasons(matmul, _refused_like(scheme))}"
 
     def implementation(self, scheme: Scheme, N: int, K: int, activation: str = "BF16") -> str:
         """oneDNN's name for the code it chose, as in its log. Raises UnsupportedError where refused."""

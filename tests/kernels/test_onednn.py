@@ -15,6 +15,7 @@ import support.layers as hand
 from xpuquant.errors import DamagedError, EnvironmentFault
 from xpuquant.kernels import backends
 from xpuquant.kernels.base import Layer, tolerance
+from xpuquant.kernels.onednn import api
 from xpuquant.kernels.onednn import library as _dnnl_library
 from xpuquant.kernels.onednn.backend import OneDNN
 
@@ -158,6 +159,28 @@ def test_reason_of_a_refusal_is_onednn_s_own():
     if reason is None:
         pytest.skip("oneDNN multiplies FP8 here")
     assert reason.startswith("no oneDNN matmul of F8_E4M3 weights with F32 activations") and "unsupported" in reason
+
+
+def test_reasons_that_a_verification_asks_for_are_asked_together(monkeypatch):
+    """A process answers in a third of a second: one for a model's linears and experts, in all activations. Each says
+    what it says when it is asked alone."""
+    linear = hand.int4_linear(96, 256, 32, scale="F16")[0].scheme
+    schemes = [linear, replace(linear, layout="int4_experts")]
+    asked: list[list[api.Matmul]] = []
+    dispatched = api._dispatched
+
+    def counted(matmuls):
+        asked.append(matmuls)
+        return dispatched(matmuls)
+
+    monkeypatch.setattr(api, "_dispatched", counted)
+    monkeypatch.setattr(api, "_told", {})
+    said = [BACKEND.refuses(scheme, 96, 256, dtype) for scheme in schemes for dtype in ("F32", "F16", "BF16")]
+    if not any(said):
+        pytest.skip("oneDNN multiplies int4 in every activation here")
+    assert len(asked) == 1
+    assert [api._told[matmul] for matmul in asked[0]] == [dispatched([matmul])[0] for matmul in asked[0]]
+    assert all("unsupported" in reason or "isa" in reason for reason in said if reason is not None)
 
 
 def test_groups_that_do_not_divide_k_are_refused_by_every_release():
