@@ -48,18 +48,23 @@ class Slice:
         """The box, of the whole tensor's values."""
         return values[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
 
-    def runs(self) -> list[tuple[int, int]]:
-        """Byte runs in the file, (absolute offset, length), in order."""
+    def lines(self) -> tuple[int, int, int, int]:
+        """Its runs of bytes in the file: (absolute offset of the first, length of each, bytes from the start of one to
+        that of the next, how many)."""
         per_element = BITS[self.tensor.dtype]
         if self.axis == 0:
             row_bits = per_element * math.prod(self.tensor.shape[1:])
-            return [(self.tensor.begin + self.start * row_bits // 8, (self.stop - self.start) * row_bits // 8)]
+            length = (self.stop - self.start) * row_bits // 8
+            return self.tensor.begin + self.start * row_bits // 8, length, length, 1
         rows, columns = self.tensor.shape
         pitch, length = columns * per_element // 8, (self.stop - self.start) * per_element // 8
         first = self.tensor.begin + self.start * per_element // 8
-        if length == pitch:
-            return [(first, rows * pitch)]
-        return [(first + row * pitch, length) for row in range(rows)]
+        return (first, rows * pitch, rows * pitch, 1) if length == pitch else (first, length, pitch, rows)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Byte runs in the file, (absolute offset, length), in order."""
+        first, length, pitch, count = self.lines()
+        return [(first + line * pitch, length) for line in range(count)]
 
     def inside(self, outer: Slice, array: Array) -> Array:
         """This slice as a view of `array`, which holds the wider slice `outer` of the same tensor and axis."""
