@@ -6,7 +6,9 @@ is that of `walk.py`.
 - what is read may be a link to a file of the same folder that could be copied under its own name, and, in the Hub's
   cache, to the blob that the cache means; no other, and no link to a folder;
 - only regular files are opened: never a pipe, which would wait for ever, nor a device;
-- what is parsed is read up to a limit, whatever size the file system claims.
+- what is read from front to back is read up to a limit, whatever size the file system claims;
+- what is changed in place, and what goes into something new without being known by its sha256, has no second name
+  elsewhere (a hard link): it may be anybody's file.
 """
 
 from __future__ import annotations
@@ -21,7 +23,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from xpuquant.conversion.walk import Walk, check_no_link, check_regular, is_hidden, lstat, not_a_file, parts_of
+from xpuquant.conversion.walk import (
+    Walk,
+    check_no_link,
+    check_regular,
+    check_sole,
+    is_hidden,
+    lstat,
+    not_a_file,
+    parts_of,
+)
 from xpuquant.errors import DamagedError, UsageError, XpuquantError
 
 _MAX_FILES = 100_000
@@ -77,15 +88,16 @@ class Tree(Walk):
 
     # Reading
 
-    def open(self, name: str, known: Identity | None = None) -> int:
+    def open(self, name: str, known: Identity | None = None, sole: bool = False) -> int:
         """A descriptor to read a file.
 
         Args:
             known: which file it has to be. A name that leads elsewhere for a moment, also through a folder above that
                 was exchanged, is noticed here, and nowhere else once it leads back.
+            sole: it may have no second name.
 
         Raises:
-            DamagedError: it is another file.
+            DamagedError: it is another file. UsageError: it has a second name.
         """
         with self._named(name), self._found(name) as place:
             check_regular(place.status, self.path / name)
@@ -93,6 +105,8 @@ class Tree(Walk):
             try:
                 status = os.fstat(fd)
                 check_regular(status, self.path / name)
+                if sole:
+                    check_sole(status, self.path / name)
                 if known is not None:
                     check_same(self.path / name, known, _identity(status))
             except BaseException:
@@ -100,32 +114,38 @@ class Tree(Walk):
                 raise
             return fd
 
-    def read(self, name: str, limit: int) -> bytes:
+    def read(self, name: str, limit: int, sole: bool = False) -> bytes:
         """A file's content.
+
+        Args:
+            sole: as `open`.
 
         Raises:
             DamagedError: it has more than `limit` bytes.
         """
-        fd = self.open(name)
+        fd = self.open(name, sole=sole)
         with os.fdopen(fd, "rb") as file:
             if os.fstat(fd).st_size > limit or len(data := file.read(limit + 1)) > limit:
                 raise DamagedError(f"{self.path / name}: is too large for what it is (more than {limit >> 20} MiB)")
         return data
 
-    def chunks(self, name: str, known: Identity | None = None) -> Generator[memoryview, None, Identity]:
+    def chunks(self, name: str, limit: int, known: Identity | None = None) -> Generator[memoryview, None, Identity]:
         """A file's content, from front to back; each part is good until the next is asked for. Returns which file it
-        was: one that grows for ever is not read for ever.
+        was: one that grows for ever is not read for ever, and of one that is too large nothing is read.
 
         Args:
+            limit: bytes that it may have.
             known: as `open`.
 
         Raises:
-            DamagedError: it changed meanwhile.
+            DamagedError: it has more than `limit` bytes, or changed meanwhile.
         """
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         with os.fdopen(self.open(name, known), "rb", buffering=0) as file, self._named(name):
             identity = _identity(os.fstat(file.fileno()))
             left = identity.size
+            if left > limit:
+                raise DamagedError(f"{self.path / name}: has {left} bytes, more than the {limit} that it may have")
             while left and (count := file.readinto(buffer[:left])):
                 yield buffer[:count]
                 left -= count
@@ -165,6 +185,11 @@ class Tree(Walk):
         if status is not None and not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
             raise UsageError(f"{self.path / name}: is {what}, and a file of that name is to be written; move it away")
+
+    def check_sole(self, name: str) -> None:
+        """Raises UsageError where the file that `open` would open has a second name elsewhere."""
+        with self._named(name), self._found(name) as place:
+            check_sole(place.status, self.path / name)
 
     def holds_anything(self, name: str) -> bool:
         """Whether anything has this name, links that lead nowhere too."""
@@ -282,19 +307,20 @@ class Tree(Walk):
             finally:
                 os.close(fd)
 
-    def copy_from(self, other: Tree, name: str, new: str | None = None, known: Identity | None = None) -> Written:
+    def copy_from(self, other: Tree, name: str, limit: int, known: Identity | None = None) -> Written:
         """Copy a file of another tree, content only: the mode follows the umask, and a link becomes a file.
 
         Args:
+            limit: bytes that it may have.
             known: as `open`.
 
         Raises:
-            DamagedError: it is another file, or changed while it was copied.
+            DamagedError: it is too large or another file, or changed while it was copied.
         """
-        digest, parts = hashlib.sha256(), other.chunks(name, known)
+        digest, parts = hashlib.sha256(), other.chunks(name, limit, known)
         part = next(parts, None)  # what cannot be read makes no file
-        fd = self.create(new or name)
-        with self._named(new or name):
+        fd = self.create(name)
+        with self._named(name):
             try:
                 while part is not None:
                     digest.update(part)
@@ -315,8 +341,7 @@ class Tree(Walk):
             if status is not None:
                 check_no_link(status, self.path / name)
                 check_regular(status, self.path / name)
-                if status.st_nlink > 1:
-                    raise UsageError(f"{self.path / name}: has a second name elsewhere; remove it")
+                check_sole(status, self.path / name)
             fd = os.open(last, flags | _NO_LINK, 0o666, dir_fd=folder)
             try:
                 check_regular(os.fstat(fd), self.path / name)

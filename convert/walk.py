@@ -158,6 +158,8 @@ class Walk:
                 raise
             root, parts, ours = _led(root, parts, target, link)
             is_ours = is_ours and ours
+            if is_ours and parts[: len(self._below)] != self._below:
+                raise UsageError(f"{link}: is a link out of the folder; copy the file in instead")
             if is_ours and is_hidden("/".join(parts[len(self._below) :])):
                 raise UsageError(
                     f"{link}: is a link to {'/'.join(parts)}, which is not copied; copy the file in instead"
@@ -226,6 +228,12 @@ def check_no_link(status: os.stat_result, path: Path) -> None:
     """Raises UsageError for a link."""
     if stat.S_ISLNK(status.st_mode):
         raise UsageError(f"{path}: is a link; remove it")
+
+
+def check_sole(status: os.stat_result, path: Path) -> None:
+    """Raises UsageError for a file that has a second name: a hard link, which may be of anybody's file."""
+    if status.st_nlink > 1:
+        raise UsageError(f"{path}: has a second name elsewhere (a hard link); put a copy in its place, or remove it")
 
 
 def check_regular(status: os.stat_result, path: Path) -> None:

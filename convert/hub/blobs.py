@@ -8,10 +8,8 @@ there and here did, shows as a difference. The client itself compares sizes.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, EnvironmentFault, shown
@@ -97,8 +95,7 @@ def git_digest(tree: Tree, name: str) -> str:
 
 
 def _digest(tree: Tree, name: str, nbytes: int, kind: str) -> str:
-    def begun() -> Any:
-        return hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % nbytes)
-
-    with os.fdopen(tree.open(name), "rb") as file:
-        return hashlib.file_digest(file, begun).hexdigest()
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % nbytes)
+    for part in tree.chunks(name, nbytes):
+        digest.update(part)
+    return digest.hexdigest()

@@ -27,9 +27,9 @@ from xpuquant.conversion.hub.client import WAITS, connect, explain, is_transient
 from xpuquant.conversion.hub.target import MAIN, Destination, Target
 from xpuquant.conversion.progress import Progress, Reporter
 from xpuquant.conversion.repo.card_merge import CARD, merge, rename
-from xpuquant.conversion.repo.checksums import hash_file, wrong_size
+from xpuquant.conversion.repo.checksums import hash_file, limit_of, wrong_size
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished
-from xpuquant.conversion.sources.repo_files import list_files, read_text
+from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, list_files, read_text
 from xpuquant.conversion.sources.secret_names import secret_notes
 from xpuquant.conversion.sources.unfinished import begun
 from xpuquant.conversion.tree import Tree
@@ -171,6 +171,7 @@ def hash_files(tree: Tree, names: Iterable[str]) -> dict[str, Blob]:
     Raises:
         DamagedError: one is not what the conversion wrote, or it wrote none such and a loader may run or read it; a
             record that is none.
+        UsageError: one has a second name elsewhere, and the record does not know it by its sha256.
         EnvironmentFault: unreadable files.
     """
     record = read_record(tree)
@@ -182,17 +183,32 @@ def hash_files(tree: Tree, names: Iterable[str]) -> dict[str, Blob]:
             raise DamagedError(
                 f"{tree.path / name} was not written by the conversion, and {danger}; move it away, or convert again"
             )
-        wrong = wrong_size(tree, name, shards.get(name, {}).get("bytes"))
+        nbytes = shards.get(name, {}).get("bytes")
+        wrong = wrong_size(tree, name, nbytes)
         if wrong is not None:
             raise DamagedError(f"{tree.path / name} {wrong}; it is not what the conversion wrote; convert it again")
-        blobs[name] = blob = _blob(tree, name)
+        if name in UNPROTECTED or name not in written:
+            _check_ours(tree, name)
+        blobs[name] = blob = _blob(tree, name, limit_of(nbytes))
         if name not in UNPROTECTED and written.get(name, blob.sha256) != blob.sha256:
             raise DamagedError(f"{tree.path / name} is not what the conversion wrote; convert it again")
     return blobs
 
 
-def _blob(tree: Tree, name: str) -> Blob:
-    sha256 = hash_file(tree, name)
+def _check_ours(tree: Tree, name: str) -> None:
+    """Raises UsageError for a file that nothing tells from somebody else's: the record has no sha256 of it, and it has
+    a second name, which an archive or a program may have made of any file."""
+    try:
+        tree.check_sole(name)
+    except UsageError:
+        raise UsageError(
+            f"{tree.path / name}: has a second name elsewhere (a hard link) and would be published; push a copy of the "
+            "folder (cp -r), or move the file away"
+        ) from None
+
+
+def _blob(tree: Tree, name: str, limit: int = MAX_COPIED_BYTES) -> Blob:
+    sha256 = hash_file(tree, name, limit)
     try:
         git = None if name.endswith(_WEIGHTS) else git_digest(tree, name)
         return Blob(tree.size(name), sha256, git)

@@ -69,6 +69,11 @@ class Plan:
         return sum(shard.nbytes for shard in self.shards)
 
     @property
+    def shard_sizes(self) -> dict[str, int]:
+        """Bytes of each shard, by its name."""
+        return {shard.name: shard.nbytes for shard in self.shards}
+
+    @property
     def dequantized(self) -> tuple[PlannedModule, ...]:
         return tuple(module for module in self.modules if module.conversion.scheme is None)
 

@@ -11,14 +11,13 @@ from typing import Any
 
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.repo.card import CardFacts, gather, render
-from xpuquant.conversion.repo.card_merge import CARD, merge
+from xpuquant.conversion.repo.card_merge import CARD, merge, staged_card
 from xpuquant.conversion.repo.checksums import seal
 from xpuquant.conversion.repo.journal import PRODUCER, PROVENANCE, Finished
 from xpuquant.conversion.repo.provenance import provenance_record
-from xpuquant.conversion.repo.staging import EARLIER_CARD, Staging
+from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.report.reports import write_reports
 from xpuquant.conversion.sources.base import Source
-from xpuquant.conversion.sources.repo_files import read_text
 from xpuquant.conversion.sources.weight_files import INDEX
 from xpuquant.conversion.tree import Written
 from xpuquant.conversion.verify.verdict import Verdict
@@ -78,8 +77,7 @@ def stage_repo(
 
 def write_card(staging: Staging, facts: CardFacts) -> Written:
     """README.md of the output."""
-    theirs = read_text(staging.tree, EARLIER_CARD)
-    text, _ = merge(render(facts), theirs)
+    text, _ = merge(render(facts), staged_card(staging.tree))
     return staging.files.write(CARD, text.encode())
 
 

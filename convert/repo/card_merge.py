@@ -17,12 +17,14 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from xpuquant.conversion.repo.journal import PROVENANCE
+from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
 from xpuquant.conversion.repo.staging import EARLIER_CARD, Staging
 from xpuquant.conversion.repo.yaml_front import is_read_whole, read_mapping
 from xpuquant.conversion.report.markup import Markdown
+from xpuquant.conversion.sources.repo_files import MAX_TEXT_BYTES
 from xpuquant.conversion.tree import Tree
 
 CARD = "README.md"
@@ -198,8 +200,40 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
+def check_card(out: Path) -> None:
+    """Whether the card of an earlier conversion can be kept: said before the work. What people wrote into it goes into
+    the new one, so it has to be a card's size, and nobody else's file.
+
+    Raises:
+        DamagedError: it is too large to be read. UsageError: it has a second name elsewhere.
+    """
+    tree = Tree(out)
+    _card_in(tree)
+    staged_card(tree.below(STAGING))
+
+
 def keep_card(staging: Staging) -> None:
-    """Set an earlier conversion's card aside: what people wrote into it goes into the new one."""
-    out = Tree(staging.out)
-    if out.holds(CARD) and out.holds(PROVENANCE):
-        staging.tree.copy_from(out, CARD, EARLIER_CARD)
+    """Set an earlier conversion's card aside: what people wrote into it goes into the new one.
+
+    Raises: as `check_card`.
+    """
+    card = _card_in(Tree(staging.out))
+    if card is not None:
+        staging.tree.write(EARLIER_CARD, card)
+
+
+def staged_card(staging: Tree) -> str | None:
+    """The card of an earlier conversion that was set aside in a staging folder; None where there is none.
+
+    Raises: as `check_card`.
+    """
+    card = _read(staging, EARLIER_CARD)
+    return None if card is None else card.decode("utf-8", "replace")
+
+
+def _card_in(out: Tree) -> bytes | None:
+    return _read(out, CARD) if out.holds(PROVENANCE) else None
+
+
+def _read(tree: Tree, name: str) -> bytes | None:
+    return tree.read(name, MAX_TEXT_BYTES, sole=True) if tree.holds(name) else None

@@ -15,16 +15,18 @@ UNSEALED = "0" * 64
 """What a JSON object holds as its first field, `sha256`, until it is sealed."""
 
 
-def hashed(tree: Tree, name: str, progress: Progress | None = None) -> Written:
+def hashed(tree: Tree, name: str, limit: int, progress: Progress | None = None) -> Written:
     """sha256 of a file, and which file it was.
 
     Args:
+        limit: bytes that it may have.
         progress: told the bytes of each part that was read.
 
     Raises:
-        OSError: it cannot be read. DamagedError, UsageError: it is no file, or changed meanwhile, see `Tree`.
+        OSError: it cannot be read. DamagedError, UsageError: it is no file or too large, or changed meanwhile, see
+            `Tree`.
     """
-    digest, parts = hashlib.sha256(), tree.chunks(name)
+    digest, parts = hashlib.sha256(), tree.chunks(name, limit)
     while True:
         try:
             part = next(parts)
@@ -35,17 +37,17 @@ def hashed(tree: Tree, name: str, progress: Progress | None = None) -> Written:
             progress(len(part))
 
 
-def hash_file(tree: Tree, name: str, progress: Progress | None = None) -> str | None:
+def hash_file(tree: Tree, name: str, limit: int, progress: Progress | None = None) -> str | None:
     """sha256 of a file, in hex; None where there is no such file.
 
     Args:
-        progress: as `hashed`.
+        limit, progress: as `hashed`.
 
     Raises:
         EnvironmentFault: it cannot be read. DamagedError, UsageError: as `hashed`.
     """
     try:
-        return hashed(tree, name, progress).sha256
+        return hashed(tree, name, limit, progress).sha256
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -69,6 +71,15 @@ def wrong_size(tree: Tree, name: str, nbytes: object) -> str | None:
     if nbytes is None:
         return f"has {size} bytes, more than any file beside the weights" if size > MAX_COPIED_BYTES else None
     return f"has {size} bytes, {shown(nbytes)} were written" if size != nbytes else None
+
+
+def limit_of(nbytes: object) -> int:
+    """Bytes of a file that is read after `wrong_size` found nothing wrong.
+
+    Args:
+        nbytes: as there.
+    """
+    return nbytes if isinstance(nbytes, int) else MAX_COPIED_BYTES
 
 
 def seal(content: bytes) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.repo.journal import PROVENANCE
+from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.walk import is_hidden, wrong_name
 from xpuquant.errors import DamagedError, UsageError
@@ -56,8 +57,8 @@ def clear_output(out: Path) -> None:
 def _is_recorded(tree: Tree, name: str, sha256: str) -> bool:
     """Whether a file is there, no link leads to it, and it is as it was recorded."""
     try:
-        return tree.holds(name) and hash_file(tree, name) == sha256
-    except (UsageError, DamagedError):  # a link on the way: through it lies somebody else's folder
+        return tree.holds(name) and hash_file(tree, name, MAX_COPIED_BYTES) == sha256
+    except (UsageError, DamagedError):  # too large; or a link on the way: through it lies somebody else's folder
         return False
 
 

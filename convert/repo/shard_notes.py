@@ -32,12 +32,21 @@ class ShardNotes:
         self._reached: dict[str, list[Reached]] = {}
         self._shards: dict[str, Written] = {}
 
-    def go_on(self, records: Collection[Record]) -> dict[str, Finished]:
-        """Take what earlier runs noted; returns the shards that they finished and that are still as they say."""
+    def go_on(self, records: Collection[Record], sizes: Mapping[str, int]) -> dict[str, Finished]:
+        """Take what earlier runs noted; returns the shards that they finished and that are still as they say.
+
+        Args:
+            sizes: bytes of each shard of the plan. A journal may be a stranger's: what has another size is not read.
+        """
         for record in records:
             for shard, steps in record.reached.items():
                 self._reached.setdefault(shard, []).extend(steps)
-        entries = [entry for record in records for entry in record.finished.items()]
+        entries = [
+            (name, finished)
+            for record in records
+            for name, finished in record.finished.items()
+            if finished.nbytes == sizes.get(name)
+        ]
         self._shards = _still_there(self.files, entries)
         done = {name: finished for name, finished in entries if name in self._shards}
         self.kept |= {name: finished.nbytes for name, finished in done.items()}
@@ -77,7 +86,7 @@ def _still_there(files: Tree, noted: Iterable[tuple[str, Finished]]) -> dict[str
     def look(name: str, finished: Finished) -> Written | None:
         if not files.holds(name) or files.size(name) != finished.nbytes:
             return None
-        written = hashed(files, name)
+        written = hashed(files, name, finished.nbytes)
         return written if written.sha256 == finished.sha256 else None
 
     entries = list(noted)

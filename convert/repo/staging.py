@@ -111,12 +111,18 @@ class Staging(ShardNotes):
         return {name: record for name, record in found.items() if record is not None}
 
     def begin(
-        self, digest: str, options: Options, force: bool, sources: Mapping[str, Identity] = {}
+        self,
+        digest: str,
+        options: Options,
+        sizes: Mapping[str, int],
+        force: bool,
+        sources: Mapping[str, Identity] = {},
     ) -> dict[str, Finished]:
         """Start or resume; returns the shards that need not be made again.
 
         Args:
             digest: of the plan and the source.
+            sizes: bytes of each shard of the plan.
             sources: which files the source's shards are.
 
         Raises:
@@ -157,7 +163,7 @@ class Staging(ShardNotes):
             # A journal may be a stranger's: what is no shard of ours is not taken out of OUT.
             if SHARD.fullmatch(name) and not self.files.holds_anything(name) and self._out.holds(name):
                 self._out.move(name, self.files)
-        return self.go_on(records.values())
+        return self.go_on(records.values(), sizes)
 
     def check_unchanged(self, files: Mapping[str, Written]) -> None:
         """Raises DamagedError where a staged file is no longer the one whose sha256 was taken: another program's hand
@@ -237,8 +243,8 @@ def check_held(tree: Tree, name: str, written: Written, moved: bool = False) -> 
         now = tree.identity(name)
         if moved:
             now = now._replace(ctime_ns=written.identity.ctime_ns)
-        is_held = now == written.identity or hashed(tree, name).sha256 == written.sha256
-    except FileNotFoundError:
+        is_held = now == written.identity or hashed(tree, name, written.identity.size).sha256 == written.sha256
+    except (FileNotFoundError, DamagedError):
         is_held = False
     if not is_held:
         raise DamagedError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xpuquant.conversion.options import Options
-from xpuquant.conversion.repo.checksums import hash_file, wrong_size
+from xpuquant.conversion.repo.checksums import hash_file, limit_of, wrong_size
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING, Finished
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import read_json
@@ -48,7 +48,8 @@ def changed_file(out: Path) -> str | None:
     for name, sha256 in written.items():
         if not tree.holds_anything(name):
             return f"{out / name} is missing, and the conversion wrote it"
-        if wrong_size(tree, name, sizes.get(name)) is not None or hash_file(tree, name) != sha256:
+        nbytes = sizes.get(name)
+        if wrong_size(tree, name, nbytes) is not None or hash_file(tree, name, limit_of(nbytes)) != sha256:
             return f"{out / name} is not what the conversion wrote"
     return None
 

@@ -26,7 +26,7 @@ from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.assemble import stage_repo
-from xpuquant.conversion.repo.card_merge import keep_card
+from xpuquant.conversion.repo.card_merge import check_card, keep_card
 from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PRODUCER, PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output
@@ -148,9 +148,10 @@ def convert_streaming(
     check_output(out, force)
     if target is None:
         check_places(plan, source, out)
+    check_card(out)
     digest = plan.digest(source.fingerprint())
     with Staging(out, reporter.note) as staging:
-        done = staging.begin(digest, options, force)
+        done = staging.begin(digest, options, plan.shard_sizes, force)
         keep_card(staging)
         clear_output(out)
         work = _Work(plan, source, staging, target, jobs, verify, done)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress, Reporter, Silent
-from xpuquant.conversion.repo.card_merge import keep_card
+from xpuquant.conversion.repo.card_merge import check_card, keep_card
 from xpuquant.conversion.repo.journal import PRODUCER, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields, metadata_of
@@ -88,10 +88,11 @@ def convert_checkpoint(
     check_output(out, force)
     plan = make_plan(source.checkpoint, options)
     check_places(plan, source, out)
+    check_card(out)
     metadata = metadata_of(source, card, reporter.note)
     reporter.begins(about_to(plan, source, str(out)))
     with Staging(out, reporter.note) as staging:
-        done = staging.begin(plan.digest(source.fingerprint()), options, force, source.identities())
+        done = staging.begin(plan.digest(source.fingerprint()), options, plan.shard_sizes, force, source.identities())
         keep_card(staging)
         clear_output(out)
         check_disk(out, plan.write_bytes - sum(f.nbytes for f in done.values()) - staging.noted_bytes(done))

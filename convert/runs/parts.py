@@ -27,6 +27,7 @@ from xpuquant.conversion.options import Options, contrast
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Reporter
+from xpuquant.conversion.repo.card_merge import check_card
 from xpuquant.conversion.repo.journal import (
     STAGING,
     Finished,
@@ -147,8 +148,13 @@ class PartStaging(ShardNotes):
             os.close(fd)
         self._locks.clear()
 
-    def begin(self, digest: str, options: Options, sources: Mapping[str, Identity]) -> dict[str, Finished]:
+    def begin(
+        self, digest: str, options: Options, sizes: Mapping[str, int], sources: Mapping[str, Identity]
+    ) -> dict[str, Finished]:
         """Start or resume; returns the shards that an earlier run of this part finished, hashed again.
+
+        Args:
+            sizes: bytes of each shard of the part.
 
         Raises:
             UsageError: what lies there, of this part or of others, is of another source or of other options.
@@ -168,7 +174,7 @@ class PartStaging(ShardNotes):
         check_sources(record, sources)
         if not is_seen_from_here(record):
             self._journal.note_sources(sources)
-        return self.go_on([record])
+        return self.go_on([record], sizes)
 
     def _check_others(self, digest: str, options: Options) -> None:
         for name in journals(self._tree):
@@ -213,10 +219,11 @@ def make_part(
     """
     plan = make_plan(source.checkpoint, options)
     check_places(plan, source, out)
+    check_card(out)
     mine = plan.part(share(plan, part))
     reporter.phase("convert", mine.write_bytes)
     with PartStaging(out, part, reporter.note) as staging:
-        done = staging.begin(plan.digest(source.fingerprint()), options, source.identities())
+        done = staging.begin(plan.digest(source.fingerprint()), options, mine.shard_sizes, source.identities())
         finished = execute_plan(mine, source, staging, jobs, done, reporter.advance)
         staging.verify(mine, source, finished, jobs, reporter)
     return PartConverted(str(part), source.name, out, finished, len(plan.shards), mine.write_bytes)

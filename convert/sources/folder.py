@@ -44,7 +44,7 @@ class LocalSource:
         self._shards.read_into(box, out)
 
     def copy_file(self, name: str, into: Tree) -> Written:
-        return into.copy_from(self._tree, name, known=self._watched.get(name))
+        return into.copy_from(self._tree, name, MAX_COPIED_BYTES, self._watched.get(name))
 
     def read_text(self, name: str) -> str | None:
         return read_text(self._tree, name)

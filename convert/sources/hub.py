@@ -216,7 +216,7 @@ class HubSource:
 
     def copy_file(self, name: str, into: Tree) -> Written:
         """Copy one of `extra_files`."""
-        return into.copy_from(self.remote.download(name), name)
+        return into.copy_from(self.remote.download(name), name, self.remote.blobs[name].nbytes)
 
     def read_text(self, name: str) -> str | None:
         """A small text file of the repository; None where it has none of that name, or it is too large to be read."""

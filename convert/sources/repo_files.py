@@ -40,7 +40,7 @@ MAX_COPIED_BYTES = 4 << 30
 """Of a file that is copied. No loader reads one of a hundredth of that beside the weights; a sparse file of a terabyte
 costs its sender nothing."""
 
-_MAX_TEXT_BYTES = 4 << 20
+MAX_TEXT_BYTES = 4 << 20
 """Of a text file that is read for the card. The longest cards of the Hub have some hundred kilobytes."""
 
 _PICKLED_INDEX = re.compile(r"[\w.-]+\.(?:bin|h5|msgpack)\.index(?:\.[\w-]+)?\.json")
@@ -147,7 +147,7 @@ def _dense_folders(names: Sequence[str], locate: Callable[[str], Tree]) -> froze
     if "modules.json" not in names:
         return frozenset()
     try:
-        modules = json.loads(locate("modules.json").read("modules.json", _MAX_TEXT_BYTES))
+        modules = json.loads(locate("modules.json").read("modules.json", MAX_TEXT_BYTES))
     except (OSError, ValueError, RecursionError, DamagedError):
         return frozenset()
     listed = modules if isinstance(modules, list) else []
@@ -198,7 +198,7 @@ def read_json(tree: Tree, name: str) -> dict[str, Any]:
 def read_text(tree: Tree, name: str) -> str | None:
     """A small text file; None where there is none that can be read."""
     try:
-        return tree.read(name, _MAX_TEXT_BYTES).decode("utf-8", "replace")
+        return tree.read(name, MAX_TEXT_BYTES).decode("utf-8", "replace")
     except (OSError, DamagedError, UsageError):
         return None
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.checksums import hash_file, is_sealed, wrong_size
+from xpuquant.conversion.repo.checksums import hash_file, is_sealed, limit_of, wrong_size
 from xpuquant.conversion.repo.converted import Repo, open_repo
 from xpuquant.conversion.repo.journal import PROVENANCE
 from xpuquant.conversion.sources.repo_files import json_limit, list_files, parse_json
@@ -178,7 +178,7 @@ def _file(tree: Tree, name: str, sha256: str, progress: Progress, nbytes: Any = 
     if wrong is not None:
         return _wrong(name, wrong)
     try:
-        found = hash_file(tree, name, progress)
+        found = hash_file(tree, name, limit_of(nbytes), progress)
     except DamagedError as error:
         return _wrong(name, str(error))
     if found is None:

@@ -14,7 +14,7 @@ from xpuquant.conversion.repo.journal import STAGING, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.quantization import quantization_config
-from xpuquant.conversion.sources.repo_files import extra_files, find_files, list_files, parse_json
+from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, extra_files, find_files, list_files, parse_json
 from xpuquant.conversion.sources.weight_files import WeightFiles, parse_index, pick_weight_files
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, UsageError
@@ -115,29 +115,42 @@ def test_hidden_folders_of_tools_are_not_the_model(tmp_path: Path) -> None:
         find_files(tmp_path)
 
 
+SIZES = dict.fromkeys(("a", "b", "c"), 0)
+
+
 class TestJournal:
     def test_a_line_that_was_cut_short_is_dropped(self, tmp_path: Path) -> None:
         """And what is noted after it is not glued to its stump."""
         with Staging(tmp_path) as staging:
-            staging.begin("plan", Options(), force=False)
+            staging.begin("plan", Options(), SIZES, force=False)
             for name in ("a", "b", "c"):
                 (staging.folder / name).write_bytes(b"")
                 staging.finish(name, Finished(EMPTY, 0))
             path = tmp_path / STAGING / "journal.jsonl"
             path.write_bytes(path.read_bytes()[:-20])
         with Staging(tmp_path) as staging:
-            assert set(staging.begin("plan", Options(), force=False)) == {"a", "b"}
+            assert set(staging.begin("plan", Options(), SIZES, force=False)) == {"a", "b"}
             staging.finish("c", Finished(EMPTY, 0))
         with Staging(tmp_path) as staging:
-            assert set(staging.begin("plan", Options(), force=False)) == {"a", "b", "c"}
+            assert set(staging.begin("plan", Options(), SIZES, force=False)) == {"a", "b", "c"}
 
     def test_a_shard_that_is_not_what_was_noted_is_made_again(self, tmp_path: Path) -> None:
         with Staging(tmp_path) as staging:
-            staging.begin("plan", Options(), force=False)
+            staging.begin("plan", Options(), SIZES, force=False)
             (staging.folder / "a").write_bytes(b"torn")
             staging.finish("a", Finished(EMPTY, 0))
         with Staging(tmp_path) as staging:
-            assert staging.begin("plan", Options(), force=False) == {}
+            assert staging.begin("plan", Options(), SIZES, force=False) == {}
+
+    def test_a_shard_of_another_size_than_the_plan_s_is_not_read(self, tmp_path: Path) -> None:
+        """A journal may be a stranger's, and a sparse terabyte costs him nothing."""
+        with Staging(tmp_path) as staging:
+            staging.begin("plan", Options(), SIZES, force=False)
+            with (staging.folder / "a").open("wb") as file:
+                file.truncate(1 << 40)
+            staging.finish("a", Finished(EMPTY, 1 << 40))
+        with Staging(tmp_path) as staging:
+            assert staging.begin("plan", Options(), SIZES, force=False) == {}
 
     def test_nothing_is_left_of_a_run_that_was_refused(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "out"):
@@ -147,12 +160,12 @@ class TestJournal:
     def test_a_run_that_waited_does_not_drop_what_another_finished(self, tmp_path: Path) -> None:
         (tmp_path / "xpuquant.json").write_text("{}")
         with Staging(tmp_path) as staging, pytest.raises(UsageError, match="already holds a converted model"):
-            staging.begin("plan", Options(), force=False)
+            staging.begin("plan", Options(), SIZES, force=False)
 
     def test_the_lock_is_of_the_file_that_is_there(self, tmp_path: Path) -> None:
         """One that another run has just removed locks nobody out."""
         with Staging(tmp_path) as first:
-            first.begin("plan", Options(), force=False)
+            first.begin("plan", Options(), SIZES, force=False)
             with pytest.raises(UsageError, match="another conversion"), Staging(tmp_path):
                 pass
 
@@ -163,17 +176,17 @@ class TestChecksums:
         path.write_bytes(bytes(range(256)) * 40_000)
         told: list[int] = []
         assert (
-            hash_file(Tree(tmp_path), "shard", told.append)
-            == hash_file(Tree(tmp_path), "shard")
+            hash_file(Tree(tmp_path), "shard", MAX_COPIED_BYTES, told.append)
+            == hash_file(Tree(tmp_path), "shard", MAX_COPIED_BYTES)
             == hashlib.sha256(path.read_bytes()).hexdigest()
         )
         assert sum(told) == path.stat().st_size and len(told) > 1
 
     def test_no_file_has_none_and_no_folder_any(self, tmp_path: Path) -> None:
-        assert hash_file(Tree(tmp_path), "nothing") is None
+        assert hash_file(Tree(tmp_path), "nothing", 9) is None
         (tmp_path / "folder").mkdir()
         with pytest.raises(DamagedError, match="is a folder, not a file"):
-            hash_file(Tree(tmp_path), "folder")
+            hash_file(Tree(tmp_path), "folder", 9)
 
     def test_a_sealed_file_tells_any_change(self) -> None:
         sealed = seal(b'{"sha256": "' + b"0" * 64 + b'", "files": {"a": "b"}}')

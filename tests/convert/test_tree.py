@@ -9,9 +9,11 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from xpuquant.conversion.repo.checksums import hash_file
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.walk import is_hidden, wrong_name
 from xpuquant.errors import DamagedError, UsageError, XpuquantError
@@ -127,10 +129,17 @@ def test_links_of_the_hub_cache(tmp_path: Path) -> None:
         tree.read("z", 9)
 
 
+def copied(tree: Tree, name: str) -> None:
+    with TemporaryDirectory() as room:
+        given = Tree(Path(room))
+        given.write(name, b"x")
+        tree.copy_from(given, name, 9)
+
+
 CHANGES: dict[str, Callable[[Tree, str], object]] = {
     "create": lambda tree, name: os.close(tree.create(name)),
     "write": lambda tree, name: tree.write(name, b"x"),
-    "copy": lambda tree, name: tree.copy_from(tree, "file", name),
+    "copy": copied,
     "move": lambda tree, name: tree.move("file", tree, name),
     "remove": lambda tree, name: tree.remove(name),
     "drop": lambda tree, name: tree.drop(name),
@@ -186,7 +195,7 @@ def test_only_regular_files_are_opened(
         lambda: tree.read("odd", 9),
         lambda: tree.size("odd"),
         lambda: tree.update("odd", os.O_RDWR),
-        lambda: tree.copy_from(tree, "odd", "new"),
+        lambda: tree.copy_from(tree, "odd", 9),
         lambda: tree.move("odd", tree, "new"),
     ):
         with pytest.raises(DamagedError, match=r"is a (pipe|socket|folder), not a file"):
@@ -215,6 +224,49 @@ def test_what_is_parsed_is_bounded(place: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(DamagedError, match="too large"):
         Tree(place).read("sparse", 1 << 20)
+
+
+READ_THROUGH: dict[str, Callable[[Tree, int], object]] = {
+    "chunks": lambda tree, limit: next(tree.chunks("sparse", limit)),
+    "copy": lambda tree, limit: tree.below("new").copy_from(tree, "sparse", limit),
+    "sha256": lambda tree, limit: hash_file(tree, "sparse", limit),
+}
+
+
+@pytest.mark.parametrize("how", READ_THROUGH)
+def test_what_is_read_through_is_bounded(how: str, place: Path) -> None:
+    """Whoever reads a whole file says how large it may be: of a larger one nothing is read, and nothing made."""
+    with (place / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    tree = Tree(place)
+    with pytest.raises(DamagedError, match=r"sparse: has 1099511627776 bytes, more than the 1048576 that it may have"):
+        READ_THROUGH[how](tree, 1 << 20)
+    assert not (place / "new").exists()
+    (place / "sparse").write_bytes(b"xy")
+    READ_THROUGH[how](tree, 2)
+
+
+def test_a_file_that_is_somebody_else_s_too(place: Path) -> None:
+    os.link(place.parent / "victim", place / "x")
+    tree = Tree(place)
+    for call in (
+        lambda: tree.read("x", 9, sole=True),
+        lambda: tree.open("x", sole=True),
+        lambda: tree.check_sole("x"),
+    ):
+        with pytest.raises(UsageError, match=r"x: has a second name elsewhere \(a hard link\)"):
+            call()
+    assert tree.read("x", 9) == b"precious" and tree.read("file", 9, sole=True) == b"ours"
+
+
+def test_a_link_out_of_a_folder_of_the_folder(place: Path) -> None:
+    """What lies in `sub` may not lead to what is beside it, whether or not that may be copied."""
+    (place / "sub" / "x").symlink_to("../file")
+    (place / "sub" / "y").symlink_to("../.git/config")
+    for name in ("x", "y"):
+        with pytest.raises(UsageError, match="is a link out of the folder"):
+            Tree(place).below("sub").read(name, 9)
+    assert Tree(place).read("sub/x", 9) == b"ours"
 
 
 def test_a_new_file_follows_the_umask_and_replaces_what_was_there(place: Path) -> None:

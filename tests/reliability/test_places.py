@@ -3,18 +3,22 @@ its bounds. A few of the cases that scripts/lanes/trust plays by the thousand, a
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.checkpoints import FIXTURES
 from support.fuzz.case import command
 from support.fuzz.deal import cases
-from support.fuzz.places import SECRET, Prepared, play_place
+from support.fuzz.places import SECRET, Prepared, contents, in_time, play_place, publishable
 from support.fuzz.tally import count
 
 pytest_plugins = "support.fuzz.fixtures"
@@ -87,6 +91,81 @@ def test_whatever_is_in_the_way_in_the_output_is_said_before_the_work(
             else:
                 assert code == 2 and f"error: {place}: is " in error and error.count("\n") == 1, error
             assert sorted(path.relative_to(out) for path in out.rglob("*")) == there
+
+
+@pytest.mark.parametrize("name", ["verify --source", "push", "convert", "convert --force"])
+def test_no_file_is_read_further_than_it_may_go(name: str, prepared: Prepared, tmp_path: Path) -> None:
+    """Every file of a finished output, and of one that was stopped, as a sparse terabyte: said by its size, or made
+    anew, and not read for an hour."""
+    before, out = prepared.staged if name == "convert" else prepared.out, tmp_path / "out"
+    commands: dict[str, Callable[[], object]] = {
+        "verify --source": lambda: command(
+            *("verify", str(out), "--backend", "reference", "--source", str(prepared.source))
+        ),
+        "push": lambda: publishable(out),
+        "convert": lambda: command(*prepared.convert(prepared.source, out)),
+        "convert --force": lambda: command(*prepared.convert(prepared.source, out, "--force")),
+    }
+    for file in sorted(path.relative_to(before) for path in before.rglob("*") if path.is_file()):
+        shutil.copytree(before, out)
+        with (out / file).open("r+b") as sparse:
+            sparse.truncate(1 << 40)
+        with in_time():
+            commands[name]()
+        shutil.rmtree(out)
+
+
+def test_a_card_that_is_somebody_else_s_file_goes_into_no_other(prepared: Prepared, tmp_path: Path) -> None:
+    """Where it lies in OUT, and where an earlier run set it aside: said before the work, and nothing is lost."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(SECRET)
+    cards = ("README.md", ".xpuquant/README.earlier.md")
+    for number, (before, name) in enumerate(itertools.product((prepared.out, prepared.staged), cards)):
+        out = tmp_path / f"out-{number}"
+        shutil.copytree(before, out)
+        (out / "xpuquant.json").touch()  # a run that was stopped while it published left one
+        (out / name).unlink(missing_ok=True)
+        (out / name).parent.mkdir(exist_ok=True)
+        os.link(secret, out / name)
+        there = contents(out)
+        code, _, error = command(*prepared.convert(prepared.source, out, "--force"))
+        assert code == 2 and f"{out / name}: has a second name elsewhere" in error and error.count("\n") == 1, error
+        assert contents(out).items() ^ there.items() <= {(".xpuquant/lock", hashlib.sha256().hexdigest())}
+        (out / name).unlink()
+        assert command(*prepared.convert(prepared.source, out, "--force"))[0] == 0
+
+
+def test_a_card_that_is_no_card_by_its_size_is_not_lost(prepared: Prepared, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(prepared.out, out)
+    with (out / "README.md").open("ab") as card:
+        card.write(b"people's words " * (1 << 19))
+    there = contents(out)
+    code, _, error = command(*prepared.convert(prepared.source, out, "--force"))
+    assert code == 3 and "README.md: is too large for what it is (more than 4 MiB)" in error
+    assert contents(out) == there
+
+
+def test_what_is_somebody_else_s_file_is_not_published(prepared: Prepared, tmp_path: Path) -> None:
+    """Every file that the record does not know by its sha256. Those that it knows may have as many names as they like:
+    copies that share their bytes are made so."""
+    record = json.loads((prepared.out / "xpuquant.json").read_bytes())
+    known = {*record["shards"], *record["files"]}
+    out = tmp_path / "out"
+    shutil.copytree(prepared.out, out)
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} | {"notes.txt"}
+    assert len(names - known) >= 5
+    for name in sorted(names):
+        (out / name).touch()
+        other = tmp_path / "other"
+        os.link(out / name, other)
+        code, _, error = publishable(out)
+        if name in known:
+            assert code == 0, error
+        else:
+            assert code == 2 and f"{out / name}: has a second name elsewhere" in error
+        other.unlink()
+    assert publishable(out)[0] == 0
 
 
 def test_a_secret_is_not_copied_under_another_name(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ STAGED = {
 def published(out: Path, acts: Mapping[int, Callable[[], None]]) -> int:
     """Stage files as a conversion does, and publish them; returns how often the file system was asked meanwhile."""
     with Staging(out) as staging:
-        staging.begin("a plan", Options(), force=False)
         shard, *others = STAGED
+        staging.begin("a plan", Options(), {shard: len(STAGED[shard])}, force=False)
         staging.files.write(shard, STAGED[shard])
         staging.finish(shard, Finished(hashlib.sha256(STAGED[shard]).hexdigest(), len(STAGED[shard])))
         files = {name: staging.files.write(name, STAGED[name]) for name in others}

@@ -79,6 +79,11 @@ def write_header(file: Path, header: dict[str, Any], data: bytes) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
+def is_readable(file: Path) -> bool:
+    """Whether a file can be read whole by who damages it: no pipe, which would wait for ever, no sparse terabyte."""
+    return file.is_file() and file.stat().st_size < 1 << 30
+
+
 def reseal(folder: Path) -> None:
     """Record the sha256 of the damaged files, as a converter that wrote them so would have."""
     path = folder / "xpuquant.json"
@@ -86,7 +91,7 @@ def reseal(folder: Path) -> None:
     for table, of in (("shards", lambda e: e), ("files", None)):
         for name in list(record[table]):
             file = folder / name
-            if not file.exists():
+            if not is_readable(file):
                 continue
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             if of is None:

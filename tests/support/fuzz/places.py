@@ -35,6 +35,7 @@ SECONDS = 20
 """For one case, by the clock: a command that waits for a pipe waits for ever."""
 
 SECRET = b"a token that nobody may publish"
+SECRET_SHA256 = hashlib.sha256(SECRET).hexdigest()
 RECORDS = ("xpuquant.json", "verify.json", "config.json", ".xpuquant/journal.jsonl")
 NAMES = (
     *(
@@ -191,7 +192,7 @@ def forge(rng: random.Random, path: Path) -> str:
 
 def flip(rng: random.Random, out: Path) -> str:
     """A bit of a shard, and everything that was recorded recorded again."""
-    shards = sorted(out.glob("model*.safetensors"))
+    shards = sorted(filter(inject.is_readable, out.glob("model*.safetensors")))
     path = rng.choice(shards)
     data = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
@@ -277,10 +278,10 @@ def publishable(out: Path) -> tuple[int, str, str]:
         blobs = hash_files(Tree(out), names)
     except XpuquantError as error:
         return error.exit_code, "", f"error: {error}\n"
-    # What was put there as a file is its owner's; under the name of a link it is not.
-    sent = {name for name, blob in blobs.items() if blob.sha256 == hashlib.sha256(SECRET).hexdigest()}
-    linked = sorted(name for name in sent if (out / name).is_symlink())
-    return (70, "", f"error: internal error: would send {linked}\n") if linked else (0, "", "")
+    # Under whatever name it came there: nobody has put it there as a file but who knows its sha256.
+    listed = json.loads((out / "xpuquant.json").read_bytes())["files"]
+    sent = sorted(name for name, blob in blobs.items() if SECRET_SHA256 == blob.sha256 != listed.get(name))
+    return (70, "", f"error: internal error: would send {sent}\n") if sent else (0, "", "")
 
 
 def play_place(seed: int, prepared: Prepared, room: Path) -> tuple[str, int, str | None]:
@@ -299,7 +300,8 @@ def play_place(seed: int, prepared: Prepared, room: Path) -> tuple[str, int, str
     done: list[str] = [state]
     touched = out if state != "none" and rng.random() < 0.7 else source
     for _ in range(rng.choice([0, 1, 1, 1, 2])):
-        done.append(_act(rng, touched, outside, state))
+        with in_time():
+            done.append(_act(rng, touched, outside, state))
     try:
         return _outcome(rng, prepared, room, state, touched is out, done)
     finally:
@@ -308,9 +310,9 @@ def play_place(seed: int, prepared: Prepared, room: Path) -> tuple[str, int, str
 
 def _act(rng: random.Random, root: Path, outside: Path, state: str) -> str:
     how = rng.random()
-    if how < 0.2 and (root / "xpuquant.json").is_file():
+    if how < 0.2 and inject.is_readable(root / "xpuquant.json"):
         return forge(rng, root / "xpuquant.json")
-    if how < 0.3 and (root / "xpuquant.json").is_file() and any(root.glob("model*.safetensors")):
+    if how < 0.3 and inject.is_readable(root / "xpuquant.json") and any(root.glob("model*.safetensors")):
         with suppress(Exception):  # what an earlier act left cannot be sealed
             return flip(rng, root)
         return "nothing to flip"
@@ -331,6 +333,7 @@ def _outcome(
 ) -> tuple[str, int, str | None]:
     source, out, outside = room / "source", room / "out", room / "outside"
     canaries, given, there = outside_state(outside), contents(source), contents(out) if out.exists() else {}
+    numbers = {file: (out / file).stat().st_ino for file, what in there.items() if what == SECRET_SHA256}
     verify = ["verify", str(out), "--backend", "reference"]
     commands: dict[str, Callable[[], tuple[int, str, str]]] = {
         "convert": lambda: command(*prepared.convert(source, out)),
@@ -362,10 +365,10 @@ def _outcome(
     if contents(source) != given:
         return said, code, "the source was changed"
     after = contents(out) if out.exists() else {}
-    secret = hashlib.sha256(SECRET).hexdigest()
     # A regular file of the source is the source's, whatever other names it has.
-    theirs = {file for file, what in given.items() if what == secret}
-    fresh = {file for file, what in after.items() if what == secret and there.get(file) != secret} - theirs
+    theirs = {file for file, what in given.items() if what == SECRET_SHA256}
+    holding = {file for file, what in after.items() if what == SECRET_SHA256} - theirs
+    fresh = {file for file in holding if numbers.get(file) != (out / file).stat().st_ino}
     if fresh and name.startswith("convert"):
         return said, code, f"a secret came into OUT: {fresh}"
     if name.startswith(("convert", "finish")):
