@@ -318,8 +318,9 @@ def _act(rng: random.Random, root: Path, outside: Path, state: str) -> str:
         return "nothing to flip"
     name, act = rng.choice(NAMES), rng.choice(ACTS)
     path = root / name
-    if not path.parent.resolve().is_relative_to(root.resolve()) or (path.parent.exists() and not path.parent.is_dir()):
-        return "nothing"
+    folders = [root / folder for folder in list(Path(name).parents)[:-1]]
+    if any(folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()) for folder in folders):
+        return "nothing"  # an earlier act was on the way
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
