@@ -173,6 +173,11 @@ class Tree(Walk):
         status = self._status(name)
         return status is not None and stat.S_ISREG(status.st_mode)
 
+    def why_no_file(self, name: str) -> str | None:
+        """What lies under a name in place of a regular file, in words; None where one does, or nothing."""
+        status = self._status(name)
+        return None if status is None or stat.S_ISREG(status.st_mode) else not_a_file(status)
+
     def is_folder(self, name: str) -> bool:
         """Whether a folder has this very name: no link to one."""
         status = self._status(name)

@@ -89,8 +89,9 @@ def _converted(result: Converted, output: Output) -> Answer:
 def _looked_at(plan: Planned) -> str:
     """What was compared of a conversion that was finished before: see `runs/request.py`."""
     if plan.source.revision is not None:
-        return "the commit of the source, the options and the sizes of the shards"
-    return "the options, the sizes of the shards, some rows of each module and the start of each other tensor"
+        return "the commit of the source, the options, the sizes of the shards and the sha256 of the other files"
+    weights = "some rows of each module and the start of each other tensor"
+    return f"the options, the sizes of the shards, {weights}; the sha256 of the other files"
 
 
 def _part(result: PartConverted) -> Answer:

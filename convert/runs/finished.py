@@ -13,11 +13,14 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.tree import Tree
 
+_BESIDE = ("README.md", "verify.json", "verify.md", "verify.html", "verify.svg")
+"""What a conversion writes and its record has no sha256 of."""
+
 
 def is_finished(out: Path) -> bool:
-    """Whether a folder holds a finished conversion: nothing is staged there any more."""
+    """Whether a folder holds a finished conversion, or what is left of one: nothing is staged there any more."""
     tree = Tree(out)
-    return out.is_dir() and not tree.holds_anything(STAGING) and tree.holds(PROVENANCE) and tree.holds("config.json")
+    return out.is_dir() and not tree.holds_anything(STAGING) and tree.holds(PROVENANCE)
 
 
 def converted_shards(out: Path, source: Source, options: Options) -> dict[str, Finished] | None:
@@ -33,9 +36,12 @@ def converted_shards(out: Path, source: Source, options: Options) -> dict[str, F
     return shards if whole else None
 
 
-def changed_file(out: Path) -> str | None:
+def changed_file(out: Path, weights: bool = True) -> str | None:
     """The first file of a finished conversion that is not what its record says was written, in words; None where all
-    are. Reads every file.
+    are. Of the card and the reports, which may be edited and removed, whether they are files.
+
+    Args:
+        weights: read the shards too, and not only their sizes.
 
     Raises:
         DamagedError: the record is none that a conversion writes. EnvironmentFault: a file cannot be read.
@@ -45,11 +51,18 @@ def changed_file(out: Path) -> str | None:
     tree, record = Tree(out), read_record(Tree(out))
     sizes = {name: entry["bytes"] for name, entry in record["shards"].items()}
     written = {**record["files"], **{name: entry["sha256"] for name, entry in record["shards"].items()}}
+    for name in _BESIDE:
+        if (odd := tree.why_no_file(name)) is not None:
+            return f"{out / name} {odd}"
     for name, sha256 in written.items():
         if not tree.holds_anything(name):
             return f"{out / name} is missing, and the conversion wrote it"
+        if (odd := tree.why_no_file(name)) is not None:
+            return f"{out / name} {odd}"
         nbytes = sizes.get(name)
-        if wrong_size(tree, name, nbytes) is not None or hash_file(tree, name, limit_of(nbytes)) != sha256:
+        is_read = weights or name in record["files"]
+        is_changed = wrong_size(tree, name, nbytes) is not None
+        if is_changed or (is_read and hash_file(tree, name, limit_of(nbytes)) != sha256):
             return f"{out / name} is not what the conversion wrote"
     return None
 

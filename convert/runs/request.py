@@ -193,6 +193,8 @@ _AGAIN = ("to convert again, pass ", Argument("force", True))
 def _converted_before(out: Path, source: Source, options: Options, fix: Sequence[object]) -> Converted | None:
     """The finished conversion of this source with these options that a folder holds; None where it holds none.
 
+    What is left of one is not said to be finished: a file that is missing, or is not what was written, is named.
+
     A commit names what was converted. A folder's name and size do not: some rows of every module are compared. Where
     they differ, the digests of the record tell files that have changed since from another source.
 
@@ -202,6 +204,10 @@ def _converted_before(out: Path, source: Source, options: Options, fix: Sequence
     Raises:
         UsageError: of another source. DamagedError: a file is not what the conversion wrote.
     """
+    if not is_finished(out):
+        return None
+    if (changed := changed_file(out, weights=False)) is not None:
+        raise DamagedError(f"{changed}; ", *fix)
     shards = converted_shards(out, source, options)
     if shards is None:
         return None

@@ -12,7 +12,7 @@ from support.hub.process import Hub
 
 import xpuquant
 from xpuquant.conversion.cli.app import run
-from xpuquant.errors import UsageError
+from xpuquant.errors import DamagedError, UsageError
 
 pytest_plugins = "support.hub.fixtures"
 
@@ -197,11 +197,12 @@ def test_what_was_looked_at_is_said_with_what_looks_at_all(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = Path(shutil.copytree(converted, tmp_path / "out"))
-    path = out / "tokenizer.json"
-    path.write_text(path.read_text() + " ")
+    path = max(out.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\xee")
     assert run(["convert", str(SOURCE), str(out), "--max-shard-size", "40kB"]) == 0
     said = capsys.readouterr().out
     assert "the options, the sizes of the shards, some rows of each module and the start of each other tensor" in said
+    assert "the sha256 of the other files" in said
     assert f"all of it: xpuquant verify {out}" in said
     assert run(["verify", str(out), "--backend", "reference", "-q"]) == 1
 
@@ -209,5 +210,5 @@ def test_what_was_looked_at_is_said_with_what_looks_at_all(
 def test_a_shard_that_is_gone_is_no_finished_conversion(tmp_path: Path) -> None:
     xpuquant.convert(SOURCE, tmp_path / "out", verify=False)
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UsageError, match="force=True"):
+    with pytest.raises(DamagedError, match=r"model\.safetensors is not what the conversion wrote.*force=True"):
         xpuquant.convert(SOURCE, tmp_path / "out")

@@ -93,6 +93,35 @@ def test_whatever_is_in_the_way_in_the_output_is_said_before_the_work(
             assert sorted(path.relative_to(out) for path in out.rglob("*")) == there
 
 
+def left_as(what: str, path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if what == "a pipe":
+        os.mkfifo(path)
+    elif what == "a folder":
+        path.mkdir()
+    elif what == "a link":
+        path.with_name("moved").write_bytes(content)
+        path.symlink_to("moved")
+    elif what != "missing":
+        path.write_bytes(content + b" ")
+
+
+@pytest.mark.parametrize("what", ["missing", "a pipe", "a folder", "a link", "not what the conversion wrote"])
+def test_what_is_left_of_a_conversion_is_not_said_to_be_finished(what: str, prepared: Prepared, tmp_path: Path) -> None:
+    """Every file of it. A card and reports may be edited, and removed."""
+    for name in sorted(prepared.written.keys() - {"xpuquant.json"}):
+        out = tmp_path / "out"
+        shutil.copytree(prepared.out, out)
+        left_as(what, out / name)
+        code, text, error = command(*prepared.convert(prepared.source, out))
+        if name.startswith(("verify.", "README")) and what in ("missing", "not what the conversion wrote"):
+            assert code == 0 and json.loads(text)["proof"] is None  # nothing was done
+        else:
+            assert code == 3 and f"{out / name} is {what}" in error and "pass --force" in error, error
+        shutil.rmtree(out)
+
+
 @pytest.mark.parametrize("name", ["verify --source", "push", "convert", "convert --force"])
 def test_no_file_is_read_further_than_it_may_go(name: str, prepared: Prepared, tmp_path: Path) -> None:
     """Every file of a finished output, and of one that was stopped, as a sparse terabyte: said by its size, or made
