@@ -17,6 +17,8 @@ from support.twins import write_twin  # noqa: E402
 import xpuquant  # noqa: E402
 
 FIXTURES = {
+    "autoawq-mixtral-w4g32-asym",
+    "autoawq-qwen3moe-w4g32-asym",
     "gptqmodel-qwen3moe-w4g32-asym-as-awq",
     "gptqmodel-qwen3moe-w8g32-asym",
     "llmcompressor-qwen3moe-w4a16-asym",

@@ -20,6 +20,8 @@ from support.twins import write_twin
 import xpuquant
 
 FIXTURES = {
+    "autoawq-mixtral-w4g32-asym",
+    "autoawq-qwen3moe-w4g32-asym",
     "gptqmodel-qwen3moe-w4g32-asym-as-awq",
     "gptqmodel-qwen3moe-w8g32-asym",
     "llmcompressor-qwen3moe-w4a16-asym",
@@ -29,11 +31,11 @@ FIXTURES = {
     "modelopt-llama-nvfp4",
     "modelopt-llama4-nvfp4",
 }
-ALWAYS = {"gptqmodel-qwen3moe-w4g32-asym-as-awq", "modelopt-llama4-nvfp4"}
-"""Experts with zero points in AWQ's packing, and in one tensor of each projection."""
+ALWAYS = {"autoawq-qwen3moe-w4g32-asym", "modelopt-llama4-nvfp4"}
+"""Experts with zero points in AWQ's packing, by AutoAWQ, and in one tensor of each projection."""
 PLAYED = FIXTURES | LAID_OUT if "XPUQUANT_CHECKPOINTS" in os.environ else ALWAYS
 NAMES = sorted(name for name in all_checkpoints() if name in PLAYED)
-EXPERT = [name for name in NAMES if "moe" in name or "llama4" in name]
+EXPERT = [name for name in NAMES if any(kind in name for kind in ("moe", "mixtral", "llama4"))]
 UNQUANTIZED = {"gptq/gptqmodel-qwen3moe-w4g64"}
 """Whose second layer its producer left alone: stock vLLM's CPU kernel, which computes it, knows no experts of other
 ranks and reads beyond its own."""
