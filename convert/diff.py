@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xpuquant.conversion.progress import Reporter
-from xpuquant.conversion.sources.open import no_such_folder, or_no_such_folder
+from xpuquant.conversion.sources.open import on_the_hub, or_no_such_folder
 from xpuquant.conversion.sources.repo_files import list_files, read_json
 from xpuquant.conversion.sources.shard_reader import ShardReader
 from xpuquant.conversion.sources.weight_files import index_file, parse_index, pick_weight_files
 from xpuquant.conversion.tree import Tree
-from xpuquant.errors import DamagedError, UsageError
+from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
 from xpuquant.formats.dtypes import BITS
 from xpuquant.formats.safetensors import Tensor
@@ -109,7 +109,7 @@ class Tensors:
         self._remote: Remote | None = None
         path = Path(name)
         if not path.exists():
-            path, self._remote = _on_the_hub(name)
+            path, self._remote = _repository(name)
         if self._remote is not None:
             remote = self._remote
             self.block = _RANGE_BYTES
@@ -158,23 +158,22 @@ def _shards(names: Sequence[str], read: Callable[[str], dict[str, Any]]) -> tupl
     return pick_weight_files(names, index, index_name).shards
 
 
-def _on_the_hub(name: str) -> tuple[Path, Remote | None]:
+def _repository(name: str) -> tuple[Path, Remote | None]:
     """A repository on the Hub; where the client is offline, its folder in the cache instead."""
     from xpuquant.conversion.hub.client import connect, is_offline  # folders need no client of the Hub
-    from xpuquant.conversion.sources.hub import CachedSource, Remote, is_repo_id, open_hub
+    from xpuquant.conversion.sources.hub import CachedSource, Remote, open_hub
 
-    if not is_repo_id(name):
-        raise UsageError(no_such_folder(Path(name)))
+    repo, revision = on_the_hub(name)
     with or_no_such_folder(name):
         if is_offline():
-            source = open_hub(name)
+            source = open_hub(repo, revision)
             assert isinstance(source, CachedSource)
             return source.folder, None
-        return Path(name), Remote(connect(), name, None)
+        return Path(name), Remote(connect(), repo, revision)
 
 
 def compare(a: str, b: str, *, values: bool, decode: bool = True, reporter: Reporter) -> Difference:
-    """Compare two of: a folder, a file, `owner/name` on the Hub.
+    """Compare two of: a folder, a file, `owner/name` or `owner/name@revision` on the Hub.
 
     Args:
         values: compare bytes.

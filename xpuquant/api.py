@@ -27,21 +27,20 @@ from xpuquant.arguments import public
 from xpuquant.conversion.decoded_diff import ModuleValues
 from xpuquant.conversion.diff import Difference, compare
 from xpuquant.conversion.doctor import BackendHealth, Diagnosis, examine
-from xpuquant.conversion.explanation import Explanation, explain_module
+from xpuquant.conversion.explanation import Explanation, look_into
 from xpuquant.conversion.hub import publish
 from xpuquant.conversion.hub.publish import Pushed
 from xpuquant.conversion.hub.target import Destination
 from xpuquant.conversion.inspection import CONTEXT, RANKS, Inspection, look_at
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.progress import Calls, ProgressCallback, Reporter, Silent
-from xpuquant.conversion.repo.description import ConvertedRepo
+from xpuquant.conversion.repo.description import ConvertedRepo, StoredModule
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.source_card import CardFields
 from xpuquant.conversion.results import Converted, ModuleOutcome, PartConverted, Planned
 from xpuquant.conversion.runs import request as runs
 from xpuquant.conversion.runs.checking import verify_folder
 from xpuquant.conversion.runs.parts import parse_part
-from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.errors import UsageError
 
@@ -60,6 +59,7 @@ __all__ = [
     "PartConverted",
     "Planned",
     "Pushed",
+    "StoredModule",
     "Verdict",
     "convert",
     "convert_part",
@@ -394,8 +394,9 @@ def push(
 @public
 def explain(
     source: StrPath, module: str, *, on_unsupported: str = "refuse", revision: str | None = None
-) -> Explanation:
-    """One module of a checkpoint: its tensors, what was decided from them, what it becomes, which kernel runs it.
+) -> Explanation | StoredModule:
+    """One module of a checkpoint: its tensors, what was decided from them, what it becomes, which kernel runs it. Of a
+    converted repo: what it was, what was decided then, what it is stored as.
 
     Args:
         module: its name, or that of a tensor or an expert of it.
@@ -404,7 +405,7 @@ def explain(
     Raises:
         UsageError: no quantized module is called so. Otherwise as `inspect`.
     """
-    return explain_module(open_source(os.fspath(source), revision), module, Options(on_unsupported=on_unsupported))
+    return look_into(os.fspath(source), revision, module, Options(on_unsupported=on_unsupported))
 
 
 @public

@@ -26,12 +26,10 @@ def _completes(choices: Sequence[str]) -> Callable[[str], list[str]]:
     return completed
 
 
-SourceArgument = Annotated[
-    str, typer.Argument(metavar="SRC", help="Folder with a quantized checkpoint, or OWNER/NAME on the Hub.")
-]
-ToConvertArgument = Annotated[
-    str | None, typer.Argument(metavar="SRC", help="Folder with a quantized checkpoint, or OWNER/NAME on the Hub.")
-]
+_SOURCE = "Folder with a quantized checkpoint, or OWNER/NAME or OWNER/NAME@REVISION on the Hub."
+
+SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help=_SOURCE)]
+ToConvertArgument = Annotated[str | None, typer.Argument(metavar="SRC", help=_SOURCE)]
 FromOption = Annotated[
     str | None,
     typer.Option(
@@ -57,7 +55,10 @@ OutConvertedArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folde
 
 OutCheckedArgument = Annotated[
     str,
-    typer.Argument(metavar="OUT", help="Folder that `convert` wrote, or OWNER/NAME of a converted repo on the Hub."),
+    typer.Argument(
+        metavar="OUT",
+        help="Folder that `convert` wrote, or a converted repo on the Hub: OWNER/NAME or OWNER/NAME@REVISION.",
+    ),
 ]
 
 # What changes the bytes of the output.
@@ -191,7 +192,11 @@ ReportOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder to write verify.json, .md, .html and .svg into.")
 ]
 FirstArgument = Annotated[
-    str, typer.Argument(metavar="A", help="Folder with safetensors, a .safetensors file, or OWNER/NAME on the Hub.")
+    str,
+    typer.Argument(
+        metavar="A",
+        help="Folder with safetensors, a .safetensors file, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.",
+    ),
 ]
 SecondArgument = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
 ValuesOption = Annotated[

@@ -107,16 +107,16 @@ def explain(
     quiet: args.QuietOption = False,
     verbose: args.VerboseOption = False,
 ) -> None:
-    """One module: its tensors, decisions, layout and kernel. The decisions are those made from its tensors."""
-    from xpuquant.conversion.cli.explain_answers import explained
+    """One module: its tensors, decisions, layout and kernel. The decisions are those made from its tensors. Of a
+    converted repo: what it was, and what it is stored as."""
+    from xpuquant.conversion.cli.explain_answers import explained, stored_module
     from xpuquant.conversion.cli.output import Output
-    from xpuquant.conversion.explanation import explain_module
+    from xpuquant.conversion.explanation import Explanation, look_into
     from xpuquant.conversion.options import Options
-    from xpuquant.conversion.sources.open import open_source
 
     output = Output(as_json, quiet, verbose)
-    options = Options(on_unsupported=on_unsupported)
-    output.answer(explained(explain_module(open_source(source, revision), module, options)))
+    found = look_into(source, revision, module, Options(on_unsupported=on_unsupported))
+    output.answer(explained(found) if isinstance(found, Explanation) else stored_module(found))
 
 
 def formats(

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from xpuquant.conversion.cli.inspect_answers import at_commit
 from xpuquant.conversion.cli.output import Answer
 from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.sizes import size
 
 if TYPE_CHECKING:
     from xpuquant.conversion.explanation import Explanation
-    from xpuquant.conversion.results import TensorInfo
+    from xpuquant.conversion.repo.description import StoredModule
+    from xpuquant.conversion.results import ModuleOutcome, TensorInfo
     from xpuquant.formats.layouts.base import Layout
     from xpuquant.formats.readers.base import Reader
 
@@ -20,20 +22,14 @@ _MAX_TENSORS = 20
 
 
 def explained(found: Explanation) -> Answer:
-    """The end of `explain`."""
+    """The end of `explain`, of a checkpoint's module."""
     facts = [("module", found.name)]
     if found.outcome is None:
         facts.append(("refused", found.refused or ""))
         brief = f"{found.name} is refused: {found.refused}"
     else:
-        stored = found.outcome.scheme or "bf16 (dequantized)"
-        facts += [
-            ("is", found.outcome.source),
-            ("stored as", f"{stored}, {size(found.outcome.nbytes)}"),
-            ("XPU kernel", found.outcome.kernel or "bf16 matmul"),
-            ("vllm-xpu-kernels", found.outcome.releases or "any"),
-        ]
-        brief = f"{found.name}: {found.outcome.source} → {stored}"
+        facts += [("is", found.outcome.source), *_kept(found.outcome)]
+        brief = f"{found.name}: {found.outcome.source} → {_scheme(found.outcome)}"
     parts: list[str | TextTable] = [TextTable("", ("", ""), facts)]
     if found.outcome is not None:
         parts.append(TextTable("decided from its tensors", ("",), [(fact,) for fact in found.outcome.decisions]))
@@ -41,6 +37,35 @@ def explained(found: Explanation) -> Answer:
     if found.written:
         parts.append(_table("written as", found.written))
     return Answer(parts, asdict(found), brief)
+
+
+def stored_module(found: StoredModule) -> Answer:
+    """The end of `explain`, of a converted repo's module."""
+    one, origin = found.outcome, found.origin
+    facts = [("module", found.name), ("was", f"{one.source} in {at_commit(origin)}"), *_kept(one)]
+    return Answer(
+        [
+            TextTable("", ("", ""), facts),
+            TextTable("was decided from its tensors", ("",), [(fact,) for fact in one.decisions]),
+            TextTable("was made of", ("",), [(name,) for name in found.source_tensors], most=_MAX_TENSORS),
+            _table("lies in", found.stored),
+        ],
+        asdict(found),
+        f"{found.name}: {one.source} → {_scheme(one)}",
+    )
+
+
+def _scheme(outcome: ModuleOutcome) -> str:
+    return outcome.scheme or "bf16 (dequantized)"
+
+
+def _kept(outcome: ModuleOutcome) -> list[tuple[str, str]]:
+    """What it is stored as, and what reads that."""
+    return [
+        ("stored as", f"{_scheme(outcome)}, {size(outcome.nbytes)}"),
+        ("XPU kernel", outcome.kernel or "bf16 matmul"),
+        ("vllm-xpu-kernels", outcome.releases or "any"),
+    ]
 
 
 def _table(title: str, tensors: Sequence[TensorInfo]) -> TextTable:

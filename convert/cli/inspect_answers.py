@@ -47,9 +47,9 @@ def _converted_repo(found: ConvertedRepo) -> Answer:
     asked = [] if found.options is None else [str(argument) for argument in found.options.asked()]
     what = f"converted by {found.producer}"
     facts = [
-        ("repo", _at_commit(repo)),
+        ("repo", at_commit(repo)),
         ("is", f"{what}{' with ' * bool(asked)}{', '.join(asked)}"),
-        ("from", f"{_at_commit(origin)}, {size(origin.nbytes)}"),
+        ("from", f"{at_commit(origin)}, {size(origin.nbytes)}"),
         (
             "size",
             f"{size(repo.nbytes)}, {_modules(found.modules)}, {counted(found.plain, 'other tensor')}",
@@ -71,7 +71,7 @@ def _converted_repo(found: ConvertedRepo) -> Answer:
     return Answer(
         [TextTable("", ("", ""), facts), modules_table(found.modules), check, serve],
         data,
-        f"{what} from {_at_commit(origin)}; its report says: {found.verified or _NO_REPORT}",
+        f"{what} from {at_commit(origin)}; its report says: {found.verified or _NO_REPORT}",
     )
 
 
@@ -82,7 +82,8 @@ def _modules(modules: Sequence[ModuleOutcome]) -> str:
     return f"{said}, {dequantized:,} dequantized" if dequantized else said
 
 
-def _at_commit(info: SourceInfo) -> str:
+def at_commit(info: SourceInfo) -> str:
+    """A source by its name, and the commit of one on the Hub."""
     return info.name if info.revision is None else f"{info.name} at {info.revision[:12]}"
 
 

@@ -6,24 +6,46 @@ Read from config.json, xpuquant.json, verify.json and the headers of the shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.served_by import engine_versions, kernel_and_releases
 from xpuquant.conversion.repo.journal import PROVENANCE
-from xpuquant.conversion.results import ModuleOutcome, SourceInfo, source_info
+from xpuquant.conversion.results import ModuleOutcome, SourceInfo, TensorInfo, source_info
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.hub import HubSource
 from xpuquant.conversion.sources.repo_files import read_json
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.record_form import check_form
 from xpuquant.errors import DamagedError, UsageError, XpuquantError, one_line
+from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.guard import guarded
+from xpuquant.formats.layouts.compressed_tensors.config import scheme_of
+from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 
 _VERDICT = "verify.json"
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """A module of a converted repo, as the repo describes it.
+
+    name            of the module; a stack of experts is one module
+    repo, origin    as in `ConvertedRepo`
+    outcome         what it was and what it is stored as; `decisions` are those recorded at conversion
+    source_tensors  names of the source's tensors that it was made of, as they were recorded
+    stored          tensors that it lies in
+    """
+
+    name: str
+    repo: SourceInfo
+    origin: SourceInfo
+    outcome: ModuleOutcome
+    source_tensors: tuple[str, ...]
+    stored: tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,37 @@ def described(source: LocalSource | HubSource) -> ConvertedRepo | None:
     Raises:
         DamagedError: what it says of itself cannot be.
     """
+    if (record := _record(source)) is None:
+        return None
+    with guarded(PROVENANCE):
+        return _described(source, record)
+
+
+def stored_modules_of(source: LocalSource | HubSource) -> dict[str, StoredModule] | None:
+    """The quantized modules of a converted repo by their names; None where a source is none.
+
+    Raises: as `described`.
+    """
+    if (record := _record(source)) is None:
+        return None
+    with guarded(PROVENANCE):
+        stored = _stored(source, record["modules"])
+        repo, origin = source_info(source), _origin(record)
+        return {
+            outcome.name: StoredModule(
+                outcome.name,
+                repo,
+                origin,
+                outcome,
+                tuple(map(str, record["modules"][outcome.name]["source_tensors"])),
+                tuple(TensorInfo(t.name, t.dtype, t.shape, t.nbytes) for t in stored[outcome.name]),
+            )
+            for outcome in _outcomes(source, record["modules"], stored)
+        }
+
+
+def _record(source: LocalSource | HubSource) -> dict[str, Any] | None:
+    """A repo's xpuquant.json; None where there is none."""
     if not _holds(source, PROVENANCE):
         return None
     record = _read(source, PROVENANCE)
@@ -63,43 +116,66 @@ def described(source: LocalSource | HubSource) -> ConvertedRepo | None:
         check_form(record)
     except DamagedError as error:
         raise DamagedError(f"{source.name}: {PROVENANCE} {error}") from error
-    with guarded(PROVENANCE):
-        return _described(source, record)
+    return record
 
 
-def _described(source: LocalSource | HubSource, record: Mapping[str, Any]) -> ConvertedRepo:
-    origin, entries = record["source"], record["modules"]
-    schemes: Mapping[str, Scheme] = {}
-    if source.checkpoint.quantization.get("quant_method") == QUANT_METHOD:
-        schemes = from_config(source.checkpoint.quantization)
-    sizes: dict[str, int] = {}
-    plain = 0
+def _origin(record: Mapping[str, Any]) -> SourceInfo:
+    origin = record["source"]
+    return SourceInfo(str(origin["name"]), origin["revision"], int(origin["bytes"]))
+
+
+def _stored(source: LocalSource | HubSource, entries: Collection[str]) -> dict[str | None, list[Tensor]]:
+    """Quantized module → its tensors; under None those of no quantized module."""
+    found: dict[str | None, list[Tensor]] = {name: [] for name in (None, *entries)}
     for name, tensor in source.checkpoint.tensors.items():
-        module = next((parent for parent in _parents(name) if parent in entries), None)
-        if module is None:
-            plain += 1
-        else:
-            sizes[module] = sizes.get(module, 0) + tensor.nbytes
-    modules = tuple(
+        found[next((parent for parent in _parents(name) if parent in entries), None)].append(tensor)
+    return found
+
+
+def _outcomes(
+    source: LocalSource | HubSource,
+    entries: Mapping[str, Mapping[str, Any]],
+    stored: Mapping[str | None, Sequence[Tensor]],
+) -> tuple[ModuleOutcome, ...]:
+    schemes = _schemes(source.checkpoint, entries, stored)
+    return tuple(
         ModuleOutcome(
             name,
             str(entry["from"]),
             None if "dequantized" in entry else str(entry["scheme"]),
             *kernel_and_releases(name, schemes.get(name), source.checkpoint.config),
-            sizes.get(name, 0),
+            sum(tensor.nbytes for tensor in stored[name]),
             tuple(map(str, entry["decisions"])),
         )
         for name, entry in entries.items()
     )
+
+
+def _schemes(
+    checkpoint: Checkpoint, entries: Mapping[str, Mapping[str, Any]], stored: Mapping[str | None, Sequence[Tensor]]
+) -> Mapping[str, Scheme]:
+    """Quantized module → its scheme."""
+    quantization = checkpoint.quantization
+    if quantization.get("quant_method") == QUANT_METHOD:
+        return from_config(quantization)
+    return {
+        name: scheme_of(quantization, name, {tensor.name.rpartition(".")[2]: tensor for tensor in stored[name]})
+        for name, entry in entries.items()
+        if "dequantized" not in entry
+    }
+
+
+def _described(source: LocalSource | HubSource, record: Mapping[str, Any]) -> ConvertedRepo:
+    stored = _stored(source, record["modules"])
     return ConvertedRepo(
         source_info(source),
-        SourceInfo(str(origin["name"]), origin["revision"], int(origin["bytes"])),
+        _origin(record),
         _options(record.get("options")),
         str(record["producer"]),
-        modules,
-        plain,
+        _outcomes(source, record["modules"], stored),
+        len(stored[None]),
         _verified(_read(source, _VERDICT)) if _holds(source, _VERDICT) else None,
-        _needs(portable=not schemes),
+        _needs(portable=source.checkpoint.quantization.get("quant_method") != QUANT_METHOD),
     )
 
 

@@ -1,4 +1,4 @@
-"""A converted repo by what a user calls it: a folder, or `owner/name` on the Hub, whose files are downloaded first."""
+"""A converted repo by what a user calls it: a folder, or a repository on the Hub, whose files are downloaded first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.journal import PROVENANCE
-from xpuquant.conversion.sources.open import no_such_folder, or_no_such_folder
+from xpuquant.conversion.sources.open import on_the_hub, or_no_such_folder
 from xpuquant.conversion.walk import is_hidden
 from xpuquant.errors import UsageError
 
@@ -19,7 +19,7 @@ def fetched_repo(name: str, reporter: Reporter) -> Path:
     what the Hub says that it is.
 
     Args:
-        name: a folder, which is returned as it is, or a repository's main branch.
+        name: a folder, which is returned as it is, or `owner/name`, its main branch, or `owner/name@revision`.
 
     Raises:
         UsageError: neither a folder nor a converted repo on the Hub. EnvironmentFault: network, disk.
@@ -28,12 +28,11 @@ def fetched_repo(name: str, reporter: Reporter) -> Path:
     folder = Path(name)
     if folder.exists() or folder.is_symlink():
         return folder
-    from xpuquant.conversion.sources.hub import CachedSource, is_repo_id, open_hub
+    repo, revision = on_the_hub(name)
+    from xpuquant.conversion.sources.hub import CachedSource, open_hub
 
-    if not is_repo_id(name):
-        raise UsageError(no_such_folder(folder))
     with or_no_such_folder(name):
-        source = open_hub(name)
+        source = open_hub(repo, revision)
     if isinstance(source, CachedSource):  # offline
         return source.folder
     remote = source.remote

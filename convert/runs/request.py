@@ -311,7 +311,8 @@ def _published(converted: Converted, destination: Destination | None, reporter: 
 
 def default_output(name: str, layout: str) -> Path:
     """`Qwen3-8B-GPTQ` → `Qwen3-8B-GPTQ-xpu` in the current folder."""
-    return Path(f"{Path(name).resolve().name if Path(name).exists() else name.rpartition('/')[2]}-{layout}")
+    here = Path(name).exists()
+    return Path(f"{Path(name).resolve().name if here else name.partition('@')[0].rpartition('/')[2]}-{layout}")
 
 
 def card_command(request: ConvertRequest) -> str:

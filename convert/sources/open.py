@@ -19,8 +19,8 @@ def open_source(name: str, revision: str | None = None, stream: bool = False) ->
     """Open a folder, or a repository on the Hub at a revision (a branch, a tag, a commit).
 
     Args:
-        name: path of a folder, or `owner/name`.
-        revision: of a repository; None is its main branch.
+        name: path of a folder, `owner/name` or `owner/name@revision`.
+        revision: of a repository; None is the one in its name, or its main branch.
         stream: read the repository shard by shard, without ever holding all of it (`streamed.py`).
 
     Raises:
@@ -36,12 +36,33 @@ def open_source(name: str, revision: str | None = None, stream: bool = False) ->
         return LocalSource(folder)
     if folder.exists():
         raise UsageError(f"{name} is a file; give the folder it lies in")
-    from xpuquant.conversion.sources.hub import is_repo_id, open_hub  # a folder needs no client of the Hub
+    repo, revision = on_the_hub(name, revision)
+    from xpuquant.conversion.sources.hub import open_hub
 
-    if not is_repo_id(name):
-        raise UsageError(f"{no_such_folder(folder)}, and no repo id like owner/name")
     with or_no_such_folder(name):
-        return open_hub(name, revision, stream=stream)
+        return open_hub(repo, revision, stream=stream)
+
+
+def on_the_hub(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """What a name that is no path stands for on the Hub: (`owner/name`, a revision or None).
+
+    Args:
+        name: `owner/name`, or `owner/name@revision` as in the client's own paths (`hf://owner/name@revision`).
+        revision: that was asked for beside the name.
+
+    Raises:
+        UsageError: no repo id; two revisions, or none behind the @.
+    """
+    from xpuquant.conversion.sources.hub import is_repo_id  # a folder needs no client of the Hub
+
+    repo, at, named = name.partition("@")
+    if not is_repo_id(repo):
+        raise UsageError(f"{no_such_folder(Path(name))}, and no repo id like owner/name")
+    if at and not named:
+        raise UsageError(f"{name}: no revision follows the @; want {repo}@ and a branch, a tag or a commit")
+    if at and revision is not None:
+        raise UsageError(f"{name} names a revision already; leave out ", Argument("revision"))
+    return repo, named or revision
 
 
 @contextmanager

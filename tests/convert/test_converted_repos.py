@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,51 @@ def test_it_says_what_it_is(converted: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.count("\n") == 1
 
 
+KINDS = (
+    "autoawq-mixtral-w4g32-asym",
+    "gptqmodel-qwen3moe-w4g32",
+    "llmcompressor-llama-mxfp4",
+    "llmcompressor-qwen3moe-fp8-block",
+    "llmcompressor-qwen3moe-mxfp8",
+)
+"""Linears and experts, integers and floats, of which each layout family takes some."""
+
+
+@pytest.mark.parametrize("layout", ["xpu", "compressed-tensors"])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_module_says_what_was_planned_of_it(
+    name: str, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"layout": layout, "on_unsupported": "dequantize"}
+    source, out = FIXTURES / name, tmp_path / "out"
+    xpuquant.convert(source, out, verify=False, **options)  # type: ignore[arg-type]
+    planned = {
+        module.name: replace(module, matrices=1)
+        for module in xpuquant.plan(source, **options).modules  # type: ignore[arg-type]
+    }
+    found = xpuquant.inspect(out)
+    assert isinstance(found, xpuquant.ConvertedRepo)
+    assert {module.name: replace(module, matrices=1) for module in found.modules} == planned
+    for module in found.modules:
+        told = xpuquant.explain(out, module.name)
+        assert isinstance(told, xpuquant.StoredModule)
+        assert told.outcome == module and told.origin.name == name
+        assert sum(tensor.nbytes for tensor in told.stored) == module.nbytes > 0
+        for tensor in (told.stored[-1].name, told.source_tensors[0]):
+            assert xpuquant.explain(out, tensor) == told
+    assert isinstance(told, xpuquant.StoredModule)
+    assert run(["explain", str(out), told.source_tensors[0]]) == 0
+    said = capsys.readouterr().out
+    assert all(words in said for words in (told.name, told.outcome.source, told.stored[0].name, name))
+
+
+def test_what_is_no_module_of_it_is_said(converted: Path) -> None:
+    with pytest.raises(UsageError, match=r"embed_tokens is not quantized: it stays as it is, byte for byte"):
+        xpuquant.explain(converted, "model.embed_tokens")
+    with pytest.raises(UsageError, match=r"no module is called .*qproj; did you mean .*q_proj\?"):
+        xpuquant.explain(converted, "model.layers.0.self_attn.qproj")
+
+
 @pytest.mark.parametrize("layout", ["xpu", "compressed-tensors"])
 def test_one_that_was_not_verified_says_so(layout: str, tmp_path: Path) -> None:
     xpuquant.convert(SOURCE, tmp_path / "out", verify=False, layout=layout)
@@ -104,6 +150,40 @@ def test_by_its_name_on_the_hub(
     assert run(["verify", REPO, "--source", str(SOURCE), "--backend", "reference"]) == 0
     verdict = xpuquant.verify(REPO, backends=["reference"])
     assert verdict.passed and verdict.repo == REPO
+
+
+@LFS
+def test_a_revision_is_named_behind_the_repo(
+    hub: Hub, client: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every command that takes a name on the Hub; main and the branch hold the conversions of two models."""
+    other = tmp_path / "other"
+    xpuquant.convert(OTHER, other)
+    xpuquant.push(converted, REPO)
+    xpuquant.push(other, REPO, branch="v2")
+    at_v2 = f"{REPO}@v2"
+    assert not xpuquant.diff(REPO, at_v2).equal
+    assert xpuquant.diff(at_v2, other).equal and xpuquant.diff(converted, f"{REPO}@main").equal
+    found = xpuquant.inspect(at_v2)
+    assert isinstance(found, xpuquant.ConvertedRepo)
+    assert found.origin.name == OTHER.name and found == xpuquant.inspect(REPO, revision="v2")
+    told = xpuquant.explain(at_v2, found.modules[0].name)
+    assert isinstance(told, xpuquant.StoredModule) and told.outcome == found.modules[0]
+    assert xpuquant.verify(at_v2, source=OTHER, backends=["reference"]).passed
+    commit = hub.seed("producer/model", OTHER, xet=False)
+    source = f"producer/model@{commit}"
+    assert run(["convert", source, "--dry-run"]) == 0
+    assert " to model-xpu\n" in capsys.readouterr().out
+    xpuquant.convert(source, tmp_path / "third")
+    assert xpuquant.verify(tmp_path / "third", source=source, backends=["reference"]).passed
+    assert f"xpuquant convert {source} third" in (tmp_path / "third" / "README.md").read_text()
+    for words, why in (
+        (["inspect", f"{at_v2}9"], "has no such revision"),
+        (["diff", REPO, f"{REPO}@"], f"{REPO}@: no revision follows the @"),
+        (["inspect", at_v2, "--revision", "main"], f"{at_v2} names a revision already; leave out --revision"),
+    ):
+        assert run(words) == 2
+        assert why in capsys.readouterr().err
 
 
 @LFS

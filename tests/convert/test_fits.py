@@ -211,6 +211,7 @@ def test_formats_lists_the_registries(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("asked", ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.qweight"])
 def test_a_module_is_explained_by_its_name_or_that_of_a_tensor(asked: str) -> None:
     found = xpuquant.explain(SOURCE, asked)
+    assert isinstance(found, xpuquant.Explanation) and found.outcome is not None
     planned = {module.name: module for module in xpuquant.plan(SOURCE).modules}
     assert found.outcome == planned["model.layers.0.mlp.down_proj"] and found.refused is None
     assert {tensor.name.rpartition(".")[2] for tensor in found.tensors} >= {"qweight", "qzeros", "scales"}
