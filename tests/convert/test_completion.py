@@ -1,4 +1,4 @@
-"""Shells complete commands, options and their choices; bash is asked itself."""
+"""Shells complete commands, options and their choices; bash is asked itself, and so is fish where it is installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def program(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
-@pytest.mark.parametrize(
+OFFERED = pytest.mark.parametrize(
     ("typed", "offered"),
     [
         ("con", {"convert"}),
@@ -29,6 +29,18 @@ def program(tmp_path: Path) -> dict[str, str]:
         ("inspect --on-unsupported d", {"dequantize"}),
     ],
 )
+
+
+@OFFERED
+def test_fish(typed: str, offered: set[str], program: dict[str, str]) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("no fish here")
+    script = f"_XPUQUANT_COMPLETE=source_fish xpuquant | source; complete --do-complete 'xpuquant {typed}'"
+    done = subprocess.run(["fish", "-c", script], env=program, capture_output=True, text=True, check=True)
+    assert {line.partition("\t")[0] for line in done.stdout.splitlines()} == offered and done.stderr == ""
+
+
+@OFFERED
 def test_bash(typed: str, offered: set[str], program: dict[str, str]) -> None:
     if shutil.which("bash") is None:
         pytest.skip("no bash here")
