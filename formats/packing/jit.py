@@ -1,8 +1,8 @@
 """How a loop is compiled: by numba, without the interpreter's lock, kept for the next process.
 
 The machine code is kept beside the module, or in the user's cache folder where that cannot be written. The first
-conversion on a machine takes a second longer. Importing numba costs 0.15 s, so the modules with loops are imported
-where weights are about to be moved, never for a look at headers.
+conversion of a format on a machine takes a second or two longer. Importing numba costs 0.15 s, so the modules with
+loops are imported where weights are about to be moved, never for a look at headers.
 """
 
 from __future__ import annotations

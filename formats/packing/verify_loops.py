@@ -43,37 +43,6 @@ def upright_words(columns: Array, out: Array) -> None:
 
 
 @compiled
-def equal_upright(columns: Array, rows: Array) -> bool:
-    """Whether 32-bit word `[k, n]` of a matrix that lies by columns is word `[n, k]` of one that lies by rows.
-    Two words to an element: uint64 `[K, N/2]`, `[N, K/2]`; K and N are even."""
-    lower, up = np.uint64(0xFFFFFFFF), np.uint64(32)
-    upper = lower << up
-    N, K = columns.shape[1], rows.shape[1]
-    step = _LINES // 2
-    for left in range(0, N, step):
-        wide = min(step, N - left)
-        for top in range(0, K, step):
-            high = min(step, K - top)
-            differ = np.uint64(0)
-            if wide == step and high == step:
-                # The same as below, with bounds that the compiler knows.
-                for k in range(top, top + step):
-                    for n in range(left, left + step):
-                        a, b = columns[2 * k, n], columns[2 * k + 1, n]
-                        differ |= (a & lower | b << up) ^ rows[2 * n, k]
-                        differ |= (a >> up | b & upper) ^ rows[2 * n + 1, k]
-            else:
-                for k in range(top, top + high):
-                    for n in range(left, left + wide):
-                        a, b = columns[2 * k, n], columns[2 * k + 1, n]
-                        differ |= (a & lower | b << up) ^ rows[2 * n, k]
-                        differ |= (a >> up | b & upper) ^ rows[2 * n + 1, k]
-            if differ:
-                return False
-    return True
-
-
-@compiled
 def upright_bytes(columns: Array, out: Array) -> None:
     """Byte i of word `[8m + t, w]` becomes byte t of word `[8w + i, m]`; uint64 `[8M, W]`, `[8W, M]`, both contiguous:
     a matrix of bytes that lies by columns, by rows."""
@@ -149,26 +118,6 @@ def unpack_fields(words: Array, places: Array, out: Array) -> None:
             row, shift = 8 * r + places[i], np.uint32(4 * i)
             for k in range(words.shape[1]):
                 out[row, k] = (words[r, k] >> shift) & np.uint32(15)
-
-
-def equal_bytes(a: Array, b: Array) -> bool:
-    """Whether two contiguous uint8 arrays of one shape hold the same."""
-    a, b = a.reshape(-1), b.reshape(-1)
-    whole = a.size // 8 * 8
-    same = bool(_equal_words(a[:whole].view(np.uint64), b[:whole].view(np.uint64)))
-    return same and bool((a[whole:] == b[whole:]).all())
-
-
-@compiled
-def _equal_words(a: Array, b: Array) -> bool:
-    step = 1024
-    for start in range(0, len(a), step):
-        differ = np.uint64(0)
-        for i in range(start, min(start + step, len(a))):
-            differ |= a[i] ^ b[i]
-        if differ:
-            return False
-    return True
 
 
 def upright_fields(words: Array, places: Array, out: Array) -> None:

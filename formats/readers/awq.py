@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +22,9 @@ from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.config_keys import integer, overridden, symmetry
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, FillRecipe, Recipe, RowsRecipe, Weight
-from xpuquant.formats.weights.decoded import Decoded, in_order, subtract_zeros
-from xpuquant.formats.weights.integers import SourceInts, column_groups, packed_ints, packs, source_group_size
-from xpuquant.formats.weights.packed import Packed, word_octets
+from xpuquant.formats.weights.decoded import Decoded, each_row, in_order, subtract_zeros
+from xpuquant.formats.weights.integers import SourceInts, column_groups, in_pairs, packs, source_group_size
+from xpuquant.formats.weights.packed import FieldColumns, PackedColumns, Rows
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of nibble i within its word."""
@@ -73,21 +74,21 @@ class AwqWeight(SourceInts):
         return Recipe(tuple(inputs), build)
 
     def as_packed(self, start: int, stop: int) -> RowsRecipe:
-        if not packs(self):
+        # Rows of whole words.
+        if not packs(self) or start % NIBBLES_PER_WORD or stop % NIBBLES_PER_WORD:
             return super().as_packed(start, stop)
+        return Recipe(self.decoded(start, stop).inputs, lambda arrays: self._field_columns(arrays).upright())
 
-        def build(arrays: Arrays) -> Packed:
-            from xpuquant.formats.packing.verify_loops import upright_fields
+    def as_compared(self, start: int, stop: int) -> Recipe[Callable[[Arrays], Rows | PackedColumns]]:
+        if not packs(self) or not in_pairs(self, start, stop, 2 * NIBBLES_PER_WORD):
+            return super().as_compared(start, stop)
+        return Recipe(self.decoded(start, stop).inputs, self._field_columns)
 
-            words, scale, *packed_zeros = arrays
-            first = start % NIBBLES_PER_WORD
-            inside = slice(first, first + stop - start)
-            codes = np.empty((NIBBLES_PER_WORD * words.shape[1], self.K // NIBBLES_PER_WORD), np.uint32)
-            upright_fields(words.view(np.uint32), np.array(ORDER), codes)
-            zeros = None if self.symmetric else unpack_awq(packed_zeros[0])[inside]
-            return packed_ints(self, word_octets(codes[inside]), zeros, scale.T)
-
-        return Recipe(self.decoded(start, stop).inputs, build)
+    def _field_columns(self, arrays: Arrays) -> FieldColumns:
+        words, scale, *packed_zeros = arrays
+        zeros = None if self.symmetric else unpack_awq(packed_zeros[0])
+        rows, columns = each_row(scale.shape[1]), column_groups(self)
+        return FieldColumns(words.view(np.uint32), zeros, scale.T, rows, columns, ORDER)
 
 
 def unpack_awq(words: Array) -> Array:

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from sys import intern
+from typing import TypeVar
 
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import has_bias, in_features, is_embedding
 from xpuquant.formats.checkpoint import Array, Checkpoint, Slice, columns, whole
-from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, pack_nibbles, unpack_planar, unpack_rows
+from xpuquant.formats.packing.plain import pack_nibbles, unpack_planar, unpack_rows
 from xpuquant.formats.readers.base import Parts, float_scale, need
 from xpuquant.formats.readers.gptq_config import GptqConfig, gptq_config_of
 from xpuquant.formats.readers.gptq_zeros import measure_zeros, true_zeros
@@ -38,19 +39,23 @@ from xpuquant.formats.weights.base import (
     Weight,
     row_blocks,
 )
-from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups, in_order, subtract_zeros
+from xpuquant.formats.weights.decoded import Decoded, even_groups, in_order, subtract_zeros
 from xpuquant.formats.weights.integers import (
     SPREADABLE,
     SourceInts,
     column_groups,
+    columns_of_stream,
+    in_pairs,
     packed_stream,
     packs,
     source_group_size,
     words_of_rows,
 )
-from xpuquant.formats.weights.packed import Packed, PackedColumns, Rows
+from xpuquant.formats.weights.packed import PackedColumns, Rows
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,29 +129,31 @@ class GptqWeight(SourceInts):
         inputs = (self._columns(self.qweight, start, stop), self._columns(self.scale, start, stop))
         return Recipe(inputs if zeros is None else inputs + zeros.inputs, build)
 
-    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+    @property
+    def _is_stream(self) -> bool:
+        """Whether the words are plain streams of codes that can be compared as nibbles."""
         plain = self.bits == 4 or (self.bits in SPREADABLE and not (self.planar and 32 % self.bits))
-        if not plain or self.rows is not None or not packs(self):
+        return plain and self.rows is None and packs(self)
+
+    def as_packed(self, start: int, stop: int) -> RowsRecipe:
+        if not self._is_stream:
             return super().as_packed(start, stop)
-        zeros = None if self.symmetric else self.zeros(start, stop)
-
-        def build(arrays: Arrays) -> Packed:
-            words = arrays[0].view(np.uint32)[: self.K * self.bits // 32]
-            minus = None if zeros is None else zeros.build(arrays[2:]).T
-            return packed_stream(self, words.T, minus, arrays[1].T)
-
-        return Recipe(self.decoded(start, stop).inputs, build)
+        return self._from_stream(start, stop, lambda words, *rest: packed_stream(self, words.T, *rest))
 
     def as_compared(self, start: int, stop: int) -> Recipe[Callable[[Arrays], Rows | PackedColumns]]:
-        in_pairs = not (self.K % (2 * NIBBLES_PER_WORD) or self.N % 2 or start % 2 or stop % 2)
-        if self.bits != 4 or self.rows is not None or not packs(self) or not in_pairs:
+        if not self._is_stream or not in_pairs(self, start, stop):
             return super().as_compared(start, stop)
+        return self._from_stream(start, stop, partial(columns_of_stream, self))
+
+    def _from_stream(
+        self, start: int, stop: int, make: Callable[[Array, Array | None, Array], R]
+    ) -> Recipe[Callable[[Arrays], R]]:
+        """Rows made of words by columns, zero points and scales."""
         zeros = None if self.symmetric else self.zeros(start, stop)
 
-        def build(arrays: Arrays) -> PackedColumns:
-            words = arrays[0].view(np.uint32)[: self.K // NIBBLES_PER_WORD]
-            minus = None if zeros is None else zeros.build(arrays[2:]).T
-            return PackedColumns(words, minus, arrays[1].T, each_row(stop - start), column_groups(self))
+        def build(arrays: Arrays) -> R:
+            words = arrays[0].view(np.uint32)[: self.K * self.bits // 32]
+            return make(words, None if zeros is None else zeros.build(arrays[2:]).T, arrays[1].T)
 
         return Recipe(self.decoded(start, stop).inputs, build)
 

@@ -28,7 +28,7 @@ from xpuquant.formats.weights.base import (
     deal,
 )
 from xpuquant.formats.weights.decoded import each_row, even_groups, in_order
-from xpuquant.formats.weights.packed import WORD_ZERO, Packed, word_octets
+from xpuquant.formats.weights.packed import WORD_ZERO, Packed, PackedColumns, StreamColumns, WordColumns, word_octets
 
 GROUP_MULTIPLE = 32
 """oneDNN's int4 matmul as vllm-xpu-kernels calls it (`XPUwNa16LinearKernel.can_implement`): g % 32 == 0."""
@@ -316,11 +316,30 @@ def packed_stream(weight: IntWeight, words: Array, zeros: Array | None, scale: A
     if weight.bits == 4:
         rows = words if words.flags.c_contiguous else in_order(words)
         return packed_ints(weight, word_octets(rows), zeros, scale)
-    from xpuquant.formats.packing.verify_loops import spread_stream
+    return _stream_columns(weight, words.T, zeros, scale).upright()
 
+
+def columns_of_stream(weight: IntWeight, words: Array, zeros: Array | None, scale: Array) -> PackedColumns:
+    """The same rows as `packed_stream` as they lie: uint32 `[K * bits / 32, n]`, n even. `packs` and `in_pairs` say of
+    which weights."""
+    if weight.bits == 4:
+        return WordColumns(words, zeros, scale, each_row(words.shape[1]), column_groups(weight))
+    return _stream_columns(weight, words, zeros, scale)
+
+
+def _stream_columns(weight: IntWeight, words: Array, zeros: Array | None, scale: Array) -> StreamColumns:
+    n, col = words.shape[1], column_groups(weight)
     if zeros is None:
-        zeros = np.full((len(words), 1), 1 << (weight.bits - 1), np.uint8)
-    codes = np.empty((len(words), weight.K // NIBBLES_PER_WORD), np.uint32)
-    per_zero = -(-weight.K // zeros.shape[1]) if zeros.shape[1] == 1 else weight.group_size
-    spread_stream(words, weight.bits, np.ascontiguousarray(WORD_ZERO - zeros), per_zero // NIBBLES_PER_WORD, codes)
-    return packed_ints(weight, word_octets(codes), None, scale)
+        zeros = np.full((n, 1), 1 << (weight.bits - 1), np.uint8)
+    per_zero = weight.K if zeros.shape[1] == 1 else weight.group_size
+    return StreamColumns(words, None, scale, each_row(n), col, weight.bits, WORD_ZERO - zeros, per_zero)
+
+
+def in_pairs(weight: IntWeight, start: int, stop: int, multiple: int = 2) -> bool:
+    """Whether `PackedColumns` can show rows `start:stop`: so many of them and of columns that two words are one
+    element.
+
+    Args:
+        multiple: rows that lie in two words.
+    """
+    return not (weight.K % (2 * NIBBLES_PER_WORD) or any(n % multiple for n in (weight.N, start, stop)))

@@ -7,12 +7,13 @@ count. Where packed rows differ, or one end has no packed form (act-order, rare 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 
 from xpuquant.formats.checkpoint import Array
-from xpuquant.formats.packing.plain import unpack_nibbles
+from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, unpack_nibbles
 from xpuquant.formats.weights.decoded import Decoded, difference, distinct_pairs, in_order, same_scales, subtract_zeros
 
 WORD_ZERO = 8
@@ -56,11 +57,11 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class PackedColumns:
-    """Rows of 4-bit integers as they lie in a file that has them by columns: compared in place, which is twice as fast
-    as made upright first.
+class PackedColumns(ABC):
+    """Rows `[n, K]` of 4-bit integers as they lie in a file that has them by columns: compared in place, which is twice
+    as fast as made upright first. n is even, and K a multiple of 16.
 
-    words   uint32 `[K/8, n]`, K/8 and n even: nibble j of word `[i, r]` is column 8i+j of row r; its rows may lie apart
+    words   uint32; its rows may lie apart
     zeros   as in `Packed`, and so are `scale`, `row` and `col`
     """
 
@@ -70,9 +71,77 @@ class PackedColumns:
     row: Array
     col: Array
 
+    @abstractmethod
+    def holds(self, codes: Array) -> bool:
+        """Whether these are the codes of `Packed` rows."""
+
+    @abstractmethod
+    def upright_words(self) -> Array:
+        """uint32 `[n, K/8]`: nibble j of word i is column 8i+j."""
+
     def upright(self) -> Packed:
         """The same by rows."""
-        return Packed("int", word_octets(in_order(self.words.T)), self.zeros, self.scale, self.row, self.col)
+        return Packed("int", word_octets(self.upright_words()), self.zeros, self.scale, self.row, self.col)
+
+
+@dataclass(frozen=True)
+class WordColumns(PackedColumns):
+    """Words `[K/8, n]`: nibble j of word `[i, r]` is column 8i+j of row r."""
+
+    def holds(self, codes: Array) -> bool:
+        from xpuquant.formats.packing.compare_loops import equal_upright
+
+        return bool(equal_upright(self.words.view(np.uint64), codes.view(np.uint64)))
+
+    def upright_words(self) -> Array:
+        return in_order(self.words.T)
+
+
+@dataclass(frozen=True)
+class FieldColumns(PackedColumns):
+    """Words `[K, n/8]`: nibble i of word `[k, w]` is column k of row `8w + places[i]`. n is a multiple of 16."""
+
+    places: tuple[int, ...]
+
+    def holds(self, codes: Array) -> bool:
+        from xpuquant.formats.packing.compare_loops import equal_fields
+
+        return equal_fields(self.words, np.array(self.places), codes.view(np.uint32))
+
+    def upright_words(self) -> Array:
+        from xpuquant.formats.packing.verify_loops import upright_fields
+
+        K, width = self.words.shape
+        out = np.empty((NIBBLES_PER_WORD * width, K // NIBBLES_PER_WORD), np.uint32)
+        upright_fields(self.words, np.array(self.places), out)
+        return out
+
+
+@dataclass(frozen=True)
+class StreamColumns(PackedColumns):
+    """Words `[K * bits / 32, n]`: column r is the bit stream of row r, of 2 or 3 bits. A code is that of the stream and
+    what is added to its group.
+
+    added      uint8 `[n, G]`
+    per_added  columns that one of them is added to, a multiple of 8
+    """
+
+    bits: int
+    added: Array
+    per_added: int
+
+    def holds(self, codes: Array) -> bool:
+        from xpuquant.formats.packing.compare_loops import equal_stream
+
+        per_word = self.per_added // NIBBLES_PER_WORD
+        return equal_stream(self.words, self.bits, self.added.T, per_word, codes.view(np.uint32))
+
+    def upright_words(self) -> Array:
+        from xpuquant.formats.packing.verify_loops import spread_stream
+
+        out = np.empty((self.words.shape[1], len(self.col) // NIBBLES_PER_WORD), np.uint32)
+        spread_stream(self.words.T, self.bits, self.added, self.per_added // NIBBLES_PER_WORD, out)
+        return out
 
 
 Rows = Packed | Decoded
@@ -107,7 +176,7 @@ def unpacked_rows(rows: Rows) -> Decoded:
 
 
 def _same(a: Packed, b: Packed) -> bool:
-    from xpuquant.formats.packing.verify_loops import equal_bytes
+    from xpuquant.formats.packing.compare_loops import equal_bytes
 
     if a.number != b.number or a.codes.shape != b.codes.shape or not equal_bytes(a.codes, b.codes):
         return False
@@ -115,12 +184,9 @@ def _same(a: Packed, b: Packed) -> bool:
 
 
 def _same_columns(a: PackedColumns, b: Packed) -> bool:
-    from xpuquant.formats.packing.verify_loops import equal_upright
-
-    if b.number != "int" or b.codes.shape != (a.words.shape[1], 4 * a.words.shape[0]):
+    if b.number != "int" or (len(b.codes), b.K) != (len(a.row), len(a.col)):
         return False
-    same = equal_upright(a.words.view(np.uint64), b.codes.view(np.uint64))
-    return bool(same) and _same_zeros(a, b) and same_scales(a, b)
+    return a.holds(b.codes) and _same_zeros(a, b) and same_scales(a, b)
 
 
 def _same_zeros(a: Packed | PackedColumns, b: Packed) -> bool:

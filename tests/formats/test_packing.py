@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from support.ints import AWQ_ORDER, planar_stream, stream
 
 from xpuquant.formats.packing import plain as nibbles
+from xpuquant.formats.packing.compare_loops import equal_bytes, equal_fields, equal_stream, equal_upright
 from xpuquant.formats.packing.convert_loops import (
     permute_nibbles,
     spread_words,
@@ -27,8 +30,6 @@ from xpuquant.formats.packing.verify_loops import (
     count_large,
     count_nibbles,
     count_scales,
-    equal_bytes,
-    equal_upright,
     spread_stream,
     upright_fields,
 )
@@ -40,6 +41,15 @@ ZERO_TO_SEVEN = np.arange(8, dtype=np.uint8)[None]
 
 def random_codes(bits: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 1 << bits, shape, np.uint8)
+
+
+def flipped(words: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """The words with one bit turned over: in the first of them, in the last, and in any."""
+    random = np.random.default_rng(seed)
+    for at in (0, words.size - 1, int(random.integers(words.size))):
+        spoilt = words.copy()
+        spoilt.reshape(-1)[at] ^= np.uint32(1 << int(random.integers(32)))
+        yield spoilt
 
 
 def pack_rows(values: np.ndarray, bits: int) -> np.ndarray:
@@ -246,6 +256,43 @@ class TestPackedComparison:
             spoilt = rows.copy()
             spoilt[n, k] ^= np.uint64(1 << int(random.integers(64)))
             assert not equal_upright(columns, spoilt)
+
+    @given(
+        *(st.integers(1, 40) for _ in "KN"),
+        st.permutations(range(8)) | st.just(AWQ_ORDER),
+        st.integers(0, 20),
+        st.integers(0, 2**32 - 1),
+    )
+    def test_fields_of_words_are_compared_with_rows_code_by_code(self, K, N, places, left, seed):
+        """K and N in pairs of words; some of the columns of a wider matrix."""
+        codes = random_codes(4, (16 * N, 16 * K), seed)
+        fields = np.zeros((16 * K, 2 * (left + N)), np.uint32)
+        for i, place in enumerate(places):
+            fields[:, 2 * left :] |= codes[place::8].T.astype(np.uint32) << np.uint32(4 * i)
+        rows = pack_nibbles(codes)
+        assert equal_fields(fields[:, 2 * left :], np.array(places), rows)
+        for spoilt in flipped(rows, seed):
+            assert not equal_fields(fields[:, 2 * left :], np.array(places), spoilt)
+
+    @given(
+        st.sampled_from((2, 3)),
+        *(st.integers(1, 40) for _ in "KN"),
+        st.sampled_from((8, 16, 32, 64, 10**6)),
+        st.integers(0, 20),
+        st.booleans(),
+        st.integers(0, 2**32 - 1),
+    )
+    def test_streams_by_columns_are_compared_with_rows_code_by_code(self, bits, K, N, group, left, padded, seed):
+        """K in blocks of 32 codes, N in pairs; some columns of a wider matrix, with words behind the last code."""
+        codes = random_codes(bits, (2 * N, 32 * K), seed)
+        group = min(group, 32 * K)
+        zeros = np.random.default_rng(seed).integers(0, 8, (2 * N, -(-32 * K // group)), np.uint8)
+        words = np.zeros((K * bits + padded, 2 * (left + N)), np.uint32)
+        words[: K * bits, 2 * left :] = pack_rows(codes, bits).T
+        rows = pack_nibbles(codes + np.repeat(zeros, group, axis=1)[:, : 32 * K])
+        assert equal_stream(words[:, 2 * left :], bits, zeros.T, group // 8, rows)
+        for spoilt in flipped(rows, seed):
+            assert not equal_stream(words[:, 2 * left :], bits, zeros.T, group // 8, spoilt)
 
     @given(st.integers(0, 200), st.sampled_from((0x7F, 0x7C, 1)), st.integers(0, 2**32 - 1))
     def test_large_codes_are_counted_whatever_their_sign(self, words, least, seed):
