@@ -48,6 +48,16 @@ REORDERING: Mapping[str, tuple[str, ...]] = {
 """Classes of vLLM whose `load_weights` takes rows apart or reorders them → the linears of which it does: refused."""
 
 
+WITHIN: Mapping[str, str] = {
+    "Ministral3ForCausalLM": "MistralForCausalLM",
+    "MuseSparkForConditionalGeneration": "MuseSpark1xForCausalLM",
+}
+"""Architectures that vLLM serves by a class of `REORDERING`, alone or as a part → that class."""
+
+NO_CLASS: Mapping[str, tuple[str, ...]] = {"MuseSparkForConditionalGeneration": ("0.32.0",)}
+"""Architectures of the record that a supported release of vLLM has no class for."""
+
+
 def reordered(name: str, kind: str) -> str:
     """Why a linear of a class of `REORDERING` is refused."""
     return (
@@ -68,13 +78,14 @@ def tried(
         linears: names of its quantized linears.
     """
     kind = architecture_of(config) or ""
-    refused = next((name for name in linears if name.rpartition(".")[2] in REORDERING.get(kind, ())), None)
+    inner = WITHIN.get(kind, kind)
+    refused = next((name for name in linears if name.rpartition(".")[2] in REORDERING.get(inner, ())), None)
     cells = _cells_of(config)
     found = []
     for column, engine in ENGINES.items():
         for version in _versions(column):
-            if column == "vllm" and refused is not None:
-                found.append(Tried(engine, version, "refuses", reordered(refused, kind)))
+            if column == "vllm" and refused is not None and version not in NO_CLASS.get(kind, ()):
+                found.append(Tried(engine, version, "refuses", reordered(refused, inner)))
                 continue
             outcomes = [
                 _outcome(plan, cell[version], set(parts), set(layouts))

@@ -62,7 +62,7 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
     import transformers
     from safetensors.torch import load_file
     from support.families.catalogue import FAMILIES
-    from support.families.models import asked
+    from support.families.models import asked, published_name
 
     from xpuquant.errors import XpuquantError
 
@@ -96,6 +96,7 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
     try:
         model.save_pretrained(folder / "saved")
         saved, stored = (load_file(folder / path / "model.safetensors") for path in ("saved", "converted"))
+        saved = {published_name(family, name): tensor for name, tensor in saved.items()}
         modules = model_modules(folder)
         lost = [
             n

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
@@ -37,9 +37,12 @@ AT_ONCE = 10
 """Families for which one vLLM process is started."""
 TORCHVISION = "torchvision==0.28.0"
 """What goes with the torch of scripts/lanes/vllm, which leaves it out: vLLM's multimodal models import it."""
+ENGINE = {"language_model_only": True}
+"""Arguments of vLLM's `LLM`, besides a family's own."""
 NEAR = {"float32": 1e-3, "bfloat16": 5e-2}
 """Difference of log-probabilities that is called the same, where the tokens are: of all in float32, of nine in ten in
-bfloat16, in which rounding may choose another expert for a token."""
+bfloat16, in which rounding may choose another expert for a token. There another token may be said where the twin finds
+it as likely as its own, within this difference; of that prompt nothing more is compared."""
 RANK = {"fails": 0, "differs": 0, "not run": 1, "refused": 2, "same": 3, "converts": 3}
 Cell = dict[str, Any]
 
@@ -127,10 +130,11 @@ def _cells(
         if (work / name / "converted" / "config.json").exists()
         and (known is None or not _has(known, name, "vllm", vllm.version))
     ]
-    for dtype in NEAR:
-        alike = [one.name for one in families if one.name in wanted and one.dtype == dtype]
+    ways = {one.name: (one.dtype, json.dumps({**ENGINE, **one.engine})) for one in families if one.name in wanted}
+    for way in dict.fromkeys(ways.values()):
+        alike = [name for name in ways if ways[name] == way]
         for at in range(0, len(alike), AT_ONCE):
-            yield _served(vllm, alike[at : at + AT_ONCE], work, dtype)
+            yield _served(vllm, alike[at : at + AT_ONCE], work, *way)
 
 
 def _has(record: Mapping[str, Any], name: str, column: str, version: str) -> bool:
@@ -169,7 +173,7 @@ def _version(python: Path, package: str, variables: Mapping[str, str] | None = N
     return done.stdout.strip()
 
 
-def _served(vllm: Environment, names: list[str], work: Path, dtype: str) -> dict[str, dict[str, Cell]]:
+def _served(vllm: Environment, names: list[str], work: Path, dtype: str, engine: str) -> dict[str, dict[str, Cell]]:
     """vLLM's cells: the tokens of each family's twin, and of the converted repo; with an image too, where the twin
     takes one."""
     kinds = {one.name: one.sees for one in FAMILIES}
@@ -179,9 +183,9 @@ def _served(vllm: Environment, names: list[str], work: Path, dtype: str) -> dict
     pictures = {
         folder: prompt_with_image(Path(folder), kinds[name]) for name in names for folder in pairs[name] if kinds[name]
     }
-    reports = _reports(vllm, [folder for pair in pairs.values() for folder in pair], dtype, pictures, work)
+    reports = _reports(vllm, [folder for pair in pairs.values() for folder in pair], dtype, engine, pictures, work)
     blind = {n: str(reports[twins[n]]["error"]) for n in names if kinds[n] and "error" in reports[twins[n]]}
-    reports |= _reports(vllm, [folder for name in blind for folder in pairs[name]], dtype, {}, work)
+    reports |= _reports(vllm, [folder for name in blind for folder in pairs[name]], dtype, engine, {}, work)
     cells = {}
     for name in names:
         cell = _token_cell(*(reports[folder] for folder in pairs[name]), NEAR[dtype])
@@ -196,13 +200,13 @@ def _served(vllm: Environment, names: list[str], work: Path, dtype: str) -> dict
 
 
 def _reports(
-    vllm: Environment, folders: Sequence[str], dtype: str, pictures: Mapping[str, list[int]], work: Path
+    vllm: Environment, folders: Sequence[str], dtype: str, engine: str, pictures: Mapping[str, list[int]], work: Path
 ) -> dict[str, Any]:
     """What each model says, by folder. One that fails behind others is asked again in a process of its own: kernels of
     state space layers, for one, are in the way of whatever model vLLM loads after them."""
     reports: dict[str, Any] = {}
     while left := [folder for folder in folders if folder not in reports]:
-        job = {"models": left, "dtype": dtype, "engine": {"language_model_only": True}, "pictures": pictures}
+        job = {"models": left, "dtype": dtype, "engine": json.loads(engine), "pictures": pictures}
         done = vllm.run(HERE / "tokens.py", json.dumps(job))
         (work / f"vllm-{vllm.version}.log").write_text(done.stdout + done.stderr)
         lines = [line.removeprefix("REPORT ") for line in done.stdout.splitlines() if line.startswith("REPORT ")]
@@ -226,11 +230,36 @@ def _token_cell(plain: Mapping[str, Any], converted: Mapping[str, Any], near: fl
         return {"outcome": "not run", "why": f"the twin: {' '.join(plain['error'].split())[:300]}"}
     if said is not None:
         return {"outcome": "fails", "why": " ".join(said.split())[:300]}
-    pairs = zip(plain["logprobs"], converted["logprobs"], strict=True)
-    differences = [abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)]
+    differences: list[float] = []
+    alike, ties = True, 0
+    for said_by_twin, said_by_ours in zip(_steps(plain), _steps(converted), strict=True):
+        for ours, twin in zip(said_by_ours, said_by_twin, strict=True):
+            differences.append(abs(ours.logprob - twin.logprob))
+            if ours.token != twin.token:
+                # Rounding has chosen between two tokens that are as likely; what follows has another beginning.
+                tied = near > 1e-2 and ours.token == twin.next_token and twin.logprob - twin.next_logprob <= near
+                ties += tied
+                alike &= tied
+                break
     far = sum(difference > near for difference in differences)
-    alike = plain["tokens"] == converted["tokens"] and far <= (len(differences) // 10 if near > 1e-2 else 0)
-    return {"outcome": "same" if alike else "differs", "difference": max(differences)}
+    alike &= far <= (len(differences) // 10 if near > 1e-2 else 0)
+    outcome = {"outcome": "same" if alike else "differs", "difference": max(differences)}
+    return outcome | ({"ties": ties} if ties else {})
+
+
+class Step(NamedTuple):
+    """A token that was said, and the most likely one of the others."""
+
+    token: int
+    logprob: float
+    next_token: int
+    next_logprob: float
+
+
+def _steps(report: Mapping[str, Any]) -> list[list[Step]]:
+    """Of each prompt."""
+    columns = zip(report["tokens"], report["logprobs"], report["next"], strict=True)
+    return [[Step(token, logprob, *other) for token, logprob, other in zip(*column, strict=True)] for column in columns]
 
 
 def merge(record: dict[str, Any], found: Mapping[str, Mapping[str, Any]], accept: bool) -> list[str]:
@@ -271,7 +300,11 @@ def page(record: Mapping[str, Any]) -> str:
     for family in families:
         cells = record["families"][family.name]
         plan = cells["plan"]
-        shown = [_shown(cells.get(c, {}).get(v), family, reasons) for c, versions in columns.items() for v in versions]
+        shown = [
+            _shown(cells.get(c, {}).get(v), family, reasons) if plan["outcome"] == "converts" else "nothing to load"
+            for c, versions in columns.items()
+            for v in versions
+        ]
         parts = f"{' and '.join(plan.get('quantized', []))}, {family.scheme}{', a layer of MTP' * bool(family.mtp)}"
         plan_cell = _shown(plan, family, reasons)
         lines.append(

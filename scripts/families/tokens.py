@@ -1,12 +1,17 @@
-"""tests/serving/vllm_plugin/generate.py, where torchvision is a build for GPUs and torch one for CPUs.
+"""tests/serving/vllm_plugin/generate.py, past two things that are in the way of vLLM on a CPU, whatever it loads.
 
 Models that take images import torchvision, whose package index has no build for CPUs. The other build declares its
 operators in a library that does not load here; declared without code they let it be imported, and a prompt without an
 image calls none of them.
+
+vLLM's CPU worker looks for Triton kernels in whatever is imported, by `vars(value).get("kernel")`. Models for which it
+imports numba (Kimi-K2.5's processor) bring llvmlite's `lib`, which answers every name with a function of LLVM:
+`__dict__`, too.
 """
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import runpy
 from collections.abc import Callable
@@ -31,7 +36,22 @@ def forked(asked: Callable[[], Any]) -> Any:
     return answer
 
 
+def answer_no_special_names() -> None:
+    """Let llvmlite's library have no attributes like `__dict__`, which no function of LLVM is called."""
+    library = type(importlib.import_module("llvmlite.binding.ffi").lib)
+    theirs = library.__getattr__
+
+    def function(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return theirs(self, name)
+
+    library.__getattr__ = function
+
+
 if __name__ == "__main__":
+    if find_spec("llvmlite") is not None:
+        answer_no_special_names()
     if find_spec("torchvision") is not None:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -83,6 +83,15 @@ def test_a_loader_that_reorders_rows_is_said_to_refuse(kind: str) -> None:
     assert "refuses" not in {one.outcome for one in elsewhere}
 
 
+def test_a_class_within_another_reorders_rows_too() -> None:
+    kind = "MuseSparkForConditionalGeneration"
+    said = tried({"architectures": [kind]}, ["linears"], linears=["model.layers.0.self_attn.q_proj"])
+    outcomes = {one.version: str(one) for one in said if one.engine == "vLLM"}
+    why = reordered("model.layers.0.self_attn.q_proj", "MuseSpark1xForCausalLM")
+    assert outcomes["0.33.0"] == f"refuses: {why}"
+    assert outcomes["0.32.0"].startswith("not tried")  # which has no class for it
+
+
 def test_what_serves_with_other_layouts_is_said_to_have_had_those() -> None:
     config = config_of("deepseek_v2")
     same, other = (

@@ -8,15 +8,10 @@ import pytest
 from support import vllm_models
 
 from xpuquant.formats.architecture import ALIASES
-from xpuquant.served_families import REORDERING
+from xpuquant.served_families import NO_CLASS, REORDERING, WITHIN
 from xpuquant.vllm.versions import BEYOND, OLDEST
 
 RELEASES = vllm_models.recorded()
-NO_CLASS = {
-    "MuseSparkForConditionalGeneration": ("0.32.0",),  # came with 0.33
-}
-"""Architectures that a release has no class for."""
-
 BESIDE = {"AriaForConditionalGeneration.language_model": "its mapper renames the whole language model"}
 """Layers with routed experts, asked for under another name that is no alias."""
 
@@ -77,11 +72,25 @@ def test_what_is_known_is_still_there() -> None:
     assert set(REARRANGED) - found == set()
 
 
+def reordering(function: str) -> str:
+    """The class of `REORDERING` that one of the functions belongs to."""
+    return function.partition(".")[0].replace("Model", "ForCausalLM")
+
+
 def test_what_is_said_to_be_refused_is() -> None:
-    said = {
-        name.partition(".")[0].replace("Model", "ForCausalLM") for name, why in REARRANGED.items() if why == "refused"
+    assert set(REORDERING) == {reordering(name) for name, why in REARRANGED.items() if why == "refused"}
+
+
+def test_an_architecture_that_is_refused_at_load_is_known_before() -> None:
+    """Also where its class has another name, or is a part of another one."""
+    known = {
+        (kind, reordering(function))
+        for index in RELEASES.values()
+        for kind, found in index.items()
+        for function in found["rearranges"]
+        if REARRANGED[function] == "refused"
     }
-    assert set(REORDERING) == said
+    assert {kind: inner for kind, inner in known if kind != inner} == WITHIN
 
 
 def test_names_are_read_out_of_sources(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ WORDS = {
     f"{_LAYERS}.linear": ("weight_block_size", "WEIGHT_LOADER_V2_SUPPORTED", "weight_loader_v2"),
     "vllm.model_executor.model_loader.base_loader": ("load_weights",),
     "vllm.plugins": ("vllm.general_plugins",),
+    "vllm.models.deepseek_v4.attention": ("is_bmm",),
 }
 
 

@@ -98,9 +98,15 @@ class Intake:
         wanted = {f"{module}.{suffix}" for module, scheme in self.config.stored.items() for suffix in names_of(scheme)}
         missing = sorted(wanted - self.seen) or self._unfused()
         if not missing and loaded is not None:
-            for name, param in self.model.named_parameters():
-                came = getattr(param, "filled", False) if f".{MEMBERS}." in name else name in loaded | self.filled
-                missing += [] if came or not param.numel() else [name]
+            # A module that is shared has several paths, and is loaded by one: in vLLM 0.33's models of Transformers a
+            # block's shared experts are a part of its routed ones, too.
+            paths: dict[torch.nn.Parameter, list[str]] = {}
+            for name, param in self.model.named_parameters(remove_duplicate=False):
+                paths.setdefault(param, []).append(name)
+            for param, names in paths.items():
+                of_member = f".{MEMBERS}." in names[0]
+                came = getattr(param, "filled", False) if of_member else not (loaded | self.filled).isdisjoint(names)
+                missing += [] if came or not param.numel() else names[:1]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise DamagedError(f"tensor {one_line(missing[0])}{more} is missing from the repo; {_FIX}")
@@ -159,10 +165,18 @@ def check_range(name: str, suffix: str, scheme: Scheme, tensor: torch.Tensor, dt
 def refuse_unasked(model: torch.nn.Module, config: XpuquantConfig) -> None:
     """Raise UnsupportedError, in one line, for a layer that the repo has quantized, and vLLM builds unquantized: a head
     without a quantization config, as Falcon-H1's, or a stack of experts that is asked for by a name nobody knows.
-    (Linears go by their path: `by_path`.)"""
+    (Linears go by their path: `by_path`.) And for one whose weight the model multiplies by itself, group by group, as
+    DeepSeek-V4 does with `wo_a`."""
     ours = XpuquantLinearMethod | XpuquantMembersMethod | XpuquantExpertsMethod
-    for path, layer in model.named_modules():
-        if not isinstance(layer, LinearBase | RoutedExperts | ParallelLMHead) or isinstance(layer.quant_method, ours):
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, LinearBase | RoutedExperts | ParallelLMHead):
+            continue
+        if isinstance(layer.quant_method, ours):
+            if getattr(layer, "is_bmm", False):
+                raise UnsupportedError(
+                    f"{one_line(path)}: vLLM's {type(model).__name__} reads this layer's weight itself, "
+                    "which is not done for stored layouts yet; serve the source repo instead"
+                )
             continue
         # A stack of experts is a part of the module that has its name.
         paths = [path, path.rpartition(".")[0]] if isinstance(layer, RoutedExperts) else config.members(path)

@@ -4,7 +4,8 @@
 
 `engine`: more arguments of vLLM's `LLM`. `vocabulary`, `positions`: of the smallest model; 512 and 256 where not given.
 `pictures`: DIR → tokens of a prompt with an image, which is asked last.
-One line per model: {"model": DIR, "tokens": [[...], ...], "logprobs": [[...], ...]}, or {"error": "..."}.
+One line per model: {"model": DIR, "tokens": [[...], ...], "logprobs": [[...], ...], "next": [[[token, logprob], ...],
+...]}, `next` being the most likely one of the tokens that were not said; or {"error": "..."}.
 """
 
 import gc
@@ -28,6 +29,10 @@ def _image() -> object:
     return Image.frombytes("RGB", (16, 16), values)
 
 
+def _next(step: dict, said: int) -> tuple[int, float]:
+    return max(((token, one.logprob) for token, one in step.items() if token != said), key=lambda pair: pair[1])
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     tp = job.get("tp", 1)
@@ -40,7 +45,7 @@ def main() -> None:
     sampling = SamplingParams(
         temperature=0,
         max_tokens=job.get("max_tokens", 12),
-        logprobs=1,
+        logprobs=2,
         ignore_eos=tokenized is None,
         detokenize=tokenized is not None,
     )
@@ -72,6 +77,9 @@ def main() -> None:
             report["logprobs"] = [
                 [step[token].logprob for step, token in zip(out.logprobs, out.token_ids, strict=True)]
                 for out in outputs
+            ]
+            report["next"] = [
+                [_next(step, token) for step, token in zip(out.logprobs, out.token_ids, strict=True)] for out in outputs
             ]
         except Exception as problem:
             traceback.print_exc()

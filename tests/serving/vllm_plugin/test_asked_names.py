@@ -78,3 +78,18 @@ def test_a_group_of_states_that_gpus_share_is_refused(by_path: dict[str, Path], 
     """vLLM would cut the rows of `in_proj` in even parts: other tokens, and no error."""
     (report,) = generate([by_path["falcon_h1"] / "converted"], dtype="float32", tp=2).values()
     assert "mamba.in_proj: 2 GPUs share a group of this layer's states" in report["error"] + report["log"]
+
+
+REFUSED = {
+    "jamba": "model.layers.0.mamba.in_proj: vLLM's JambaForCausalLM builds this layer so that it cannot be quantized",
+    "deepseek_v4": "model.layers.0.attn.wo_a: vLLM's DeepseekV4ForCausalLM reads this layer's weight itself",
+}
+
+
+def test_linears_that_no_method_computes_are_refused(tmp_path: Path, generate: Callable[..., Any]) -> None:
+    for name in REFUSED:
+        twins = write(tmp_path / name, next(one for one in FAMILIES if one.name == name))
+        xpuquant.convert(twins.source, tmp_path / name / "converted")
+    said = generate([tmp_path / name / "converted" for name in REFUSED], dtype="float32")
+    for name, why in REFUSED.items():
+        assert said[str(tmp_path / name / "converted")]["error"].startswith(f"UnsupportedError: {why}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -439,3 +441,28 @@ def test_tied_embeddings(tmp_path: Path, load: Any) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(DamagedError, match=r"embed_tokens\.weight is missing"):
         load(edit(folder, lambda tensors: tensors.pop("model.embed_tokens.weight")))
+
+
+def test_a_tensor_of_a_module_with_two_paths_has_come_by_either() -> None:
+    """vLLM 0.33's models of Transformers have a block's shared experts under its routed ones, too."""
+    from xpuquant.vllm.config import XpuquantConfig
+    from xpuquant.vllm.loading import Intake
+
+    model = torch.nn.Module()
+    model.first, model.other = torch.nn.Module(), torch.nn.Linear(2, 2, bias=False)
+    model.first.inner = model.second = torch.nn.Linear(2, 2, bias=False)
+    intake = Intake(model, XpuquantConfig({}), torch.bfloat16)
+    intake.finish({"second.weight", "other.weight"})
+    intake.finish({"first.inner.weight", "other.weight"})
+    with pytest.raises(DamagedError, match=r"^tensor first\.inner\.weight is missing from the repo"):
+        intake.finish({"other.weight"})
+
+
+def test_serving_imports_no_compiler() -> None:
+    """vLLM's CPU worker looks into whatever is imported for kernels of its own, and stumbles over llvmlite."""
+    code = (
+        "import sys; from xpuquant.vllm import register; register(); import xpuquant.vllm.experts; "
+        "print(*{'numba', 'llvmlite'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""

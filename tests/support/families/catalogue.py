@@ -65,6 +65,10 @@ VISION: Mapping[str, Any] = {
 }
 
 
+ABSENT = object()
+"""Of a key that published repos do not have."""
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture.
@@ -75,7 +79,7 @@ class Family:
     text     the same, of its `text_config`
     vision   the same, of its `vision_config`
     head     Auto class that makes the model
-    renames  regex of names of tensors that Transformers saves → what published repos have
+    renames  regex of names of tensors that Transformers saves → what published repos have there
     skipped  regex of modules that are left unquantized besides heads, routers and embeddings
     source_lacks  regex of tensors that Transformers saves and no published repo has
     published  keys of the published config.json that Transformers' own lacks and vLLM reads; a part's are merged in
@@ -83,6 +87,7 @@ class Family:
     turns    the same, of published repos alone: Transformers turns the stacks while it loads them
     scheme   `int4`, as GPTQModel writes it, `fp8` in blocks, or `mxfp4` experts, as gpt-oss has them
     dtype    in which vLLM is asked: its CPU code for gated delta nets takes bfloat16 alone
+    engine   more arguments of vLLM's `LLM`
     mtp      name of a layer for multi-token prediction, made of the last layer's tensors
     image    how the model is asked with an image in Transformers (`models.asked`); empty: not tried
     sees     the same in vLLM: a key of `processors.PROCESSORS`
@@ -94,7 +99,7 @@ class Family:
     text: Mapping[str, Any] = field(default_factory=dict)
     vision: Mapping[str, Any] = field(default_factory=dict)
     head: str = "AutoModelForCausalLM"
-    renames: tuple[str, str] = ("(?!)", "")
+    renames: Mapping[str, str] = field(default_factory=dict)
     skipped: str = "(?!)"
     source_lacks: str = "(?!)"
     published: Mapping[str, Any] = field(default_factory=dict)
@@ -102,6 +107,7 @@ class Family:
     turns: bool = False
     scheme: str = "int4"
     dtype: str = "float32"
+    engine: Mapping[str, Any] = field(default_factory=dict)
     mtp: str = ""
     image: str = ""
     sees: str = ""
@@ -119,6 +125,7 @@ _MLA = {
 }
 _LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
 _SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
+_SIGLIP = {r"vision_tower\.(?!vision_model)": "vision_tower.vision_model."}
 _CONV = {"conv_dim": 256, "conv_dim_out": 256, "block_dim": 256}
 _NEXTN = {"num_nextn_predict_layers": 1}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
@@ -172,7 +179,24 @@ FAMILIES: tuple[Family, ...] = (
         mtp="model.layers.2",
     ),
     Family("deepseek_v32", "DeepseekV32Config", {**_MLA, "index_n_heads": 4, "index_head_dim": 128, "index_topk": 64}),
-    Family("deepseek_v4", "DeepseekV4Config", {"o_groups": 4, "o_lora_rank": 64, "head_dim": 64}),
+    Family(
+        "deepseek_v4",
+        "DeepseekV4Config",
+        {"o_groups": 4, "o_lora_rank": 64, "head_dim": 512},
+        renames={
+            r"^model\.": "",
+            r"^embed_tokens\.": "embed.",
+            r"^hc_head\.hc_": "hc_head_",
+            r"n\.norm\.": "n.kv_norm.",
+        },
+        published={
+            "mlp_layer_types": ABSENT,
+            "num_hash_layers": 2,
+            "layer_types": ABSENT,
+            "compress_ratios": [128, 128],
+        }
+        | {"qk_rope_head_dim": 64, "partial_rotary_factor": ABSENT, "expert_dtype": "fp8"},
+    ),
     Family("glm4_moe", "Glm4MoeConfig", {**_NEXTN, "head_dim": 64}, mtp="model.layers.2"),
     Family(
         "glm4_moe_lite",
@@ -209,6 +233,7 @@ FAMILIES: tuple[Family, ...] = (
         {**_MLA, **_HYBRID, **_SPARSE, "q_lora_rank": None, "linear_head_dim": 64, "linear_num_heads": 4}
         | {"num_experts_per_token": 2, "num_shared_experts": 1},
         dtype="bfloat16",
+        engine={"enable_prefix_caching": False},  # vLLM turns it off itself on a CPU, and then refuses its block size
     ),
     Family(
         "longcat_flash",
@@ -294,17 +319,21 @@ FAMILIES: tuple[Family, ...] = (
         {"mm_tokens_per_image": 4},
         {"query_pre_attn_scalar": 64},
         head=_SEES,
-        renames=(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model."),
+        renames=_SIGLIP,
         image="flat",
         sees="gemma3",
     ),
     Family(
         "gemma4",
         "Gemma4Config",
-        {"vision_config": {"model_type": "gemma4_vision", **VISION, "num_key_value_heads": 2, "global_head_dim": 32}},
+        {
+            "vision_config": {"model_type": "gemma4_vision", **VISION, "num_key_value_heads": 2, "global_head_dim": 32}
+            | {"default_output_length": 70}
+        },
         text={**_LOCAL, "head_dim": 64, "enable_moe_block": True, "top_k_experts": 2, "per_layer_config": {}}
         | {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 64},
         head=_SEES,
+        sees="gemma4",
     ),
     Family("mistral3", "Mistral3Config", head=_SEES, image="sizes", sees="pixtral"),
     Family(
@@ -325,8 +354,12 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "kimi_k25",
         "Kimi_K25Config",
+        {"tie_word_embeddings": False},
         text=_MLA,
-        published={"architectures": ["KimiK25ForConditionalGeneration"]},  # Transformers calls its class otherwise
+        # Transformers gives the names of the vision tower's blocks to all layers.
+        renames={r"language_model\.model\.blocks\.": "language_model.model.layers.", r"^model\.mm_": "mm_"},
+        published={"architectures": ["KimiK25ForConditionalGeneration"]}  # Transformers calls its class otherwise
+        | {"text_config": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}},
         head=_SEES,
     ),
     Family(
@@ -347,7 +380,15 @@ FAMILIES: tuple[Family, ...] = (
         head=_SEES,
         scheme="fp8",
     ),
-    Family("lfm2_vl", "Lfm2VlConfig", text={"layer_types": ["conv", "full_attention"], **_CONV}, head=_SEES),
+    Family(
+        "lfm2_vl",
+        "Lfm2VlConfig",
+        text={"layer_types": ["conv", "full_attention"], **_CONV},
+        vision={"vision_use_head": False},
+        head=_SEES,
+        renames=_SIGLIP,
+        sees="lfm2",
+    ),
     Family("aria", "AriaConfig", head=_SEES),
     Family(
         "ernie4_5_vl_moe",
@@ -366,6 +407,7 @@ FAMILIES: tuple[Family, ...] = (
                 "mrope_section": [4, 6, 6],
             }
         },
+        published={"text_config": {"head_dim": 64, "use_qk_norm": False}},
         head=_SEES,
     ),
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.families.catalogue import SIZE, VISION, VOCAB, Family
+from support.families.catalogue import ABSENT, SIZE, VISION, VOCAB, Family
 from support.families.processors import write_processor
 from support.packers import pack_tensor
 
@@ -116,7 +116,7 @@ def write(folder: Path, family: Family, experts: bool = True) -> Twins:
     _publish(plain / "config.json", family.published)
     if family.sees:
         write_processor(plain, family.sees)
-    tensors = {re.sub(*family.renames, name): t for name, t in load_file(plain / "model.safetensors").items()}
+    tensors = {published_name(family, name): t for name, t in load_file(plain / "model.safetensors").items()}
     if family.mtp:
         tensors |= dict(_nextn(tensors, family.mtp))
     stored: Tensors = {}
@@ -151,6 +151,13 @@ def write(folder: Path, family: Family, experts: bool = True) -> Twins:
     return Twins(source, plain, tuple(quantized))
 
 
+def published_name(family: Family, name: str) -> str:
+    """What published repos call a tensor that Transformers saves under `name`."""
+    for pattern, published in family.renames.items():
+        name = re.sub(pattern, published, name)
+    return name
+
+
 def _without(pattern: str, tensors: Tensors, plain: Path, folder: Path) -> None:
     """A third model: the twin as it would be published, for loaders that stumble over what Transformers adds."""
     shutil.copytree(plain, folder)
@@ -163,6 +170,8 @@ def _publish(path: Path, keys: Mapping[str, Any]) -> None:
     config = json.loads(path.read_text())
     for key, value in keys.items():
         config[key] = {**config[key], **value} if isinstance(value, Mapping) and key in config else value
+        if value is ABSENT:
+            del config[key]
     path.write_text(json.dumps(config, indent=1))
 
 
