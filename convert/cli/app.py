@@ -193,10 +193,19 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> tuple[str, int]:
 def _click(error: Any) -> tuple[str, int]:
     if not hasattr(error, "format_message"):
         return "aborted", Interrupted.exit_code
+    option = getattr(error, "option_name", None)
+    if option and error.ctx is not None and error.ctx.parent is None and (command := _command_with(option)):
+        return f"{error.message.rstrip('.')} before a command; it follows one, as in {PROGRAM} {command} {option}", 2
     close = getattr(error, "possibilities", None)
     if close:  # a mistyped option: the closest comes first
         return f"{error.message.rstrip('.')}. Did you mean {close[0]}?", 2
     return error.format_message(), 2
+
+
+def _command_with(option: str) -> str | None:
+    """The first command that has an option."""
+    commands = built().commands.items()
+    return next((name for name, one in commands if any(option in each.opts for each in one.params)), None)
 
 
 def _sentences() -> list[tuple[type[Exception], Callable[[Any], tuple[str, int]]]]:

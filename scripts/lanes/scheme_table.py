@@ -143,8 +143,11 @@ REFUSED = {
     "an embedding that GPTQModel quantized": (
         "an embedding, which GPTQModel quantizes transposed: no XPU kernel looks it up"
     ),
-    "gpt-oss's experts with zero points, 8 bits, NVFP4, or FP8 scales per channel or group": (
-        "ARK's expert kernels add no bias and know no rows that alternate gate and up"
+    "experts with biases (gpt-oss's) and zero points, 8 bits, NVFP4, or FP8 scales per channel or group": (
+        "ARK's expert kernels add no bias"
+    ),
+    "the same without biases, gate and up alternating": (
+        "rows that alternate gate and up are written for the grouped GEMM alone"
     ),
     "gpt-oss's experts in FP8 blocks, gate and up apart": "… cannot cover columns that alternate gate and up",
     "experts for ARK of other sizes": "… is […, …]; ARK's expert kernels are given multiples of …",

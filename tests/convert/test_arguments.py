@@ -343,6 +343,8 @@ def test_two_options_work_together_or_say_that_they_do_not(
         (["inspect", "SRC", "--layot", "xpu"], "No such option: --layot"),
         (["convert", "SRC", "OUT", "--layot", "xpu"], "Did you mean --layout?"),
         (["convrt", "SRC"], "Did you mean 'convert'?"),
+        (["-q", "inspect", "SRC"], "-q before a command; it follows one, as in xpuquant convert -q"),
+        (["--tp", "2", "inspect", "SRC"], "--tp before a command; it follows one, as in xpuquant inspect --tp"),
         (["inspect", "SRC", "-q", "-v"], "--quiet and --verbose exclude each other"),
     ],
 )

@@ -49,8 +49,10 @@ ARK_GROUP_SIZES = (128, 64, 32, 16)
 
 def ark_refusal(stack: ExpertStack) -> str | None:
     """Why ARK's expert kernels cannot take a stack, whatever its numbers; None where they can."""
-    if stack.biases or stack.interleaved:
-        return "ARK's expert kernels add no bias and know no rows that alternate gate and up"
+    if stack.biases:
+        return "ARK's expert kernels add no bias"
+    if stack.interleaved:
+        return "rows that alternate gate and up are written for the grouped GEMM alone"
     for role, _, weight in stack.matrices():
         if weight.N % ARK_MULTIPLE or weight.K % ARK_MULTIPLE:
             return f"{role} is [{weight.N}, {weight.K}]; ARK's expert kernels are given multiples of {ARK_MULTIPLE}"
