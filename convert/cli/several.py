@@ -16,7 +16,7 @@ from xpuquant.conversion.cli.tables import TextTable
 from xpuquant.conversion.results import Converted, Planned
 from xpuquant.conversion.runs.request import ConvertRequest, convert, plan_only
 from xpuquant.conversion.runs.several import Attempted, check_outputs, try_each
-from xpuquant.conversion.sizes import duration, size
+from xpuquant.conversion.sizes import counted, duration, size
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,14 @@ def _answer(ended: Sequence[_Ended], output: Output) -> Answer:
     done = sum(not one.code for one in ended)
     brief = f"{done} of {len(ended)} sources {'convert' if _only_planned(ended) else 'are converted'}"
     table = TextTable("", ("source", "output", "size", "took", "result"), rows)
-    return Answer([table, brief], {"results": [_data(one, output) for one in ended]}, brief)
+    warned = [f"{one.tried.request.source}: {line}" for one in ended for line in _warned(one, output)]
+    return Answer([table, brief], {"results": [_data(one, output) for one in ended]}, brief, warned)
+
+
+def _warned(one: _Ended, output: Output) -> Sequence[str]:
+    """What its conversion alone would have said, with `--quiet`, beside its line."""
+    result = one.tried.result
+    return answers.converted(result, output).warned if isinstance(result, Converted) else ()
 
 
 def _only_planned(ended: Sequence[_Ended]) -> bool:
@@ -92,6 +99,8 @@ def _row(one: _Ended) -> tuple[str, str, str, str, str]:
     said = (
         "was finished before" if not result.is_new else str(result.verdict.outcome if result.verdict else "converted")
     )
+    if result.verdict is not None and result.verdict.warnings:
+        said += f", {counted(len(result.verdict.warnings), 'warning')} in verify.md"
     return request.source, str(request.target), size(result.plan.write_bytes), took, said
 
 

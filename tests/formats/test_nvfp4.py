@@ -305,4 +305,11 @@ def test_numbers_that_are_none_are_said_to_one_in_a_hurry_too(tmp_path, capsys):
     assert run(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "-q"]) == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [str(tmp_path / "out")]
-    assert f"warning: sanity: {DOWN}: 64 scales and 0 codes are NaN or infinite; so has the source" in said.err
+    warning = f"sanity: {DOWN}: 64 scales and 0 codes are NaN or infinite; so has the source"
+    assert f"warning: {warning}" in said.err
+    # And of several, with its name.
+    (tmp_path / "models").write_text(f"{tmp_path / 'in'} {tmp_path / 'other'}\n")
+    assert run(["convert", "--from", str(tmp_path / "models"), "-q"]) == 0
+    assert f"warning: {tmp_path / 'in'}: {warning}" in capsys.readouterr().err
+    assert run(["convert", "--from", str(tmp_path / "models"), "--force"]) == 0
+    assert "verified, 1 warning in verify.md" in capsys.readouterr().out
