@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from xpuquant.conversion.cli import check_commands, convert_commands
-from xpuquant.conversion.cli.encoding import speak_plainly
+from xpuquant.conversion.cli.encoding import open_closed_streams, speak_plainly
 from xpuquant.conversion.cli.spelling import Spelling
 from xpuquant.conversion.write.memory import keep_freed_memory
 from xpuquant.errors import Argument, EnvironmentFault, Interrupted, XpuquantError
@@ -126,6 +126,7 @@ def built() -> Any:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Errors become one line on standard error."""
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         speak_plainly(stream)
     signal.signal(signal.SIGTERM, _terminate)

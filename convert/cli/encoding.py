@@ -1,13 +1,25 @@
-"""Standard output that is not Unicode (`PYTHONIOENCODING=ascii`, a Latin-1 locale): takes any text, spelt in ASCII."""
+"""Standard streams as a shell may give them: not Unicode (`PYTHONIOENCODING=ascii`, a Latin-1 locale), which then take
+any text, spelt in ASCII; or closed (`>&-`)."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import os
+import sys
 from typing import TextIO
 
 _PLAIN = {"→": "->", "…": "...", "×": "x", "·": "-"}
 _HANDLER = "xpuquant-plain"
+
+
+def open_closed_streams() -> None:
+    """Give each standard stream that was closed when Python started, for which it has None, the null device: what is
+    said there is nobody's. And no file that is opened later gets its number, so that nothing a library prints comes to
+    lie in a shard."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115  # while we run
 
 
 def speak_plainly(stream: TextIO) -> None:

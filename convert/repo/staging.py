@@ -13,12 +13,14 @@ each the lock of its own journal alone.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
+from unicodedata import normalize
 
 from xpuquant.conversion.options import Options, contrast
 from xpuquant.conversion.repo.checksums import hashed
@@ -96,9 +98,12 @@ class Staging(ShardNotes):
                         JournalFile(self.tree, name).forget_shards(error.files)
                 if not journals(self.tree) and not self.tree.holds(EARLIER_CARD):
                     # Finished, or refused.
-                    self._out.drop(STAGING)
+                    self.drop()
         finally:
             self._release()
+            # Network file systems and FUSE keep a file that is open, as the lock was, under another name meanwhile.
+            with suppress(OSError):
+                self._out.remove_empty(STAGING)
 
     def _release(self) -> None:
         if self._lock_fd is not None:
@@ -206,11 +211,16 @@ class Staging(ShardNotes):
         self._out.sync()
         # The journals go first: without them, what is left of the staging folder claims nothing.
         self._drop_journals()
-        self._out.drop(STAGING)
+        self.drop()
 
     def drop(self) -> None:
-        """Remove the staging folder, with all that is in it."""
-        self._out.drop(STAGING)
+        """Remove the staging folder, with all that is in it; where the file system keeps an open file, which the lock
+        is, the folder goes when the lock is given back."""
+        try:
+            self._out.drop(STAGING)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                raise
 
     def _clear(self) -> None:
         self._drop_journals()
@@ -226,6 +236,30 @@ class Staging(ShardNotes):
 def staged_files(out: Path) -> Tree:
     """The folder in which an output's files are made."""
     return Tree(out).below(STAGING).below(_FILES)
+
+
+def check_told_apart(out: Path, names: Iterable[str]) -> None:
+    """Whether the file system of an output, whose lock is held, tells apart what is to be written there: some do not
+    know `Notes.txt` from `notes.txt`, and one would replace the other.
+
+    Args:
+        names: paths below `out`, of all files.
+
+    Raises:
+        UsageError: it does not.
+    """
+    staging = Tree(out).below(STAGING)
+    if not staging.holds(LOCK.upper()) or staging.identity(LOCK.upper()).inode != staging.identity(LOCK).inode:
+        return
+    seen: dict[str, str] = {}
+    for name in map(PurePosixPath, names):
+        for path in (name, *name.parents[:-1]):
+            other = seen.setdefault(normalize("NFC", str(path)).casefold(), str(path))
+            if other != str(path):
+                raise UsageError(
+                    f"{out}: the file system there does not tell {other} from {path}; rename one of them in the "
+                    "source, or choose a folder on another disk"
+                )
 
 
 def journals(staging: Tree) -> list[str]:

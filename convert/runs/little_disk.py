@@ -31,10 +31,10 @@ from xpuquant.conversion.repo.converted import Repo
 from xpuquant.conversion.repo.journal import PRODUCER, PROVENANCE, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields, metadata_of
-from xpuquant.conversion.repo.staging import Staging, check_output
+from xpuquant.conversion.repo.staging import Staging, check_output, check_told_apart
 from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.finished import is_conversion, recorded_shards
-from xpuquant.conversion.runs.local import check_disk, check_places, raise_failures
+from xpuquant.conversion.runs.local import check_disk, check_places, raise_failures, written_names
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.repo_files import parse_json
 from xpuquant.conversion.sources.streamed import StreamedSource
@@ -151,6 +151,7 @@ def convert_streaming(
     check_card(out)
     digest = plan.digest(source.fingerprint())
     with Staging(out, reporter.note) as staging:
+        check_told_apart(out, written_names(plan, source))
         done = staging.begin(digest, options, plan.shard_sizes, force)
         keep_card(staging)
         clear_output(out)

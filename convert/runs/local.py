@@ -21,7 +21,7 @@ from xpuquant.conversion.repo.card_merge import check_card, keep_card
 from xpuquant.conversion.repo.journal import PRODUCER, Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields, metadata_of
-from xpuquant.conversion.repo.staging import Staging, check_output
+from xpuquant.conversion.repo.staging import Staging, check_output, check_told_apart
 from xpuquant.conversion.results import Converted, about_to, summary
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import WRITTEN
@@ -92,6 +92,7 @@ def convert_checkpoint(
     metadata = metadata_of(source, card, reporter.note)
     reporter.begins(about_to(plan, source, str(out)))
     with Staging(out, reporter.note) as staging:
+        check_told_apart(out, written_names(plan, source))
         done = staging.begin(plan.digest(source.fingerprint()), options, plan.shard_sizes, force, source.identities())
         keep_card(staging)
         clear_output(out)
@@ -141,16 +142,29 @@ def check_apart(source: Source, out: Path) -> None:
     """Raises UsageError where the output would lie in the source, which is never written to, or the source in it."""
     if source.revision is None and Path(source.name).is_dir():
         one, other = Path(source.name).resolve(), out.resolve()
-        if one.is_relative_to(other) or other.is_relative_to(one):
+        if _lies_in(one, other) or _lies_in(other, one):
             raise UsageError(f"{out}: source and output must not lie in each other; choose another folder")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder, or leads through it, also under a name that is spelt otherwise: where the file system
+    does not tell capitals, a folder has several."""
+    if not folder.exists():
+        return path.is_relative_to(folder)
+    return any(place.exists() and place.samefile(folder) for place in (path, *path.parents))
 
 
 def check_places(plan: Plan, source: Source, out: Path) -> None:
     """Raises UsageError where something in `out` is in the way of a file that the conversion writes: said before the
     work, and before an earlier conversion is cleared."""
     tree = Tree(out)
-    for name in (*WRITTEN, *(shard.name for shard in plan.shards), *source.extra_files):
+    for name in written_names(plan, source):
         tree.check_place(name)
+
+
+def written_names(plan: Plan, source: Source) -> tuple[str, ...]:
+    """Every file that a conversion may write."""
+    return (*WRITTEN, *(shard.name for shard in plan.shards), *source.extra_files)
 
 
 def check_disk(out: Path, needed: int) -> None:

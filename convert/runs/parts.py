@@ -42,13 +42,14 @@ from xpuquant.conversion.repo.staging import (
     VERIFIED_PART,
     Staging,
     check_output,
+    check_told_apart,
     journals,
     staged_files,
     take_lock,
     taking_place,
 )
 from xpuquant.conversion.results import PartConverted
-from xpuquant.conversion.runs.local import check_part, check_places
+from xpuquant.conversion.runs.local import check_part, check_places, written_names
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan
@@ -223,6 +224,7 @@ def make_part(
     mine = plan.part(share(plan, part))
     reporter.phase("convert", mine.write_bytes)
     with PartStaging(out, part, reporter.note) as staging:
+        check_told_apart(out, written_names(plan, source))
         done = staging.begin(plan.digest(source.fingerprint()), options, mine.shard_sizes, source.identities())
         finished = execute_plan(mine, source, staging, jobs, done, reporter.advance)
         staging.verify(mine, source, finished, jobs, reporter)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.checkpoints import FIXTURES
+from support.fuzz.case import command
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.repo.checksums import hash_file, is_sealed, seal
 from xpuquant.conversion.repo.journal import STAGING, Finished
 from xpuquant.conversion.repo.replace import clear_output
-from xpuquant.conversion.repo.staging import Staging
+from xpuquant.conversion.repo.staging import Staging, check_told_apart
 from xpuquant.conversion.sources.quantization import quantization_config
 from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, extra_files, find_files, list_files, parse_json
 from xpuquant.conversion.sources.weight_files import WeightFiles, parse_index, pick_weight_files
@@ -162,12 +170,100 @@ class TestJournal:
         with Staging(tmp_path) as staging, pytest.raises(UsageError, match="already holds a converted model"):
             staging.begin("plan", Options(), SIZES, force=False)
 
+    def test_an_open_file_that_stays_until_it_is_closed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """NFS and FUSE give a file that is removed while it is open, as the lock is, another name: the folder is not
+        empty until it is closed."""
+
+        def kept(path: str, dir_fd: int) -> None:
+            shutil.move(tmp_path / STAGING / "lock", tmp_path / STAGING / ".nfs0001")
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+        with Staging(tmp_path) as staging:
+            monkeypatch.setattr(shutil, "rmtree", kept)
+            staging.drop()
+            monkeypatch.undo()
+            staging.files.path.rmdir()
+            (tmp_path / STAGING / ".nfs0001").unlink()
+        assert not any(tmp_path.iterdir())
+
     def test_the_lock_is_of_the_file_that_is_there(self, tmp_path: Path) -> None:
         """One that another run has just removed locks nobody out."""
         with Staging(tmp_path) as first:
             first.begin("plan", Options(), SIZES, force=False)
             with pytest.raises(UsageError, match="another conversion"), Staging(tmp_path):
                 pass
+
+
+@pytest.fixture
+def blind(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk that does not tell capitals: the one that XPUQUANT_CAPITALS_BLIND names (a mounted FAT, an
+    APFS), or a folder of an ext4 that is mounted for it, where the kernel has such and this user may."""
+    named = os.environ.get("XPUQUANT_CAPITALS_BLIND")
+    disk, image = Path(named) if named else tmp_path / "disk", tmp_path / "image"
+    folder = disk / f"room-{os.getpid()}"
+    if not named:
+        disk.mkdir()
+        image.touch()
+        os.truncate(image, 64 << 20)
+        for words in (
+            ["mkfs.ext4", "-q", "-O", "casefold", "-E", "encoding=utf8", str(image)],
+            ["mount", "-o", "loop", str(image), str(disk)],
+            ["mkdir", str(folder)],
+            ["chattr", "+F", str(folder)],
+        ):
+            if shutil.which(words[0]) is None or subprocess.run(words, capture_output=True, check=False).returncode:
+                subprocess.run(["umount", "--lazy", str(disk)], capture_output=True, check=False)
+                pytest.skip(f"needs root, and a kernel with ext4's casefold: {shlex.join(words)} failed")
+    folder.mkdir(exist_ok=True)
+    (folder / "a").touch()
+    assert (folder / "A").exists(), f"{folder} tells capitals"
+    yield folder
+    shutil.rmtree(folder)
+    if not named:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+TWICE = {
+    "NOTES.txt": "notes.txt",
+    "Sub/x.txt": "sub/y.txt",
+    "Extra": "extra/x.txt",
+    "Readme.md": "README.md",
+    "Config.json": "config.json",
+    "Model-00001-of-00002.safetensors": "model-00001-of-00002.safetensors",
+    "re\u0301sume\u0301.txt": "r\u00e9sum\u00e9.txt",
+}
+"""Names that such a disk takes for one."""
+
+
+class TestOneNameForTwo:
+    @pytest.mark.parametrize("one", TWICE)
+    def test_it_is_said(self, one: str, tmp_path: Path) -> None:
+        """The lock is found under other capitals too, as on such a disk."""
+        with Staging(tmp_path):
+            names = ["tokenizer.json", TWICE[one], "sub/z.txt", one]
+            check_told_apart(tmp_path, names)
+            os.link(tmp_path / STAGING / "lock", tmp_path / STAGING / "LOCK")
+            with pytest.raises(UsageError, match="the file system there does not tell"):
+                check_told_apart(tmp_path, names)
+            check_told_apart(tmp_path, ["sub/a.txt", "sub/b.txt", "config.json", "config.json"])
+
+    def test_on_such_a_disk(self, blind: Path, tmp_path: Path) -> None:
+        """Nothing is lost and nothing untrue said: two names that are one there are refused before the work; what has
+        none converts, is known, verified and converted again."""
+        source, out = tmp_path / "source", blind / "out"
+        shutil.copytree(FIXTURES / "gptqmodel-qwen3-w4g32", source)
+        (source / "Tokenizer.json").write_text("{}")
+        code, _, error = command("convert", str(source), str(out))
+        assert code == 2 and "does not tell" in error and "okenizer.json" in error and not any(out.iterdir())
+        (source / "Tokenizer.json").unlink()
+        for arguments in ([], [], ["--force"]):
+            assert command("convert", str(source), str(out), *arguments)[0] == 0
+            assert command("verify", str(out), "--source", str(source), "--backend", "reference")[0] == 0
+        shutil.copytree(source, blind / "model")
+        code, _, error = command("convert", str(blind / "model"), str(blind / "MODEL" / "out"))
+        assert code == 2 and "source and output must not lie in each other" in error
+        code, _, error = command("convert", str(blind / "model"), str(blind / "Model"), "--force")
+        assert code == 2 and "was not written by xpuquant" in error
 
 
 class TestChecksums:

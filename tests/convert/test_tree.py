@@ -308,6 +308,7 @@ def test_what_is_hidden() -> None:
 
 DOOR = ("convert/tree.py", "convert/walk.py")
 ELSEWHERE = {
+    "convert/cli/encoding.py": "the null device, where a standard stream is closed",
     "convert/doctor.py": "devices of this machine, below /dev and /sys",
     "convert/report/page.py": "a template of this package",
     "convert/verify/setting.py": "the processor's name, in /proc",

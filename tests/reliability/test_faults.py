@@ -455,6 +455,16 @@ class TestSignals:
             assert all(code == 0 or (code == 2 and error.count("\n") == 1) for error, code in ends), ends
             assert complete(out) == expected
 
+    @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+    @pytest.mark.parametrize("words", ["--version", "inspect SRC", "inspect SRC --json"])
+    def test_a_standard_stream_is_closed(self, closed: str, words: str, source: Path) -> None:
+        """What would be said there is nobody's; the command does its work."""
+        said = " ".join(str(source) if word == "SRC" else word for word in words.split())
+        line = f'exec "$0" -P -m xpuquant {said} {closed}'
+        done = subprocess.run(["bash", "-c", line, sys.executable], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert bool(done.stdout) == ("1>" not in closed)
+
     def test_nobody_listens(self, source: Path, tmp_path: Path) -> None:
         """Standard output closed (`| head`): the conversion is complete, and nothing else is said."""
         process = subprocess.Popen(
