@@ -1,6 +1,7 @@
 """Every goal of speed, memory and growth, measured in one run: one table, and exit code 1 when a goal is missed.
 
-    python scripts/bench/convert.py [--only gptq,ct,...] [--rounds 5] [--folder DIR] [--markdown FILE] [--svg FILE]
+    python scripts/bench/convert.py [--only gptq,ct,...] [--rounds 5] [--folder DIR]
+        [--markdown FILE] [--readme FILE] [--svg FILE]
 
 Times are those of whole processes, start-up included, page cache warm, outputs removed in between; a ratio is the
 median over rounds of the ratio of two neighbouring runs. What there is to `--only`:
@@ -16,8 +17,8 @@ median over rounds of the ratio of two neighbouring runs. What there is to `--on
     peer     AWQ → compressed-tensors against that library's own converter (awq_to_ct.py)
     growth   time per byte from 1 to 64 layers, time per tensor from 1,000 to 100,000 tensors (growth.py)
 
-It needs 20 GB of disk and about 35 minutes. `--markdown docs/performance.md` renews the table there, `--svg
-docs/growth.svg` the plot.
+It needs 20 GB of disk and about 35 minutes. `--markdown docs/performance.md` renews the table there, `--readme
+README.md` the figures that stand in README, `--svg docs/growth.svg` the plot.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from bench import awq_to_ct, starting
+from bench import awq_to_ct, readme, starting
 from bench import growth as growing
 from bench.measure import (
     XPUQUANT,
@@ -179,11 +180,14 @@ def main() -> int:
     parser.add_argument("--moe", type=int, default=Model.moe, help="Qwen3-30B-A3B layers")
     parser.add_argument("--peer-layers", type=int, default=awq_to_ct.LAYERS)
     parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--readme", type=Path, help="write the figures of all formats into README's table")
     parser.add_argument("--svg", type=Path, help="write the plot of the growth here")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only {', '.join(sorted(unknown))}: want some of {', '.join(PARTS)}")
+    if arguments.readme and not set(FORMATS) <= set(parts):
+        parser.error("--readme wants the figures of every format")
     assert set(VERIFIED_GOAL) == set(FORMATS)
     rounds, model = arguments.rounds, Model(dense=arguments.dense, moe=arguments.moe)
     peer = awq_to_ct.peer_python() if "peer" in parts else None
@@ -212,6 +216,8 @@ def main() -> int:
                 arguments.svg.write_text(growing.plot(growth))
     if arguments.markdown:
         insert(arguments.markdown, "bench_convert", table.markdown())
+    if arguments.readme:
+        readme.renew(arguments.readme, table.lines, table.conditions)
     return 0 if table.passed else 1
 
 

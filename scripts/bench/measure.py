@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +69,8 @@ class Table:
 
     def __init__(self, folder: Path, rounds: int) -> None:
         self.lines: list[Line] = []
-        self.head = [f"{machine(folder)}; xpuquant {_version()}; {rounds} rounds"]
+        self.conditions = f"{machine(folder)}; xpuquant {_version()} of {date.today().isoformat()}"
+        self.head = [f"{self.conditions}; {rounds} rounds"]
         self.head.append(f"load average of the machine before: {os.getloadavg()[0]:.1f}")
         print("\n".join(self.head) + "\n")
         self._print(self._HEAD)
