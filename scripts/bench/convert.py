@@ -98,7 +98,7 @@ def bench_format(fmt: str, folder: Path, model: Model, rounds: int, rates: Rates
         shutil.rmtree(made_folder)
     copied = median(copies)
     floor = rates.floor(written, copied)
-    detail = f"{read / 1e9:.1f} GB to {written / 1e9:.1f}: durable copy {copied:.2f} s, "
+    detail = f"{read / 1e9:.1f} GB to {written / 1e9:.1f} GB: durable copy {copied:.2f} s, "
     return [
         Line(
             f"{fmt} → xpu, verified",
