@@ -20,6 +20,7 @@ from xpuquant.conversion.verify.integrity import VERDICT
 from xpuquant.conversion.verify.proof import Checked
 from xpuquant.conversion.verify.recorded import check_recorded
 from xpuquant.conversion.verify.verdict import Finding
+from xpuquant.conversion.walk import is_hidden
 from xpuquant.errors import one_line
 from xpuquant.formats.scheme import compact
 
@@ -122,6 +123,9 @@ def check_derived(
     for name in [name for name in theirs["left_files"] if name not in ours["left_files"]]:
         found.append(_odd(f"left_files.{name} was left out of the conversion; the source has no such file now"))
         del theirs["left_files"][name]
+    for name in [name for name in ours["left_files"] if name not in theirs["left_files"] and is_hidden(name)]:
+        found.append(_odd(f"left_files.{name} is in the source now, and was not; no conversion takes it"))
+        del ours["left_files"][name]
     of_us = record["producer"] == producer
     found += [(_wrong if of_us else _odd)(what) for what in _some(differences(_plain(ours), theirs))]
     return [*found, *map(_wrong, _some(differences(_plain(wanted), held)))]

@@ -171,6 +171,7 @@ def test_a_revision_is_named_behind_the_repo(
     assert isinstance(told, xpuquant.StoredModule) and told.outcome == found.modules[0]
     assert xpuquant.verify(at_v2, source=OTHER, backends=["reference"]).passed
     commit = hub.seed("producer/model", OTHER, xet=False)
+    assert xpuquant.verify(at_v2, source=f"producer/model@{commit}", backends=["reference"]).passed
     source = f"producer/model@{commit}"
     assert run(["convert", source, "--dry-run"]) == 0
     assert " to model-xpu\n" in capsys.readouterr().out

@@ -305,3 +305,15 @@ def test_digests_of_earlier_repos_stay_what_they_are(fixture: str, layout: str, 
     xpuquant.convert(FIXTURES / fixture, tmp_path / "out", layout=layout, jobs=1)
     record = json.loads((tmp_path / "out" / "xpuquant.json").read_text())
     assert record["modules"][module]["rows_xxh3"] == digest
+
+
+@pytest.mark.parametrize("name", [".gitattributes", ".env", "pytorch_model.bin"])
+def test_a_file_that_no_conversion_takes_and_the_source_has_since(
+    name: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    """A folder and the same model on the Hub differ in `.gitattributes`, which nothing loads: a warning."""
+    source = Path(shutil.copytree(FIXTURES / KINDS["exact"][0], tmp_path / "source"))
+    (source / name).write_text("{}")
+    verdict = xpuquant.verify(made["exact"], source=source, backends=["reference"])
+    assert verdict.passed == name.startswith(".")
+    assert any(f"left_files.{name}" in one.line() for one in (*verdict.warnings, *verdict.failing))
