@@ -32,7 +32,7 @@ class guarded:  # noqa: N801  # read as a word: with guarded(name)
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, UNFORESEEN):
+        if error is not None and isinstance(error, UNFORESEEN):
             show(error)
             said = f"{type(error).__name__}: {error}"
             raise DamagedError(f"{self._name}: its tensors or what is said of it cannot be ({said})") from error

@@ -86,7 +86,7 @@ def module_overrides(config: Mapping[str, Any], module: str) -> Mapping[str, Any
     (`.*mlp.gate.*`, meant for the router, also matches `mlp.gate_proj`).
     """
     extra = config.get("extra_config")
-    if not isinstance(extra, Mapping) or not extra:
+    if not extra or not isinstance(extra, Mapping):
         return {}
     rest = module
     while rest:

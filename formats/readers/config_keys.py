@@ -47,7 +47,7 @@ def _dynamic(rules: Any, module: str) -> Mapping[str, Any]:
 
     `-:regex` stands for modules that are not quantized. One that has quantized tensors all the same is what they say.
     """
-    if not isinstance(rules, Mapping):
+    if not rules or not isinstance(rules, Mapping):
         return {}
     for rule, override in rules.items():
         if rule.startswith("-:") or not isinstance(override, Mapping):

@@ -225,8 +225,10 @@ class Gptq:
                 format=self.name,
                 N=N,
                 K=K,
-                tensors=tuple(part for part in (qweight, scales, qzeros, parts.get("g_idx"), bias) if part is not None),
-                facts=tuple(intern(fact) for fact in facts if fact),
+                tensors=tuple(
+                    [part for part in (qweight, scales, qzeros, parts.get("g_idx"), bias) if part is not None]
+                ),
+                facts=_facts(facts),
                 bits=bits,
                 group_size=group_size,
                 symmetric=zeros.symmetric,
@@ -239,6 +241,12 @@ class Gptq:
                 planar=config.planar,
             )
         ]
+
+
+@lru_cache(256)
+def _facts(said: tuple[str, ...]) -> tuple[str, ...]:
+    """Without what is empty: for nearly all modules the very same tuple."""
+    return tuple(intern(fact) for fact in said if fact)
 
 
 def _bits(config: GptqConfig, N: int, qweight: Tensor, qzeros: Tensor | None, g_idx: Tensor | None) -> int:
