@@ -388,11 +388,18 @@ class Tree(Walk):
             os.rmdir(last, dir_fd=folder)
 
     def drop(self, name: str) -> None:
-        """Remove a folder with all that lies in it; of a link, the link. Nothing where nothing is."""
+        """Remove a folder with all that lies in it; of a link, the link. Nothing where nothing is.
+
+        Raises:
+            UsageError: folders lie in it a thousand deep.
+        """
         with suppress(FileNotFoundError), self._named(name), self._folder_of(name) as (folder, last):
             status = os.stat(last, dir_fd=folder, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
-                shutil.rmtree(last, dir_fd=folder)
+                try:
+                    shutil.rmtree(last, dir_fd=folder)
+                except RecursionError:
+                    raise UsageError(f"{self.path / name}: has folders in folders, too many; remove it") from None
             else:
                 os.unlink(last, dir_fd=folder)
 

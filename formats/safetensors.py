@@ -128,6 +128,17 @@ def parse_header(header: bytes, file: str, file_size: int) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+def metadata_of(header: bytes, file: str) -> dict[str, str]:
+    """`__metadata__` of one file, empty where it has none.
+
+    Raises: as `parse_header`.
+    """
+    with collector_paused():
+        metadata = _load_json(header, file).get(METADATA_KEY, {})
+    _check_metadata(metadata, file)
+    return dict(metadata or {})
+
+
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
     """The first bytes of a file (prefix and header), padded so that the data starts 8-byte aligned.
 

@@ -26,10 +26,10 @@ from xpuquant.conversion.hub.blobs import Blob, git_digest
 from xpuquant.conversion.hub.client import WAITS, connect, explain, is_transient, status_of
 from xpuquant.conversion.hub.target import MAIN, Destination, Target
 from xpuquant.conversion.progress import Progress, Reporter
-from xpuquant.conversion.repo.card_merge import CARD, merge, rename
+from xpuquant.conversion.repo.card_merge import CARD, merge, read_card, rename
 from xpuquant.conversion.repo.checksums import hash_file, limit_of, wrong_size
 from xpuquant.conversion.repo.journal import PROVENANCE, Finished
-from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, list_files, read_text
+from xpuquant.conversion.sources.repo_files import MAX_COPIED_BYTES, list_files
 from xpuquant.conversion.sources.secret_names import secret_notes
 from xpuquant.conversion.sources.unfinished import begun
 from xpuquant.conversion.tree import Tree
@@ -331,9 +331,7 @@ def _merge_card(target: Target, tree: Tree, wanted: dict[str, Blob], remote: str
     """Bring the folder's card in line with the one at commit `remote`, so that no edit is lost; returns remarks."""
     if CARD not in wanted:
         return ()
-    ours = read_text(tree, CARD)
-    if ours is None:
-        raise DamagedError(f"{tree.path / CARD}: is no card that can be read; convert again")
+    ours = read_card(tree)
     theirs = None if remote is None else target.text(CARD, remote)
     text, remark = merge(rename(ours, target.repo_id), theirs)
     if remark is not None:

@@ -26,6 +26,7 @@ from xpuquant.conversion.repo.yaml_front import is_read_whole, read_mapping
 from xpuquant.conversion.report.markup import Markdown
 from xpuquant.conversion.sources.repo_files import MAX_TEXT_BYTES
 from xpuquant.conversion.tree import Tree
+from xpuquant.errors import UsageError
 
 CARD = "README.md"
 PRECISIONS = ("int4", "fp8", "mxfp4", "mxfp8")
@@ -205,11 +206,12 @@ def check_card(out: Path) -> None:
     the new one, so it has to be a card's size, and nobody else's file.
 
     Raises:
-        DamagedError: it is too large to be read. UsageError: it has a second name elsewhere.
+        DamagedError: it is too large to be read. UsageError: it has a second name elsewhere, or is in another encoding
+            than UTF-8, in which it would be written again.
     """
     tree = Tree(out)
     _card_in(tree)
-    staged_card(tree.below(STAGING))
+    _read(tree.below(STAGING), EARLIER_CARD)
 
 
 def keep_card(staging: Staging) -> None:
@@ -219,7 +221,7 @@ def keep_card(staging: Staging) -> None:
     """
     card = _card_in(Tree(staging.out))
     if card is not None:
-        staging.tree.write(EARLIER_CARD, card)
+        staging.tree.write(EARLIER_CARD, card.encode())
 
 
 def staged_card(staging: Tree) -> str | None:
@@ -227,13 +229,25 @@ def staged_card(staging: Tree) -> str | None:
 
     Raises: as `check_card`.
     """
-    card = _read(staging, EARLIER_CARD)
-    return None if card is None else card.decode("utf-8", "replace")
+    return _read(staging, EARLIER_CARD)
 
 
-def _card_in(out: Tree) -> bytes | None:
+def _card_in(out: Tree) -> str | None:
     return _read(out, CARD) if out.holds(PROVENANCE) else None
 
 
-def _read(tree: Tree, name: str) -> bytes | None:
-    return tree.read(name, MAX_TEXT_BYTES, sole=True) if tree.holds(name) else None
+def _read(tree: Tree, name: str) -> str | None:
+    return read_card(tree, name) if tree.holds(name) else None
+
+
+def read_card(tree: Tree, name: str = CARD) -> str:
+    """The card of a converted repo, to be written again.
+
+    Raises: as `check_card`. OSError: there is none.
+    """
+    try:
+        return tree.read(name, MAX_TEXT_BYTES, sole=True).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"{tree.path / name}: is not UTF-8, as a card has to be; save it so, or move it away"
+        ) from None

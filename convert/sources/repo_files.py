@@ -220,6 +220,18 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
+def named_twice(data: bytes) -> str | None:
+    """A key that an object in JSON that can be read has twice; None where there is none."""
+    found: list[str] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        if len(seen := dict(pairs)) < len(pairs):
+            found.append(next(key for key in seen if sum(key == other for other, _ in pairs) > 1))
+
+    json.loads(data.decode("utf-8"), object_pairs_hook=look)
+    return found[0] if found else None
+
+
 def _check_depth(value: Any) -> None:
     """What could be read at the limit of Python's stack may not be writable again."""
     level = [value]

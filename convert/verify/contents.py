@@ -6,20 +6,23 @@ after a change hide nothing from this.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from xpuquant.conversion.repo.checksums import hash_file, wrong_size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.quantization import without_quantization
-from xpuquant.conversion.sources.repo_files import read_json
+from xpuquant.conversion.sources.repo_files import json_limit, named_twice, read_json
 from xpuquant.conversion.sources.weight_files import INDEX
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.context import Origin
 from xpuquant.conversion.verify.verdict import Finding
-from xpuquant.errors import DamagedError, one_line, shown
+from xpuquant.errors import DamagedError, EnvironmentFault, one_line, shown
+from xpuquant.formats.safetensors import METADATA_KEY, PREFIX_BYTES, header_length, metadata_of
 
 _CONFIG = "config.json"
 
@@ -44,6 +47,7 @@ def check_contents(origin: Origin, tree: Tree, record: Mapping[str, Any]) -> lis
         written[INDEX] = plan.index()
     before = without_quantization(source.checkpoint.config) if plan.has_own_head else {}
     found = [finding for name, content in written.items() for finding in _json(tree, name, content, before)]
+    found += [finding for shard in plan.shards for finding in _metadata(tree, shard.name, shard.header)]
     found += _copied(source, tree)
     recorded = {name for table in ("shards", "files") for name in record.get(table, {})}
     known = {*written, *source.extra_files, *(shard.name for shard in plan.shards)}
@@ -72,6 +76,8 @@ def _json(tree: Tree, name: str, wanted: Mapping[str, Any], before: Mapping[str,
         return  # integrity has reported it
     try:
         held = read_json(tree, name)
+        if (twice := named_twice(tree.read(name, json_limit(name)))) is not None:
+            yield _wrong(name, f"names {shown(twice)} twice: one loader takes the first, another the last")
     except DamagedError as error:
         yield _wrong(name, str(error))
         return
@@ -125,6 +131,26 @@ def differences(wanted: Any, held: Any, place: str = "") -> Iterator[str]:
     # As text: NaN equals itself, and 1, 1.0 and true are three things.
     elif json.dumps(wanted, sort_keys=True) != json.dumps(held, sort_keys=True):
         yield f"{place or 'it'} is {shown(held)}, the source gives {shown(wanted)}"
+
+
+def _metadata(tree: Tree, name: str, header: bytes) -> Iterator[Finding]:
+    """Where a shard's `__metadata__` says something else than the conversion writes. Its tensors are compared by value.
+
+    Args:
+        header: with which the conversion writes the shard.
+    """
+    if not tree.holds(name):
+        return
+    try:
+        with os.fdopen(tree.open(name), "rb") as file:
+            length = header_length(file.read(PREFIX_BYTES), name, os.fstat(file.fileno()).st_size)
+            held = metadata_of(file.read(length), name)
+    except DamagedError:
+        return  # integrity has reported it
+    except OSError as error:
+        raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
+    for what in islice(differences(metadata_of(header[PREFIX_BYTES:], name), held, METADATA_KEY), MOST_DIFFERENCES):
+        yield _wrong(name, what)
 
 
 def _copied(source: Source, tree: Tree) -> list[Finding]:

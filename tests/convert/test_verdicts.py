@@ -302,6 +302,24 @@ class TestContents:
         repo.json("xpuquant.json", lambda record: record["files"].update({"modeling_y.py": ""}))
         self.check(repo.folder, source, "modeling_y.py")
 
+    def test_metadata_of_a_shard(self, made: dict[str, Path], source: Path, tmp_path: Path) -> None:
+        repo = inject.copy(made["exact"], tmp_path / "repo")
+        path = next(repo.folder.glob("*.safetensors"))
+        header, start = inject.read_header(path)
+        header["__metadata__"]["note"] = "other"
+        data = path.read_bytes()[start:]
+        inject.write_header(path, header, data)
+        size = path.stat().st_size
+        repo.json("xpuquant.json", lambda record: record["shards"][path.name].update(bytes=size))
+        self.check(repo.folder, source, "__metadata__.note is 'other'")
+
+    def test_a_key_that_stands_twice(self, made: dict[str, Path], source: Path, tmp_path: Path) -> None:
+        """The first is taken by some loaders, the last by Python."""
+        repo = inject.copy(made["exact"], tmp_path / "repo")
+        path = repo.folder / "config.json"
+        path.write_text(path.read_text().replace("{", '{"architectures": ["Other"],', 1))
+        self.check(repo.folder, source, "names 'architectures' twice")
+
     def test_recorded_again_is_found_with_the_source_alone(
         self, made: dict[str, Path], source: Path, tmp_path: Path
     ) -> None:

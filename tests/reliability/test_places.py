@@ -175,6 +175,33 @@ def test_a_card_that_is_no_card_by_its_size_is_not_lost(prepared: Prepared, tmp_
     assert contents(out) == there
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_card_in_another_encoding_is_not_spoilt(encoding: str, prepared: Prepared, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(prepared.out, out)
+    card = out / "README.md"
+    card.write_bytes((card.read_text() + "Ein Café\n").replace("→", "-").encode(encoding, "replace"))
+    there = contents(out)
+    code, _, error = command(*prepared.convert(prepared.source, out, "--force"))
+    assert code == 2 and f"{card}: is not UTF-8" in error and contents(out) == there
+
+
+def test_folders_a_thousand_deep_where_a_folder_is_removed(prepared: Prepared, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".xpuquant" / "files").mkdir(parents=True)
+    (out / "xpuquant.json").touch()
+    fd = os.open(out / ".xpuquant" / "files", os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("x", dir_fd=fd)
+        inner = os.open("x", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+    code, _, error = command(*prepared.convert(prepared.source, out, "--force"))
+    assert code == 2 and "has folders in folders, too many; remove it" in error
+    subprocess.run(["rm", "-rf", str(out)], check=True)
+
+
 def test_what_is_somebody_else_s_file_is_not_published(prepared: Prepared, tmp_path: Path) -> None:
     """Every file that the record does not know by its sha256. Those that it knows may have as many names as they like:
     copies that share their bytes are made so."""
