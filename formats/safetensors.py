@@ -128,7 +128,7 @@ def parse_header(header: bytes, file: str, file_size: int) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def metadata_of(header: bytes, file: str) -> dict[str, str]:
+def header_metadata(header: bytes, file: str) -> dict[str, str]:
     """`__metadata__` of one file, empty where it has none.
 
     Raises: as `parse_header`.

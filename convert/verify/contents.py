@@ -22,7 +22,7 @@ from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify.context import Origin
 from xpuquant.conversion.verify.verdict import Finding
 from xpuquant.errors import DamagedError, EnvironmentFault, one_line, shown
-from xpuquant.formats.safetensors import METADATA_KEY, PREFIX_BYTES, header_length, metadata_of
+from xpuquant.formats.safetensors import METADATA_KEY, PREFIX_BYTES, header_length, header_metadata
 
 _CONFIG = "config.json"
 
@@ -144,12 +144,12 @@ def _metadata(tree: Tree, name: str, header: bytes) -> Iterator[Finding]:
     try:
         with os.fdopen(tree.open(name), "rb") as file:
             length = header_length(file.read(PREFIX_BYTES), name, os.fstat(file.fileno()).st_size)
-            held = metadata_of(file.read(length), name)
+            held = header_metadata(file.read(length), name)
     except DamagedError:
         return  # integrity has reported it
     except OSError as error:
         raise EnvironmentFault(f"{tree.path / name}: cannot be read ({error.strerror})") from error
-    for what in islice(differences(metadata_of(header[PREFIX_BYTES:], name), held, METADATA_KEY), MOST_DIFFERENCES):
+    for what in islice(differences(header_metadata(header[PREFIX_BYTES:], name), held, METADATA_KEY), MOST_DIFFERENCES):
         yield _wrong(name, what)
 
 
