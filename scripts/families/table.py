@@ -202,8 +202,8 @@ def _served(vllm: Environment, names: list[str], work: Path, dtype: str, engine:
 def _reports(
     vllm: Environment, folders: Sequence[str], dtype: str, engine: str, pictures: Mapping[str, list[int]], work: Path
 ) -> dict[str, Any]:
-    """What each model says, by folder. One that fails behind others is asked again in a process of its own: kernels of
-    state space layers, for one, are in the way of whatever model vLLM loads after them."""
+    """What each model says, by folder. One that fails behind others, and is not refused, is asked again in a process of
+    its own: kernels of state space layers, for one, are in the way of whatever model vLLM loads after them."""
     reports: dict[str, Any] = {}
     while left := [folder for folder in folders if folder not in reports]:
         job = {"models": left, "dtype": dtype, "engine": json.loads(engine), "pictures": pictures}
@@ -211,7 +211,7 @@ def _reports(
         (work / f"vllm-{vllm.version}.log").write_text(done.stdout + done.stderr)
         lines = [line.removeprefix("REPORT ") for line in done.stdout.splitlines() if line.startswith("REPORT ")]
         found = [json.loads(line) for line in lines]
-        reports |= {one["model"]: one for at, one in enumerate(found) if not at or "error" not in one}
+        reports |= {one["model"]: one for at, one in enumerate(found) if not at or "error" not in one or _ours(one)}
         if not lines:  # the process ended in the first one
             reports[left[0]] = {"error": f"the process ended: {_last(done.stderr)}"}
     return reports
@@ -221,10 +221,14 @@ def _last(text: str) -> str:
     return next((line for line in reversed(text.splitlines()) if line.strip()), "")[:200]
 
 
+def _ours(report: Mapping[str, Any]) -> bool:
+    """Whether a model was refused by the plugin."""
+    return str(report.get("error")).startswith(("UnsupportedError", "EnvironmentFault"))
+
+
 def _token_cell(plain: Mapping[str, Any], converted: Mapping[str, Any], near: float) -> Cell:
     said = converted.get("error")
-    ours = said is not None and said.startswith(("UnsupportedError", "EnvironmentFault"))
-    if ours:
+    if _ours(converted):
         return {"outcome": "refused", "why": str(said).partition(": ")[2][:400]}
     if "error" in plain:
         return {"outcome": "not run", "why": f"the twin: {' '.join(plain['error'].split())[:300]}"}
@@ -324,6 +328,7 @@ def _shown(cell: Mapping[str, Any] | None, family: Family, reasons: dict[str, li
         return outcome
     worst = max(cell["difference"], cell.get("with an image", 0.0))
     image = ", with an image too" if "with an image" in cell or cell.get("image") == "same" else ""
+    image += f", ties: {cell['ties']}" if "ties" in cell else ""
     if str(cell.get("image", "")).startswith("not run"):
         reasons.setdefault(f"with an image, {cell['image']}", []).append(family.name)
     saved = cell.get("saved", "same")

@@ -206,6 +206,13 @@ FAMILIES: tuple[Family, ...] = (
         mtp="model.layers.2",
     ),
     Family("minimax_m2", "MiniMaxM2Config", {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}),
+    Family(  # whose scores vLLM has code for on CPUs
+        "minimax_m2_softmax",
+        "MiniMaxM2Config",
+        {"rotary_dim": 32},
+        source_lacks=r".*\.e_score_correction_bias",
+        published={"scoring_func": "softmax", "use_routing_bias": False},
+    ),
     Family("granitemoe", "GraniteMoeConfig", scheme="fp8"),
     Family("granitemoe_by_expert", "GraniteMoeConfig"),
     Family(
