@@ -25,6 +25,7 @@ from xpuquant.formats.guard import guarded
 from xpuquant.formats.layouts.compressed_tensors.config import scheme_of
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
+from xpuquant.served_families import ENGINES
 
 _VERDICT = "verify.json"
 
@@ -200,7 +201,8 @@ def _needs(portable: bool) -> dict[str, str]:
     """What serves a repo → which versions, as the extras of this package ask for."""
     if portable:
         return {"vLLM": "any that reads compressed-tensors", "Transformers": "with compressed-tensors installed"}
-    return {name: f"{versions}, with xpuquant installed beside it" for name, versions in engine_versions().items()}
+    found = engine_versions().items()
+    return {ENGINES[name]: f"{versions}, with xpuquant installed beside it" for name, versions in found}
 
 
 def _holds(source: LocalSource | HubSource, name: str) -> bool:

@@ -103,11 +103,15 @@ def test_what_is_no_module_of_it_is_said(converted: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["xpu", "compressed-tensors"])
-def test_one_that_was_not_verified_says_so(layout: str, tmp_path: Path) -> None:
+def test_one_that_was_not_verified_says_so(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     xpuquant.convert(SOURCE, tmp_path / "out", verify=False, layout=layout)
     found = xpuquant.inspect(tmp_path / "out")
     assert isinstance(found, xpuquant.ConvertedRepo)
     assert found.verified is None and found.modules
+    assert set(found.needs) == {"vLLM", "Transformers"}  # in each layout by the name that people know
+    assert run(["inspect", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"served by {engine} " in said for engine in found.needs)
 
 
 def test_a_report_s_words_are_given_as_its_words(

@@ -12,7 +12,8 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from support.families.catalogue import FAMILIES  # noqa: E402
-from support.families.models import asked, write  # noqa: E402
+from support.families.models import write  # noqa: E402
+from support.families.prompts import asked  # noqa: E402
 
 import xpuquant  # noqa: E402
 from xpuquant.conversion.plan.served_by import kernel_and_releases  # noqa: E402
@@ -141,3 +142,11 @@ def test_nothing_on_record_fails() -> None:
 
 def test_every_family_is_on_record() -> None:
     assert set(RECORD) == {family.name for family in FAMILIES}
+
+
+def test_every_family_that_takes_images_was_asked_with_one() -> None:
+    """In Transformers, wherever it loads."""
+    seeing = [family for family in FAMILIES if family.head == "AutoModelForImageTextToText"]
+    cells = [(one.name, cell) for one in seeing for cell in RECORD[one.name].get("transformers", {}).values()]
+    assert len(cells) > 15
+    assert [name for name, cell in cells if cell["outcome"] == "same" and "with an image" not in cell] == []

@@ -89,7 +89,7 @@ class Family:
     dtype    in which vLLM is asked: its CPU code for gated delta nets takes bfloat16 alone
     engine   more arguments of vLLM's `LLM`
     mtp      name of a layer for multi-token prediction, made of the last layer's tensors
-    image    how the model is asked with an image in Transformers (`models.asked`); empty: not tried
+    image    how the model is asked with an image in Transformers: a key of `prompts.IMAGES`; empty: it takes none
     sees     the same in vLLM: a key of `processors.PROCESSORS`
     """
 
@@ -223,7 +223,13 @@ FAMILIES: tuple[Family, ...] = (
         skipped=r".*\.mamba\.in_proj",  # 1160 rows, which are no blocks
         scheme="fp8",
     ),
-    Family("mistral4", "Mistral3Config", text={"model_type": "mistral4", **_MLA, "head_dim": 128}, head=_SEES),
+    Family(
+        "mistral4",
+        "Mistral3Config",
+        text={"model_type": "mistral4", **_MLA, "head_dim": 128},
+        head=_SEES,
+        image="sizes",
+    ),
     Family(
         "mimo_v2_flash",
         "MiMoV2FlashConfig",
@@ -257,6 +263,7 @@ FAMILIES: tuple[Family, ...] = (
         | {"out_hidden_size": 256, "projector_hidden_size": 64},
         {"moe_hidden_size": 256, "layer_rope_theta": [500000.0, 0.0], **_LOCAL},
         head=_SEES,
+        image="muse",
     ),
     Family(
         "nemotron_h",
@@ -340,6 +347,7 @@ FAMILIES: tuple[Family, ...] = (
         text={**_LOCAL, "head_dim": 64, "enable_moe_block": True, "top_k_experts": 2, "per_layer_config": {}}
         | {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 64},
         head=_SEES,
+        image="gemma4",
         sees="gemma4",
     ),
     Family("mistral3", "Mistral3Config", head=_SEES, image="sizes", sees="pixtral"),
@@ -361,13 +369,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "kimi_k25",
         "Kimi_K25Config",
-        {"tie_word_embeddings": False},
+        {"tie_word_embeddings": False, "projection_hidden_size": VISION["hidden_size"]},
         text=_MLA,
         # Transformers gives the names of the vision tower's blocks to all layers.
         renames={r"language_model\.model\.blocks\.": "language_model.model.layers.", r"^model\.mm_": "mm_"},
         published={"architectures": ["KimiK25ForConditionalGeneration"]}  # Transformers calls its class otherwise
         | {"text_config": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}},
         head=_SEES,
+        image="kimi",
     ),
     Family(
         "step3p7",
@@ -386,6 +395,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         head=_SEES,
         scheme="fp8",
+        image="downsampled",
     ),
     Family(
         "lfm2_vl",
@@ -394,9 +404,10 @@ FAMILIES: tuple[Family, ...] = (
         vision={"vision_use_head": False},
         head=_SEES,
         renames=_SIGLIP,
+        image="siglip2",
         sees="lfm2",
     ),
-    Family("aria", "AriaConfig", head=_SEES),
+    Family("aria", "AriaConfig", {"projector_patch_to_query_dict": {16: 4}}, head=_SEES, image="pixels"),
     Family(
         "ernie4_5_vl_moe",
         "Ernie4_5_VLMoeConfig",
@@ -416,5 +427,6 @@ FAMILIES: tuple[Family, ...] = (
         },
         published={"text_config": {"head_dim": 64, "use_qk_norm": False}},
         head=_SEES,
+        image="qwen",
     ),
 )
