@@ -130,6 +130,9 @@ def run(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         speak_plainly(stream)
     signal.signal(signal.SIGTERM, _terminate)
+    # A write beyond `ulimit -f` is an error, which is said. Python ignores the signal for it, but Intel's OpenCL, which
+    # oneDNN loads, takes it for a crash and asks for a report. Not delivered, it reaches neither.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXFSZ})
     keep_freed_memory()
     # Progress and errors are ours to print; huggingface_hub reads these when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -128,6 +128,25 @@ class TestWrongKernels:
         found = self.judge(lambda y, layer, x: np.where(y > 0, np.nan, y))
         assert not found.passed and np.isinf(found.error)
 
+    @pytest.mark.parametrize("raised", [ValueError("stoi"), RuntimeError("no memory"), KeyError("x")], ids=repr)
+    def test_what_a_library_raises_over_a_sound_layer_is_not_the_files_fault(self, raised):
+        def stops(y, layer, x):
+            raise raised
+
+        layer, _ = hand.int4_linear(64, 256, 32, scale="F32")
+        found = check(subject_of(layer), Kernel(stops))
+        assert found and not any(one.ran for one in found)
+        assert {one.reason for one in found} == {f"its library raised {type(raised).__name__}: {raised}"}
+
+    def test_what_it_raises_over_a_layer_that_nothing_reads_is(self):
+        def stops(y, layer, x):
+            layer.tensors["scales"] = layer.tensors["scales"][:-1]
+            raise ValueError("shape")
+
+        layer, _ = hand.int4_linear(64, 256, 32, scale="F32")
+        found, *_ = check(subject_of(layer), Kernel(stops))
+        assert not found.passed and "its tensors are not what config.json says" in found.reason
+
     @pytest.mark.parametrize(
         ("takes", "ran", "refused"),
         [
