@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.formats.architecture import LAYERS
 from xpuquant.formats.layouts.base import OutTensor, copied
-from xpuquant.formats.safetensors import Tensor, build_header
+from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, build_header, parse_header
 
 _METADATA = {"format": "pt"}
 
@@ -30,6 +30,10 @@ class Shard:
     @property
     def nbytes(self) -> int:
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+    def places(self) -> dict[str, Tensor]:
+        """Name → where the tensor will lie in the file, as its header says."""
+        return parse_header(self.header[PREFIX_BYTES:], self.name, self.nbytes)
 
 
 def in_source_order(planned: Iterable[PlannedModule], passed: Iterable[Tensor]) -> list[list[OutTensor]]:

@@ -27,12 +27,14 @@ class StoredModules:
     tensors  name → tensor, of all shards
     modules  name → quantized module
     plain    name → tensor, of those that belong to no quantized module
+    read     reads a slice of them
     """
 
     def __init__(
         self, tensors: Mapping[str, Tensor], read: Callable[[Slice], Array], quantization: Mapping[str, Any]
     ) -> None:
         self.tensors = tensors
+        self.read = read
         if quantization.get("quant_method") == portable.FAMILY:
             self.modules = stored_modules(quantization, self.tensors, read)
         else:
@@ -58,14 +60,27 @@ class StoredModules:
         return Stored(name, scheme, tensors, read)
 
 
-class Repo(StoredModules):
-    """An open converted repo in a folder. Its tensors are those that the headers on disk say.
+class ReadableRepo(StoredModules):
+    """The same, with the folder that its files lie in.
 
-    tree  its folder
+    tree  the folder
     """
 
-    def __init__(self, tree: Tree, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        tensors: Mapping[str, Tensor],
+        read: Callable[[Slice], Array],
+        quantization: Mapping[str, Any],
+    ) -> None:
         self.tree = tree
+        super().__init__(tensors, read, quantization)
+
+
+class Repo(ReadableRepo):
+    """An open converted repo in a folder. Its tensors are those that the headers on disk say."""
+
+    def __init__(self, tree: Tree, shards: tuple[str, ...], quantization: Mapping[str, Any]) -> None:
         self.reader = ShardReader(tree, shards)
         tensors: dict[str, Tensor] = {}
         for shard in shards:
@@ -73,7 +88,7 @@ class Repo(StoredModules):
                 if name in tensors:
                     raise DamagedError(f"'{name}' is in both {tensors[name].file} and {shard}")
                 tensors[name] = tensor
-        super().__init__(tensors, self.reader.read, quantization)
+        super().__init__(tree, tensors, self.reader.read, quantization)
 
 
 def open_repo(folder: Path) -> Repo:

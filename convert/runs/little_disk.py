@@ -34,7 +34,8 @@ from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields, metad
 from xpuquant.conversion.repo.staging import Staging, check_output, check_told_apart
 from xpuquant.conversion.results import Converted, summary
 from xpuquant.conversion.runs.finished import is_conversion, recorded_shards
-from xpuquant.conversion.runs.local import check_disk, check_places, raise_failures, written_names
+from xpuquant.conversion.runs.local import check_disk, check_places, written_names
+from xpuquant.conversion.runs.staged import raise_failures
 from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.repo_files import parse_json
 from xpuquant.conversion.sources.streamed import StreamedSource

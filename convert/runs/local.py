@@ -1,16 +1,14 @@
 """The main job: plan, execute, verify, write.
 
-What flows: shards go into the staging folder of the output, are verified there, and only then is the repo put together:
-copied files, shards, index, provenance, card, and config.json last of all. Until that last rename nothing can open the
-folder as a model; a run that is stopped anywhere is resumed by the same command.
+What flows: shards go into the staging folder of the output, are verified there (`staged.py`), and only then is the repo
+put together: copied files, shards, index, provenance, card, and config.json last of all. Until that last rename nothing
+can open the folder as a model; a run that is stopped anywhere is resumed by the same command.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,19 +16,19 @@ from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress, Reporter, Silent
 from xpuquant.conversion.repo.card_merge import check_card, keep_card
-from xpuquant.conversion.repo.journal import PRODUCER, Finished
+from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields, metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output, check_told_apart
 from xpuquant.conversion.results import Converted, about_to, summary
+from xpuquant.conversion.runs.staged import check_staged, is_checked_meanwhile, make_and_check
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import WRITTEN
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.execute import execute_plan
-from xpuquant.errors import EnvironmentFault, UsageError, VerificationError
+from xpuquant.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
-    from xpuquant.conversion.verify.context import Check
     from xpuquant.conversion.verify.verdict import Verdict
 
 _HEADROOM_BYTES = 64 << 20
@@ -98,18 +96,16 @@ def convert_checkpoint(
         clear_output(out)
         check_disk(out, plan.write_bytes - sum(f.nbytes for f in done.values()) - staging.noted_bytes(done))
         reporter.phase("convert", plan.write_bytes)
-        shards = executor(
-            plan,
-            source,
-            staging,
-            jobs=jobs,
-            done=done,
-            progress=reporter.advance,
-            read_again=verify and _fits_memory(plan.write_bytes),
-        )
-        verdict = None
-        if verify:
-            verdict = check_staged(plan, source, staging, shards, jobs, reporter)
+        verdict: Verdict | None = None
+        if verify and executor is execute_plan and is_checked_meanwhile(plan, jobs):
+            shards, verdict = make_and_check(plan, source, staging, done, jobs, reporter)
+        else:
+            is_kept = verify and _fits_memory(plan.write_bytes)
+            shards = executor(
+                plan, source, staging, jobs=jobs, done=done, progress=reporter.advance, read_again=is_kept
+            )
+            if verify:
+                verdict = check_staged(plan, source, staging, shards, jobs, reporter)
         # What verifies and what writes reports is imported when it is needed: the first byte does not wait for it.
         from xpuquant.conversion.repo.assemble import write_repo
 
@@ -175,88 +171,3 @@ def check_disk(out: Path, needed: int) -> None:
             f"{out}: {free / 1e9:.1f} GB free, the output needs {(needed + _HEADROOM_BYTES) / 1e9:.1f} GB; "
             "free some space or choose another disk"
         )
-
-
-def check_staged(
-    plan: Plan, source: Source, staging: Staging, shards: Mapping[str, Finished], jobs: int, reporter: Reporter
-) -> Verdict:
-    """Check the staged shards against the source. What parts noted of theirs where they were made is not compared
-    again: `shards` have been hashed since.
-
-    Raises:
-        VerificationError: something differs; `verify.json` in the staging folder has all of it.
-    """
-    from xpuquant.conversion.verify.context import Origin
-    from xpuquant.conversion.verify.noted import known_of
-    from xpuquant.conversion.verify.run import verify_staged
-
-    known = known_of(staging.tree, shards, staging.plan)
-    with _checked(plan, staging.files, jobs, reporter) as check:
-        verdict = verify_staged(Origin(plan, source), check, staging.out.resolve().name, PRODUCER, known)
-    source.check_unchanged()
-    raise_failures(verdict, staging.files, plan)
-    return verdict
-
-
-def check_part(plan: Plan, source: Source, staged: Tree, name: str, jobs: int, reporter: Reporter) -> Verdict:
-    """Check the shards of a part against the source: every value, which is all but the work of the kernels.
-
-    Args:
-        plan: of the part.
-        name: the repo's name in the verdict.
-
-    Raises: as `check_staged`.
-    """
-    from xpuquant.conversion.verify.context import Origin
-    from xpuquant.conversion.verify.run import verify_values
-
-    with _checked(plan, staged, jobs, reporter) as check:
-        verdict = verify_values(Origin(plan, source), check, name, PRODUCER)
-    source.check_unchanged()
-    raise_failures(verdict, staged, plan)
-    return verdict
-
-
-@contextmanager
-def _checked(plan: Plan, staged: Tree, jobs: int, reporter: Reporter) -> Iterator[Check]:
-    """What a verification of a plan's shards needs to know."""
-    from xpuquant.conversion.repo.converted import Repo
-    from xpuquant.conversion.verify.context import Check
-
-    reporter.phase("verify", sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors))
-    repo = Repo(staged, tuple(shard.name for shard in plan.shards), plan.quantization_config(PRODUCER))
-    try:
-        yield Check(repo, jobs=jobs, progress=reporter.advance)
-        repo.reader.check_unchanged()
-    finally:
-        repo.reader.close()
-
-
-def raise_failures(verdict: Verdict, staged: Tree, plan: Plan) -> None:
-    """Raises VerificationError where something failed; the reports beside the shards have all of it.
-
-    Args:
-        plan: of what was verified.
-    """
-    from xpuquant.conversion.report.reports import write_reports
-    from xpuquant.conversion.verify.verdict import Outcome
-
-    if verdict.outcome is Outcome.FAILED:
-        write_reports(staged, verdict)
-        first, *more = (f"{finding.where}: {finding.what}" for finding in verdict.failing)
-        also = f" (and {len(more)} more in {staged.path / 'verify.json'})" if more else ""
-        message = f"verification failed: {first}{also}; the output was not published"
-        raise VerificationError(message, files=_files_of(plan, {finding.where for finding in verdict.failing}))
-
-
-def _files_of(plan: Plan, places: Set[str]) -> frozenset[str] | None:
-    """The shards in which a module, a tensor or a file lies; None where one of the places is none of these."""
-    shards = {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
-    found: dict[str, Iterable[str]] = {shard.name: [shard.name] for shard in plan.shards}
-    found |= {name: [shard] for name, shard in shards.items()}
-    found |= {
-        module.conversion.name: [shards[tensor.name] for tensor in module.conversion.tensors] for module in plan.modules
-    }
-    if not places <= found.keys():
-        return None
-    return frozenset(shard for place in places for shard in found[place])

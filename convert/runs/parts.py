@@ -49,7 +49,8 @@ from xpuquant.conversion.repo.staging import (
     taking_place,
 )
 from xpuquant.conversion.results import PartConverted
-from xpuquant.conversion.runs.local import check_part, check_places, written_names
+from xpuquant.conversion.runs.local import check_places, written_names
+from xpuquant.conversion.runs.staged import check_part
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan

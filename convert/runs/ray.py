@@ -29,7 +29,7 @@ from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.progress import Progress, Silent
 from xpuquant.conversion.repo.journal import STAGING, Finished, Reached
 from xpuquant.conversion.repo.staging import VERIFIED_PART, Staging, staged_files
-from xpuquant.conversion.runs.local import check_part
+from xpuquant.conversion.runs.staged import check_part
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.sources.open import open_source

@@ -8,6 +8,7 @@ import resource
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +35,9 @@ class ShardReader:
         self._tree = tree
         self.identities = {shard: self._identity(shard) for shard in shards}
         self._open: dict[str, int] = {}
-        self._keep = _most_kept()
+        self._keep = most_kept()
         # Descriptors are numbers: nobody closes them for us.
-        weakref.finalize(self, _close_all, self._open)
+        weakref.finalize(self, close_all, self._open)
         self._lock = threading.Lock()
 
     @property
@@ -56,7 +57,7 @@ class ShardReader:
                 length = header_length(file.read(PREFIX_BYTES), shard, size)
                 header = file.read(length)
         except OSError as error:
-            raise self._unreadable(shard, error) from error
+            raise unreadable(self._tree, shard, error) from error
         return parse_header(header, shard, size)
 
     def read(self, box: Slice) -> Array:
@@ -73,14 +74,9 @@ class ShardReader:
         """
         fd, keep = self._descriptor(box.tensor.file)
         try:
-            offset, length, pitch, count = box.lines()
-            if count > 1 and pitch <= _PITCH_READ_THROUGH:
-                _read_through(fd, box, out)
-            else:
-                for line in range(count):
-                    _read_run(fd, box, offset + line * pitch, out[line * length : (line + 1) * length])
+            read_box(fd, box, out)
         except OSError as error:
-            raise self._unreadable(box.tensor.file, error) from error
+            raise unreadable(self._tree, box.tensor.file, error) from error
         finally:
             if not keep:
                 os.close(fd)
@@ -104,16 +100,13 @@ class ShardReader:
     def close(self) -> None:
         """Close every descriptor."""
         with self._lock:
-            _close_all(self._open)
+            close_all(self._open)
 
     def _identity(self, shard: str) -> Identity:
         try:
             return self._tree.identity(shard)
         except OSError as error:
-            raise self._unreadable(shard, error) from error
-
-    def _unreadable(self, shard: str, error: OSError) -> EnvironmentFault:
-        return EnvironmentFault(f"{self._tree.path / shard}: cannot be read ({error.strerror})")
+            raise unreadable(self._tree, shard, error) from error
 
     def _descriptor(self, shard: str) -> tuple[int, bool]:
         """An open descriptor, and whether it stays open (repos of thousands of shards reopen)."""
@@ -123,14 +116,19 @@ class ShardReader:
             try:
                 fd = self._tree.open(shard, self.identities[shard])
             except OSError as error:
-                raise self._unreadable(shard, error) from error
+                raise unreadable(self._tree, shard, error) from error
             if len(self._open) < self._keep:
                 self._open[shard] = fd
                 return fd, True
             return fd, False
 
 
-def _most_kept() -> int:
+def unreadable(tree: Tree, shard: str, error: OSError) -> EnvironmentFault:
+    """What the system said of a shard, for people."""
+    return EnvironmentFault(f"{tree.path / shard}: cannot be read ({error.strerror})")
+
+
+def most_kept() -> int:
     """Shards that are kept open: a source and its output together may take half of what the process may open."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
@@ -138,7 +136,8 @@ def _most_kept() -> int:
     return max(0, min(_MAX_OPEN_SHARDS, (limit - _OTHER_DESCRIPTORS) // 4))
 
 
-def _close_all(descriptors: dict[str, int]) -> None:
+def close_all(descriptors: dict[Any, int]) -> None:
+    """Close every descriptor of a table, which is empty then."""
     while descriptors:
         os.close(descriptors.popitem()[1])
 
@@ -158,6 +157,20 @@ _READ_THROUGH_BYTES = 1 << 19
 """Read at once then: it stays in the second-level cache until the runs have been taken out of it."""
 
 
+def read_box(fd: int, box: Slice, out: Array) -> None:
+    """Fill `out` (flat uint8, `box.nbytes` long) with the bytes of a slice.
+
+    Raises:
+        OSError. DamagedError: the file ends before.
+    """
+    offset, length, pitch, count = box.lines()
+    if count > 1 and pitch <= _PITCH_READ_THROUGH:
+        _read_through(fd, box, out)
+    else:
+        for line in range(count):
+            read_run(fd, box, offset + line * pitch, out[line * length : (line + 1) * length])
+
+
 def _read_through(fd: int, box: Slice, out: Array) -> None:
     """Fill `out` with the runs of a slice by reading all that lies from the first to the last."""
     offset, length, pitch, count = box.lines()
@@ -166,14 +179,20 @@ def _read_through(fd: int, box: Slice, out: Array) -> None:
     for top in range(0, count, at_once):
         high = min(at_once, count - top)
         # To the end of the last run, behind which the file may end.
-        _read_run(fd, box, offset + top * pitch, found.reshape(-1)[: (high - 1) * pitch + length])
+        read_run(fd, box, offset + top * pitch, found.reshape(-1)[: (high - 1) * pitch + length])
         lines[top : top + high] = found[:high, :length]
 
 
-def _read_run(fd: int, box: Slice, offset: int, out: Array) -> None:
-    """Fill `out` with the bytes from `offset` on."""
+def read_run(fd: int, box: Slice, offset: int, out: Array, least: int | None = None) -> None:
+    """Fill `out` with the bytes from `offset` on, which are of a slice's tensor or around it.
+
+    Args:
+        least: so many have to be there; None: all.
+
+    Raises: as `read_box`.
+    """
     view, position = out.data, 0
-    while position < len(view):
+    while position < (len(view) if least is None else least):
         got = _READ_AT(fd, (view[position:],), offset + position)
         if got == 0:
             raise DamagedError(f"{box.tensor.file}: is truncated inside '{box.tensor.name}'; download it again")

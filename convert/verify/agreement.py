@@ -22,6 +22,7 @@ from itertools import groupby
 import numpy as np
 
 from xpuquant.conversion.verify.expected import Expected, ExpectedProducts, Subject, expected_of_misread
+from xpuquant.conversion.verify.threads import Call
 from xpuquant.conversion.verify.verdict import CONTRADICTIONS, REFERENCE, Agreement, contradiction
 from xpuquant.errors import UnsupportedError, one_line
 from xpuquant.kernels.base import Backend, Layer, tolerance
@@ -68,12 +69,12 @@ _REFERENCE_TOLERANCE = 2.0**-20
 """The reference computes in float64 and returns float32, rounding each output once (2^-24)."""
 
 
-Run = Callable[[Sequence[Callable[[], list[Agreement]]]], list[list[Agreement]]]
+Run = Callable[[Sequence[Call[list[Agreement]]]], list[list[Agreement]]]
 """Makes calls that do not depend on each other; their results, in order."""
 
 
-def _in_turn(calls: Sequence[Callable[[], list[Agreement]]]) -> list[list[Agreement]]:
-    return [call() for call in calls]
+def _in_turn(calls: Sequence[Call[list[Agreement]]]) -> list[list[Agreement]]:
+    return [call.make() for call in calls]
 
 
 def check_kernels(
@@ -92,16 +93,17 @@ def check_kernels(
     real = [backend for backend in usable if backend.name != REFERENCE]
     sample = THOROUGH if full or every else BRIEF
     seen: set[object] = set()
-    calls: list[Callable[[], list[Agreement]]] = []
+    calls: list[Call[list[Agreement]]] = []
     for _, members in groupby(subjects, key=lambda subject: subject.stored.name):
         for subject, chosen in _chosen(list(members)):
             matrix = subject.matrix
+            read = tuple(subject.stored.tensors.values())
             key = (subject.stored.scheme, matrix.role == "gate_up", matrix.N, matrix.K)
             if every or key not in seen:
                 seen.add(key)
-                calls.append(partial(_thorough, subject, usable, sample, full, every))
+                calls.append(Call(partial(_thorough, subject, usable, sample, full, every), read))
             elif chosen:
-                calls.append(partial(_brief, subject, real, sample.cell))
+                calls.append(Call(partial(_brief, subject, real, sample.cell), read))
     found = (run if all(backend.concurrent for backend in usable) else _in_turn)(calls)
     return [agreement for of_call in found for agreement in of_call]
 

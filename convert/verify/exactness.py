@@ -10,7 +10,7 @@ byte by byte. Scales that were rounded on request are compared with the rounded 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -20,7 +20,7 @@ import numpy as np
 from xpuquant.conversion.plan.plan import Plan
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.converted import Repo, StoredModules
+from xpuquant.conversion.repo.converted import ReadableRepo, StoredModules
 from xpuquant.conversion.sources.base import Source, read_slice
 from xpuquant.conversion.verify.column_cache import ColumnCache
 from xpuquant.conversion.verify.context import Check, Origin
@@ -28,6 +28,7 @@ from xpuquant.conversion.verify.digests import MatrixDigest, module_digest
 from xpuquant.conversion.verify.proof import Checked, Claim, Rounding
 from xpuquant.conversion.verify.rounding import RoundedScales, change
 from xpuquant.conversion.verify.sanity import SanityCount
+from xpuquant.conversion.verify.threads import Call
 from xpuquant.conversion.verify.verdict import CONTRADICTIONS, Sanity, contradiction
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import expert_of
@@ -51,7 +52,10 @@ Matrices = Mapping[tuple[str, int | None], Matrix]
 """The matrices of a stored module by role and expert."""
 
 
-Known = Mapping[str, tuple[Checked, Sanity | None]]
+Found = tuple[Checked, Sanity | None]
+Compare = Callable[[], Found]
+
+Known = Mapping[str, Found]
 """Module or unquantized tensor → what a comparison found of it, and counted."""
 
 NOTHING: Known = {}
@@ -87,19 +91,26 @@ def check_exact(origin: Origin, check: Check, known: Known = NOTHING) -> tuple[l
 
     # Largest first, so that no worker is left with a long one at the end.
     largest = sorted(plan.modules, key=lambda planned: -planned.nbytes)
-    calls: list[tuple[str, Callable[[], tuple[Checked, Sanity | None]]]] = [
-        (planned.conversion.name, partial(module, planned))
+    calls: list[tuple[str, Compare, Iterable[str]]] = [
+        (planned.conversion.name, partial(module, planned), (tensor.name for tensor in planned.conversion.tensors))
         for planned in largest
         if planned.conversion.scheme is not None
     ]
-    calls += [(name, partial(dequantized, name, weights)) for name, weights in _by_tensor(plan).items()]
-    calls += [(one.name, partial(passed, one)) for one in plan.passed]
-    calls += [(name, partial(bias, split, name)) for name, split in plan.split_biases.items()]
-    results = check.run([partial(known.__getitem__, name) if name in known else call for name, call in calls])
+    calls += [(name, partial(dequantized, name, weights), (name,)) for name, weights in _by_tensor(plan).items()]
+    calls += [(one.name, partial(passed, one), (one.name,)) for one in plan.passed]
+    calls += [(name, partial(bias, split, name), (name,)) for name, split in plan.split_biases.items()]
+
+    def once(name: str, call: Compare, tensors: Sequence[Tensor]) -> Found:
+        found = known[name] if name in known else call()
+        check.done_with(tensors)
+        return found
+
+    held = [(name, call, [repo.tensors[tensor] for tensor in tensors]) for name, call, tensors in calls]
+    results = check.run([Call(partial(once, *of), of[-1]) for of in held])
     return [checked for checked, _ in results], {c.name: sanity for c, sanity in results if sanity is not None}
 
 
-def _same_tensors(plan: Plan, repo: Repo) -> None:
+def _same_tensors(plan: Plan, repo: ReadableRepo) -> None:
     wanted = {tensor.name: tensor for shard in plan.shards for tensor in shard.tensors}
     for name in wanted.keys() - repo.tensors.keys():
         raise DamagedError(f"{name} is missing from the output")
@@ -251,7 +262,7 @@ def matrices_in(tensor: Tensor) -> int:
 
 
 def _check_dequantized(
-    tensor: Tensor, weights: Sequence[Weight], source: Source, repo: Repo, progress: Progress
+    tensor: Tensor, weights: Sequence[Weight], source: Source, repo: ReadableRepo, progress: Progress
 ) -> Checked:
     """A dequantized tensor: bf16 values are the exact ones, rounded once, and none became infinite or 0; and the sha256
     of its bytes."""
@@ -265,14 +276,14 @@ def _check_dequantized(
     return Checked(tensor.name, matrices, None, digest, Claim.DEQUANTIZED, rounding)
 
 
-def _dequantized(weight: Weight, source: Source, repo: Repo) -> tuple[Rounding, str | None]:
+def _dequantized(weight: Weight, source: Source, repo: ReadableRepo) -> tuple[Rounding, str | None]:
     """What rounding changed in a dequantized matrix, and the first difference."""
     tensor, turned = _dequantized_tensor(weight, repo), is_upended(weight)
     rounding = Rounding("BF16")
     for start, stop, decoded in decoded_blocks(weight, source):
         values = decoded.values()
         expected = to_bf16(values)
-        actual = repo.reader.read((columns if turned else rows)(tensor, start, stop))
+        actual = repo.read((columns if turned else rows)(tensor, start, stop))
         actual = np.ascontiguousarray(actual.T if turned else actual)
         if not np.array_equal(expected.view(np.uint16), actual.view(np.uint16)):
             return rounding, f"{weight.name}, rows {start}:{stop}: not the source's values rounded to bf16"
@@ -285,7 +296,7 @@ def _dequantized(weight: Weight, source: Source, repo: Repo) -> tuple[Rounding, 
     return rounding, None
 
 
-def _dequantized_tensor(weight: Weight, repo: Repo) -> Tensor:
+def _dequantized_tensor(weight: Weight, repo: ReadableRepo) -> Tensor:
     """The bf16 `[N, K]` of a matrix (`[K, N]` where upended): a tensor, or an expert's part of one."""
     if not weight.stack:
         return repo.tensors[f"{weight.name}.weight"]
@@ -338,7 +349,7 @@ def _check_input_scale(module: Module, source: Source, stored: Stored) -> str | 
     return None
 
 
-def _check_bytes(source: Source, tensor: Tensor, repo: Repo, progress: Progress) -> Checked:
+def _check_bytes(source: Source, tensor: Tensor, repo: ReadableRepo, progress: Progress) -> Checked:
     """An unquantized tensor: the same bytes, and their sha256."""
     digest = hashlib.sha256()
     for start, stop in byte_blocks(tensor):
@@ -351,9 +362,9 @@ def _check_bytes(source: Source, tensor: Tensor, repo: Repo, progress: Progress)
     return Checked(tensor.name, 0, None, digest.hexdigest())
 
 
-def _check_split_bias(split: BiasRows, source: Source, held: Tensor, repo: Repo) -> Checked:
+def _check_split_bias(split: BiasRows, source: Source, held: Tensor, repo: ReadableRepo) -> Checked:
     """A bias out of a stacked or fused one: the same values, and the sha256 of its bytes."""
-    actual = repo.reader.read(whole(held))
+    actual = repo.read(whole(held))
     expected = split.values().build([read_slice(source, part) for part in split.parts])
     if not np.array_equal(expected, actual, equal_nan=True):
         return Checked(held.name, 0, "differs from its rows of the source's")
@@ -365,12 +376,12 @@ def byte_blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
     return row_blocks(tensor.nbytes, 1, limit=4 << 20)
 
 
-def read_bytes(repo: Repo, tensor: Tensor, start: int, stop: int) -> Array:
+def read_bytes(repo: ReadableRepo, tensor: Tensor, start: int, stop: int) -> Array:
     """Bytes `start:stop` of one of the repo's tensors."""
-    return repo.reader.read(Slice(as_bytes(tensor), start, stop))
+    return repo.read(Slice(as_bytes(tensor), start, stop))
 
 
-def tensor_digest(repo: Repo, tensor: Tensor, progress: Progress) -> str:
+def tensor_digest(repo: ReadableRepo, tensor: Tensor, progress: Progress) -> str:
     """sha256 of the bytes of one of the repo's tensors, in hex."""
     digest = hashlib.sha256()
     for start, stop in byte_blocks(tensor):

@@ -20,6 +20,7 @@ from xpuquant.conversion.verify.exactness import (
 )
 from xpuquant.conversion.verify.proof import Checked, Claim, Rounding
 from xpuquant.conversion.verify.sanity import SanityCount
+from xpuquant.conversion.verify.threads import Call
 from xpuquant.conversion.verify.verdict import CONTRADICTIONS, Sanity, contradiction
 from xpuquant.formats.layouts.base import Stored
 from xpuquant.formats.safetensors import Tensor
@@ -52,8 +53,8 @@ def check_recorded(record: Mapping[str, Any], check: Check) -> tuple[list[Checke
         matrices = matrices_in(tensor) if is_matrix else 0
         return _recorded(tensor.name, matrices, error, digest if expected else None, held), None
 
-    calls = [partial(module, stored) for stored in repo.modules.values()]
-    calls += [partial(plain, tensor) for tensor in repo.plain.values()]
+    calls = [Call(partial(module, stored)) for stored in repo.modules.values()]
+    calls += [Call(partial(plain, tensor)) for tensor in repo.plain.values()]
     results = check.run(calls)
     counted = {checked.name: sanity for checked, sanity in results if sanity is not None}
     return [checked for checked, _ in results], counted

@@ -18,7 +18,7 @@ from typing import Any
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.progress import Progress
-from xpuquant.conversion.repo.converted import Repo
+from xpuquant.conversion.repo.converted import ReadableRepo
 from xpuquant.conversion.repo.journal import PRODUCER, PROVENANCE
 from xpuquant.conversion.sources.base import Source, bytes_by_dtype, read_slice
 from xpuquant.conversion.sources.repo_files import read_json
@@ -231,7 +231,9 @@ def _with_findings(verdict: Verdict, *found: Finding) -> Verdict:
     return replace(verdict, findings=(*verdict.findings, *found))
 
 
-def _with_exactness(verdict: Verdict, repo: Repo, exact: Sequence[Checked], sanity: Mapping[str, Sanity]) -> Verdict:
+def _with_exactness(
+    verdict: Verdict, repo: ReadableRepo, exact: Sequence[Checked], sanity: Mapping[str, Sanity]
+) -> Verdict:
     """The verdict with its part on exactness and sanity, and with what the repo holds."""
     found = {one.name: one for one in exact}
     strange = [Finding("exactness", one.name, what, fails=False) for one in exact if (what := _odd_rounding(one))]
@@ -250,7 +252,7 @@ def _odd_rounding(checked: Checked) -> str | None:
     return odd(checked.rounding)
 
 
-def _source_subjects(origin: Origin, repo: Repo) -> Iterator[Subject]:
+def _source_subjects(origin: Origin, repo: ReadableRepo) -> Iterator[Subject]:
     """Every matrix, to be compared with the source's."""
     for planned in origin.plan.modules:
         stored = repo.modules.get(planned.conversion.name)
@@ -279,7 +281,7 @@ def _source_rows(weight: Weight, source: Source, rounded: str | None) -> DecodeR
     return rows
 
 
-def _stored_subjects(repo: Repo) -> Iterator[Subject]:
+def _stored_subjects(repo: ReadableRepo) -> Iterator[Subject]:
     """Every matrix, to be compared with its own decoded form, whose digest has been compared."""
     for stored in repo.modules.values():
         try:
@@ -292,7 +294,7 @@ def _stored_subjects(repo: Repo) -> Iterator[Subject]:
             yield Subject(taken or stored, layout, matrix, _stored_rows(repo, stored, matrix))
 
 
-def _stored_rows(repo: Repo, stored: Stored, matrix: Matrix) -> DecodeRows:
+def _stored_rows(repo: ReadableRepo, stored: Stored, matrix: Matrix) -> DecodeRows:
     return lambda start, stop: repo.layout(stored).decode(stored, matrix, start, stop)
 
 

@@ -53,7 +53,7 @@ def sampled_difference(out: Path, plan: Plan, source: Source) -> str | None:
                 return f"{tensor.name} is not there"
             end = min(_PLAIN_BYTES, tensor.nbytes)
             ours = read_slice(source, Slice(as_bytes(tensor), 0, end))
-            if ours.tobytes() != repo.reader.read(Slice(as_bytes(there), 0, end)).tobytes():
+            if ours.tobytes() != repo.read(Slice(as_bytes(there), 0, end)).tobytes():
                 return f"{tensor.name} has other values"
     except CONTRADICTIONS as error:
         return contradiction(error)

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from xpuquant.conversion.options import cores
+from xpuquant.conversion.write.arrivals import Arrivals
+from xpuquant.formats.safetensors import Tensor
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A part of the work that depends on no other.
+
+    make   does it
+    reads  the output's tensors that it reads; they may still be being written
+    """
+
+    make: Callable[[], T]
+    reads: Iterable[Tensor] = ()
+
+    def ends(self) -> dict[str, int]:
+        """Shard → bytes from its front that have to be there."""
+        found: dict[str, int] = {}
+        for tensor in self.reads:
+            found[tensor.file] = max(found.get(tensor.file, 0), tensor.end)
+        return found
 
 
 @contextmanager
@@ -24,13 +46,28 @@ def pool_of(jobs: int) -> Iterator[Executor]:
             raise
 
 
-def results_of(pool: Executor, calls: Sequence[Callable[[], T]]) -> list[T]:
-    """Results of the calls, in order. Raises the first error."""
-    running = [pool.submit(call) for call in calls]
-    return [future.result() for future in running]
+def results_of(pool: Executor, calls: Sequence[Call[T]], arrivals: Arrivals | None = None) -> list[T]:
+    """Results of the calls, in order. Raises the first error.
+
+    Args:
+        arrivals: what of the output can be read by now; None: all of it. Calls begin as what they read arrives; the
+            first that fails stops what is to arrive.
+    """
+    if arrivals is None:
+        return [future.result() for future in [pool.submit(call.make) for call in calls]]
+    running: dict[int, Future[T]] = {}
+
+    def ended(future: Future[T]) -> None:
+        if not future.cancelled() and (error := future.exception()) is not None:
+            arrivals.stop(error)
+
+    for place in arrivals.in_turn([call.ends() for call in calls]):
+        running[place] = pool.submit(calls[place].make)
+        running[place].add_done_callback(ended)
+    return [running[place].result() for place in range(len(calls))]
 
 
 def run_all(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
     """Results of the calls, in order, from `jobs` threads. The first error stops what has not begun."""
     with pool_of(jobs) as pool:
-        return results_of(pool, calls)
+        return results_of(pool, [Call(call) for call in calls])

@@ -17,6 +17,7 @@ from xpuquant.conversion.plan.shards import Shard
 from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.base import Source
+from xpuquant.conversion.write.arrivals import Arrivals
 from xpuquant.conversion.write.read_ahead import Stopped, Workers
 from xpuquant.conversion.write.shard_writer import ShardStore, ShardWriter
 
@@ -29,13 +30,15 @@ def execute_plan(
     done: dict[str, Finished],
     progress: Progress,
     read_again: bool = True,
+    arrivals: Arrivals | None = None,
 ) -> dict[str, Finished]:
     """Write every shard of the plan that is not done into the staging folder.
 
     Args:
         jobs: threads at work.
         done: finished shards of an earlier run; counted as progress at once.
-        read_again: whether the shards are read again at once, by a verification or an upload.
+        read_again: whether the shards are read again when all are written, out of the page cache.
+        arrivals: told what has been written, for who reads it meanwhile.
 
     Returns:
         Shard name → sha256 and size, of all shards.
@@ -50,14 +53,18 @@ def execute_plan(
     for shard in plan.shards:
         if shard.name in done:
             progress(shard.nbytes)
+            if arrivals is not None:
+                arrivals.tell(shard.name, shard.nbytes)
     owners = max(1, min(jobs, len(waiting)))
     with Workers(jobs) as workers, ThreadPoolExecutor(owners, "shard") as threads:
 
         def write(shard: Shard) -> tuple[str, Finished]:
             with workers.slot():
-                result = ShardWriter(shard, source, staging, workers, progress, read_again).run()
+                result = ShardWriter(shard, source, staging, workers, progress, read_again, arrivals).run()
             source.check_unchanged()
             staging.finish(shard.name, result)
+            if arrivals is not None:
+                arrivals.tell(shard.name, shard.nbytes)
             return shard.name, result
 
         running = [threads.submit(write, shard) for shard in waiting]

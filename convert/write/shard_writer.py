@@ -30,6 +30,7 @@ from xpuquant.conversion.progress import Progress
 from xpuquant.conversion.repo.journal import Finished, Reached
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Tree
+from xpuquant.conversion.write.arrivals import Arrivals
 from xpuquant.conversion.write.output_files import create
 from xpuquant.conversion.write.read_ahead import TASKS_AHEAD, TASKS_AT_ONCE, ChunkQueue, Stopped, Task, Workers
 from xpuquant.conversion.write.resumption import Steps, kept_prefix
@@ -39,6 +40,9 @@ from xpuquant.formats.layouts.base import Piece
 
 CHUNK_BYTES = 1 << 20
 """Half of a second-level cache: what was read for a chunk is still there when the chunk has been written."""
+
+_TOLD_BYTES = 8 << 20
+"""Between two times that whoever reads a shard meanwhile is told how far it has come."""
 
 _ALIGNMENT = 64
 """Of each input in memory, so that wide loads are aligned."""
@@ -103,6 +107,7 @@ class ShardWriter:
         workers: Workers,
         progress: Progress,
         read_again: bool = True,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self._shard = shard
         self._source = source
@@ -110,6 +115,7 @@ class ShardWriter:
         self._workers = workers
         self._progress = progress
         self._read_again = read_again
+        self._arrivals = arrivals
         self._ahead: deque[ChunkQueue] = deque()
         self._taken: deque[Array] = deque()
         self._memory = threading.local()
@@ -126,13 +132,16 @@ class ShardWriter:
             if made.nbytes:
                 store.keep(shard.name, made.nbytes)
                 self._progress(made.nbytes)
-            steps = Steps(shard, made.nbytes)
+            steps, told = Steps(shard, made.nbytes), 0
             with create(store.files, shard.name, shard.nbytes, self._read_again, made.nbytes) as file:
                 for chunk in self._bytes_from(made.nbytes):
                     made.update(chunk.data)
                     file.append(chunk)
                     for reached in steps.passed(made, file):
                         store.note_reached(shard.name, reached)
+                    if self._arrivals is not None and file.handed - told >= _TOLD_BYTES:
+                        told = file.handed
+                        self._arrivals.tell(shard.name, told)
                     self._progress(chunk.size)
         except OSError as error:
             raise EnvironmentFault(f"{store.files.path / shard.name}: cannot be written ({error.strerror})") from error

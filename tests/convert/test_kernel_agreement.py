@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -74,6 +74,7 @@ def subject_of(layer: Layer) -> expected.Subject:
             return layer.tensors
 
     class Stored:
+        tensors: ClassVar[dict[str, Any]] = {}
         scheme, name = layer.scheme, "m"
 
     def rows(start, stop):

@@ -1,0 +1,99 @@
+"""Reading what has just been written: shards that are still being made, as far as they have come.
+
+What flows: a slice is read out of the page cache, where its bytes still are. Pages of tensors that nobody will read
+again are given back, some hundred megabytes later, for by then they are on the disk: what is written next finds pages
+that are warm, and what other programs have in memory stays there.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from xpuquant.conversion.sources.shard_reader import close_all, most_kept, read_box, unreadable
+from xpuquant.conversion.tree import Tree
+from xpuquant.conversion.write.arrivals import Arrivals
+from xpuquant.formats.checkpoint import Array, Slice, as_array
+from xpuquant.formats.safetensors import Tensor
+
+_KEPT_BYTES = 512 << 20
+"""Of what has been read and is not wanted any more: as long as a disk may take to write them."""
+
+
+class ReadBack:
+    """The shards of a folder that are being written. Thread-safe; a read waits for what has not been written yet.
+
+    Until a shard is complete it is known by its name alone; from then on the staging folder knows which file it is.
+    """
+
+    def __init__(self, tree: Tree, arrivals: Arrivals) -> None:
+        self._tree = tree
+        self._arrivals = arrivals
+        self._open: dict[str, int] = {}
+        self._keep = most_kept()
+        self._lock = threading.Lock()
+        self._done: deque[Tensor] = deque()
+        self._done_bytes = 0
+        # Descriptors are numbers: nobody closes them for us.
+        weakref.finalize(self, close_all, self._open)
+
+    def read(self, box: Slice) -> Array:
+        """A slice as an array of its dtype and shape.
+
+        Raises:
+            DamagedError: the shard ends before. EnvironmentFault: unreadable. Stopped: it will not be written.
+        """
+        shard = box.tensor.file
+        offset, length, pitch, count = box.lines()
+        self._arrivals.wait(shard, offset + (count - 1) * pitch + length)
+        out = np.empty(box.nbytes, np.uint8)
+        try:
+            with self._opened(shard) as fd:
+                read_box(fd, box, out)
+        except OSError as error:
+            raise unreadable(self._tree, shard, error) from error
+        return as_array(box, out)
+
+    def done_with(self, tensors: Iterable[Tensor]) -> None:
+        """These have been read: their pages, and those of what was read before, need not be kept for long."""
+        with self._lock:
+            for tensor in tensors:
+                self._done.append(tensor)
+                self._done_bytes += tensor.nbytes
+            while self._done_bytes > _KEPT_BYTES:
+                oldest = self._done.popleft()
+                self._done_bytes -= oldest.nbytes
+                self._give_back(oldest)
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        with self._lock:
+            close_all(self._open)
+
+    def _give_back(self, tensor: Tensor) -> None:
+        """A hint: what is not on the disk yet stays."""
+        fd = self._open.get(tensor.file)
+        if fd is not None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, tensor.begin, tensor.nbytes, os.POSIX_FADV_DONTNEED)
+
+    @contextmanager
+    def _opened(self, shard: str) -> Iterator[int]:
+        """A descriptor of a shard; of the first ones it stays open."""
+        with self._lock:
+            fd = self._open.get(shard)
+            is_kept = fd is not None or len(self._open) < self._keep
+            if fd is None:
+                fd = self._tree.update(shard, os.O_RDONLY)
+                if is_kept:
+                    self._open[shard] = fd
+        try:
+            yield fd
+        finally:
+            if not is_kept:
+                os.close(fd)
