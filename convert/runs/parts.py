@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xpuquant.conversion.options import Options, contrast
 from xpuquant.conversion.plan.plan import Plan, make_plan
@@ -50,11 +50,14 @@ from xpuquant.conversion.repo.staging import (
 )
 from xpuquant.conversion.results import PartConverted
 from xpuquant.conversion.runs.local import check_places, written_names
-from xpuquant.conversion.runs.staged import check_part
+from xpuquant.conversion.runs.staged import check_part, is_checked_meanwhile, make_and_check_part
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, DamagedError, UnsupportedError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from xpuquant.conversion.verify.verdict import Verdict
 
 _JOURNAL = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
 _MOST_LISTED = 8
@@ -198,11 +201,13 @@ class PartStaging(ShardNotes):
         Raises:
             VerificationError: something differs.
         """
+        if plan.shards and not self._noted(shards):
+            self.note_verdict(check_part(plan, source, self.files, self.out.resolve().name, jobs, reporter), shards)
+
+    def note_verdict(self, verdict: Verdict, shards: Mapping[str, Finished]) -> None:
+        """Note the verdict on the part's shards for `finish`."""
         from xpuquant.conversion.verify.noted import note_verdict
 
-        if not plan.shards or self._noted(shards):
-            return
-        verdict = check_part(plan, source, self.files, self.out.resolve().name, jobs, reporter)
         note_verdict(self._tree, self._part.verified, verdict, shards, self._plan)
 
     def _noted(self, shards: Mapping[str, Finished]) -> bool:
@@ -227,8 +232,13 @@ def make_part(
     with PartStaging(out, part, reporter.note) as staging:
         check_told_apart(out, written_names(plan, source))
         done = staging.begin(plan.digest(source.fingerprint()), options, mine.shard_sizes, source.identities())
-        finished = execute_plan(mine, source, staging, jobs, done, reporter.advance)
-        staging.verify(mine, source, finished, jobs, reporter)
+        if len(done) < len(mine.shards) and is_checked_meanwhile(mine, jobs):
+            name = out.resolve().name
+            finished, verdict = make_and_check_part(mine, source, staging, name, done, jobs, reporter)
+            staging.note_verdict(verdict, finished)
+        else:
+            finished = execute_plan(mine, source, staging, jobs, done, reporter.advance)
+            staging.verify(mine, source, finished, jobs, reporter)
     return PartConverted(str(part), source.name, out, finished, len(plan.shards), mine.write_bytes)
 
 

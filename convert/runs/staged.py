@@ -9,7 +9,7 @@ Headers and sizes are compared at the end.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from xpuquant.conversion.write.arrivals import Arrivals
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.conversion.write.read_ahead import Stopped
 from xpuquant.conversion.write.read_back import ReadBack
+from xpuquant.conversion.write.shard_writer import ShardStore
 from xpuquant.errors import VerificationError
 from xpuquant.formats.scheme import QUANT_METHOD
 
@@ -49,12 +50,63 @@ def make_and_check(
 
     Raises: as `execute_plan` and `check_staged`.
     """
+
+    def judge(check: Check) -> Verdict:
+        from xpuquant.conversion.verify.context import Origin
+        from xpuquant.conversion.verify.noted import known_of
+        from xpuquant.conversion.verify.run import verify_staged
+
+        known = known_of(staging.tree, done, staging.plan)
+        return verify_staged(Origin(plan, source), check, staging.out.resolve().name, PRODUCER, known)
+
+    return _meanwhile(plan, source, staging, done, jobs, reporter, judge)
+
+
+def make_and_check_part(
+    plan: Plan,
+    source: Source,
+    store: ShardStore,
+    name: str,
+    done: dict[str, Finished],
+    jobs: int,
+    reporter: Reporter,
+) -> tuple[dict[str, Finished], Verdict]:
+    """The same of a part, whose verdict is that of `check_part`.
+
+    Args:
+        name: the repo's name in the verdict.
+    """
+
+    def judge(check: Check) -> Verdict:
+        from xpuquant.conversion.verify.context import Origin
+        from xpuquant.conversion.verify.run import verify_values
+
+        return verify_values(Origin(plan, source), check, name, PRODUCER)
+
+    return _meanwhile(plan, source, store, done, jobs, reporter, judge)
+
+
+def _meanwhile(
+    plan: Plan,
+    source: Source,
+    store: ShardStore,
+    done: dict[str, Finished],
+    jobs: int,
+    reporter: Reporter,
+    judge: Callable[[Check], Verdict],
+) -> tuple[dict[str, Finished], Verdict]:
     arrivals = Arrivals()
-    reader, told = ReadBack(staging.files, arrivals), _Told(reporter)
+    reader, told = ReadBack(store.files, arrivals), _Told(reporter)
 
     def checked() -> Verdict:
+        from xpuquant.conversion.repo.converted import ReadableRepo
+        from xpuquant.conversion.verify.context import Check
+
         try:
-            return _check_arriving(plan, source, staging, done, jobs, arrivals, reader, told)
+            # As the headers say that are written; that they were, is compared at the end.
+            tensors = {name: tensor for shard in plan.shards for name, tensor in shard.places().items()}
+            repo = ReadableRepo(store.files, tensors, reader.read, plan.quantization_config(PRODUCER))
+            return judge(Check(repo, jobs=jobs, progress=told.advance, arrivals=arrivals, done_with=reader.done_with))
         except BaseException as error:
             arrivals.stop(error)
             raise
@@ -63,7 +115,7 @@ def make_and_check(
         with ThreadPoolExecutor(1, "check") as beside:
             checking = beside.submit(checked)
             try:
-                shards = execute_plan(plan, source, staging, jobs, done, reporter.advance, True, arrivals)
+                shards = execute_plan(plan, source, store, jobs, done, reporter.advance, True, arrivals)
             except BaseException as error:
                 arrivals.stop(error)
                 raise
@@ -74,31 +126,8 @@ def make_and_check(
     finally:
         reader.close()
     source.check_unchanged()
-    raise_failures(verdict, staging.files, plan)
+    raise_failures(verdict, store.files, plan)
     return shards, verdict
-
-
-def _check_arriving(
-    plan: Plan,
-    source: Source,
-    staging: Staging,
-    done: Mapping[str, Finished],
-    jobs: int,
-    arrivals: Arrivals,
-    reader: ReadBack,
-    told: _Told,
-) -> Verdict:
-    from xpuquant.conversion.repo.converted import ReadableRepo
-    from xpuquant.conversion.verify.context import Check, Origin
-    from xpuquant.conversion.verify.noted import known_of
-    from xpuquant.conversion.verify.run import verify_staged
-
-    # As the headers say that are written; that they were, is compared at the end.
-    tensors = {name: tensor for shard in plan.shards for name, tensor in shard.places().items()}
-    repo = ReadableRepo(staging.files, tensors, reader.read, plan.quantization_config(PRODUCER))
-    check = Check(repo, jobs=jobs, progress=told.advance, arrivals=arrivals, done_with=reader.done_with)
-    known = known_of(staging.tree, done, staging.plan)
-    return verify_staged(Origin(plan, source), check, staging.out.resolve().name, PRODUCER, known)
 
 
 class _Told:

@@ -159,6 +159,24 @@ def test_the_same_is_written_and_found_as_afterwards(name: str, tmp_path: Path) 
     assert made["2"] == made["1"] and made["5"] == made["1"]
 
 
+def test_parts_are_checked_meanwhile_and_not_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `finish` publishes is what a whole conversion does; what a part compared, it does not compare again."""
+    assert convert(MOE, tmp_path / "whole" / "out", *SMALL, "--jobs", "1")[0] == 0
+    out, result, compared = tmp_path / "out", exactness._ModuleCheck.result, list[str]()
+
+    def checked(self: Any) -> Any:
+        compared.append(self._planned.conversion.name)
+        return result(self)
+
+    monkeypatch.setattr(exactness._ModuleCheck, "result", checked)
+    for part in ("1/2", "2/2"):
+        assert convert(MOE, out, *SMALL, "--jobs", "2", "--part", part)[0] == 0
+    by_parts = list(compared)
+    assert command("finish", str(MOE), str(out), "-q")[0] == 0
+    assert by_parts and len(compared) == len(set(compared)) == len(_modules(out))
+    assert contents(out) == contents(tmp_path / "whole" / "out")
+
+
 def test_it_is_done_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module is compared before the last shard has been begun: nothing of that shard is made until it was."""
     compared = threading.Event()
