@@ -9,8 +9,9 @@ import re
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +25,7 @@ from support.hub.store import HubError, Repo, Store
 USERS = {"hf_me": "me", "hf_other": "other"}
 TEAM = "team"
 PIECE = 1 << 20  # bytes copied at a time
+CONTROLS = ("/-/faults", "/-/settled")  # the tests' own: neither spoilt nor logged
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 MODEL = rf"/api/models/{REPO}"
@@ -63,10 +65,14 @@ class Handler(BaseHTTPRequestHandler):
     # Plumbing
 
     def dispatch(self) -> None:
+        with self.server.under_way(is_control=urlsplit(self.path).path in CONTROLS):
+            self._dispatch()
+
+    def _dispatch(self) -> None:
         parts = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         self.received = 0
-        fault = None if parts.path == "/-/faults" else self.server.faults.take(self.command, parts.path)
+        fault = None if parts.path in CONTROLS else self.server.faults.take(self.command, parts.path)
         response = None
         if fault is None or fault.lie is not None or fault.drop in ("after", "middle"):
             response = self._respond(parts.path)
@@ -78,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
             self.body()
             response = answer({"error": "injected fault"}, fault.status, **fault.headers)
         sent = self._send(response, fault)
-        if parts.path != "/-/faults":
+        if parts.path not in CONTROLS:
             said = "" if fault is None else fault.drop or str(fault.status)
             status = 0 if response is None else response.status
             request = Request(
@@ -233,6 +239,25 @@ class Server(ThreadingHTTPServer):
         self.log = RequestLog(root / "requests.jsonl")
         self.part_bytes = part_bytes
         self.tree_page = tree_page
+        self._answering = 0
+        self._answered = threading.Condition()
+
+    @contextmanager
+    def under_way(self, is_control: bool) -> Iterator[None]:
+        """While a request is answered, and until it is in the log, which may be after its client has gone on."""
+        with self._answered:
+            self._answering += not is_control
+        try:
+            yield
+        finally:
+            with self._answered:
+                self._answering -= not is_control
+                self._answered.notify_all()
+
+    def settle(self) -> bool:
+        """Wait until every request that has been answered is in the log."""
+        with self._answered:
+            return self._answered.wait_for(lambda: not self._answering, timeout=10)
 
     @property
     def endpoint(self) -> str:

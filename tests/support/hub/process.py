@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class Hub:
         return left
 
     def requests(self) -> list[Request]:
+        with suppress(OSError):  # a server that was stopped has nothing under way
+            urllib.request.urlopen(f"{self.endpoint}/-/settled").close()
         return read_log(self.root / "requests.jsonl")
 
     def forget_requests(self) -> None:

@@ -19,6 +19,11 @@ def arm_faults(handler: Handler) -> Response:
     return answer({})
 
 
+@route("GET", "/-/settled")
+def settled(handler: Handler) -> Response:
+    return answer(handler.server.settle())
+
+
 @route("GET", "/-/faults")
 def faults_left(handler: Handler) -> Response:
     return answer(handler.server.faults.left())
