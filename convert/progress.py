@@ -17,8 +17,8 @@ ProgressCallback = Callable[[str, int, int], None]
 class Reporter(Protocol):
     """Who is told how far the work is. Called from any thread."""
 
-    def phase(self, name: str, total: int) -> None:
-        """A phase of `total` bytes begins."""
+    def phase(self, name: str, total: int, before: int = 0) -> None:
+        """A phase of `total` bytes begins, of which some were done before it."""
         ...
 
     def advance(self, nbytes: int) -> None:
@@ -37,7 +37,7 @@ class Reporter(Protocol):
 class Silent:
     """Tells nobody."""
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, before: int = 0) -> None:
         pass
 
     def advance(self, nbytes: int) -> None:
@@ -48,6 +48,15 @@ class Silent:
 
     def note(self, text: str) -> None:
         pass
+
+
+class Halted(Exception):
+    """A watcher's function has raised `cause`. A type of its own on its way out: what the function raises is no finding
+    about a tensor, whatever its type."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class Calls:
@@ -69,22 +78,25 @@ class Calls:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Halted):
+            raise error.cause from None
         if error is None:
-            with self._lock:
-                self._complete()
+            try:
+                with self._lock:
+                    self._complete()
+            except Halted as halted:
+                raise halted.cause from None
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, before: int = 0) -> None:
         with self._lock:
             self._complete()
             self._name, self._done, self._total = name, 0, total
-            self._callback(name, 0, total)
+            self._tell()
+            self._advance(before)
 
     def advance(self, nbytes: int) -> None:
         with self._lock:
-            done = min(self._done + nbytes, self._total)
-            if done > self._done:
-                self._done = done
-                self._callback(self._name, done, self._total)
+            self._advance(nbytes)
 
     def begins(self, text: str) -> None:
         pass
@@ -92,7 +104,19 @@ class Calls:
     def note(self, text: str) -> None:
         pass
 
+    def _advance(self, nbytes: int) -> None:
+        done = min(self._done + nbytes, self._total)
+        if done > self._done:
+            self._done = done
+            self._tell()
+
     def _complete(self) -> None:
         if self._done < self._total:
             self._done = self._total
-            self._callback(self._name, self._total, self._total)
+            self._tell()
+
+    def _tell(self) -> None:
+        try:
+            self._callback(self._name, self._done, self._total)
+        except Exception as error:
+            raise Halted(error) from error

@@ -43,8 +43,8 @@ class Bars:
     ) -> None:
         self._progress.stop()
 
-    def phase(self, name: str, total: int) -> None:
-        self._task = self._progress.add_task(name, total=total)
+    def phase(self, name: str, total: int, before: int = 0) -> None:
+        self._task = self._progress.add_task(name, total=total, completed=before)
 
     def advance(self, nbytes: int) -> None:
         if self._task is not None:

@@ -162,7 +162,7 @@ class Lines:
         self._console = console
         self._silent = silent
         self._lock = threading.Lock()
-        self._name, self._total, self._done = "", 0, 0
+        self._name, self._total, self._done, self._before = "", 0, 0, 0
         self._about = ""
         self._began = self._said = time.monotonic()
 
@@ -174,9 +174,9 @@ class Lines:
     ) -> None:
         pass
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, before: int = 0) -> None:
         with self._lock:
-            self._name, self._total, self._done = name, total, 0
+            self._name, self._total, self._done, self._before = name, total, before, before
             self._began = self._said = time.monotonic()
 
     def advance(self, nbytes: int) -> None:
@@ -189,7 +189,7 @@ class Lines:
             if self._about:
                 self.note(self._about)
                 self._about = ""
-            rate = self._done / (now - self._began)
+            rate = (self._done - self._before) / (now - self._began)
             left = (self._total - self._done) / max(rate, 1)
             text = f"{self._name}: {size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left"
             self._console().print(text, markup=False)

@@ -99,28 +99,23 @@ def _meanwhile(
     reader, told = ReadBack(store.files, arrivals), _Told(reporter)
 
     def checked() -> Verdict:
-        from xpuquant.conversion.repo.converted import ReadableRepo
-        from xpuquant.conversion.verify.context import Check
+        with arrivals.stopping():
+            from xpuquant.conversion.repo.converted import ReadableRepo
+            from xpuquant.conversion.verify.context import Check
 
-        try:
             # As the headers say that are written; that they were, is compared at the end.
             tensors = {name: tensor for shard in plan.shards for name, tensor in shard.places().items()}
             repo = ReadableRepo(store.files, tensors, reader.read, plan.quantization_config(PRODUCER))
             return judge(Check(repo, jobs=jobs, progress=told.advance, arrivals=arrivals, done_with=reader.done_with))
-        except BaseException as error:
-            arrivals.stop(error)
-            raise
 
     try:
-        with ThreadPoolExecutor(1, "check") as beside:
+        # Whatever ends this thread's part, an interruption too, the check does not go on to its end.
+        with ThreadPoolExecutor(1, "check") as beside, arrivals.stopping():
             checking = beside.submit(checked)
-            try:
-                shards = execute_plan(plan, source, store, jobs, done, reporter.advance, True, arrivals)
-            except BaseException as error:
-                arrivals.stop(error)
-                raise
+            shards = execute_plan(plan, source, store, jobs, done, reporter.advance, True, arrivals)
             told.begin(_checked_bytes(plan))
             verdict = checking.result()
+        reader.check_unchanged()
     except Stopped:
         raise arrivals.cause or Stopped() from None
     finally:
@@ -131,7 +126,7 @@ def _meanwhile(
 
 
 class _Told:
-    """Bytes that have been checked: those of before the phase of checking are no part of it."""
+    """Bytes that have been checked, those of before the phase of checking too: it begins with them."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -152,7 +147,7 @@ class _Told:
             total: bytes to be checked, those of before too.
         """
         with self._lock:
-            self._reporter.phase("verify", max(total - (self._before or 0), 0))
+            self._reporter.phase("verify", total, self._before or 0)
             self._before = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -51,6 +52,10 @@ class Check:
     pool: Executor | None = None
     arrivals: Arrivals | None = None
     done_with: Callable[[Iterable[Tensor]], None] = _forget
+
+    def stopping(self) -> AbstractContextManager[None]:
+        """What fails in the block stops what is to arrive: no other step waits for it."""
+        return nullcontext() if self.arrivals is None else self.arrivals.stopping()
 
     def run(self, calls: Sequence[Call[T]]) -> list[T]:
         """Results of the calls, in order; see `results_of`."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +163,15 @@ def verify_staged(origin: Origin, check: Check, name: str, producer: str, known:
     # What loads the kernels is no work of many threads, and what computes with them is shared out like all else.
     with ThreadPoolExecutor(1, "kernels") as beside, pool_of(check.jobs) as pool:
         check = replace(check, pool=pool)
-        kernels = partial(_kernels, _source_subjects(origin, check.repo), check)
-        running = beside.submit(kernels) if check.jobs > 1 else None
-        verdict = verify_values(origin, check, name, producer, known)
-        ran = kernels() if running is None else running.result()
+
+        def kernels() -> list[Agreement]:
+            with check.stopping():
+                return _kernels(_source_subjects(origin, check.repo), check)
+
+        with check.stopping():
+            running = beside.submit(kernels) if check.jobs > 1 else None
+            verdict = verify_values(origin, check, name, producer, known)
+            ran = kernels() if running is None else running.result()
     unavailable, setting = _unavailable(check.backends), setting_of(check.backends)
     return replace(verdict, unavailable=unavailable, kernels=ran, setting=setting)
 

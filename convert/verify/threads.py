@@ -57,12 +57,16 @@ def results_of(pool: Executor, calls: Sequence[Call[T]], arrivals: Arrivals | No
         return [future.result() for future in [pool.submit(call.make) for call in calls]]
     running: dict[int, Future[T]] = {}
 
+    def begun(call: Call[T]) -> T:
+        arrivals.check()
+        return call.make()
+
     def ended(future: Future[T]) -> None:
         if not future.cancelled() and (error := future.exception()) is not None:
             arrivals.stop(error)
 
     for place in arrivals.in_turn([call.ends() for call in calls]):
-        running[place] = pool.submit(calls[place].make)
+        running[place] = pool.submit(begun, calls[place])
         running[place].add_done_callback(ended)
     return [running[place].result() for place in range(len(calls))]
 

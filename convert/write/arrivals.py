@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from xpuquant.conversion.write.read_ahead import Stopped
 
@@ -22,6 +23,7 @@ class Arrivals:
     def __init__(self) -> None:
         self.cause: BaseException | None = None
         self._reached: dict[str, int] = {}
+        self._told: list[str] = []
         self._changed = threading.Condition()
         self._stopped = False
 
@@ -36,6 +38,7 @@ class Arrivals:
                 raise Stopped
             if nbytes > self._reached.get(shard, 0):
                 self._reached[shard] = nbytes
+                self._told.append(shard)
                 self._changed.notify_all()
 
     def stop(self, cause: BaseException) -> None:
@@ -50,8 +53,22 @@ class Arrivals:
                 self.cause = cause
             self._changed.notify_all()
 
-    def wait(self, shard: str, nbytes: int) -> int:
-        """Wait for so many bytes of a shard. Returns how many, from its front, can be read.
+    def check(self) -> None:
+        """Raises Stopped where all was stopped."""
+        if self._stopped:
+            raise Stopped
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """What fails in the block stops all."""
+        try:
+            yield
+        except BaseException as error:
+            self.stop(error)
+            raise
+
+    def wait(self, shard: str, nbytes: int) -> None:
+        """Wait for so many bytes of a shard, counted from its front.
 
         Raises:
             Stopped: they will not come.
@@ -60,7 +77,6 @@ class Arrivals:
             self._changed.wait_for(lambda: self._stopped or self._reached.get(shard, 0) >= nbytes)
             if self._stopped:
                 raise Stopped
-            return self._reached[shard]
 
     def in_turn(self, wanted: Sequence[Mapping[str, int]]) -> Iterator[int]:
         """The places in `wanted`, each as soon as its shards have come so far.
@@ -71,24 +87,30 @@ class Arrivals:
         Raises:
             Stopped: they will not.
         """
-        missing = [len(ends) for ends in wanted]
+        missing = [sum(end > 0 for end in ends.values()) for ends in wanted]
         waiting: dict[str, list[tuple[int, int]]] = {}
         for place, ends in enumerate(wanted):
             for shard, end in ends.items():
-                waiting.setdefault(shard, []).append((end, place))
+                if end > 0:
+                    waiting.setdefault(shard, []).append((end, place))
         for ends_of in waiting.values():
             heapq.heapify(ends_of)
-        yield from (place for place, ends in enumerate(wanted) if not ends)
-        seen: dict[str, int] | None = None
-        while any(waiting.values()):
+        yield from (place for place, ends in enumerate(missing) if not ends)
+        seen = 0
+        while waiting:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._reached != seen)  # noqa: B023
+                self._changed.wait_for(lambda: self._stopped or len(self._told) > seen)  # noqa: B023
                 if self._stopped:
                     raise Stopped
-                seen = dict(self._reached)
-            for shard, ends_of in waiting.items():
-                while ends_of and ends_of[0][0] <= seen.get(shard, 0):
+                # Not all of them: there may be thousands, and each tells.
+                there = {shard: self._reached[shard] for shard in self._told[seen:] if shard in waiting}
+                seen = len(self._told)
+            for shard, reached in there.items():
+                ends_of = waiting[shard]
+                while ends_of and ends_of[0][0] <= reached:
                     _, place = heapq.heappop(ends_of)
                     missing[place] -= 1
                     if not missing[place]:
                         yield place
+                if not ends_of:
+                    del waiting[shard]

@@ -37,7 +37,7 @@ def execute_plan(
     Args:
         jobs: threads at work.
         done: finished shards of an earlier run; counted as progress at once.
-        read_again: whether the shards are read again when all are written, out of the page cache.
+        read_again: whether the shards are read again, out of the page cache: soon, or when all are written.
         arrivals: told what has been written, for who reads it meanwhile.
 
     Returns:

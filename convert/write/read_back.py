@@ -12,13 +12,14 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
 from xpuquant.conversion.sources.shard_reader import close_all, most_kept, read_box, unreadable
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.arrivals import Arrivals
+from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_array
 from xpuquant.formats.safetensors import Tensor
 
@@ -29,13 +30,15 @@ _KEPT_BYTES = 512 << 20
 class ReadBack:
     """The shards of a folder that are being written. Thread-safe; a read waits for what has not been written yet.
 
-    Until a shard is complete it is known by its name alone; from then on the staging folder knows which file it is.
+    Which file a shard is, its first read says; the staging folder says so when it is complete. Where another program
+    exchanged it meanwhile, what was compared is not what lies there: see `check_unchanged`.
     """
 
     def __init__(self, tree: Tree, arrivals: Arrivals) -> None:
         self._tree = tree
         self._arrivals = arrivals
         self._open: dict[str, int] = {}
+        self._inodes: dict[str, int] = {}
         self._keep = most_kept()
         self._lock = threading.Lock()
         self._done: deque[Tensor] = deque()
@@ -47,11 +50,12 @@ class ReadBack:
         """A slice as an array of its dtype and shape.
 
         Raises:
-            DamagedError: the shard ends before. EnvironmentFault: unreadable. Stopped: it will not be written.
+            DamagedError: the shard ends before, or is another file. EnvironmentFault: unreadable. Stopped: it will not
+                be written.
         """
         shard = box.tensor.file
         offset, length, pitch, count = box.lines()
-        self._arrivals.wait(shard, offset + (count - 1) * pitch + length)
+        self._arrivals.wait(shard, offset + (count - 1) * pitch + length if count else offset)
         out = np.empty(box.nbytes, np.uint8)
         try:
             with self._opened(shard) as fd:
@@ -71,6 +75,15 @@ class ReadBack:
                 self._done_bytes -= oldest.nbytes
                 self._give_back(oldest)
 
+    def check_unchanged(self) -> None:
+        """Raises DamagedError where a shard is no longer the file that was read."""
+        for shard, inode in self._inodes.items():
+            try:
+                now = self._tree.identity(shard)
+            except OSError as error:
+                raise unreadable(self._tree, shard, error) from error
+            self._check_same(shard, inode, now.inode)
+
     def close(self) -> None:
         """Close every descriptor."""
         with self._lock:
@@ -80,7 +93,15 @@ class ReadBack:
         """A hint: what is not on the disk yet stays."""
         fd = self._open.get(tensor.file)
         if fd is not None and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, tensor.begin, tensor.nbytes, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # a file system that knows no such hint
+                os.posix_fadvise(fd, tensor.begin, tensor.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def _check_same(self, shard: str, before: int, now: int) -> None:
+        if before != now:
+            raise DamagedError(
+                f"{self._tree.path / shard} was exchanged while it was being made: another program writes into this "
+                "folder; convert again"
+            )
 
     @contextmanager
     def _opened(self, shard: str) -> Iterator[int]:
@@ -90,6 +111,12 @@ class ReadBack:
             is_kept = fd is not None or len(self._open) < self._keep
             if fd is None:
                 fd = self._tree.update(shard, os.O_RDONLY)
+                try:
+                    inode = os.fstat(fd).st_ino
+                    self._check_same(shard, self._inodes.setdefault(shard, inode), inode)
+                except BaseException:
+                    os.close(fd)
+                    raise
                 if is_kept:
                     self._open[shard] = fd
         try:

@@ -89,7 +89,7 @@ class Bytes(Silent):
     def __init__(self) -> None:
         self.total = self.done = 0
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, before: int = 0) -> None:
         self.total = total
 
     def advance(self, nbytes: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,8 +20,11 @@ from hypothesis import strategies as st
 from support.checkpoints import FIXTURES
 from support.fuzz.case import command
 
+import xpuquant
+from xpuquant.conversion.cli.output import Lines
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
+from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify import exactness
@@ -28,7 +33,7 @@ from xpuquant.conversion.write.arrivals import Arrivals
 from xpuquant.conversion.write.output_files import CachedFile
 from xpuquant.conversion.write.read_ahead import Stopped
 from xpuquant.conversion.write.read_back import ReadBack
-from xpuquant.errors import EnvironmentFault
+from xpuquant.errors import DamagedError, EnvironmentFault
 from xpuquant.formats.checkpoint import rows, whole
 from xpuquant.formats.safetensors import Tensor
 
@@ -146,6 +151,41 @@ class TestReadBack:
             reader.read(whole(tensor))
             reader.done_with([tensor])
         assert given_back == [(at, 100) for at in range(0, 800, 100)]
+        reader.close()
+
+    def test_a_file_system_that_takes_no_hint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuses(*of: object) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+        monkeypatch.setattr(read_back, "_KEPT_BYTES", 0)
+        for change in (
+            lambda: monkeypatch.setattr(os, "posix_fadvise", refuses),
+            lambda: monkeypatch.delattr(os, "posix_fadvise"),
+        ):
+            change()
+            out = tmp_path / f"out-{hasattr(os, 'posix_fadvise')}"
+            assert convert(MOE, out, *SMALL, "--jobs", "2") == (0, "")
+
+    @pytest.mark.parametrize("kept", [0, 1])
+    def test_another_file_under_the_name_is_noticed(
+        self, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At the next read where the descriptor is not kept, at the end where it is."""
+        monkeypatch.setattr(read_back, "most_kept", lambda: kept)
+        (tmp_path / "shard").write_bytes(bytes(1000))
+        (tmp_path / "other").write_bytes(bytes(1000))
+        arrivals, tensor = Arrivals(), Tensor("t", "U8", (100,), "shard", 0, 100)
+        arrivals.tell("shard", 1000)
+        reader = ReadBack(Tree(tmp_path), arrivals)
+        reader.read(whole(tensor))
+        reader.check_unchanged()
+        (tmp_path / "other").rename(tmp_path / "shard")
+        with pytest.raises(DamagedError, match="shard was exchanged while it was being made"):
+            reader.read(whole(tensor))
+            reader.check_unchanged()
+        (tmp_path / "shard").unlink()
+        with pytest.raises(EnvironmentFault, match="cannot be read"):
+            reader.check_unchanged()
         reader.close()
 
 
@@ -276,6 +316,111 @@ def test_a_source_that_cannot_be_read_ends_it(
     assert code == 4 and error == "error: model.safetensors: cannot be read (Input/output error)\n", error
     monkeypatch.setattr(LocalSource, "read_into", read)
     assert convert(MOE, tmp_path / "out", *SMALL, "--jobs", "2")[0] == 0
+
+
+@pytest.mark.parametrize("nth", [1, 4])
+@pytest.mark.parametrize("moment", ["before it is noted", "after it was noted"])
+def test_a_shard_exchanged_while_others_are_written(
+    moment: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program puts a file of the same size and header in the place of a shard whose modules have been read:
+    what it compared is gone, and what lies there nobody compared."""
+    finish, read = Staging.finish, ReadBack.read
+    finished: list[str] = []
+    were_read: dict[str, threading.Event] = {}
+
+    def told(self: ReadBack, box: Any) -> Any:
+        array = read(self, box)
+        were_read.setdefault(box.tensor.file, threading.Event()).set()
+        return array
+
+    def exchanged(self: Staging, shard: str, result: Any) -> None:
+        finished.append(shard)
+        if len(finished) != nth:
+            finish(self, shard, result)
+            return
+        if moment == "after it was noted":
+            finish(self, shard, result)
+        # Enough of it has been told for its last module to be read.
+        arrivals[0].tell(shard, result.nbytes)
+        assert were_read.setdefault(shard, threading.Event()).wait(30)
+        path = self.files.path / shard
+        data = bytearray(path.read_bytes())
+        data[-100:] = bytes(byte ^ 0x11 for byte in data[-100:])
+        shutil.copyfile(path, path.with_name("other"))
+        path.with_name("other").write_bytes(data)
+        path.with_name("other").rename(path)
+        if moment == "before it is noted":
+            finish(self, shard, result)
+
+    arrivals = list[Arrivals]()
+    begun = Arrivals.__init__
+
+    def noted(self: Arrivals) -> None:
+        begun(self)
+        arrivals.append(self)
+
+    monkeypatch.setattr(Arrivals, "__init__", noted)
+    monkeypatch.setattr(ReadBack, "read", told)
+    monkeypatch.setattr(Staging, "finish", exchanged)
+    code, error = convert(MOE, tmp_path / "out", *SMALL, "--jobs", "2")
+    assert code in (1, 3) and error.count("\n") == 1, error
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.setattr(Staging, "finish", finish)
+    assert convert(MOE, tmp_path / "out", *SMALL, "--jobs", "2")[0] == 0
+    assert command("verify", str(tmp_path / "out"), "-q")[0] == 0
+
+
+def test_an_interruption_while_the_check_is_behind_is_heeded_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is written, and modules wait to be compared: they are not."""
+    source = FIXTURES / "gptqmodel-qwen3-w4g32"
+    written, begun = threading.Event(), list[float]()
+    result, phase = exactness._ModuleCheck.result, Lines.phase
+    modules = len(make_plan(LocalSource(source).checkpoint, Options()).modules)
+
+    def checked(self: Any) -> Any:
+        assert written.wait(30)
+        begun.append(time.monotonic())
+        if len(begun) == 1:
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.2)
+        return result(self)
+
+    def begins(self: Any, name: str, total: int, before: int = 0) -> None:
+        phase(self, name, total, before)
+        if name == "verify":
+            threading.Timer(0.1, written.set).start()
+
+    monkeypatch.setattr(exactness._ModuleCheck, "result", checked)
+    monkeypatch.setattr(Lines, "phase", begins)
+    code, error = convert(source, tmp_path / "out", "--jobs", "2")
+    assert code == 130 and error.count("\n") <= 1, error
+    assert len(begun) < modules / 2
+    monkeypatch.setattr(exactness._ModuleCheck, "result", result)
+    assert convert(source, tmp_path / "out", "--jobs", "2")[0] == 0
+
+
+@pytest.mark.parametrize("phase", ["convert", "verify"])
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_whoever_watches_may_stop_it(phase: str, nth: int, tmp_path: Path) -> None:
+    """An exception of theirs, from whatever thread tells them, is the one that is raised, and nothing waits."""
+    counted = [0]
+
+    def stops(name: str, done: int, total: int) -> None:
+        assert 0 <= done <= total and total > 0
+        counted[0] += name == phase
+        if counted[0] == nth:
+            raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        xpuquant.convert(MOE, tmp_path / "out", max_shard_size="20kB", jobs=2, progress=stops)
+        assert counted[0] < nth  # the phase had less to tell
+        raise LookupError("enough")
+    assert not (tmp_path / "out" / "config.json").exists() or counted[0] < nth
 
 
 def test_a_full_disk_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
