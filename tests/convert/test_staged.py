@@ -296,9 +296,9 @@ def test_a_wrong_header_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("nth", [1, 3])
-@pytest.mark.parametrize("who", ["shard", "verify"])
+@pytest.mark.parametrize("who", [("shard", "ahead"), ("verify",)], ids=lambda who: who[0])
 def test_a_source_that_cannot_be_read_ends_it(
-    who: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    who: tuple[str, ...], nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By one line, whichever thread comes upon it, and the others do not wait for ever."""
     read, counted = LocalSource.read_into, [0]
