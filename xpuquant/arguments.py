@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from xpuquant.conversion.options import Options, whole_number
-from xpuquant.errors import Argument, EnvironmentFault, UsageError
+from xpuquant.errors import Argument, EnvironmentFault, UsageError, lack_of
 
 MAX_JOBS = 256
 
@@ -140,12 +140,10 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*given.args, **given.kwargs)
         except OSError as error:
             raise EnvironmentFault(f"{error.filename or 'I/O'}: {error.strerror or error}") from error
-        except MemoryError as error:
-            raise out_of_memory() from error
+        except (MemoryError, RuntimeError) as error:
+            lack = lack_of(error)
+            if lack is None:
+                raise
+            raise lack from error
 
     return call
-
-
-def out_of_memory() -> EnvironmentFault:
-    """The error for a MemoryError."""
-    return EnvironmentFault("out of memory; try ", Argument("jobs", 1))

@@ -116,3 +116,15 @@ def shown(value: object) -> str:
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxdict = 3, 8, 4
 _REPR.maxstring = _REPR.maxother = 80
+
+
+def lack_of(error: BaseException) -> EnvironmentFault | None:
+    """What of a machine has run out, where that is what an exception says: memory, or threads."""
+    if isinstance(error, MemoryError):
+        return EnvironmentFault("out of memory; try ", Argument("jobs", 1))
+    # CPython has no exception of its own for it (Python/thread_pthread.h gives up; Modules/_threadmodule.c says so).
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return EnvironmentFault(
+            "the system starts no more threads (see ulimit -u and ulimit -v); try ", Argument("jobs", 1)
+        )
+    return None

@@ -23,7 +23,7 @@ from xpuquant.conversion.cli import check_commands, convert_commands
 from xpuquant.conversion.cli.encoding import open_closed_streams, speak_plainly
 from xpuquant.conversion.cli.spelling import Spelling
 from xpuquant.conversion.write.memory import keep_freed_memory
-from xpuquant.errors import Argument, EnvironmentFault, Interrupted, XpuquantError
+from xpuquant.errors import EnvironmentFault, Interrupted, XpuquantError, lack_of
 
 INTERNAL_ERROR = 70
 """sysexits.h EX_SOFTWARE: a bug of ours, not of the user's input."""
@@ -181,8 +181,7 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
 
 def explain(error: Exception, arguments: Sequence[str] = ()) -> tuple[str, int]:
     """(one line, exit code) for any exception of a command line."""
-    if isinstance(error, MemoryError):
-        error = EnvironmentFault("out of memory; try ", Argument("jobs", 1))
+    error = lack_of(error) or error
     if isinstance(error, typer.Abort):
         error = _interrupted(arguments)
     if isinstance(error, XpuquantError):
