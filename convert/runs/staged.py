@@ -100,6 +100,9 @@ def _meanwhile(
 
     def checked() -> Verdict:
         with arrivals.stopping():
+            if plan.shards:
+                # What is imported now would take the interpreter from those who open the first.
+                arrivals.wait_for_any()
             from xpuquant.conversion.repo.converted import ReadableRepo
             from xpuquant.conversion.verify.context import Check
 

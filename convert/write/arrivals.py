@@ -28,7 +28,7 @@ class Arrivals:
         self._stopped = False
 
     def tell(self, shard: str, nbytes: int) -> None:
-        """The system has the first bytes of a shard, so many.
+        """The system has the first bytes of a shard, so many; none of them, when it has been opened.
 
         Raises:
             Stopped: nobody waits any more, because a check could not be made.
@@ -36,7 +36,7 @@ class Arrivals:
         with self._changed:
             if self._stopped:
                 raise Stopped
-            if nbytes > self._reached.get(shard, 0):
+            if nbytes > self._reached.get(shard, -1):
                 self._reached[shard] = nbytes
                 self._told.append(shard)
                 self._changed.notify_all()
@@ -75,6 +75,17 @@ class Arrivals:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._reached.get(shard, 0) >= nbytes)
+            if self._stopped:
+                raise Stopped
+
+    def wait_for_any(self) -> None:
+        """Wait until a shard has been opened.
+
+        Raises:
+            Stopped: none will be.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or bool(self._reached))
             if self._stopped:
                 raise Stopped
 

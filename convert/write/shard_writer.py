@@ -134,6 +134,8 @@ class ShardWriter:
                 self._progress(made.nbytes)
             steps, told = Steps(shard, made.nbytes), 0
             with create(store.files, shard.name, shard.nbytes, self._read_again, made.nbytes) as file:
+                if self._arrivals is not None:
+                    self._arrivals.tell(shard.name, 0)
                 for chunk in self._bytes_from(made.nbytes):
                     made.update(chunk.data)
                     file.append(chunk)

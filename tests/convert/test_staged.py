@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -197,6 +199,23 @@ def test_the_same_is_written_and_found_as_afterwards(name: str, tmp_path: Path) 
         assert convert(FIXTURES / name, out, *SMALL, "--jobs", jobs)[0] == 0
         made[jobs] = contents(out)
     assert made["2"] == made["1"] and made["5"] == made["1"]
+
+
+def test_the_first_shard_is_opened_before_what_verifies_is_imported(tmp_path: Path) -> None:
+    text = f"""
+import sys
+from xpuquant.conversion.write import shard_writer
+create = shard_writer.create
+def first(*arguments):
+    shard_writer.create = create
+    print([name for name in sys.modules if name.startswith("xpuquant.conversion.verify")], flush=True)
+    return create(*arguments)
+shard_writer.create = first
+from xpuquant.conversion.cli.app import run
+sys.exit(run(["convert", {str(MOE)!r}, {str(tmp_path / "out")!r}, "-q", "--jobs", "2"]))
+"""
+    ran = subprocess.run([sys.executable, "-P", "-c", text], capture_output=True, text=True, check=True, timeout=100)
+    assert ran.stdout.startswith("[]\n")
 
 
 def test_parts_are_checked_meanwhile_and_not_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
