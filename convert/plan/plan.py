@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from xpuquant import __version__
@@ -61,8 +62,13 @@ class Plan:
     passed: tuple[Tensor, ...]
     shards: tuple[Shard, ...]
     notes: tuple[str, ...]
-    read_bytes: int
     quantization: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Bytes of the source that are read; counted when somebody asks, for that takes a tenth of planning."""
+        tensors = (tensor for shard in self.shards for tensor in shard.tensors)
+        return sum(part.nbytes for tensor in tensors for piece in tensor.pieces for part in piece.inputs)
 
     @property
     def write_bytes(self) -> int:
@@ -180,9 +186,5 @@ def _make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     passed = tuple(tensor for tensor in reading.rest if tensor.name not in used)
     units = in_source_order(planned, passed)
     shards = balance(units, options.max_shard_bytes, fused=options.layout != ct_config.FAMILY)
-    read_bytes = sum(
-        part.nbytes for shard in shards for tensor in shard.tensors for piece in tensor.pieces for part in piece.inputs
-    )
-    quantization = checkpoint.quantization
     notes = (*checkpoint.notes, *reading.notes)
-    return Plan(options, tuple(planned), passed, shards, notes, read_bytes, quantization)
+    return Plan(options, tuple(planned), passed, shards, notes, checkpoint.quantization)
