@@ -8,7 +8,6 @@ import resource
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
@@ -136,7 +135,7 @@ def most_kept() -> int:
     return max(0, min(_MAX_OPEN_SHARDS, (limit - _OTHER_DESCRIPTORS) // 4))
 
 
-def close_all(descriptors: dict[Any, int]) -> None:
+def close_all(descriptors: dict[str, int]) -> None:
     """Close every descriptor of a table, which is empty then."""
     while descriptors:
         os.close(descriptors.popitem()[1])
@@ -168,7 +167,7 @@ def read_box(fd: int, box: Slice, out: Array) -> None:
         _read_through(fd, box, out)
     else:
         for line in range(count):
-            read_run(fd, box, offset + line * pitch, out[line * length : (line + 1) * length])
+            _read_run(fd, box, offset + line * pitch, out[line * length : (line + 1) * length])
 
 
 def _read_through(fd: int, box: Slice, out: Array) -> None:
@@ -179,20 +178,14 @@ def _read_through(fd: int, box: Slice, out: Array) -> None:
     for top in range(0, count, at_once):
         high = min(at_once, count - top)
         # To the end of the last run, behind which the file may end.
-        read_run(fd, box, offset + top * pitch, found.reshape(-1)[: (high - 1) * pitch + length])
+        _read_run(fd, box, offset + top * pitch, found.reshape(-1)[: (high - 1) * pitch + length])
         lines[top : top + high] = found[:high, :length]
 
 
-def read_run(fd: int, box: Slice, offset: int, out: Array, least: int | None = None) -> None:
-    """Fill `out` with the bytes from `offset` on, which are of a slice's tensor or around it.
-
-    Args:
-        least: so many have to be there; None: all.
-
-    Raises: as `read_box`.
-    """
+def _read_run(fd: int, box: Slice, offset: int, out: Array) -> None:
+    """Fill `out` with the bytes from `offset` on."""
     view, position = out.data, 0
-    while position < (len(view) if least is None else least):
+    while position < len(view):
         got = _READ_AT(fd, (view[position:],), offset + position)
         if got == 0:
             raise DamagedError(f"{box.tensor.file}: is truncated inside '{box.tensor.name}'; download it again")
