@@ -218,9 +218,10 @@ def _equal_stream(words: Array, pitch: int, bits: int, added: Array, per_added: 
             differ = np.uint64(0)
             if wide == _STREAM_PAIRS and high == _LINES:
                 # The same as below, with bounds that the compiler knows.
-                for k in range(_LINES // 2):
-                    for n in range(_STREAM_PAIRS):
-                        a, b, r = made[2 * k, n], made[2 * k + 1, n], 2 * (left + n)
+                for n in range(_STREAM_PAIRS):
+                    r = 2 * (left + n)
+                    for k in range(_LINES // 2):
+                        a, b = made[2 * k, n], made[2 * k + 1, n]
                         differ |= (a & lower | b << up) ^ rows[r, top // 2 + k]
                         differ |= (a >> up | b & upper) ^ rows[r + 1, top // 2 + k]
             else:

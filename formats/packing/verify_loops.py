@@ -217,18 +217,30 @@ def _spread_stream(columns: Array, bits: int, added: Array, per_added: int, out:
 
 @compiled
 def count_nibbles(words: Array, first: int, second: int) -> int:
-    """How many nibbles of uint64 words are one of two codes."""
+    """How many nibbles of uint64 words `[n, w]` are one of two codes."""
     ones = np.uint64(0x1111111111111111)
     a, b = ones * np.uint64(first), ones * np.uint64(second)
     found = 0
-    for i in range(len(words)):
-        # A nibble that differs leaves its lowest bit set.
-        x, y = words[i] ^ a, words[i] ^ b
-        x |= x >> np.uint64(2)
-        y |= y >> np.uint64(2)
-        same = (x | x >> np.uint64(1)) & (y | y >> np.uint64(1)) & ones ^ ones
-        same = (same & np.uint64(0x0101010101010101)) + (same >> np.uint64(4) & np.uint64(0x0101010101010101))
-        found += int(same * np.uint64(0x0101010101010101) >> np.uint64(56))
+    for n in range(words.shape[0]):
+        for i in range(words.shape[1]):
+            # A nibble that differs leaves its lowest bit set.
+            x, y = words[n, i] ^ a, words[n, i] ^ b
+            x |= x >> np.uint64(2)
+            y |= y >> np.uint64(2)
+            same = (x | x >> np.uint64(1)) & (y | y >> np.uint64(1)) & ones ^ ones
+            same = (same & np.uint64(0x0101010101010101)) + (same >> np.uint64(4) & np.uint64(0x0101010101010101))
+            found += int(same * np.uint64(0x0101010101010101) >> np.uint64(56))
+    return found
+
+
+@compiled
+def count_octets(octets: Array, first: int, second: int) -> int:
+    """How many of uint8 `[n, k]` are one of two codes."""
+    found = 0
+    for n in range(octets.shape[0]):
+        row = octets[n]
+        for k in range(len(row)):
+            found += (row[k] == first) | (row[k] == second)
     return found
 
 
@@ -261,21 +273,60 @@ def count_scales(values: Array) -> tuple[int, int, float, float]:
     return bad, zero, squares, largest
 
 
+def count_halves(bits: Array, mantissa: int) -> tuple[int, int, float, float]:
+    """The same of values of 16 bits, without widening them first.
+
+    Args:
+        bits: uint16 `[n, k]`, in any memory order: a sign, an exponent, and so many bits of mantissa; 10 of float16, 7
+            of bfloat16.
+    """
+    exponents = np.maximum(np.arange(1 << (15 - mantissa)), 1)
+    bias = (1 << (14 - mantissa)) - 1
+    return _count_halves(bits, mantissa, np.ldexp(1.0, exponents - bias - mantissa))
+
+
+@compiled
+def _count_halves(bits: Array, mantissa: int, units: Array) -> tuple[int, int, float, float]:
+    """`units`: of each exponent, what the lowest bit of the mantissa is worth."""
+    infinite, hidden = (len(units) - 1) << mantissa, 1 << mantissa
+    bad, zero, squares, most = 0, 0, 0.0, 0
+    for n in range(bits.shape[0]):
+        for k in range(bits.shape[1]):
+            magnitude = int(bits[n, k]) & 0x7FFF
+            if magnitude < infinite:
+                zero += magnitude == 0
+                # Numbers of one sign are in the order of their bits.
+                most = max(most, magnitude)
+                value = _of_bits(magnitude, mantissa, hidden, units)
+                squares += value * value
+            else:
+                bad += 1
+    return bad, zero, squares, _of_bits(most, mantissa, hidden, units)
+
+
+@compiled
+def _of_bits(magnitude: int, mantissa: int, hidden: int, units: Array) -> float:
+    exponent = magnitude >> mantissa
+    whole = (magnitude & (hidden - 1)) + (hidden if exponent else 0)
+    return float(whole * units[exponent])
+
+
 @compiled
 def count_dead(groups: Array, nothing: Array, mask: int) -> int:
     """How many groups hold nothing but one code.
 
     Args:
         groups: uint64 `[n, G, w]`, sixteen nibbles to a word.
-        nothing: uint8 `[n, G]`, the code of each group that counts as nothing.
+        nothing: uint8 `[n, G]`, the code of each group that counts as nothing; `[1, G]` where it is that of every row.
         mask: the bits of a nibble that count.
     """
     ones = np.uint64(0x1111111111111111)
     counts = ones * np.uint64(mask)
     dead = 0
     for n in range(groups.shape[0]):
+        codes = nothing[n if len(nothing) > 1 else 0]
         for g in range(groups.shape[1]):
-            empty = ones * np.uint64(nothing[n, g])
+            empty = ones * np.uint64(codes[g])
             alive = (groups[n, g, 0] ^ empty) & counts
             if not alive:
                 for w in range(1, groups.shape[2]):

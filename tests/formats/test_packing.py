@@ -27,8 +27,10 @@ from xpuquant.formats.packing.plain import (
 )
 from xpuquant.formats.packing.verify_loops import (
     count_dead,
+    count_halves,
     count_large,
     count_nibbles,
+    count_octets,
     count_scales,
     spread_stream,
     upright_fields,
@@ -316,9 +318,29 @@ class TestPackedComparison:
 
     @given(st.integers(1, 50), st.integers(0, 15), st.integers(0, 15), st.integers(0, 2**32 - 1))
     def test_nibbles_are_counted(self, words, first, second, seed):
-        codes = random_codes(4, (1, 16 * words), seed)
-        packed = pack_nibbles(codes).view(np.uint64).reshape(-1)
+        codes = random_codes(4, (3, 16 * words), seed)
+        packed = pack_nibbles(codes).view(np.uint64)
         assert count_nibbles(packed, first, second) == np.isin(codes, (first, second)).sum()
+        assert count_nibbles(packed[::2], first, second) == np.isin(codes[::2], (first, second)).sum()
+
+    @given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 255), st.integers(0, 255), st.integers(0, 2**32 - 1))
+    def test_octets_are_counted(self, rows, columns, first, second, seed):
+        codes = random_codes(8, (rows, columns), seed)
+        for some in (codes, codes[::2], codes.T):
+            assert count_octets(some, first, second) == np.isin(some, (first, second)).sum()
+
+    @pytest.mark.parametrize("dtype, mantissa", [("float16", 10), ("bfloat16", 7)])
+    def test_every_number_of_16_bits_is_counted_as_what_it_is(self, dtype, mantissa):
+        bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+        values = np.abs(bits.view(dtype).astype(np.float32).astype(np.float64))
+        for some, value in ((bits, values), (bits.T, values.T), (bits[3:9:2, :80], values[3:9:2, :80])):
+            finite = value[np.isfinite(value)]
+            bad, zero, squares, largest = count_halves(some, mantissa)
+            assert (bad, zero) == (value.size - finite.size, np.count_nonzero(value == 0))
+            assert largest == finite.max()
+            assert squares == pytest.approx(np.square(finite).sum(), rel=1e-12)
+        one = np.array([[0x0001]], np.uint16)
+        assert count_halves(one, mantissa)[3] == float(one.view(dtype)[0, 0])
 
     @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from((0x7, 0xF)), st.integers(0, 2**32 - 1))
     def test_dead_groups_are_counted(self, rows, groups, mask, seed):
@@ -330,3 +352,5 @@ class TestPackedComparison:
             codes[n, 32 * g + rng.integers(32)] ^= 1
         packed = pack_nibbles(codes).view(np.uint64).reshape(rows, groups, 2)
         assert count_dead(packed, nothing, mask) == (~alive).sum()
+        same = (codes.reshape(rows, groups, 32) & mask == nothing[0][:, None]).all(axis=2)
+        assert count_dead(packed, nothing[:1], mask) == same.sum()
