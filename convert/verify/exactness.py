@@ -235,16 +235,20 @@ def _blocks(
 ) -> Iterator[tuple[int, int, R]]:
     """Slices that are parts of longer rows are read in larger blocks than rows are made: strided reads want long runs,
     arithmetic wants the cache."""
-    inputs = recipe_of(0, weight.N).inputs
-    row_bytes = sum(part.nbytes for part in inputs) // weight.N
-    limit = PIECE_BYTES if any(part.axis == 1 for part in inputs) else BLOCK_CODES * row_bytes // weight.K
+    of_all = recipe_of(0, weight.N)
+    row_bytes = sum(part.nbytes for part in of_all.inputs) // weight.N
+    is_cut = any(part.axis == 1 for part in of_all.inputs)
+    limit = PIECE_BYTES if is_cut else BLOCK_CODES * row_bytes // weight.K
     for top, bottom in row_blocks(weight.N, row_bytes, ROWS_MULTIPLE, limit):
-        outer = recipe_of(top, bottom).inputs
-        arrays = [read_slice(source, part) for part in outer]
+        outer = of_all if bottom - top == weight.N else recipe_of(top, bottom)
+        arrays = [read_slice(source, part) for part in outer.inputs]
         for start, stop in row_blocks(bottom - top, weight.K, ROWS_MULTIPLE, BLOCK_CODES):
+            if stop - start == bottom - top:
+                yield top, bottom, outer.build(arrays)
+                continue
             recipe = recipe_of(top + start, top + stop)
-            narrowed = [part.inside(of, array) for part, of, array in zip(recipe.inputs, outer, arrays, strict=True)]
-            yield top + start, top + stop, recipe.build(narrowed)
+            both = zip(recipe.inputs, outer.inputs, arrays, strict=True)
+            yield top + start, top + stop, recipe.build([part.inside(of, array) for part, of, array in both])
 
 
 def _by_tensor(plan: Plan) -> dict[str, list[Weight]]:
