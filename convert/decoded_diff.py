@@ -9,7 +9,7 @@ differ.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.dtypes import BITS
 from xpuquant.formats.weights.floats import view
 from xpuquant.formats.weights.packed import rows_difference, unpacked_rows
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class ModuleValues:
     """A module that both sides have, each stored in its own way.
 
@@ -50,7 +51,7 @@ class ModuleValues:
         return not self.differ and self.beside is None and self.problem is None
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class _Pair:
     """A module that is stored otherwise on the two sides.
 

@@ -8,7 +8,7 @@ and its conversion, are then compared by their values (`decoded_diff.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
 from xpuquant.formats.dtypes import BITS
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import row_blocks
+from xpuquant.values import frozen
 
 if TYPE_CHECKING:
     from xpuquant.conversion.decoded_diff import ModuleValues
@@ -36,7 +37,7 @@ _RANGE_BYTES = 32 << 20
 """Of a repository on the Hub: a request takes longer to begin than a disk."""
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Values:
     """A tensor that is in both with the same dtype and shape, and other bytes.
 
@@ -52,7 +53,7 @@ class Values:
     max_abs: float | None
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Difference:
     """What two sets of tensors do not share.
 

@@ -8,7 +8,7 @@ are downloaded into the client's cache, each compared with the Hub's sha256.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ from xpuquant.formats.weights.base import ROWS_MULTIPLE, Weight, row_blocks
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.floats import is_upended, view
 from xpuquant.formats.weights.packed import Rows, unpacked_rows
+from xpuquant.values import frozen
 
 if TYPE_CHECKING:
     from xpuquant.conversion.sources.streamed import StreamedSource
@@ -42,7 +43,7 @@ _FUSED = "gate_up"
 _HALVES = ("gate", "up")
 
 
-@dataclass(frozen=True)
+@frozen
 class View:
     """One `[N, K]` matrix of a side, to be read in blocks of rows."""
 
@@ -62,7 +63,7 @@ class View:
         return None
 
 
-@dataclass(frozen=True)
+@frozen
 class WeightView(View):
     """A matrix of a quantized checkpoint."""
 
@@ -78,7 +79,7 @@ class WeightView(View):
             yield start, stop, in_rows(block)
 
 
-@dataclass(frozen=True)
+@frozen
 class _StoredView(View):
     repo: StoredModules
     stored: Stored
@@ -88,7 +89,7 @@ class _StoredView(View):
         return in_rows(self.repo.layout(self.stored).as_packed(self.stored, self.matrix, start, stop))
 
 
-@dataclass(frozen=True)
+@frozen
 class FloatView(View):
     """A matrix that is not quantized; `upended` where it lies as `[K, N]`."""
 
@@ -106,7 +107,7 @@ class FloatView(View):
         return self.tensor
 
 
-@dataclass(frozen=True)
+@frozen
 class _HalfView(View):
     """The gate or the up rows of a matrix that has both: every other row, or one half.
 

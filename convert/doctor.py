@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from xpuquant.ark_releases import ARK_FAULTS, ARK_PACKAGE, ark_release, check_ark
 from xpuquant.errors import EnvironmentFault, one_line
 from xpuquant.kernels import backends
+from xpuquant.values import frozen
 from xpuquant.xpu_releases import FAULTS, PACKAGE, Fault, check_release, release_of
 
 PACKAGES = (
@@ -36,7 +36,7 @@ _DRM = Path("/sys/class/drm")
 _INTEL = "0x8086"
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class BackendHealth:
     """One kernel library. `problem`: None where it runs here; otherwise why not, and what would change that."""
 
@@ -45,7 +45,7 @@ class BackendHealth:
     device: str = ""
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Diagnosis:
     """What was found.
 

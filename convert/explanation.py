@@ -6,7 +6,6 @@ Of a converted repo: what it is stored as, from which tensors, and what was deci
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 
 from xpuquant.conversion.options import Options
@@ -17,9 +16,10 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.errors import UsageError
 from xpuquant.formats.checkpoint import Checkpoint
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Explanation:
     """One module.
 

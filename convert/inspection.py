@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.footprint import kv_cache, weights_on_each
@@ -20,6 +20,7 @@ from xpuquant.formats.architecture import state_groups
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.served_families import Tried
+from xpuquant.values import frozen
 
 RANKS = (1, 2, 4, 8)
 """Tensor-parallel sizes that are looked at by default."""
@@ -28,7 +29,7 @@ CONTEXT = 8192
 """Tokens of the sequence whose KV cache is counted by default."""
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Fit:
     """What each of a number of GPUs has to hold. Bytes; see `plan/footprint.py` for what is counted.
 
@@ -56,7 +57,7 @@ class Fit:
         return weights + ((self.kv_cache_fp8 if fp8 else self.kv_cache) or 0) <= usable
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Inspection:
     """A checkpoint, and what would become of it.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from operator import index
 from typing import Any, SupportsIndex
 
 from xpuquant.conversion.sizes import LARGEST_SIZE, exact_size, parse_size
 from xpuquant.errors import Argument, UsageError
+from xpuquant.values import frozen
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 LAYOUT_FAMILIES = ("xpu", "compressed-tensors")
@@ -30,7 +31,7 @@ _RECORDED = {"max_shard_size": "max_shard_bytes"}
 """Field → its key in journals and provenance, where that is another."""
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Options:
     """Everything that changes the bytes of the output. Written as people write them, kept in one form.
 

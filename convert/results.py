@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from xpuquant.conversion.plan.survey import PlannedModule, engines_of, kind_of
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sizes import size
 from xpuquant.served_families import Tried
+from xpuquant.values import frozen
 
 if TYPE_CHECKING:
     from xpuquant.conversion.hub.publish import Pushed
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from xpuquant.conversion.verify.verdict import Verdict
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True, sealed=True)
 class SourceInfo:
     """A checkpoint.
 
@@ -37,7 +38,7 @@ class SourceInfo:
     auto_class: str = "AutoModelForCausalLM"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True, sealed=True)
 class TensorInfo:
     """A tensor.
 
@@ -50,7 +51,7 @@ class TensorInfo:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True, sealed=True)
 class ModuleOutcome:
     """What becomes of one quantized module.
 
@@ -74,7 +75,7 @@ class ModuleOutcome:
     matrices: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True, sealed=True)
 class ShardInfo:
     """A file of the output: its name, its size with the header, its tensors in order."""
 
@@ -83,7 +84,7 @@ class ShardInfo:
     tensors: tuple[TensorInfo, ...]
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Planned:
     """What a conversion writes, and from what.
 
@@ -108,7 +109,7 @@ class Planned:
     engines: tuple[Tried, ...] = ()
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Converted:
     """A finished conversion.
 
@@ -131,7 +132,7 @@ class Converted:
     kept: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class PartConverted:
     """One part of a conversion, staged in `out`.
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from xpuquant.values import frozen
 
 if TYPE_CHECKING:
     from xpuquant.formats.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerKind:
     """What is known of a layer by the last part of its name.
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 
 from xpuquant.formats.dtypes import BITS, nbytes, numpy_dtype
 from xpuquant.formats.safetensors import Tensor
+from xpuquant.values import frozen
 
 Array = np.ndarray[Any, Any]
 
@@ -22,7 +23,7 @@ COMPRESSED_TENSORS = frozenset({"compressed-tensors", "compressed_tensors", "llm
 """Values of `quant_method` that the compressed-tensors library, and those who write for it, have used."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Slice:
     """A box of one tensor along one axis: the unit in which source bytes are read.
 
@@ -108,7 +109,7 @@ def _cannot_peek(tensor: Tensor) -> Array | None:
     return None
 
 
-@dataclass(frozen=True)
+@frozen
 class Checkpoint:
     """Headers and config of a source.
 

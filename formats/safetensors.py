@@ -16,11 +16,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from xpuquant.errors import DamagedError, shown
 from xpuquant.formats.dtypes import BITS
+from xpuquant.values import frozen
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation; about 10^6 tensors."""
@@ -40,7 +40,7 @@ _MAX_DIMS = 32
 _MAX_ELEMENTS = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Tensor:
     """One tensor of a file: where its bytes lie and what they are.
 

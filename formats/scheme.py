@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from xpuquant.errors import DamagedError, shown
+from xpuquant.values import frozen
 
 QUANT_METHOD = "xpuquant"
 FORMAT_VERSIONS = (1, 2)
@@ -39,7 +40,7 @@ FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
-@dataclass(frozen=True, order=True)
+@frozen(order=True)
 class Scheme:
     """How one module is stored. Notation: weight `[N, K]` = [out, in].
 

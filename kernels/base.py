@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from xpuquant.errors import EnvironmentFault
 from xpuquant.formats.scheme import Scheme
+from xpuquant.values import frozen
 
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@frozen
 class Layer:
     """One linear, or one expert's matrix of a stack, exactly as it is stored.
 

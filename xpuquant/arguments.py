@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from xpuquant.conversion.options import Options, whole_number
 from xpuquant.errors import Argument, EnvironmentFault, UsageError, lack_of
+from xpuquant.values import frozen
 
 MAX_JOBS = 256
 
@@ -19,7 +19,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-@dataclass(frozen=True)
+@frozen
 class Kind:
     """A kind of value.
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from xpuquant.errors import EnvironmentFault
+from xpuquant.values import frozen
 from xpuquant.xpu_releases import Fault, number
 
 ARK_PACKAGE = "auto-round-lib"
@@ -26,7 +26,7 @@ COUNTS_ROWS = "ARK_MOE_VALIDATE_ROUTING"
 """The environment variable by which `moe` insists that every row of the activations belongs to an expert."""
 
 
-@dataclass(frozen=True)
+@frozen
 class ArkRelease:
     """One release.
 

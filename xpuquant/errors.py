@@ -5,13 +5,14 @@ Library code raises these; only the command line prints them.
 
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from xpuquant.values import frozen
 
 MESSAGE_LENGTH = 4000
 """Longest message of an error, in characters: a refusal lists its modules."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Argument:
     """An argument of the public functions in a message, with the value it has or should have.
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from xpuquant.values import frozen
 
 ENGINES: Mapping[str, str] = {"transformers": "Transformers", "vllm": "vLLM"}
 VERSIONS: Mapping[str, tuple[str, ...]] = {"transformers": (), "vllm": ("0.33.0",)}
 """Versions that are served, by column of the record, beside those in which something was tried."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True, sealed=True)
 class Tried:
     """What one version of an engine does with an architecture.
 

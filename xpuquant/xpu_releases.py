@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from xpuquant.errors import EnvironmentFault
 from xpuquant.formats.scheme import Scheme
+from xpuquant.values import frozen
 
 PACKAGE = "vllm-xpu-kernels"
 OLDEST_RELEASE = (0, 1, 15)
@@ -27,7 +27,7 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "t
 """What a model's config calls the number of experts per token."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Release:
     """One wheel.
 

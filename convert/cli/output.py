@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from xpuquant.conversion.cli.tables import TextTable, lines_of, wrapped
 from xpuquant.conversion.sizes import duration, size
 from xpuquant.errors import MESSAGE_LENGTH, Argument, UsageError, one_line
+from xpuquant.values import frozen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +47,7 @@ class Typed(str):
     """A line with something to be typed: printed as it is, however wide, so that it can be copied."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Answer:
     """What a command has to say: the same thing for a reader (`parts`: text or tables, in order), for one in a hurry
     (`brief`: a line; `warned`: lines beside it, on standard error) and for a program (`data`). Text is broken between

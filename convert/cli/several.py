@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -17,9 +16,10 @@ from xpuquant.conversion.results import Converted, Planned
 from xpuquant.conversion.runs.request import ConvertRequest, convert, plan_only
 from xpuquant.conversion.runs.several import Attempted, check_outputs, try_each
 from xpuquant.conversion.sizes import counted, duration, size
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class _Ended:
     """One of them.
 

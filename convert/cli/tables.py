@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from xpuquant.errors import one_line
+from xpuquant.values import frozen
 
 _GAP = "  "
 _INDENT = "  "
@@ -19,7 +19,7 @@ _NAME_PARTS = re.compile(r"[^./,:=_-]*[./,:=_-]|[^./,:=_-]+")
 """A name that is longer than its column is broken after a dot, a slash, a comma."""
 
 
-@dataclass(frozen=True)
+@frozen
 class TextTable:
     """A table: a title, column names, rows of cells.
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import DamagedError, EnvironmentFault, shown
+from xpuquant.values import frozen
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True)
+@frozen
 class Blob:
     """The identity of a file's content.
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from xpuquant.errors import (
     VerificationError,
     XpuquantError,
 )
+from xpuquant.values import frozen
 
 COMMIT_MESSAGE = "Convert for Intel GPUs with xpuquant"
 
@@ -58,7 +58,7 @@ _STALE = re.compile(r"(.*-\d+-of-\d+|model)\.safetensors|model\.safetensors\.ind
 _CONFLICT = 412  # HTTP: somebody else has committed
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Pushed:
     """What a push did.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.sources.repo_files import read_text
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import Argument, EnvironmentFault, UsageError, shown
+from xpuquant.values import frozen
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -25,7 +25,7 @@ PULL_REQUEST_TITLE = "Converted for Intel GPUs with xpuquant"
 _REPO_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
-@dataclass(frozen=True)
+@frozen
 class Destination:
     """Where a conversion is published, as it was asked for.
 

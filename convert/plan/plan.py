@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from xpuquant.formats.layouts.modules import ExpertStack
 from xpuquant.formats.safetensors import Tensor, collector_paused
 from xpuquant.formats.scheme import format_version, to_config
 from xpuquant.formats.weights.parts import BiasRows
+from xpuquant.values import frozen
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _saying_untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
-@dataclass(frozen=True)
+@frozen
 class Plan:
     """What will be written, and from what.
 

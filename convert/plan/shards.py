@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from xpuquant.conversion.plan.survey import PlannedModule
 from xpuquant.formats.architecture import LAYERS
 from xpuquant.formats.layouts.base import OutTensor, copied
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, build_header, parse_header
+from xpuquant.values import frozen
 
 _METADATA = {"format": "pt"}
 
@@ -19,7 +19,7 @@ _FUSED = {leaf: layer.fused for leaf, layer in LAYERS.items() if layer.fused}
 _PLACES = {leaf: place for place, leaf in enumerate(_FUSED)}
 
 
-@dataclass(frozen=True)
+@frozen
 class Shard:
     """One output file: `header` first, then `tensors` in order, without gaps."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.sizes import counted
@@ -22,9 +21,10 @@ from xpuquant.formats.readers.reading import Reading, read
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weights.base import Weight
 from xpuquant.served_families import Tried, tried
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class PlannedModule:
     """A quantized module of the source and what becomes of it."""
 
@@ -41,7 +41,7 @@ class PlannedModule:
         return sum(tensor.nbytes for tensor in self.conversion.tensors)
 
 
-@dataclass(frozen=True)
+@frozen
 class Survey:
     """What every module of a source would become.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib.metadata import PackageNotFoundError, distribution, version
 from typing import Any
 
@@ -28,6 +28,7 @@ from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.scheme import compact
 from xpuquant.served_families import Tried
+from xpuquant.values import frozen
 
 LIBRARY = "transformers"
 RELATION = "quantized"
@@ -40,7 +41,7 @@ _TOOLS = ("numpy", "ml_dtypes", "torch")
 _SHOWN_NAMES = 12
 
 
-@dataclass(frozen=True)
+@frozen
 class SchemeCount:
     """Modules that are stored alike.
 
@@ -56,7 +57,7 @@ class SchemeCount:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@frozen
 class VerificationSummary:
     """What was checked.
 
@@ -72,7 +73,7 @@ class VerificationSummary:
     page: str | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class CardFacts:
     """Everything a card says.
 

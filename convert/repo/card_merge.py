@@ -16,7 +16,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from xpuquant.conversion.report.markup import Markdown
 from xpuquant.conversion.sources.repo_files import MAX_TEXT_BYTES
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import UsageError
+from xpuquant.values import frozen
 
 CARD = "README.md"
 PRECISIONS = ("int4", "fp8", "mxfp4", "mxfp8")
@@ -41,7 +42,7 @@ _LOADED = re.compile(r'from_pretrained\("(?:[^"\\\n]|\\.)*"')
 _MARKER = re.compile(r"<(?=!--\s*xpuquant:)")
 
 
-@dataclass(frozen=True)
+@frozen
 class Card:
     """A card, taken apart.
 

@@ -7,7 +7,6 @@ Read from config.json, xpuquant.json, verify.json and the headers of the shards.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from xpuquant.conversion.options import Options
@@ -26,11 +25,12 @@ from xpuquant.formats.layouts.compressed_tensors.config import scheme_of
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import QUANT_METHOD, Scheme, from_config
 from xpuquant.served_families import ENGINES
+from xpuquant.values import frozen
 
 _VERDICT = "verify.json"
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class StoredModule:
     """A module of a converted repo, as the repo describes it.
 
@@ -49,7 +49,7 @@ class StoredModule:
     stored: tuple[TensorInfo, ...]
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class ConvertedRepo:
     """A converted repo, as it describes itself.
 

@@ -20,7 +20,6 @@ import json
 import os
 import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from xpuquant import __version__
@@ -29,6 +28,7 @@ from xpuquant.conversion.sources.unfinished import STAGING as STAGING
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.walk import wrong_name
 from xpuquant.errors import Argument, UsageError
+from xpuquant.values import frozen
 
 PROVENANCE = "xpuquant.json"
 PRODUCER = f"xpuquant {__version__}"
@@ -41,7 +41,7 @@ _MAX_BYTES = 64 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Finished:
     """A shard that is complete: sha256 in hex, and its size."""
 
@@ -56,7 +56,7 @@ class Reached(NamedTuple):
     sha256: str
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Record:
     """What a journal says.
 

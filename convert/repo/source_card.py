@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from xpuquant.conversion.repo.card_merge import CARD, front_matter, is_named
 from xpuquant.conversion.sizes import counted
 from xpuquant.conversion.sources.base import Source
 from xpuquant.errors import Argument, UsageError, shown
+from xpuquant.values import frozen
 
 _WORD = re.compile(r"[A-Za-z0-9][\w.+-]{0,95}", re.ASCII)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -42,7 +42,7 @@ def _items(name: str, value: str) -> list[str]:
     return value.split(",") if name == "language" else [value]
 
 
-@dataclass(frozen=True)
+@frozen
 class CardFields:
     """What the card is told to say of the model, for a source whose own card does not: a folder often has none.
 

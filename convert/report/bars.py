@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from xpuquant.conversion.sizes import counted
 from xpuquant.conversion.verify.agreement import BINS
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement
+from xpuquant.values import frozen
 
 WIDTH, HEIGHT = 420.0, 150.0
 _BASE = 118.0
@@ -18,7 +18,7 @@ _LABELLED_SHARE = 0.05
 """Bars of a smaller share have no room for their figure."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Bar:
     """A bar, in units of the picture."""
 
@@ -35,7 +35,7 @@ class Bar:
         return round(self.x + self.width / 2, 1)
 
 
-@dataclass(frozen=True)
+@frozen
 class Edge:
     """What stands below a group of bars."""
 
@@ -43,7 +43,7 @@ class Edge:
     text: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Histogram:
     """Shares of |error| / rms of the outputs."""
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
 from xpuquant.conversion.report.markdown import matrix_name
 from xpuquant.conversion.verify.verdict import REFERENCE, Agreement, Verdict
+from xpuquant.values import frozen
 
 NEAR, FAR = (15, 133, 133), (184, 122, 32)
 """RGB at 0 and at the tolerance: teal and amber, told apart by those who see no red or no green. Both stand out by 3 to
@@ -34,7 +34,7 @@ class State(StrEnum):
     """No kernel ran, or the float64 reference alone, which says nothing of kernels."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Square:
     """One module: the run that stands for it (see `Verdict.cell`), and that run in words."""
 
@@ -51,7 +51,7 @@ class Square:
         return FAILED_COLOUR if self.state is State.FAILED else colour(self.run.used or 0.0)
 
 
-@dataclass(frozen=True)
+@frozen
 class HeatMap:
     """rows    label → layer → square
     layers  those that occur, in order; -1 is for modules without a number in their name

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from xpuquant.conversion.report.markdown import checks, matrix_name
 from xpuquant.conversion.report.sentences import headline
 from xpuquant.conversion.sizes import counted, size
 from xpuquant.conversion.verify.verdict import Agreement, Sanity, Verdict
+from xpuquant.values import frozen
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -37,7 +37,7 @@ _SQUARE_WIDTH = 9.0
 """Pixels of a square of the heat map at the least: by it layers get their numbers."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Column:
     """A column of a table. Numbers stand at the right."""
 
@@ -45,7 +45,7 @@ class Column:
     is_number: bool = False
 
 
-@dataclass(frozen=True)
+@frozen
 class Cell:
     """text   what is shown
     kind   CSS classes
@@ -57,7 +57,7 @@ class Cell:
     value: float | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Row:
     """One row of a table. `id` is what a link of the heat map names."""
 
@@ -66,7 +66,7 @@ class Row:
     is_total: bool = False
 
 
-@dataclass(frozen=True)
+@frozen
 class Table:
     """Columns, and rows of as many cells. The first cell of a row names it."""
 
@@ -74,7 +74,7 @@ class Table:
     rows: Sequence[Row]
 
 
-@dataclass(frozen=True)
+@frozen
 class GridColumn:
     """A layer of the heat map; `is_numbered` where there is room for its number."""
 
@@ -82,7 +82,7 @@ class GridColumn:
     is_numbered: bool
 
 
-@dataclass(frozen=True)
+@frozen
 class Grid:
     """The heat map as the page shows it.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from xpuquant.conversion.hub.client import connect
@@ -46,12 +46,13 @@ from xpuquant.conversion.verify.run import verify_staged
 from xpuquant.conversion.verify.verdict import Verdict
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.formats.safetensors import Tensor
+from xpuquant.values import frozen
 
 _SOURCE = "source"
 _VERDICTS = "verdicts"
 
 
-@dataclass(frozen=True)
+@frozen
 class Segment:
     """A run of output shards that shares no module with the others.
 

@@ -18,7 +18,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -55,6 +54,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.tree import Identity, Tree
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, DamagedError, UnsupportedError, UsageError, VerificationError
+from xpuquant.values import frozen
 
 if TYPE_CHECKING:
     from xpuquant.conversion.verify.verdict import Verdict
@@ -63,7 +63,7 @@ _JOURNAL = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
 _MOST_LISTED = 8
 
 
-@dataclass(frozen=True)
+@frozen
 class Part:
     """Part `index` of `count`, from 1."""
 

@@ -19,7 +19,6 @@ import socket
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, DamagedError, EnvironmentFault, UsageError
+from xpuquant.values import frozen
 
 LOCAL = "local"
 _RETRIES = 10
@@ -44,7 +44,7 @@ _RETRIES = 10
 _PROBE_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
+@frozen
 class Assignment:
     """What a worker needs to know besides the shard.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from xpuquant.conversion.sources.repo_files import read_text
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, DamagedError, NotVerifiedError, UsageError
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class ConvertRequest:
     """A conversion as it was asked for.
 
@@ -104,7 +105,7 @@ EXCLUDES: Mapping[tuple[str, str], str] = {
 """Two arguments of a conversion that exclude each other → why, and what to do."""
 
 
-@dataclass(frozen=True)
+@frozen
 class FinishRequest:
     """Parts to be put together, as it was asked for. Fields as in `ConvertRequest`.
 

@@ -6,12 +6,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from xpuquant.conversion.runs.request import ConvertRequest
 from xpuquant.errors import UsageError
+from xpuquant.values import frozen
 
 _MAX_BYTES = 1 << 20
 STANDARD_INPUT = "-"
@@ -19,7 +20,7 @@ STANDARD_INPUT = "-"
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
+@frozen
 class ListedSource:
     """A line of a list: a source, and where its output goes; None leaves that to the source's name."""
 
@@ -32,7 +33,7 @@ class ListedSource:
         return own if like.out is None else replace(own, out=like.out / own.target)
 
 
-@dataclass(frozen=True)
+@frozen
 class Attempted(Generic[R]):
     """What became of one request: a result, or an error."""
 

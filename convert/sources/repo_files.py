@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,6 +31,7 @@ from xpuquant.conversion.sources.weight_files import (
 from xpuquant.conversion.tree import Listed, Tree
 from xpuquant.conversion.walk import is_hidden
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
+from xpuquant.values import frozen
 
 _MAX_CONFIG_BYTES = 32 << 20
 _MAX_INDEX_BYTES = 128 << 20  # about 10^6 tensors, as for a header
@@ -55,7 +56,7 @@ _MOST_NOTES = 20
 _OUR_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
-@dataclass(frozen=True)
+@frozen
 class FoundFiles:
     """A repo's files, sorted out.
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import PurePosixPath
 from typing import Any
 
 from xpuquant.errors import DamagedError, UsageError
+from xpuquant.values import frozen
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,7 +44,7 @@ _NOT_WEIGHTS = {
 """Why a file holds no weights of the model → its name."""
 
 
-@dataclass(frozen=True)
+@frozen
 class WeightFiles:
     """The files of a checkpoint.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -27,11 +27,12 @@ from xpuquant.conversion.verify.verdict import CONTRADICTIONS, REFERENCE, Agreem
 from xpuquant.errors import UnsupportedError, one_line
 from xpuquant.kernels.base import Backend, Layer, tolerance
 from xpuquant.kernels.reference import dequantize
+from xpuquant.values import frozen
 
 ROWS = (1, 2, 8, 33, 64)
 
 
-@dataclass(frozen=True)
+@frozen
 class Sample:
     """Rows of N that stand for a matrix where all of them would cost more than the conversion.
 
@@ -209,7 +210,7 @@ def _is_readable(layer: Layer) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@frozen
 class _Comparison:
     """See `Agreement`, which has the worst over several M."""
 

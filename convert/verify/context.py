@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TypeVar
 
 from xpuquant.conversion.plan.plan import Plan
@@ -16,6 +15,7 @@ from xpuquant.conversion.verify.threads import Call, pool_of, results_of
 from xpuquant.conversion.write.arrivals import Arrivals
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.kernels.base import Backend
+from xpuquant.values import frozen
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def _forget(tensors: Iterable[Tensor]) -> None:
     pass
 
 
-@dataclass(frozen=True)
+@frozen
 class Check:
     """A repo to verify, and how thoroughly.
 
@@ -65,7 +65,7 @@ class Check:
             return results_of(pool, calls, self.arrivals)
 
 
-@dataclass(frozen=True)
+@frozen
 class Origin:
     """What the repo was converted from: the source, and the plan of its conversion."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from xpuquant.formats.weights.base import row_blocks
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.kernels.base import Array, Layer
 from xpuquant.kernels.reference import dequantize
+from xpuquant.values import frozen
 
 SEED = 20240229
 LARGEST = {"F32": 2.0**127, "BF16": 2.0**127, "F16": 2.0**15}
@@ -41,7 +42,7 @@ DecodeRows = Callable[[int, int], Decoded]
 """Decodes rows `start:stop` of a matrix: of the source, or of the output where the source is gone."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Subject:
     """One matrix to compute."""
 
@@ -73,7 +74,7 @@ def activations(M: int, K: int, seed: int, dtype: str) -> Array:
     return x.astype(numpy_dtype(dtype))
 
 
-@dataclass(frozen=True)
+@frozen
 class Expected:
     """What a kernel is given, and what it should make of it.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,12 +31,13 @@ from xpuquant.conversion.walk import is_hidden
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError, XpuquantError, one_line
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.scheme import expand
+from xpuquant.values import frozen
 
 VERDICT = "verify.json"
 REPORTS = ("verify.md", "verify.html", "verify.svg")
 
 
-@dataclass(frozen=True)
+@frozen
 class Integrity:
     """What was found.
 

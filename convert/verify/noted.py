@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from xpuquant.conversion.repo.journal import Finished
@@ -22,9 +22,10 @@ from xpuquant.conversion.verify.proof import Checked
 from xpuquant.conversion.verify.verdict import Sanity, Verdict
 from xpuquant.conversion.vouching import is_ours, mark_of
 from xpuquant.errors import XpuquantError
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Noted:
     """What was found of `shards`, by name."""
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
+
+from xpuquant.values import frozen
 
 
 class Claim(StrEnum):
@@ -31,7 +33,7 @@ class Claim(StrEnum):
     """There was nothing to compare it with."""
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Rounding:
     """What rounding changed in a module.
 
@@ -52,7 +54,7 @@ class Rounding:
         return Rounding(self.dtype, numbers, changed, max(self.largest, other.largest))
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Checked:
     """The exactness of one module, one dequantized matrix, or one unquantized tensor.
 
@@ -86,7 +88,7 @@ class Checked:
         return held if held in (Claim.ROUNDED, Claim.DEQUANTIZED) else None
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Proven:
     """Matrices of which the same may be said.
 
@@ -99,7 +101,7 @@ class Proven:
     rounding: Rounding | None = None
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Proof:
     """What has been shown of all weights.
 

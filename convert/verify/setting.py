@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from xpuquant.conversion.sizes import counted
 from xpuquant.errors import one_line
 from xpuquant.kernels.base import Backend
+from xpuquant.values import frozen
 
 _TOOLS = ("xpuquant", "numpy", "ml_dtypes")
 KERNEL_PACKAGES = {
@@ -30,7 +31,7 @@ KERNEL_PACKAGES = {
 _PROCESSORS = Path("/proc/cpuinfo")
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Setting:
     """When, where and with what a verification ran.
 

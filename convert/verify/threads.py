@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from xpuquant.conversion.options import cores
 from xpuquant.conversion.write.arrivals import Arrivals
 from xpuquant.formats.safetensors import Tensor
+from xpuquant.values import frozen
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@frozen
 class Call(Generic[T]):
     """A part of the work that depends on no other.
 

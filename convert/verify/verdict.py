@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from xpuquant.conversion.verify.proof import Checked, Claim, Proof, Rounding
 from xpuquant.conversion.verify.setting import Setting
 from xpuquant.errors import DamagedError, one_line
 from xpuquant.formats.guard import UNFORESEEN, show
+from xpuquant.values import frozen
 
 REFERENCE = "reference"
 """The float64 backend: it checks that the layout means what it should, not that a real kernel reads it so."""
@@ -30,7 +31,7 @@ def contradiction(error: Exception) -> str:
     return one_line(f"its tensors are not what config.json says ({type(error).__name__}: {error})")
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Finding:
     """Something a person should know.
 
@@ -48,7 +49,7 @@ class Finding:
         return f"{self.check}: {self.where}: {self.what}"
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Agreement:
     """One kernel on one matrix, against the float64 product.
 
@@ -131,7 +132,7 @@ class Agreement:
         )
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Sanity:
     """What a deployer may want to know about one module's numbers.
 
@@ -168,7 +169,7 @@ class Outcome(StrEnum):
     """Nothing wrong was found, but not everything that had to be was checked."""
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Demands:
     """What a verification has to show beyond what it always does.
 
@@ -185,7 +186,7 @@ class Demands:
 NO_DEMANDS = Demands()
 
 
-@dataclass(frozen=True)
+@frozen(sealed=True)
 class Verdict:
     """A verification.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.base import Arrays, row_blocks
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.packed import Rows
+from xpuquant.values import frozen
 
 
 class Filler(ABC):
@@ -37,7 +37,7 @@ class Filler(ABC):
         yield piece
 
 
-@dataclass(frozen=True)
+@frozen
 class Piece:
     """A run of bytes of one output tensor.
 
@@ -66,7 +66,7 @@ class Piece:
             yield from self.filler.cut(self, limit)
 
 
-@dataclass(frozen=True)
+@frozen
 class OutTensor:
     """One tensor of the output; `pieces` are its bytes in file order, without gaps."""
 
@@ -80,7 +80,7 @@ class OutTensor:
         return nbytes(self.dtype, self.shape)
 
 
-@dataclass(frozen=True)
+@frozen
 class Matrix:
     """One `[N, K]` matrix of a stored module: the module itself, or one expert's part of a stack.
 
@@ -93,7 +93,7 @@ class Matrix:
     expert: int | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Conversion:
     """A module's place in the output.
 
@@ -110,7 +110,7 @@ class Conversion:
     rounded: str | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Refusal:
     """Why the kernel of a layout cannot take a module, for the list of what has no exact layout."""
 
@@ -120,7 +120,7 @@ class Refusal:
 NO_EMBEDDINGS = Refusal("an embedding is looked up, not multiplied: no XPU kernel reads quantized rows")
 
 
-@dataclass(frozen=True)
+@frozen
 class Stored:
     """A module of an output repo: its scheme, its tensors by suffix, and how to read them."""
 

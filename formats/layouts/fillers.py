@@ -6,7 +6,7 @@ Each names what it fills. A filler is small and holds no data: a plan has a few 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from xpuquant.formats.weights.floats import FP8_BLOCK, FloatWeight
 from xpuquant.formats.weights.integers import OCTET_ZERO, IntWeight, Regrouping
 from xpuquant.formats.weights.packed import WORD_ZERO
 from xpuquant.formats.weights.parts import BiasRows, FloatRows
+from xpuquant.values import frozen
 
 LINE_BYTES = 64
 """Rows of a transposed stack are columns of the source, and are cut in multiples of a line of the cache."""
@@ -28,7 +29,7 @@ LINE_BYTES = 64
 # Of integer weights.
 
 
-@dataclass(frozen=True)
+@frozen
 class FillWords(Filler):
     """`[stop - start, K/8]` u4 words of rows `start:stop`; two's complement nibbles (u4 XOR 8) where `signed`."""
 
@@ -64,7 +65,7 @@ def word_pieces(weight: IntWeight, signed: bool = False) -> tuple[Piece, ...]:
     return tuple(FillWords(weight, start, stop, signed).piece() for start, stop in blocks)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillGroupScales(Filler):
     """`[K/g, N]` scales (`[N, K/g]` where `by_row`), regrouped and cast to `dtype`."""
 
@@ -85,7 +86,7 @@ class FillGroupScales(Filler):
         return Piece(self.weight.scales().inputs, count * numpy_dtype(self.dtype).itemsize, self)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillZeroPoints(Filler):
     """`[K/g, ceil(N/8)]` words of true zero points, packed along N (`[ceil(N/8), K/g]` where `by_row`). Those of a
     weight that needs none are 8.
@@ -125,7 +126,7 @@ class FillZeroPoints(Filler):
         return Piece(inputs, 4 * words, self)
 
 
-@dataclass(frozen=True)
+@frozen
 class OctetRows(Filler):
     """A filler of rows `start:stop` whose codes are read as octets, one byte of the piece for each."""
 
@@ -143,7 +144,7 @@ class OctetRows(Filler):
             yield replace(self, start=self.start + first, stop=self.start + last).piece()
 
 
-@dataclass(frozen=True)
+@frozen
 class FillOctets(OctetRows):
     """`[stop - start, K]` u8 codes of rows `start:stop`; two's complement (u8 XOR 128) where `signed`."""
 
@@ -162,7 +163,7 @@ def octet_pieces(weight: IntWeight, signed: bool) -> tuple[Piece, ...]:
     return tuple(FillOctets(weight, start, stop, signed).piece() for start, stop in blocks)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillZeroOctets(Filler):
     """uint8 `[N, K/g]`: true zero points, one to a byte.
 
@@ -189,7 +190,7 @@ class FillZeroOctets(Filler):
         return Piece(inputs, self.weight.N * (self.weight.K // self.groups.size), self)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillOrder(Filler):
     """int32 `[K]`: the act-order permutation."""
 
@@ -201,7 +202,7 @@ class FillOrder(Filler):
         out.view(np.int32)[...] = order
 
 
-@dataclass(frozen=True)
+@frozen
 class FillShape(Filler):
     """int64 `[2]`: N, K."""
 
@@ -215,7 +216,7 @@ class FillShape(Filler):
 # Of float weights.
 
 
-@dataclass(frozen=True)
+@frozen
 class FillUpright(Filler):
     """Rows of codes from a source that stores them as columns, or with other rows between them."""
 
@@ -239,7 +240,7 @@ def code_pieces(weight: FloatWeight) -> tuple[Piece, ...]:
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class FillScales(Filler):
     """The scales as they lie in the source, cast to `dtype`."""
 
@@ -258,7 +259,7 @@ class FillScales(Filler):
         return Piece(self.weight.scales(0, self.weight.N).inputs, count * numpy_dtype(self.dtype).itemsize, self)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillBlockScales(Filler):
     """`[K / column_step, N / row_step]` scales of one weight, `[N / row_step, K / column_step]` where `by_row`.
 
@@ -296,7 +297,7 @@ class FillBlockScales(Filler):
         return self.dtype == "U8" and same and not self.weight.exponent_shift and not self.weight.transposed
 
 
-@dataclass(frozen=True)
+@frozen
 class FillExpertScales(Filler):
     """The float32 scales of one expert: one number, or `[K/128, N/128]` where `blocks`, of matrices that lie side by
     side."""
@@ -323,7 +324,7 @@ class FillExpertScales(Filler):
         return Piece(inputs, 4 * (codes // FP8_BLOCK**2 if self.blocks else 1), self)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillSideBySide(Filler):
     """Rows `[n, N]` of a transposed stack: the columns of each matrix after those of the one before, or alternating.
 
@@ -355,7 +356,7 @@ class FillSideBySide(Filler):
 # Of any.
 
 
-@dataclass(frozen=True)
+@frozen
 class FillInterleaved(Filler):
     """Rows of two pieces by turns: the first of `even`, the first of `odd`, the second of `even`, ..."""
 
@@ -375,7 +376,7 @@ class FillInterleaved(Filler):
         return Piece(self.even.inputs + self.odd.inputs, self.even.nbytes + self.odd.nbytes, self)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillCast(Filler):
     """The one input, cast to `dtype` (a safetensors label)."""
 
@@ -386,7 +387,7 @@ class FillCast(Filler):
         target[...] = arrays[0].reshape(target.shape)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillBias(Filler):
     """A bias taken out of a fused one."""
 
@@ -397,7 +398,7 @@ class FillBias(Filler):
         out.view(values.dtype)[...] = values
 
 
-@dataclass(frozen=True)
+@frozen
 class FillDequantized(Filler):
     """Rows `start:stop` as bf16, rounded once: `[n, K]`, or `[K, n]` where `upended`."""
 

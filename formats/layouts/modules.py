@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from xpuquant.errors import DamagedError, UnsupportedError
 from xpuquant.formats.architecture import expert_of
@@ -34,9 +34,10 @@ from xpuquant.formats.layouts.members import (
 )
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.parts import join_rows
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Linear:
     """A source module that stays one module. Its bias, if it has one, is an ordinary tensor that passes through."""
 
@@ -48,7 +49,7 @@ class Linear:
         yield "linear", None, self.weight
 
 
-@dataclass(frozen=True)
+@frozen
 class ExpertStack:
     """The experts of one layer.
 
@@ -89,7 +90,7 @@ class ExpertStack:
                 yield role, expert, weight
 
 
-@dataclass(frozen=True)
+@frozen
 class LooseExperts:
     """The quantized experts of one layer that no stack can hold, for instance because others are not quantized.
 

@@ -8,7 +8,7 @@ afterwards, are about as large as the outputs. Unscaled they are thousands of ti
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from xpuquant.formats.dtypes import numpy_dtype
 from xpuquant.formats.layouts.base import Filler, Piece
 from xpuquant.formats.weights.base import Arrays, row_blocks
 from xpuquant.formats.weights.nvfp4 import GROUP, Nvfp4Weight
+from xpuquant.values import frozen
 
 _FARTHEST = 100
 """Largest power of two, up or down, that goes into the scales: bfloat16 holds e4m3 times any of them exactly."""
@@ -59,7 +60,7 @@ def _number(array: Array) -> float:
     return float(array.reshape(()))
 
 
-@dataclass(frozen=True)
+@frozen
 class Nvfp4Rows(Filler):
     """A filler of rows `start:stop`, a byte of the piece for each code."""
 
@@ -80,7 +81,7 @@ class Nvfp4Rows(Filler):
             yield replace(self, start=self.start + first, stop=self.start + last).piece()
 
 
-@dataclass(frozen=True)
+@frozen
 class FillIntegers(Nvfp4Rows):
     """int8 `[stop - start, K]`: twice the value of each code."""
 
@@ -90,7 +91,7 @@ class FillIntegers(Nvfp4Rows):
         look_up(self.octets(arrays).reshape(-1), _INTEGERS, out.view(np.uint16))
 
 
-@dataclass(frozen=True)
+@frozen
 class FillSums(Nvfp4Rows):
     """`[stop - start, 2K/8]` u4 words: of each group the nibbles of one plane, then those of the other, whose sum less
     16 is twice the value of a code."""
@@ -107,7 +108,7 @@ def row_pieces(kind: type[Nvfp4Rows], weight: Nvfp4Weight) -> tuple[Piece, ...]:
     return tuple(kind(weight, start, stop).piece() for start, stop in row_blocks(weight.N, weight.K))
 
 
-@dataclass(frozen=True)
+@frozen
 class FillHalvedScales(Filler):
     """BF16 `[K/16, N]` scales (`[N, K/16]` where `by_row`): half of the source's, times the power of two."""
 
@@ -130,7 +131,7 @@ class FillHalvedScales(Filler):
         return Piece(inputs, 2 * self.weight.N * (self.weight.K // GROUP), self)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillGlobalScales(Filler):
     """F32, a number for each of some matrices: what their global scales are without the power of two."""
 

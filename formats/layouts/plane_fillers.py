@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, pack_nibbles
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import CACHED_CODES, ROWS_MULTIPLE, Arrays, row_blocks
 from xpuquant.formats.weights.integers import OCTET_ZERO, IntWeight, Regrouping
+from xpuquant.values import frozen
 
 HIGH = 16
 """What one step of the high nibble counts."""
@@ -29,7 +29,7 @@ def _by_turns(high: Array, low: Array) -> Array:
     return np.stack([high, low], axis=1).reshape(-1, *high.shape[1:])
 
 
-@dataclass(frozen=True)
+@frozen
 class FillPlanes(OctetRows):
     """`[stop - start, 2K/8]` u4 words of rows `start:stop`: of each group the high nibbles, then the low ones."""
 
@@ -51,7 +51,7 @@ def plane_pieces(weight: IntWeight, size: int) -> tuple[Piece, ...]:
     return tuple(FillPlanes(weight, start, stop, size).piece() for start, stop in blocks)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillPlaneScales(Filler):
     """`[2K/g, N]` scales cast to `dtype`: of each group 16 times the scale, then the scale."""
 
@@ -88,7 +88,7 @@ class FillPlaneScales(Filler):
         return Piece(self.weight.scales().inputs, count * numpy_dtype(self.dtype).itemsize, self)
 
 
-@dataclass(frozen=True)
+@frozen
 class FillPlaneZeros(Filler):
     """`[2K/g, N/8]` words, packed along N: of each group the high nibbles of the true zero points, then the low ones;
     8 and 0 where the zero point is 128."""

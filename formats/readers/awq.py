@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, Fi
 from xpuquant.formats.weights.decoded import Decoded, each_row, in_order, subtract_zeros
 from xpuquant.formats.weights.integers import SourceInts, column_groups, in_pairs, packs, source_group_size
 from xpuquant.formats.weights.packed import FieldColumns, PackedColumns, Rows
+from xpuquant.values import frozen
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of nibble i within its word."""
@@ -33,7 +33,7 @@ _ALL_EIGHT = 0x88888888
 _OTHER_PACKINGS = ("gemv", "gemv_fast", "marlin")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class AwqWeight(SourceInts):
     """An AWQ module. `qzeros` is None only where the config says symmetric."""
 

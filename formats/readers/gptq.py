@@ -13,7 +13,7 @@ z - 1, v2 stores z; `formats/readers/gptq_zeros.py` tells them apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache, partial
 from sys import intern
 from typing import TypeVar
@@ -52,13 +52,14 @@ from xpuquant.formats.weights.integers import (
     words_of_rows,
 )
 from xpuquant.formats.weights.packed import PackedColumns, Rows
+from xpuquant.values import frozen
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 R = TypeVar("R")
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class GptqWeight(SourceInts):
     """A GPTQ module.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +10,7 @@ from xpuquant.errors import UnsupportedError
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.autoround import Itself, gptq_label
 from xpuquant.formats.readers.config_keys import flag, integer, overridden, symmetry
+from xpuquant.values import frozen
 
 _V1, _V2, _PLANAR = "gptq", "gptq_v2", "gptq_p"
 
@@ -19,7 +19,7 @@ _ENGINES_NAMES = ("marlin", "moe_wna16", "moe-wna16")
 """Values of `quant_method` that are vLLM's kernels for GPTQ."""
 
 
-@dataclass(frozen=True)
+@frozen
 class GptqConfig:
     """What the config says of one module.
 

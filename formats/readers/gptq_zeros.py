@@ -7,7 +7,6 @@ or 2^(b-1). For asymmetric ones the label is all there is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -17,9 +16,10 @@ from xpuquant.formats.checkpoint import Array, Checkpoint
 from xpuquant.formats.packing.plain import unpack_planar, unpack_rows
 from xpuquant.formats.readers.gptq_config import GptqConfig
 from xpuquant.formats.safetensors import Tensor
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class ZeroPoints:
     """What the zero points of one module turned out to be.
 

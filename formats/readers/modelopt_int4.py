@@ -11,8 +11,6 @@ with a factor of its activations: `leftovers.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
@@ -34,11 +32,12 @@ from xpuquant.formats.weights.base import (
 )
 from xpuquant.formats.weights.decoded import Decoded, each_row, subtract_zeros
 from xpuquant.formats.weights.integers import column_groups
+from xpuquant.values import frozen
 
 _MIDDLE = 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class PairedRows(ScaledInts):
     """A module two of whose rows share a byte: its codes are read from an even row on."""
 

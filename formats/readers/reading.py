@@ -8,7 +8,6 @@ left over is sorted out by `leftovers.py`: nothing is dropped or kept without a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from xpuquant.errors import DamagedError, UnsupportedError, UsageError, shown
 from xpuquant.formats.architecture import is_router
@@ -21,9 +20,10 @@ from xpuquant.formats.readers.stacked import codes_of_stack, expert_parts, read_
 from xpuquant.formats.readers.transforms import online_transform, unknown_keys
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Weight
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Reading:
     """What a checkpoint holds.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +15,7 @@ from xpuquant.formats.checkpoint import Array, Slice
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.packed import PackedColumns, Rows
+from xpuquant.values import frozen
 
 PIECE_BYTES = 32 << 20
 """Output bytes whose inputs are read at once. Bounds the memory of a conversion (a piece or two per worker); large
@@ -31,7 +31,7 @@ Arrays = Sequence[Array]
 Build = TypeVar("Build", bound=Callable[..., object])
 
 
-@dataclass(frozen=True)
+@frozen
 class Recipe(Generic[Build]):
     """Source slices, and what is made of them.
 
@@ -74,7 +74,7 @@ def row_blocks(N: int, row_bytes: int, multiple: int = 1, limit: int = PIECE_BYT
         yield start, min(start + step, N)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Weight(ABC):
     """A quantized `[N, K]` matrix of the source.
 

@@ -6,7 +6,6 @@ when `difference` finds none. Equality is of integers and of float values, never
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -14,13 +13,14 @@ import numpy as np
 
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.dtypes import numpy_dtype
+from xpuquant.values import frozen
 
 # The eight magnitudes of E2M1 (OCP Microscaling Formats v1.0, section 5.3.3); code = sign << 3 | index. Written out
 # here, in kernels/reference.py and in xpuquant/layers.py, so that a mistake in one is found by the others.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
-@dataclass(frozen=True)
+@frozen
 class Decoded:
     """Rows `[n, K]` of a weight, in the source's column order.
 

@@ -8,7 +8,6 @@ that block alone.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import ArrayRecipe, Arrays, DecodedRecipe, Recipe, RowsRecipe, Weight
 from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups
 from xpuquant.formats.weights.packed import Packed
+from xpuquant.values import frozen
 
 ELEMENTS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 """safetensors label → `FloatWeight.element` of the fp8 types that kernels take."""
@@ -41,7 +41,7 @@ def view(tensor: Tensor, dtype: str, shape: tuple[int, ...], index: int = 0) -> 
     return Tensor(tensor.name, dtype, shape, tensor.file, begin, begin + size)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class FloatWeight(Weight):
     """A matrix of fp8 or fp4 codes with multipliers.
 
@@ -142,7 +142,7 @@ class FloatWeight(Weight):
         return (table.view(np.uint8) + np.uint8(self.exponent_shift)).view(table.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class FusedWeight(FloatWeight):
     """A fused linear that has one scale for each linear in it: a scale per row, most of them alike.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from xpuquant.formats.weights.base import (
 )
 from xpuquant.formats.weights.decoded import each_row, even_groups, in_order
 from xpuquant.formats.weights.packed import WORD_ZERO, Packed, PackedColumns, StreamColumns, WordColumns, word_octets
+from xpuquant.values import frozen
 
 GROUP_MULTIPLE = 32
 """oneDNN's int4 matmul as vllm-xpu-kernels calls it (`XPUwNa16LinearKernel.can_implement`): g % 32 == 0."""
@@ -40,7 +41,7 @@ SPREADABLE = (2, 3)
 """Widths narrower than a nibble whose dense streams are widened to nibbles to be compared."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class IntWeight(Weight):
     """Integer codes with one scale per group of columns.
 
@@ -126,7 +127,7 @@ class IntWeight(Weight):
         """uint8 `[G, stop - start]`: the true zero points of these rows. Only for asymmetric weights."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class SourceInts(IntWeight):
     """An integer weight as a file has it: `words` are its codes, put in stored order and widened to 4 bits."""
 
@@ -217,7 +218,7 @@ def words_of_rows(bits: int, start: int, stop: int) -> slice | None:
     return slice(start // ROWS_MULTIPLE * bits, -(-stop // ROWS_MULTIPLE) * bits)
 
 
-@dataclass(frozen=True)
+@frozen
 class Regrouping:
     """How to lay out scale rows for groups of `size` columns.
 

@@ -10,8 +10,6 @@ No kernel for XPU reads the codes; twice their value is an integer of -12 to 12,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from xpuquant.formats.checkpoint import whole
@@ -19,12 +17,13 @@ from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import Arrays, DecodedRecipe, Recipe, RowsRecipe
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.floats import FloatWeight
+from xpuquant.values import frozen
 
 GROUP = 16
 """Columns that share an e4m3 scale."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class Nvfp4Weight(FloatWeight):
     """MXFP4's codes under two levels of scales.
 

@@ -8,19 +8,19 @@ count. Where packed rows differ, or one end has no packed form (act-order, rare 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import numpy as np
 
 from xpuquant.formats.checkpoint import Array
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD, unpack_nibbles
 from xpuquant.formats.weights.decoded import Decoded, difference, distinct_pairs, in_order, same_scales, subtract_zeros
+from xpuquant.values import frozen
 
 WORD_ZERO = 8
 """The zero point of every stored nibble of a weight that has none of its own."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Packed:
     """Rows `[n, K]` of a weight with 4-bit codes, in the source's column order.
 
@@ -56,7 +56,7 @@ class Packed:
         return Decoded(self.number, codes, self.scale, self.row, self.col)
 
 
-@dataclass(frozen=True)
+@frozen
 class PackedColumns(ABC):
     """Rows `[n, K]` of 4-bit integers as they lie in a file that has them by columns: compared in place, which is twice
     as fast as made upright first. n is even, and K a multiple of 16.
@@ -84,7 +84,7 @@ class PackedColumns(ABC):
         return Packed("int", word_octets(self.upright_words()), self.zeros, self.scale, self.row, self.col)
 
 
-@dataclass(frozen=True)
+@frozen
 class WordColumns(PackedColumns):
     """Words `[K/8, n]`: nibble j of word `[i, r]` is column 8i+j of row r."""
 
@@ -97,7 +97,7 @@ class WordColumns(PackedColumns):
         return in_order(self.words.T)
 
 
-@dataclass(frozen=True)
+@frozen
 class FieldColumns(PackedColumns):
     """Words `[K, n/8]`: nibble i of word `[k, w]` is column k of row `8w + places[i]`. n is a multiple of 16."""
 
@@ -117,7 +117,7 @@ class FieldColumns(PackedColumns):
         return out
 
 
-@dataclass(frozen=True)
+@frozen
 class StreamColumns(PackedColumns):
     """Words `[K * bits / 32, n]`: column r is the bit stream of row r, of 2 or 3 bits. A code is that of the stream and
     what is added to its group.

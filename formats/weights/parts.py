@@ -8,7 +8,7 @@ alternating rows as `gate_proj` and the second as `up_proj`. `join_rows` puts th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,10 @@ from xpuquant.formats.weights.decoded import Decoded, Scaled
 from xpuquant.formats.weights.floats import FloatWeight
 from xpuquant.formats.weights.integers import OCTET_ZERO, IntWeight
 from xpuquant.formats.weights.packed import WORD_ZERO, Packed, Rows, unpacked_rows
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Window:
     """Rows `start:stop` of one of the joined matrices. May be empty: then it is listed for its inputs, which keep
     their places in every recipe.
@@ -60,7 +61,7 @@ def _windows(members: tuple[Weight, ...], start: int, stop: int) -> list[Window]
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class JoinedRows(Weight):
     """The rows of `members`, in order. Every member has the same K and the same groups of columns."""
 
@@ -125,7 +126,7 @@ def _stacked_scales(rows: Sequence[Scaled]) -> tuple[Array, Array, Array]:
     return np.concatenate(scales), row, rows[0].col
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class JoinedIntRows(JoinedRows, IntWeight):
     """Joined integer weights, for the layouts that take those. `groups_of` is that of any member in act-order."""
 
@@ -208,7 +209,7 @@ def source_matrices(weight: Weight) -> tuple[Weight, ...]:
     return weight.members if isinstance(weight, JoinedRows) else (weight,)
 
 
-@dataclass(frozen=True)
+@frozen
 class RowStride:
     """Rows `first`, `first + step`, ... of a fused matrix."""
 
@@ -220,7 +221,7 @@ class RowStride:
         return self.first + start * self.step, self.first + (stop - 1) * self.step + 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class IntRows(IntWeight):
     """Some rows of an integer weight."""
 
@@ -265,7 +266,7 @@ class IntRows(IntWeight):
         return Weight.as_packed(self, start, stop)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class FloatRows(FloatWeight):
     """Some rows of a float weight, whose tensors these are. Where rows are skipped, each has its own scales."""
 
@@ -311,7 +312,7 @@ def _every_nth(recipe: DecodedRecipe, step: int) -> DecodedRecipe:
     return Recipe(recipe.inputs, build)
 
 
-@dataclass(frozen=True)
+@frozen
 class BiasRows:
     """`count` rows of a fused bias, which is the concatenation of `parts`."""
 

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from xpuquant.errors import DamagedError, EnvironmentFault, UnsupportedError
 from xpuquant.kernels.onednn.library import load
+from xpuquant.values import frozen
 
 Array = np.ndarray[Any, Any]
 
@@ -125,7 +125,7 @@ def engine() -> tuple[str, c_void_p]:
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class Quantization:
     """Scales or zero points of one argument: which indices have their own (`mask`), and how they group."""
 
@@ -134,7 +134,7 @@ class Quantization:
     groups: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@frozen
 class Shape:
     """A tensor as oneDNN sees it. Strides count elements, also of types of four bits."""
 
@@ -148,7 +148,7 @@ class Shape:
         return cls(dtype, dims, tuple(math.prod(dims[i + 1 :]) for i in range(len(dims))))
 
 
-@dataclass(frozen=True)
+@frozen
 class Matmul:
     """`dst {M,N} = src {M,K} · weights {K,N} (+ bias {1,N})` with quantized arguments; hashable.
 

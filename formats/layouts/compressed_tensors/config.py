@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from xpuquant.errors import DamagedError, shown
@@ -21,6 +21,7 @@ from xpuquant.formats.checkpoint import COMPRESSED_TENSORS
 from xpuquant.formats.readers.patterns import matches
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.scheme import Scheme
+from xpuquant.values import frozen
 
 FAMILY = "compressed-tensors"
 VERSION = "0.16.0"
@@ -49,7 +50,7 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-@dataclass(frozen=True, order=True)
+@frozen(order=True)
 class CtScheme(Scheme):
     """How one module is stored as compressed-tensors.
 

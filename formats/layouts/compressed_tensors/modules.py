@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from xpuquant.errors import UnsupportedError
 from xpuquant.formats.architecture import expert_of, fused_with, is_embedding
@@ -24,9 +24,10 @@ from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import FloatWeight
 from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, Regrouping, regroup
 from xpuquant.formats.weights.parts import BiasRows, RowStride, join_rows, source_matrices, split_gate_up
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class CtLinear(Linear):
     """A module of this family.
 

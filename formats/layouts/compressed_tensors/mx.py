@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from xpuquant.formats.checkpoint import Array, rows
@@ -24,9 +22,10 @@ from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.floats import MX_GROUP, FloatWeight
 from xpuquant.formats.weights.nvfp4 import Nvfp4Weight
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class CtMx(CtLayout):
     """A layout of MX linears.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from xpuquant.errors import DamagedError, UnsupportedError
@@ -21,11 +21,12 @@ from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.decoded import Decoded
 from xpuquant.formats.weights.packed import Rows
+from xpuquant.values import frozen
 
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")
 
 
-@dataclass(frozen=True)
+@frozen
 class CtStored(Stored):
     """`weight` is the module as our source reader understands it."""
 

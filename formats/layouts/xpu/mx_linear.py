@@ -13,7 +13,7 @@ there is no 16-bit-activation kernel for MX linears, but for MXFP8 of one group 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,9 +29,10 @@ from xpuquant.formats.scheme import FP8_DTYPES, Scheme
 from xpuquant.formats.weights.decoded import Decoded, each_row, even_groups
 from xpuquant.formats.weights.floats import E8M0, ELEMENTS, MX_GROUP, FloatWeight
 from xpuquant.formats.weights.packed import Packed, Rows, unpacked_rows
+from xpuquant.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class MxLinear(Layout):
     """A layout of MX linears.
 

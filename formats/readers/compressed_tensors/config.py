@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from xpuquant.errors import UsageError, shown
@@ -16,13 +16,14 @@ from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.readers.config_keys import overridden
 from xpuquant.formats.readers.patterns import check_count, matches
 from xpuquant.formats.readers.spellings import number_said, numbers_said, truth
+from xpuquant.values import frozen
 
 W8A8_METHODS = frozenset({"w8a8-int8", "blockwise-int8"})
 """SGLang's names of integer weights, one to a byte, whose activations are quantized when serving
 (sglang/srt/layers/quantization/w8a8_int8.py, blockwise_int8.py)."""
 
 
-@dataclass(frozen=True)
+@frozen
 class WeightArgs:
     """`QuantizationArgs` of a group's weights. None: not said.
 

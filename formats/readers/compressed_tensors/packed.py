@@ -14,7 +14,6 @@ differ for 3, 5, 6, 7 bits, and only the shape tells which
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from sys import intern
 
 import numpy as np
@@ -50,6 +49,7 @@ from xpuquant.formats.weights.integers import (
     words_of_rows,
 )
 from xpuquant.formats.weights.packed import Packed
+from xpuquant.values import frozen
 
 _BITS = range(1, 9)
 """Bits of a code."""
@@ -68,7 +68,7 @@ def unpack_offset_binary(words: Array, bits: int, count: int, padded: bool) -> A
     return fields.reshape(len(words), -1)[:, :count]
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class ScaledInts(SourceInts):
     """What the packed and the unpacked form share: scales and zero points. `padded`: no code straddles a word
     (before 0.18)."""
@@ -130,7 +130,7 @@ class ScaledInts(SourceInts):
         return Recipe(inputs if zeros is None else inputs + zeros.inputs, build)
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class PackedWeight(ScaledInts):
     """A `pack-quantized` module."""
 

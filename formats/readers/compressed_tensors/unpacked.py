@@ -11,8 +11,6 @@ W4A8 and W4A16 have the same XPU weights: which arithmetic runs is decided when 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from xpuquant.errors import DamagedError, UnsupportedError
@@ -32,11 +30,12 @@ from xpuquant.formats.readers.compressed_tensors.shapes import args_of_shapes
 from xpuquant.formats.safetensors import Tensor
 from xpuquant.formats.weights.base import CACHED_CODES, ArrayRecipe, Arrays, Recipe, Weight, row_blocks
 from xpuquant.formats.weights.floats import view
+from xpuquant.values import frozen
 
 _ACTIVATION_SUFFIXES = frozenset({"input_scale", "input_zero_point"})
 
 
-@dataclass(frozen=True, kw_only=True)
+@frozen(kw_only=True)
 class UnpackedWeight(ScaledInts):
     """An integer module stored as bytes. `rows_per_scale`: where scales cover blocks."""
 
