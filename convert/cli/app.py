@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import FrameType
@@ -68,17 +68,6 @@ class _Group(_Light, TyperGroup):
     pass
 
 
-COMMANDS = typer.Typer(
-    name=PROGRAM,
-    cls=_Group,
-    help="Convert quantized LLM checkpoints, once and exactly, into the layouts Intel GPU kernels read.",
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-@COMMANDS.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     version: Annotated[
@@ -103,25 +92,42 @@ def show_help(
     COMMANDS(args=words, prog_name=PROGRAM, standalone_mode=False)
 
 
-COMMANDS.command("help", cls=_Command)(show_help)
-for _command in (
-    convert_commands.convert,
-    convert_commands.finish,
-    check_commands.inspect,
-    check_commands.verify,
-    convert_commands.push,
-    check_commands.diff,
-    check_commands.explain,
-    check_commands.formats,
-    check_commands.doctor,
-):
-    COMMANDS.command(cls=_Command)(_command)
+def _gathered(commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
+    gathered = typer.Typer(
+        name=PROGRAM,
+        cls=_Group,
+        help="Convert quantized LLM checkpoints, once and exactly, into the layouts Intel GPU kernels read.",
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    gathered.callback(invoke_without_command=True)(_root)
+    for name, command in commands.items():
+        gathered.command(name, cls=_Command)(command)
+    return gathered
+
+
+_COMMANDS: Mapping[str, Callable[..., None]] = {
+    "help": show_help,
+    "convert": convert_commands.convert,
+    "finish": convert_commands.finish,
+    "inspect": check_commands.inspect,
+    "verify": check_commands.verify,
+    "push": convert_commands.push,
+    "diff": check_commands.diff,
+    "explain": check_commands.explain,
+    "formats": check_commands.formats,
+    "doctor": check_commands.doctor,
+}
+
+COMMANDS = _gathered(_COMMANDS)
 
 
 @cache
-def built() -> Any:
-    """The commands as they parse arguments. Built once: that costs as much as a small conversion."""
-    return typer.main.get_command(COMMANDS)
+def built(only: str | None = None) -> Any:
+    """The commands as they parse arguments, or one of them alone. Built once: all of them cost as much as a small
+    conversion."""
+    return typer.main.get_command(COMMANDS if only is None else _gathered({only: _COMMANDS[only]}))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -140,8 +146,9 @@ def run(arguments: Sequence[str]) -> int:
     if not sys.warnoptions:
         # numpy's remarks on a stranger's scales (overflow, NaN): they are data here, and compared bit by bit.
         warnings.simplefilter("ignore")
+    typed = arguments[0] if arguments and arguments[0] in _COMMANDS else None
     try:
-        code: Any = built()(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        code: Any = built(typed)(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except Exception as error:
         return _failed(error, arguments)
     except KeyboardInterrupt:
