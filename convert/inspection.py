@@ -9,7 +9,8 @@ from dataclasses import replace
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.footprint import kv_cache, weights_on_each
 from xpuquant.conversion.plan.plan import make_plan
-from xpuquant.conversion.plan.survey import PlannedModule, Survey, engines_of, survey_modules
+from xpuquant.conversion.plan.served_by import engines_of
+from xpuquant.conversion.plan.survey import PlannedModule, Survey, survey_modules
 from xpuquant.conversion.plan.tensor_parallel import problems
 from xpuquant.conversion.rates import seconds
 from xpuquant.conversion.repo.description import ConvertedRepo, described

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan
-from xpuquant.conversion.plan.served_by import kernel_and_releases
-from xpuquant.conversion.plan.survey import PlannedModule, engines_of, kind_of
+from xpuquant.conversion.plan.served_by import engines_of, kernel_and_releases
+from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.journal import Finished
-from xpuquant.conversion.sizes import size
 from xpuquant.served_families import Tried
 from xpuquant.values import frozen
 
@@ -196,12 +195,3 @@ def summary(plan: Plan, source: Source) -> Planned:
         plan.write_bytes,
         engines_of(plan.modules, plan.options, source.checkpoint),
     )
-
-
-def about_to(plan: Plan, source: Source, where: str) -> str:
-    """What a conversion is about to do, in one line: its source, the source's format, what is written where."""
-    formats = " + ".join(dict.fromkeys(kind_of(module.source) for module in plan.modules)) or "nothing quantized"
-    schemes = [module.conversion.scheme for module in plan.modules]
-    made = " + ".join(dict.fromkeys("bf16" if scheme is None else scheme.layout for scheme in schemes))
-    at = "" if source.revision is None else f" at {source.revision[:12]}"
-    return f"{source.name}{at}: {formats}, {size(source.nbytes)} → {where}: {made}, {size(plan.write_bytes)}"

@@ -29,8 +29,8 @@ from xpuquant.conversion.diff import Difference, compare
 from xpuquant.conversion.doctor import BackendHealth, Diagnosis, examine
 from xpuquant.conversion.explanation import Explanation, look_into
 from xpuquant.conversion.hub import publish
+from xpuquant.conversion.hub.destination import Destination
 from xpuquant.conversion.hub.publish import Pushed
-from xpuquant.conversion.hub.target import Destination
 from xpuquant.conversion.inspection import CONTEXT, RANKS, Inspection, look_at
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.progress import Calls, ProgressCallback, Reporter, Silent

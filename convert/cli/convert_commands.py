@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from xpuquant.conversion.cli import arguments as args
 from xpuquant.errors import Argument, UsageError
+
+if TYPE_CHECKING:
+    from xpuquant.conversion.runs.parts import Part
 
 _OF_ONE = {
     "source": "the list has the sources, and -o the folder for all outputs",
@@ -48,10 +53,9 @@ def convert(
 ) -> None:
     """Convert, verify and write a ready-to-load repo. Run it again to resume after an interruption."""
     from xpuquant.conversion.cli.output import Output
-    from xpuquant.conversion.hub.target import Destination
+    from xpuquant.conversion.hub.destination import Destination
     from xpuquant.conversion.options import Options
     from xpuquant.conversion.repo.source_card import CardFields
-    from xpuquant.conversion.runs.parts import parse_part
     from xpuquant.conversion.runs.request import ConvertRequest, plan_only, run
 
     if sources_file is not None:
@@ -70,7 +74,7 @@ def convert(
         jobs=jobs,
         verify=verify,
         force=force,
-        part=None if part is None else parse_part(part),
+        part=None if part is None else _part(part),
         ray=ray,
         stream=stream,
         destination=Destination.asked(push_to, private, branch, pr, unverified),
@@ -94,6 +98,12 @@ def convert(
     from xpuquant.conversion.cli import answers
 
     output.answer(answers.converted(result, output))
+
+
+def _part(text: str) -> Part:
+    from xpuquant.conversion.runs.parts import parse_part
+
+    return parse_part(text)
 
 
 def _check_list_alone(**given: str | None) -> None:
@@ -129,7 +139,7 @@ def finish(
     """Put the parts of `convert --part i/n` together. Checks that all are there, verifies, publishes."""
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
-    from xpuquant.conversion.hub.target import Destination
+    from xpuquant.conversion.hub.destination import Destination
     from xpuquant.conversion.repo.source_card import CardFields
     from xpuquant.conversion.runs.request import FinishRequest, put_together
 
@@ -165,7 +175,7 @@ def push(
     from xpuquant.conversion.cli import answers
     from xpuquant.conversion.cli.output import Output
     from xpuquant.conversion.hub import publish
-    from xpuquant.conversion.hub.target import Destination
+    from xpuquant.conversion.hub.destination import Destination
 
     output = Output(as_json, quiet, verbose)
     if not unverified and publish.never_verified(out):

@@ -23,7 +23,8 @@ from typing import Any
 
 from xpuquant.conversion.hub.blobs import Blob, git_digest
 from xpuquant.conversion.hub.client import WAITS, connect, explain, is_transient, status_of
-from xpuquant.conversion.hub.target import MAIN, Destination, Target
+from xpuquant.conversion.hub.destination import Destination
+from xpuquant.conversion.hub.target import MAIN, Target
 from xpuquant.conversion.progress import Progress, Reporter
 from xpuquant.conversion.repo.card_merge import CARD, merge, read_card, rename
 from xpuquant.conversion.repo.checksums import hash_file, limit_of, wrong_size

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xpuquant.ark_releases import ARK_PACKAGE, serving_ark
+from xpuquant.conversion.options import Options
+from xpuquant.conversion.plan.survey import PlannedModule
+from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.scheme import ARK_LAYOUTS, Scheme
+from xpuquant.served_families import Tried, tried
 from xpuquant.xpu_releases import TOP_K, operators_of, served, since
 
 
@@ -32,6 +36,16 @@ def kernel_and_releases(name: str, scheme: Scheme | None, config: Mapping[str, A
     newest = ".".join(str(part) for part in served()[-1].number[:3])
     beside = f", {ARK_PACKAGE} {serving_ark()}" if scheme.layout in ARK_LAYOUTS else ""
     return kernel, f"{oldest} to {newest}.x{beside}"
+
+
+def engines_of(modules: Iterable[PlannedModule], options: Options, checkpoint: Checkpoint) -> tuple[Tried, ...]:
+    """What versions of engines are known to do with the converted model; nothing where it is not for this loader."""
+    schemes = {m.conversion.name: scheme for m in modules if (scheme := m.conversion.scheme) is not None}
+    if not schemes or options.layout != "xpu":
+        return ()
+    parts = {"experts" if scheme.experts else "linears" for scheme in schemes.values()}
+    linears = [name for name, scheme in schemes.items() if not scheme.experts]
+    return tried(checkpoint.config, parts, {scheme.layout for scheme in schemes.values()}, linears)
 
 
 _COMPUTED = {

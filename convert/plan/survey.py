@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.sizes import counted
@@ -20,7 +20,6 @@ from xpuquant.formats.readers.fold_act_order import fold_act_orders
 from xpuquant.formats.readers.reading import Reading, read
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weights.base import Weight
-from xpuquant.served_families import Tried, tried
 from xpuquant.values import frozen
 
 
@@ -93,16 +92,6 @@ def _offer(module: Module, options: Options) -> Conversion | Refusal:
         refusal = refusal or offer
     without = "compressed-tensors layout" if options.layout == FAMILY else "XPU kernel"
     return refusal or Refusal(f"{kind_of(module)} has no {without}")
-
-
-def engines_of(modules: Iterable[PlannedModule], options: Options, checkpoint: Checkpoint) -> tuple[Tried, ...]:
-    """What versions of engines are known to do with the converted model; nothing where it is not for this loader."""
-    schemes = {m.conversion.name: scheme for m in modules if (scheme := m.conversion.scheme) is not None}
-    if not schemes or options.layout != "xpu":
-        return ()
-    parts = {"experts" if scheme.experts else "linears" for scheme in schemes.values()}
-    linears = [name for name, scheme in schemes.items() if not scheme.experts]
-    return tried(checkpoint.config, parts, {scheme.layout for scheme in schemes.values()}, linears)
 
 
 def refusal(refused: Mapping[str, str], dequantizable: bool, layout: str) -> UnsupportedError:

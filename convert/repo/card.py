@@ -15,8 +15,8 @@ from typing import Any
 
 from xpuquant import __version__
 from xpuquant.conversion.plan.plan import Plan
-from xpuquant.conversion.plan.served_by import engine_versions, kernel_and_releases
-from xpuquant.conversion.plan.survey import PlannedModule, engines_of, kind_of
+from xpuquant.conversion.plan.served_by import engine_versions, engines_of, kernel_and_releases
+from xpuquant.conversion.plan.survey import PlannedModule, kind_of
 from xpuquant.conversion.repo.card_merge import CARD, generate, loaded_by_transformers, served_by_vllm
 from xpuquant.conversion.repo.source_card import cached_repo
 from xpuquant.conversion.report.markup import Markdown, fenced, joined, listed, markdown, table

@@ -18,16 +18,18 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xpuquant.conversion.repo.journal import PROVENANCE, STAGING
 from xpuquant.conversion.repo.staging import EARLIER_CARD, Staging
 from xpuquant.conversion.repo.yaml_front import is_read_whole, read_mapping
-from xpuquant.conversion.report.markup import Markdown
 from xpuquant.conversion.sources.repo_files import MAX_TEXT_BYTES
 from xpuquant.conversion.tree import Tree
 from xpuquant.errors import UsageError
 from xpuquant.values import frozen
+
+if TYPE_CHECKING:
+    from xpuquant.conversion.report.markup import Markdown
 
 CARD = "README.md"
 PRECISIONS = ("int4", "fp8", "mxfp4", "mxfp8")

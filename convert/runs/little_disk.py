@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from xpuquant.conversion.hub.client import connect
+from xpuquant.conversion.hub.destination import Destination
 from xpuquant.conversion.hub.publish import Pushed, hash_files, publish_repo
-from xpuquant.conversion.hub.target import CONFIG, MAIN, Destination, Target
+from xpuquant.conversion.hub.target import CONFIG, MAIN, Target
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
 from xpuquant.conversion.plan.shards import Shard

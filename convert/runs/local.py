@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import Plan, make_plan
+from xpuquant.conversion.plan.survey import kind_of
 from xpuquant.conversion.progress import Progress, Reporter, Silent
 from xpuquant.conversion.repo.card_merge import check_card, keep_card
 from xpuquant.conversion.repo.journal import Finished
 from xpuquant.conversion.repo.replace import clear_output
 from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields, metadata_of
 from xpuquant.conversion.repo.staging import Staging, check_output, check_told_apart
-from xpuquant.conversion.results import Converted, about_to, summary
 from xpuquant.conversion.runs.staged import check_staged, is_checked_meanwhile, make_and_check
+from xpuquant.conversion.sizes import size
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.repo_files import WRITTEN
 from xpuquant.conversion.tree import Tree
@@ -29,6 +30,7 @@ from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
+    from xpuquant.conversion.results import Converted
     from xpuquant.conversion.verify.verdict import Verdict
 
 _HEADROOM_BYTES = 64 << 20
@@ -88,7 +90,7 @@ def convert_checkpoint(
     check_places(plan, source, out)
     check_card(out)
     metadata = metadata_of(source, card, reporter.note)
-    reporter.begins(about_to(plan, source, str(out)))
+    reporter.begins(_about_to(plan, source, str(out)))
     with Staging(out, reporter.note) as staging:
         check_told_apart(out, written_names(plan, source))
         done = staging.begin(plan.digest(source.fingerprint()), options, plan.shard_sizes, force, source.identities())
@@ -106,11 +108,21 @@ def convert_checkpoint(
             )
             if verify:
                 verdict = check_staged(plan, source, staging, shards, jobs, reporter)
-        # What verifies and what writes reports is imported when it is needed: the first byte does not wait for it.
+        # What tells of the result is imported when there is one: the first byte does not wait for it.
         from xpuquant.conversion.repo.assemble import write_repo
+        from xpuquant.conversion.results import Converted, summary
 
         write_repo(plan, source, staging, shards, verdict, command, metadata)
     return Converted(summary(plan, source), out, shards, verdict, kept=staging.kept)
+
+
+def _about_to(plan: Plan, source: Source, where: str) -> str:
+    """What a conversion is about to do, in one line: its source, the source's format, what is written where."""
+    formats = " + ".join(dict.fromkeys(kind_of(module.source) for module in plan.modules)) or "nothing quantized"
+    schemes = [module.conversion.scheme for module in plan.modules]
+    made = " + ".join(dict.fromkeys("bf16" if scheme is None else scheme.layout for scheme in schemes))
+    at = "" if source.revision is None else f" at {source.revision[:12]}"
+    return f"{source.name}{at}: {formats}, {size(source.nbytes)} → {where}: {made}, {size(plan.write_bytes)}"
 
 
 def downloaded(source: Source, options: Options, reporter: Reporter) -> Source:

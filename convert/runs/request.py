@@ -7,19 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from xpuquant.conversion.hub.target import Destination
 from xpuquant.conversion.options import Options, default_jobs
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.progress import Reporter
 from xpuquant.conversion.repo.card_merge import CARD, front_matter
 from xpuquant.conversion.repo.source_card import NOTHING_TOLD, CardFields
 from xpuquant.conversion.repo.staging import check_output
-from xpuquant.conversion.results import Converted, PartConverted, Planned, summary
 from xpuquant.conversion.runs.finished import changed_file, converted_shards, is_finished, recorded_options
 from xpuquant.conversion.runs.local import Executor, convert_checkpoint, downloaded
-from xpuquant.conversion.runs.parts import Part, check_parts, check_told, make_part, parts_options, share
 from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.conversion.sources.repo_files import read_text
@@ -27,6 +24,13 @@ from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.execute import execute_plan
 from xpuquant.errors import Argument, DamagedError, NotVerifiedError, UsageError
 from xpuquant.values import frozen
+
+if TYPE_CHECKING:
+    from xpuquant.conversion.hub.destination import Destination
+    from xpuquant.conversion.results import Converted, PartConverted, Planned
+    from xpuquant.conversion.runs.parts import Part
+
+# What only some conversions need, and what tells of the result, is imported there: the first byte does not wait for it.
 
 
 @frozen
@@ -131,6 +135,9 @@ def plan_only(request: ConvertRequest) -> Planned:
 
     Raises: as `make_plan`; EnvironmentFault: the Hub cannot be reached.
     """
+    from xpuquant.conversion.results import summary
+    from xpuquant.conversion.runs.parts import share
+
     source = _open(request)
     plan = make_plan(source.checkpoint, request.options)
     return summary(plan if request.part is None else plan.part(share(plan, request.part)), source)
@@ -149,6 +156,8 @@ def convert_one_part(request: ConvertRequest, reporter: Reporter) -> PartConvert
 
     Raises: as `make_part`.
     """
+    from xpuquant.conversion.runs.parts import make_part
+
     assert request.part is not None
     opened, out = _open(request), request.target
     check_output(out, force=True)
@@ -212,6 +221,7 @@ def _converted_before(out: Path, source: Source, options: Options, fix: Sequence
     shards = converted_shards(out, source, options)
     if shards is None:
         return None
+    from xpuquant.conversion.results import Converted, summary
     from xpuquant.conversion.verify.sample import sampled_difference
 
     plan = make_plan(source.checkpoint, options)
@@ -254,6 +264,8 @@ def put_together(request: FinishRequest, reporter: Reporter) -> Converted:
     Raises: as `convert_checkpoint`, and with a destination as `publish.push`; UsageError: no part was converted there,
         or parts of something else; DamagedError: some shards have not been made; NotVerifiedError: as `convert`.
     """
+    from xpuquant.conversion.runs.parts import check_parts, parts_options
+
     opened = open_source(request.source, request.revision)
     if request.destination is not None:
         request.destination.check_source(opened.name)
@@ -290,6 +302,8 @@ def _put_together_before(request: FinishRequest, source: Source) -> Converted:
         UsageError: it is of another source, or of other options than were told. DamagedError: a file is not what the
             conversion wrote.
     """
+    from xpuquant.conversion.runs.parts import check_told
+
     options = recorded_options(request.out)
     check_told(request.out, options, request.told)
     fix = ("choose another folder",)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from xpuquant.formats.architecture import is_known, layer_of
 from xpuquant.formats.readers.base import STACKS, Parts
@@ -74,7 +73,6 @@ _SCALING = re.compile(
 )
 
 
-@dataclass
 class Sorted:
     """Tensors that belong to no weight, sorted out.
 
@@ -83,9 +81,10 @@ class Sorted:
     notes     what was dropped
     """
 
-    passed: list[Tensor] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.passed: list[Tensor] = []
+        self.refused: dict[str, str] = {}
+        self.notes: list[str] = []
 
 
 def is_plain(parts: Parts) -> bool:

@@ -20,9 +20,9 @@ from support.hub.process import Hub, contents
 from xpuquant import api
 from xpuquant.conversion.hub import client as client_library
 from xpuquant.conversion.hub.client import Patience, asked_wait
+from xpuquant.conversion.hub.destination import Destination
 from xpuquant.conversion.hub.publish import Pushed
 from xpuquant.conversion.hub.ranges import Ranges
-from xpuquant.conversion.hub.target import Destination
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
 from xpuquant.conversion.progress import Silent

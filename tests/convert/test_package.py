@@ -80,6 +80,39 @@ def test_looking_at_a_checkpoint_loads_nothing_that_checks_one() -> None:
     assert not [name for name in loaded if name.startswith(heavy)]
 
 
+UNTIL_A_SHARD_IS_OPENED = """
+import os, sys
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(".safetensors") and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        os.write(1, "\\n".join(sys.modules).encode())
+        os._exit(0)
+sys.addaudithook(hook)
+from xpuquant.conversion.cli.app import run
+"""
+
+
+def test_the_first_byte_waits_for_nothing_that_comes_later(tmp_path: Path) -> None:
+    """What only some conversions need, what verifies, and what tells of the result, is imported when it is needed."""
+    source = ROOT / "tests" / "fixtures" / "gptqmodel-qwen3-w4g32"
+    done = python(f"{UNTIL_A_SHARD_IS_OPENED}run(['convert', {str(source)!r}, {str(tmp_path / 'out')!r}])")
+    loaded = set(done.stdout.splitlines())
+    assert "xpuquant.conversion.write.execute" in loaded, done.stderr
+    later = (
+        "xpuquant.ark_releases",
+        "xpuquant.conversion.cli.answers",
+        *(f"xpuquant.conversion.hub.{name}" for name in ("blobs", "client", "publish", "target")),
+        "xpuquant.conversion.report",
+        "xpuquant.conversion.results",
+        "xpuquant.conversion.runs.parts",
+        "xpuquant.conversion.verify",
+        "xpuquant.formats.packing.convert_loops",
+        "xpuquant.served_families",
+        "xpuquant.xpu_releases",
+        *("huggingface_hub", "importlib.metadata", "jinja2", "ml_dtypes", "numba", "pydantic", "rich", "yaml"),
+    )
+    assert not [name for name in sorted(loaded) if name.startswith(later)]
+
+
 def test_module_and_version() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "xpuquant", "--version"],

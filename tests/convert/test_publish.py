@@ -11,7 +11,7 @@ from support.hub.process import Hub, MakeFolder, contents
 
 from xpuquant import push
 from xpuquant.conversion.hub import publish
-from xpuquant.conversion.hub.target import Destination
+from xpuquant.conversion.hub.destination import Destination
 from xpuquant.conversion.progress import Silent
 from xpuquant.conversion.repo.card import render
 from xpuquant.errors import DamagedError, EnvironmentFault, UsageError
