@@ -152,21 +152,23 @@ def is_embedding(name: str) -> bool:
     parent, _, leaf = name.rpartition(".")
     if leaf.isdigit():
         leaf = parent.rpartition(".")[2]
-    return layer_of(name).embedding or _looks_up(leaf)
+    return _looks_up(leaf)
 
 
 @lru_cache(1024)
 def _looks_up(leaf: str) -> bool:
     words = set(leaf.lower().split("_"))
-    return leaf == "shared" or bool(words & _LOOKED_UP and not words & _MULTIPLIED)
+    return layer_of(leaf).embedding or leaf == "shared" or bool(words & _LOOKED_UP and not words & _MULTIPLIED)
 
 
 def is_router(name: str) -> bool:
     """Whether a module chooses the experts of a token: `mlp.gate`, `feed_forward.router`, `router.proj` (Gemma 4),
     `block_sparse_moe.router.layer` (Granite), `mlp.gate.wg` (Hunyuan). `gate` is a router's name in every architecture
     known here; the linears that gate a layer are called `gate_proj`."""
-    *_, parent, leaf = ("", "", *name.split("."))
-    return leaf in ("router", "gate") or (parent in ("router", "gate") and leaf in ("proj", "layer", "wg"))
+    parent, _, leaf = name.rpartition(".")
+    if leaf in ("proj", "layer", "wg"):
+        leaf = parent.rpartition(".")[2]
+    return leaf in ("router", "gate")
 
 
 def splits_along_k(name: str) -> bool:

@@ -166,6 +166,10 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():
+                # What came to be stays for long: so it joins the oldest objects, instead of being looked through now.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

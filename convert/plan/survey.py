@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.sizes import counted
@@ -62,7 +62,9 @@ def survey_modules(checkpoint: Checkpoint, options: Options) -> Survey:
     dequantizable = not refused
     # Siblings of an expert that cannot be read are refused with it, not reported as an incomplete stack.
     stacks = {expert[0] for name in refused if (expert := expert_of(name)) is not None}
-    weights = [w for w in reading.weights if (expert := expert_of(w.name)) is None or expert[0] not in stacks]
+    weights: Sequence[Weight] = reading.weights
+    if stacks:
+        weights = [w for w in weights if (expert := expert_of(w.name)) is None or expert[0] not in stacks]
     if options.fold_act_order:
         weights = fold_act_orders(checkpoint, weights)
     gather = gather_linears if options.layout == FAMILY else gather_modules

@@ -28,6 +28,8 @@ from xpuquant.values import frozen
 class Filler(ABC):
     """What makes the bytes of a piece; see `fillers.py`."""
 
+    __slots__ = ()
+
     @abstractmethod
     def fill(self, arrays: Arrays, out: Array) -> None:
         """Fill the piece's bytes (flat uint8 `out`) from the arrays of its inputs."""
@@ -37,7 +39,7 @@ class Filler(ABC):
         yield piece
 
 
-@frozen
+@frozen(slots=True)
 class Piece:
     """A run of bytes of one output tensor.
 
@@ -66,7 +68,7 @@ class Piece:
             yield from self.filler.cut(self, limit)
 
 
-@frozen
+@frozen(slots=True)
 class OutTensor:
     """One tensor of the output; `pieces` are its bytes in file order, without gaps."""
 

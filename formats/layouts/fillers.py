@@ -29,7 +29,7 @@ LINE_BYTES = 64
 # Of integer weights.
 
 
-@frozen
+@frozen(slots=True)
 class FillWords(Filler):
     """`[stop - start, K/8]` u4 words of rows `start:stop`; two's complement nibbles (u4 XOR 8) where `signed`."""
 
@@ -65,7 +65,7 @@ def word_pieces(weight: IntWeight, signed: bool = False) -> tuple[Piece, ...]:
     return tuple(FillWords(weight, start, stop, signed).piece() for start, stop in blocks)
 
 
-@frozen
+@frozen(slots=True)
 class FillGroupScales(Filler):
     """`[K/g, N]` scales (`[N, K/g]` where `by_row`), regrouped and cast to `dtype`."""
 

@@ -7,7 +7,7 @@ rest of its experts is there and is found: by the names of all tensors, and by t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from xpuquant.errors import DamagedError
 from xpuquant.formats.architecture import expert_counts, expert_of, stacked_experts
@@ -28,24 +28,25 @@ _WHOLE = (frozenset({"gate", "up", "down"}), frozenset({"gate_up", "down"}), GAT
 _LISTED = 8
 
 
-def unquantized_members(checkpoint: Checkpoint, weights: Iterable[Weight]) -> dict[str, set[Place]]:
-    """Stack → (role, expert) of the matrices that are plain floats, of the stacks of which `weights` are quantized."""
-    taken: set[str] = set()
-    stacks: set[str] = set()
-    for weight in weights:
-        if (expert := expert_of(weight.name)) is not None:
-            taken.add(weight.name)
-            stacks.add(expert[0])
+def unquantized_members(
+    checkpoint: Checkpoint, stacks: Collection[str], quantized: Collection[str]
+) -> dict[str, set[Place]]:
+    """Stack → (role, expert) of the matrices that are plain floats.
+
+    Args:
+        stacks: those of which some matrices are quantized.
+        quantized: names of the modules that are, among them all of these matrices.
+    """
     found: dict[str, set[Place]] = {}
     for tensor in checkpoint.tensors.values() if stacks else ():
         name = tensor.name.removesuffix(".weight")
         # A stack of all experts in one tensor, or the matrix of one. Fused stacks are parameters, without `weight`.
-        if tensor.dtype not in FLOATS or name in taken or (name == tensor.name and len(tensor.shape) != 3):
+        if tensor.dtype not in FLOATS or name in quantized or (name == tensor.name and len(tensor.shape) != 3):
             continue
         members = range(tensor.shape[0]) if len(tensor.shape) == 3 else ()
         for member in (stacked_experts(name, e) for e in members) if members else (name,):
             expert = expert_of(member) if member is not None else None
-            if expert is not None and expert[0] in stacks and member not in taken:
+            if expert is not None and expert[0] in stacks and member not in quantized:
                 found.setdefault(expert[0], set()).add((expert[2], expert[1]))
     return found
 

@@ -81,7 +81,8 @@ class ExpertStack:
     @property
     def facts(self) -> tuple[str, ...]:
         """What was decided about the experts, each thing once."""
-        return tuple(dict.fromkeys(fact for _, _, weight in self.matrices() for fact in weight.facts))
+        said = dict.fromkeys(weight.facts for members in self.weights.values() for weight in members)
+        return tuple(dict.fromkeys(fact for facts in said for fact in facts))
 
     def matrices(self) -> Iterator[tuple[str, int | None, Weight]]:
         """(role, expert, weight) of every matrix."""
@@ -161,7 +162,7 @@ def gather_modules(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Mo
             raise unlike(members, weight.name, place)
         members[place] = weight
     stacks = {name: members for name, members in found.items() if isinstance(members, dict)}
-    plain = unquantized_members(checkpoint, weights)
+    plain = unquantized_members(checkpoint, stacks.keys(), {weight.name for weight in weights})
     gated = any(role in ("gate", "gate_up") for members in (*stacks.values(), *plain.values()) for role, _ in members)
     return [
         member if isinstance(member, Linear) else _stack(checkpoint, name, member, plain.get(name, set()), gated)

@@ -47,13 +47,15 @@ def gptq_config_of(checkpoint: Checkpoint, module: str) -> GptqConfig:
         UsageError: a value of the wrong type.
     """
     config = checkpoint.quantization
-    return _claims(Itself(config), Itself(overridden(config, module)))
+    of_module = overridden(config, module)
+    return _claims(Itself(config), None if of_module is config else Itself(of_module))
 
 
 @lru_cache(64)
-def _claims(whole: Itself, of_module: Itself) -> GptqConfig:
-    """What a config says, and what it says of one module: for nearly all modules the same."""
-    config, merged = whole.table, of_module.table
+def _claims(whole: Itself, of_module: Itself | None) -> GptqConfig:
+    """What a config says, and what it says of one module: for nearly all modules the same, which is None."""
+    config = whole.table
+    merged = config if of_module is None else of_module.table
     if str(config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
         raise UnsupportedError(f"pack_dtype is {config['pack_dtype']!r}; only int32 words are known")
     label = _label(config)

@@ -111,7 +111,7 @@ def sort_leftovers(
     """
     found = Sorted()
     dropped: dict[str, list[str]] = {}
-    stacks = {name for name, weights in quantized.items() if any(weight.name != name for weight in weights)}
+    stacks = {name for name, weights in quantized.items() if [w for w in weights if w.name != name]}
     wrapped = {name.rpartition(".")[0]: name for name in quantized if name not in stacks and _is_wrapped(name)}
     beside: dict[str, list[Tensor]] = {}
     for tensor in rest:
@@ -142,7 +142,7 @@ def sort_leftovers(
 def _is_wrapped(name: str) -> bool:
     """Whether a module is the part of a layer that holds its weight, beside other parts."""
     parent, _, leaf = name.rpartition(".")
-    return is_known(parent) and not layer_of(parent).embedding and not is_known(leaf) and not leaf.isdigit()
+    return not is_known(leaf) and not leaf.isdigit() and is_known(parent) and not layer_of(parent).embedding
 
 
 def _is_expected(suffix: str, model_type: str) -> bool:

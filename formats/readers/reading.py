@@ -14,7 +14,7 @@ from xpuquant.formats.architecture import is_router
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.guard import guarded
 from xpuquant.formats.readers import READERS
-from xpuquant.formats.readers.base import Parts
+from xpuquant.formats.readers.base import Parts, Reader
 from xpuquant.formats.readers.leftovers import PLAIN, factor_reason, is_plain, sort_leftovers, unknown_beside
 from xpuquant.formats.readers.stacked import codes_of_stack, expert_parts, read_stack
 from xpuquant.formats.readers.transforms import online_transform, unknown_keys
@@ -54,7 +54,7 @@ def read(checkpoint: Checkpoint) -> Reading:
         with guarded(name):
             codes = codes_of_stack(parts)
             asked = parts if codes is None else _first(name, parts, codes)
-            reader = next((reader for reader in READERS if reader.claims(asked)), None)
+            reader = _claimant(asked)
         if reader is None:
             if not is_plain(parts) and _looks_quantized(parts):
                 refused[name] = _unknown(name, parts)
@@ -116,11 +116,22 @@ def modules(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     """
     suffixes = frozenset[str]().union(*(reader.suffixes for reader in READERS), {"weight"})
     found: dict[str, dict[str, Tensor]] = {}
+    module: str | None = None
+    parts: dict[str, Tensor] = {}
     for tensor in checkpoint.tensors.values():
         prefix, _, suffix = tensor.name.rpartition(".")
         if suffix in suffixes:
-            found.setdefault(prefix, {})[suffix] = tensor
+            if prefix != module:  # those of a module mostly follow each other
+                module, parts = prefix, found.setdefault(prefix, {})
+            parts[suffix] = tensor
     return {name: parts for name, parts in found.items() if not _is_plain(parts)}
+
+
+def _claimant(parts: Parts) -> Reader | None:
+    for reader in READERS:
+        if reader.claims(parts):
+            return reader
+    return None
 
 
 def _is_plain(parts: Parts) -> bool:

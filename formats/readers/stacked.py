@@ -34,8 +34,10 @@ _SHAPES = ("weight_shape",)
 
 def codes_of_stack(parts: Parts) -> Tensor | None:
     """The 3-D codes of a stack; None for any other module."""
-    codes = next((parts[suffix] for suffix in CODES if suffix in parts), None)
-    return codes if codes is not None and len(codes.shape) == 3 and codes.dtype not in FLOATS else None
+    for suffix in CODES:
+        if (codes := parts.get(suffix)) is not None:
+            return codes if len(codes.shape) == 3 and codes.dtype not in FLOATS else None
+    return None
 
 
 def expert_parts(name: str, parts: Parts, codes: Tensor) -> Iterator[tuple[str, Parts]]:

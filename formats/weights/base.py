@@ -31,7 +31,7 @@ Arrays = Sequence[Array]
 Build = TypeVar("Build", bound=Callable[..., object])
 
 
-@frozen
+@frozen(slots=True)
 class Recipe(Generic[Build]):
     """Source slices, and what is made of them.
 

@@ -12,6 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import field
+from functools import cache
 
 import numpy as np
 
@@ -218,7 +219,7 @@ def words_of_rows(bits: int, start: int, stop: int) -> slice | None:
     return slice(start // ROWS_MULTIPLE * bits, -(-stop // ROWS_MULTIPLE) * bits)
 
 
-@frozen
+@frozen(slots=True)
 class Regrouping:
     """How to lay out scale rows for groups of `size` columns.
 
@@ -281,10 +282,16 @@ def common_group_size(weights: Iterable[IntWeight], sizes: Sequence[int] | None 
 def divide_groups(weight: IntWeight, size: int) -> Regrouping:
     """The weight's groups cut into groups of `size` columns, which divides each of them."""
     if weight.groups_of is None and size == weight.group_size and weight.K % size == 0:
-        return Regrouping(size, None)
+        return _as_they_are(size)
     source = [group for group, length in group_runs(weight) for _ in range(length // size)]
     identity = source == list(range(weight.groups))
     return Regrouping(size, None if identity else tuple(source))
+
+
+@cache
+def _as_they_are(size: int) -> Regrouping:
+    """The source's own groups: nearly all matrices of a plan have the same."""
+    return Regrouping(size, None)
 
 
 def regroup(weight: IntWeight, sizes: Sequence[int] | None = None) -> Regrouping | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 import time
@@ -17,7 +18,7 @@ from support.headers import BAD_HEADERS
 
 from xpuquant.errors import MESSAGE_LENGTH, DamagedError
 from xpuquant.formats.dtypes import BITS
-from xpuquant.formats.safetensors import MAX_HEADER_BYTES, build_header, header_length, parse_header
+from xpuquant.formats.safetensors import MAX_HEADER_BYTES, build_header, collector_paused, header_length, parse_header
 
 
 def parse(header: bytes, data_bytes: int = 0) -> dict[str, Any]:
@@ -169,3 +170,27 @@ def test_a_real_file_reads_as_the_reference_library_reads_it() -> None:
     assert {name: blob[t.begin : t.end] for name, t in ours.items()} == {
         name: bytes(held["data"]) for name, held in theirs.items()
     }
+
+
+def test_what_is_made_while_the_collector_pauses_is_not_looked_through_at_once() -> None:
+    looked: list[str] = []
+    gc.callbacks.append(lambda phase, info: looked.append(phase))
+    try:
+        with collector_paused():
+            made: list[list[int]] = [[] for _ in range(10_000)]
+        later: list[list[int]] = [[] for _ in range(10)]
+        assert not looked and gc.isenabled() and len(made) > len(later)
+    finally:
+        gc.callbacks.pop()
+
+
+def test_what_a_process_has_frozen_stays_so() -> None:
+    """Servers freeze what they have before they fork."""
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with collector_paused():
+            pass
+        assert frozen and gc.get_freeze_count() > frozen // 2
+    finally:
+        gc.unfreeze()

@@ -59,7 +59,9 @@ def gather_linears(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Mo
         if isinstance(weight, IntWeight):
             mates.setdefault(_mates(weight.name), []).append(weight)
     common = {name: (*_common_codes(members), _common_group(members)) for name, members in mates.items()}
-    plain = unquantized_members(checkpoint, weights)
+    names = {weight.name for weight in weights}
+    stacks = {expert[0] for name in names if (expert := expert_of(name)) is not None}
+    plain = unquantized_members(checkpoint, stacks, names)
     found: list[Module] = []
     for module in taken:
         activations = _activations(checkpoint, module.weight)
