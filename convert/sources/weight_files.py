@@ -111,15 +111,19 @@ def parse_index(index: Mapping[str, Any], name: str) -> dict[str, str]:
     table = index.get("weight_map")
     if not isinstance(table, dict) or not table:
         raise DamagedError(f"{name}: has no weight_map")
+    shards: dict[str, str] = {}
     files: dict[str, str] = {}
     for tensor, shard in table.items():
+        if isinstance(shard, str) and shard in shards:
+            files[tensor] = shards[shard]
+            continue
         if not isinstance(shard, str) or not shard.isprintable() or not shard.endswith(".safetensors"):
             raise DamagedError(f"{name}: '{tensor}' is in {shard!r}, which is no safetensors file")
         # `./x.safetensors` is x.safetensors, for loaders that join paths.
         file = str(PurePosixPath(shard))
         if PurePosixPath(file).name != file or "\\" in file:
             raise DamagedError(f"{name}: '{tensor}' is in {shard!r}, outside the folder")
-        files[tensor] = file
+        files[tensor] = shards[shard] = file
     return files
 
 
