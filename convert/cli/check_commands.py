@@ -125,10 +125,10 @@ def formats(
     """What is read and what is written."""
     from xpuquant.conversion.cli.explain_answers import formats_known
     from xpuquant.conversion.cli.output import Output
-    from xpuquant.formats.layouts import LAYOUTS
+    from xpuquant.formats.layouts import layouts_by_name
     from xpuquant.formats.readers import READERS
 
-    Output(as_json, quiet, verbose).answer(formats_known(READERS, LAYOUTS))
+    Output(as_json, quiet, verbose).answer(formats_known(READERS, list(layouts_by_name().values())))
 
 
 def doctor(

@@ -20,8 +20,7 @@ from xpuquant.conversion.plan.survey import PlannedModule, refusal, survey_modul
 from xpuquant.conversion.sources.quantization import without_quantization
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.layouts.compressed_tensors import config as ct_config
-from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear
-from xpuquant.formats.layouts.modules import ExpertStack
+from xpuquant.formats.layouts.modules import CtLinear, ExpertStack
 from xpuquant.formats.safetensors import Tensor, collector_paused
 from xpuquant.formats.scheme import format_version, to_config
 from xpuquant.formats.weights.parts import BiasRows

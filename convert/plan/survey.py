@@ -12,7 +12,6 @@ from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.layouts import layouts_by_name
 from xpuquant.formats.layouts.base import Conversion, Refusal
 from xpuquant.formats.layouts.compressed_tensors.config import FAMILY
-from xpuquant.formats.layouts.compressed_tensors.modules import gather_linears
 from xpuquant.formats.layouts.dequantized import can_dequantize, convert_to_bf16
 from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts, Module, gather_modules
 from xpuquant.formats.layouts.plane_fillers import overflow_of
@@ -67,8 +66,7 @@ def survey_modules(checkpoint: Checkpoint, options: Options) -> Survey:
         weights = [w for w in weights if (expert := expert_of(w.name)) is None or expert[0] not in stacks]
     if options.fold_act_order:
         weights = fold_act_orders(checkpoint, weights)
-    gather = gather_linears if options.layout == FAMILY else gather_modules
-    for module in gather(checkpoint, weights):
+    for module in _gathered(checkpoint, weights, options):
         offer = _offer(module, options)
         if isinstance(offer, Conversion) and (reason := overflow_of(offer.tensors, checkpoint.peek)) is not None:
             offer = Refusal(f"{reason} (bfloat16 and float32 hold it: scale_dtype)")
@@ -80,6 +78,15 @@ def survey_modules(checkpoint: Checkpoint, options: Options) -> Survey:
             refused[module.name] = offer.reason
             dequantizable = dequantizable and can_dequantize(module)
     return Survey(planned, refused, reading, dequantizable)
+
+
+def _gathered(checkpoint: Checkpoint, weights: Sequence[Weight], options: Options) -> list[Module]:
+    if options.layout != FAMILY:
+        return gather_modules(checkpoint, weights)
+    # Of the family that few conversions write.
+    from xpuquant.formats.layouts.compressed_tensors.modules import gather_linears
+
+    return gather_linears(checkpoint, weights)
 
 
 def _offer(module: Module, options: Options) -> Conversion | Refusal:

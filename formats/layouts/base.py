@@ -148,7 +148,7 @@ class Stored:
 
 
 class Layout(ABC):
-    """One on-disk contract, listed in `layouts.LAYOUTS`.
+    """One on-disk contract, listed in `formats/layouts/__init__.py`.
 
     name    as it stands in config.json
     family  which `--layout` it belongs to

@@ -33,7 +33,7 @@ from xpuquant.formats.layouts.members import (
     unquantized_members,
 )
 from xpuquant.formats.weights.base import Weight
-from xpuquant.formats.weights.parts import join_rows
+from xpuquant.formats.weights.parts import BiasRows, join_rows
 from xpuquant.values import frozen
 
 
@@ -47,6 +47,26 @@ class Linear:
     def matrices(self) -> Iterator[tuple[str, int | None, Weight]]:
         """(role, expert, weight) of every matrix."""
         yield "linear", None, self.weight
+
+
+@frozen
+class CtLinear(Linear):
+    """A module that is written in the compressed-tensors family.
+
+    activations  see `CtScheme`
+    octets       store 8 bits although 4 suffice: engines fuse the module with one that needs them
+    zero_points  store zero points although all are the middle: engines fuse the module with one that has others
+    group_size   store groups of this many columns: engines fuse the module with one that has them; 0 for its own
+    bias         a bias to be taken out of a stacked or fused one; None where it passes through, or there is none
+    reason       why it cannot be converted
+    """
+
+    activations: str = ""
+    octets: bool = False
+    zero_points: bool = False
+    group_size: int = 0
+    bias: BiasRows | None = None
+    reason: str | None = None
 
 
 @frozen

@@ -105,6 +105,7 @@ def test_the_first_byte_waits_for_nothing_that_comes_later(tmp_path: Path) -> No
         "xpuquant.conversion.results",
         "xpuquant.conversion.runs.parts",
         "xpuquant.conversion.verify",
+        *(f"xpuquant.formats.layouts.compressed_tensors.{name}" for name in ("fp8", "ints", "modules", "mx", "stored")),
         "xpuquant.formats.packing.convert_loops",
         "xpuquant.served_families",
         "xpuquant.xpu_releases",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from xpuquant.errors import DamagedError
-from xpuquant.formats.layouts import LAYOUTS, Layout
+from xpuquant.formats.layouts import Layout, layouts_by_name
 from xpuquant.formats.scheme import Scheme, from_config, to_config
 
 FP8 = Scheme("fp8_linear", granularity="channel", scale_dtype="F32")
@@ -44,6 +44,6 @@ def test_another_type_is_refused(value: object) -> None:
         from_config(config)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", layouts_by_name().values(), ids=lambda layout: layout.name)
 def test_every_layout_names_the_kernel_that_reads_it(layout: Layout) -> None:
     assert layout.kernel and layout.kernel != layout.name

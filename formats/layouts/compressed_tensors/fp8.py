@@ -17,10 +17,10 @@ from xpuquant.formats.checkpoint import Array, rows, whole
 from xpuquant.formats.dtypes import FLOATS
 from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Piece, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
-from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, ct_refusal
+from xpuquant.formats.layouts.compressed_tensors.modules import bias_tensors, ct_refusal
 from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout, weight_of
 from xpuquant.formats.layouts.fillers import FillScales, code_pieces
-from xpuquant.formats.layouts.modules import Module
+from xpuquant.formats.layouts.modules import CtLinear, Module
 from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.floats import ELEMENTS, FP8_BLOCK, FloatWeight

@@ -20,10 +20,10 @@ from xpuquant.formats.architecture import expert_of
 from xpuquant.formats.checkpoint import Array, rows
 from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Piece, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
-from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, ct_refusal, groups_in_order
+from xpuquant.formats.layouts.compressed_tensors.modules import bias_tensors, ct_refusal, groups_in_order
 from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout, weight_of
 from xpuquant.formats.layouts.fillers import FillGroupScales, FillShape, FillZeroPoints, octet_pieces, word_pieces
-from xpuquant.formats.layouts.modules import Module
+from xpuquant.formats.layouts.modules import CtLinear, Module
 from xpuquant.formats.layouts.scales import rounded
 from xpuquant.formats.packing.plain import NIBBLES_PER_WORD
 from xpuquant.formats.scheme import Scheme

@@ -18,33 +18,12 @@ from xpuquant.formats.layouts.base import OutTensor, Piece
 from xpuquant.formats.layouts.compressed_tensors.config import activation_words
 from xpuquant.formats.layouts.fillers import FillBias
 from xpuquant.formats.layouts.members import unquantized_members
-from xpuquant.formats.layouts.modules import Linear, Module, halved, is_interleaved
+from xpuquant.formats.layouts.modules import CtLinear, Module, halved, is_interleaved
 from xpuquant.formats.readers.compressed_tensors.config import weight_args
 from xpuquant.formats.weights.base import Weight
 from xpuquant.formats.weights.floats import FloatWeight
 from xpuquant.formats.weights.integers import GROUP_MULTIPLE, IntWeight, Regrouping, regroup
 from xpuquant.formats.weights.parts import BiasRows, RowStride, join_rows, source_matrices, split_gate_up
-from xpuquant.values import frozen
-
-
-@frozen
-class CtLinear(Linear):
-    """A module of this family.
-
-    activations  see `CtScheme`
-    octets       store 8 bits although 4 suffice: engines fuse the module with one that needs them
-    zero_points  store zero points although all are the middle: engines fuse the module with one that has others
-    group_size   store groups of this many columns: engines fuse the module with one that has them; 0 for its own
-    bias         a bias to be taken out of a stacked or fused one; None where it passes through, or there is none
-    reason       why it cannot be converted
-    """
-
-    activations: str = ""
-    octets: bool = False
-    zero_points: bool = False
-    group_size: int = 0
-    bias: BiasRows | None = None
-    reason: str | None = None
 
 
 def gather_linears(checkpoint: Checkpoint, weights: Sequence[Weight]) -> list[Module]:

@@ -14,10 +14,10 @@ import numpy as np
 from xpuquant.formats.checkpoint import Array, rows
 from xpuquant.formats.layouts.base import Conversion, Matrix, OutTensor, Refusal, Stored
 from xpuquant.formats.layouts.compressed_tensors.config import CtScheme
-from xpuquant.formats.layouts.compressed_tensors.modules import CtLinear, bias_tensors, ct_refusal
+from xpuquant.formats.layouts.compressed_tensors.modules import bias_tensors, ct_refusal
 from xpuquant.formats.layouts.compressed_tensors.stored import CtLayout
 from xpuquant.formats.layouts.fillers import FillBlockScales, code_pieces
-from xpuquant.formats.layouts.modules import Module
+from xpuquant.formats.layouts.modules import CtLinear, Module
 from xpuquant.formats.layouts.scales import kept
 from xpuquant.formats.scheme import Scheme
 from xpuquant.formats.weights.floats import MX_GROUP, FloatWeight
