@@ -152,7 +152,7 @@ def test_slots() -> None:
 
 
 def test_what_users_are_given_shows_its_arguments_and_refuses_assignments() -> None:
-    assert str(signature(Sealed)) == "(a)"
+    assert str(signature(Sealed)) == "(a: 'int') -> None"
     made = Sealed(1)
     with pytest.raises(FrozenInstanceError):
         made.a = 2  # type: ignore[misc]

@@ -10,7 +10,7 @@ Fields, defaults, `field`, `__post_init__`, `fields`, `replace` and `asdict` are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, FrozenInstanceError, dataclass, field, fields
+from dataclasses import MISSING, Field, FrozenInstanceError, dataclass, field, fields, make_dataclass
 from operator import attrgetter
 from typing import Any, NoReturn, TypeVar, dataclass_transform, overload
 
@@ -107,34 +107,18 @@ def _first(kind: Any) -> Callable[..., None]:
 
 
 def _compiled(kind: Any) -> Callable[..., None]:
-    """`__init__` of a class: sets each field to its argument or default, then calls `__post_init__`."""
-    own = fields(kind)
-    known: dict[str, Any] = {"_set": object.__setattr__}
-    arguments = [_argument(one, known) for one in own if not one.kw_only]
-    by_name = [_argument(one, known) for one in own if one.kw_only]
+    """`__init__` of a class, as `dataclasses` compiles it: sets each field, then calls `__post_init__`."""
+    given = [(one.name, one.type, _again(one)) for one in fields(kind)]
+    namespace = {"__post_init__": kind.__post_init__} if hasattr(kind, "__post_init__") else {}
     is_sealed = kind.__setattr__ is not object.__setattr__
-    lines = []
-    for one in own:
-        given = one.name
-        if one.default_factory is not MISSING:
-            given = f"_make_{one.name}() if {one.name} is _default_{one.name} else {one.name}"
-        lines.append(f"_set(self, {one.name!r}, {given})" if is_sealed else f"self.{one.name} = {given}")
-    if hasattr(kind, "__post_init__"):
-        lines.append("self.__post_init__()")
-    taken = ", ".join(["self", *arguments, *(["*", *by_name] if by_name else [])])
-    exec(f"def __init__({taken}):\n " + "\n ".join(lines or ["pass"]), known)  # of names of fields alone
-    made: Callable[..., None] = known["__init__"]
+    twin: Any = make_dataclass(kind.__name__, given, namespace=namespace, repr=False, eq=False, frozen=is_sealed)
+    made: Callable[..., None] = twin.__init__
     made.__qualname__ = f"{kind.__qualname__}.__init__"
     return made
 
 
-def _argument(one: Field[Any], known: dict[str, Any]) -> str:
-    """A field's argument with its default, the values of which are put among the names that are `known`."""
+def _again(one: Field[Any]) -> Any:
+    """A field for another class."""
     if one.default_factory is not MISSING:
-        known[f"_make_{one.name}"] = one.default_factory
-        known[f"_default_{one.name}"] = MISSING
-    elif one.default is not MISSING:
-        known[f"_default_{one.name}"] = one.default
-    else:
-        return one.name
-    return f"{one.name}=_default_{one.name}"
+        return field(default_factory=one.default_factory, kw_only=one.kw_only is True)
+    return field(default=one.default, kw_only=one.kw_only is True)
