@@ -126,7 +126,7 @@ def _saturated_nibbles(number: str, codes: Array, symmetric: bool) -> int:
     ends = (0, 15) if number == "int" else _LARGEST[number]
     wide = codes.shape[1] // 8 * 8
     words = codes[:, :wide] if codes.strides[0] % 8 == 0 else np.ascontiguousarray(codes[:, :wide])
-    return int(count_nibbles(words.view(np.uint64), *ends))
+    return count_nibbles(words.view(np.uint64), *ends)
 
 
 def _bad(rows: Decoded) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from xpuquant.formats.packing.jit import compiled
 
@@ -215,16 +216,30 @@ def _spread_stream(columns: Array, bits: int, added: Array, per_added: int, out:
                         out[left + w, top + m] = made[m, w]
 
 
-@compiled
 def count_nibbles(words: Array, first: int, second: int) -> int:
-    """How many nibbles of uint64 words `[n, w]` are one of two codes."""
+    """How many nibbles of uint64 words `[n, w]`, whose rows may lie apart, are one of two codes."""
+    height, width = words.shape
+    return int(_count_nibbles(*_flat(words), height, width, first, second))
+
+
+def _flat(matrix: Array) -> tuple[Array, int]:
+    """All from the first element of a matrix to its last, 1-D, and the elements from one row to the next: so the
+    compiler knows that the elements of a row lie side by side, although rows lie apart."""
+    pitch = matrix.strides[0] // matrix.itemsize
+    size = (matrix.shape[0] - 1) * pitch + matrix.shape[1] if matrix.size else 0
+    return as_strided(matrix, (size,), (matrix.itemsize,), writeable=False), pitch
+
+
+@compiled
+def _count_nibbles(words: Array, pitch: int, rows: int, wide: int, first: int, second: int) -> int:
     ones = np.uint64(0x1111111111111111)
     a, b = ones * np.uint64(first), ones * np.uint64(second)
     found = 0
-    for n in range(words.shape[0]):
-        for i in range(words.shape[1]):
+    for n in range(rows):
+        row = words[n * pitch : n * pitch + wide]
+        for i in range(wide):
             # A nibble that differs leaves its lowest bit set.
-            x, y = words[n, i] ^ a, words[n, i] ^ b
+            x, y = row[i] ^ a, row[i] ^ b
             x |= x >> np.uint64(2)
             y |= y >> np.uint64(2)
             same = (x | x >> np.uint64(1)) & (y | y >> np.uint64(1)) & ones ^ ones
@@ -235,7 +250,7 @@ def count_nibbles(words: Array, first: int, second: int) -> int:
 
 @compiled
 def count_octets(octets: Array, first: int, second: int) -> int:
-    """How many of uint8 `[n, k]` are one of two codes."""
+    """How many of uint8 `[n, k]`, whose rows may lie apart, are one of two codes."""
     found = 0
     for n in range(octets.shape[0]):
         row = octets[n]

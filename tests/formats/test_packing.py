@@ -326,7 +326,7 @@ class TestPackedComparison:
     @given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 255), st.integers(0, 255), st.integers(0, 2**32 - 1))
     def test_octets_are_counted(self, rows, columns, first, second, seed):
         codes = random_codes(8, (rows, columns), seed)
-        for some in (codes, codes[::2], codes.T):
+        for some in (codes, codes[::2], codes[:, 1:]):
             assert count_octets(some, first, second) == np.isin(some, (first, second)).sum()
 
     @pytest.mark.parametrize("dtype, mantissa", [("float16", 10), ("bfloat16", 7)])
