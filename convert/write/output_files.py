@@ -1,8 +1,7 @@
 """The file of one shard, written from front to back: through the page cache, or past it.
 
 Through it (`CachedFile`) where the shard is read again at once. The kernel is told to begin writing pages out as they
-come, so that the flush before publishing finds little left, and where they will lie: some hundred megabytes at a time,
-instead of each page when it is first written.
+come, so that the flush before publishing finds little left.
 
 Past it (`DirectFile`, O_DIRECT) where it is not: no page has to be found, filled and thrown away again, and what other
 programs have in memory stays there. Blocks are filled by the caller while a thread writes the ones before; three
@@ -21,7 +20,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -34,10 +33,6 @@ moves pages about to make larger ones, but not where those of before are given b
 
 _FLUSH_BYTES = 64 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
-
-_ALLOCATED_BYTES = 256 << 20
-"""Allocated at once. A file system finds a place for pages one by one when they are first written, a fifth to a quarter
-of what writing them costs the processor (ext4; measured with two writers, 2 GB)."""
 
 _BLOCK_BYTES = 4 << 20
 _BLOCKS = 3
@@ -87,8 +82,6 @@ class CachedFile:
     def __init__(self, tree: Tree, name: str, nbytes: int, begin: int = 0) -> None:
         self._fd = _open(tree, name, nbytes, begin)
         self._end = self._flushed = begin
-        self._nbytes = nbytes
-        self._allocated = begin if _has_blocks(self._fd) else nbytes
 
     @property
     def handed(self) -> int:
@@ -103,10 +96,6 @@ class CachedFile:
         os.close(self._fd)
 
     def append(self, data: Array) -> None:
-        if self._end + data.size > self._allocated:
-            more = min(max(data.size, _ALLOCATED_BYTES), self._nbytes - self._allocated)
-            _allocate(self._fd, self._allocated, more)
-            self._allocated += more
         for start in range(0, data.size, _WRITE_BYTES):
             _write(self._fd, data[start : start + _WRITE_BYTES].data, self._end + start)
         self._end += data.size
@@ -231,29 +220,16 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
         offset += written
 
 
-def _has_blocks(fd: int) -> bool:
-    """Whether the file lies on a disk of its file system's own: not in memory, where to allocate is to write zeros, nor
-    on another machine."""
-    return os.major(os.fstat(fd).st_dev) != 0
-
-
 @cache
-def _linux_call(name: str, *argument_types: Any) -> Callable[..., int] | None:
-    """One of Linux's own calls, or None where there is none."""
-    function = getattr(ctypes.CDLL(None), name, None)
+def _sync_file_range() -> Callable[..., int] | None:
+    """Linux's call, or None where there is none."""
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if function is not None:
-        function.argtypes = argument_types
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     return function
-
-
-def _allocate(fd: int, offset: int, nbytes: int) -> None:
-    """Let the file system find a place for these bytes. A hint: where there is none, the write says so."""
-    if (function := _linux_call("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)) is not None:
-        function(fd, 0, offset, nbytes)
 
 
 def _begin_flush(fd: int, offset: int, nbytes: int) -> None:
     """Let the system begin to write these bytes out. A hint: errors show at the flush that waits."""
-    types = ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint
-    if (function := _linux_call("sync_file_range", *types)) is not None:
+    if (function := _sync_file_range()) is not None:
         function(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)

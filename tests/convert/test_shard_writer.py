@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,6 @@ def test_what_was_appended_is_there(
     create: Any, sizes: list[int], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_files, "_BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(output_files, "_ALLOCATED_BYTES", 2 * BLOCK + 5)
     data = np.random.default_rng(seed).integers(0, 256, sum(sizes), np.uint8)
     path = tmp_path / "shard"
     path.write_bytes(b"of an earlier run" * 10_000)
@@ -78,35 +76,6 @@ def test_what_was_appended_is_there(
             part[:] = 0xEE  # the caller's memory again
             begin += size
     assert path.read_bytes() == data.tobytes()
-
-
-class TestCached:
-    """Blocks are allocated ahead of what is written, and never more than the file has."""
-
-    @pytest.fixture(autouse=True)
-    def small_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(output_files, "_ALLOCATED_BYTES", 1 << 20)
-
-    @pytest.mark.skipif(os.major(Path(tempfile.gettempdir()).stat().st_dev) == 0, reason="no disk of its own")
-    def test_blocks_are_allocated_ahead(self, tmp_path: Path) -> None:
-        path, size = tmp_path / "shard", 5 << 19
-        with CachedFile(Tree(tmp_path), "shard", size) as file:
-            assert path.stat().st_blocks == 0
-            file.append(np.ones(4096, np.uint8))
-            assert 512 * path.stat().st_blocks >= 1 << 20
-            file.append(np.ones(size - 4096, np.uint8))
-        assert path.stat().st_size == size and 512 * path.stat().st_blocks < size + (1 << 20)
-
-    def test_a_file_system_that_allocates_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[int, int]] = []
-        monkeypatch.setattr(output_files, "_has_blocks", lambda fd: True)
-        monkeypatch.setattr(output_files, "_allocate", lambda fd, offset, nbytes: asked.append((offset, nbytes)))
-        data = np.random.default_rng(0).integers(0, 256, (1 << 20) + 3000, np.uint8)
-        with CachedFile(Tree(tmp_path), "shard", data.size) as file:
-            for start in range(0, data.size, 4096):
-                file.append(data[start : start + 4096])
-        assert (tmp_path / "shard").read_bytes() == data.tobytes()
-        assert asked == [(0, 1 << 20), (1 << 20, 3000)]
 
 
 def filled(file: OutputFile, nbytes: int) -> None:
