@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import pickle
+import pkgutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, replace
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields, is_dataclass, replace
 from inspect import signature
 from typing import Any
 
 import pytest
 
+import xpuquant.conversion
 from xpuquant.values import frozen
 
 
@@ -148,7 +153,45 @@ def test_threads_may_make_the_first_objects() -> None:
 def test_slots() -> None:
     made = Slotted(1)
     assert not hasattr(made, "__dict__") and (made.a, made.b) == (1, 2) and made == Slotted(1, 2)
-    assert pickle.loads(pickle.dumps(made)) == made
+
+
+@frozen(slots=True, sealed=True)
+class SealedSlots:
+    a: int
+    b: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    "made", [Ours(1), Derived(name="x", size=3), Slotted(1), Sealed(1), SealedSlots(1, (2,)), Nothing()]
+)
+def test_objects_are_copied_and_pickled(made: Any) -> None:
+    for other in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made)), replace(made)):
+        assert other == made and other is not made and repr(other) == repr(made) and type(other) is type(made)
+
+
+def test_what_users_are_given_can_be_copied_and_pickled() -> None:
+    """Every sealed class of the package, an object of each with whatever in its fields."""
+    for module in pkgutil.walk_packages(xpuquant.conversion.__path__, "xpuquant.conversion."):
+        importlib.import_module(module.name)
+    sealed = [
+        kind
+        for name, module in sorted(sys.modules.items())
+        if name.startswith("xpuquant.")
+        for kind in vars(module).values()
+        if isinstance(kind, type)
+        and kind.__module__ == name
+        and is_dataclass(kind)
+        and kind.__setattr__ is not object.__setattr__
+    ]
+    assert len(sealed) > 30
+    for kind in sealed:
+        made: Any = object.__new__(kind)
+        for one in fields(kind):
+            object.__setattr__(made, one.name, one.name)
+        for other in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert [getattr(other, one.name) for one in fields(kind)] == [one.name for one in fields(kind)], kind
+        with pytest.raises(FrozenInstanceError):
+            made.anything = 1
 
 
 def test_what_users_are_given_shows_its_arguments_and_refuses_assignments() -> None:

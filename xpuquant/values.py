@@ -55,6 +55,8 @@ def frozen(
         shared: dict[str, Any] = {"__repr__": _shown, "__eq__": _is_equal}
         shared |= {"__lt__": _is_less} if order else {}
         shared |= {"__setattr__": _refuse, "__delattr__": _refuse} if sealed else {}
+        # What copies or unpickles an object without a dictionary would assign to its fields.
+        shared |= {"__getstate__": _values, "__setstate__": _put_back} if sealed and slots else {}
         for name, method in shared.items():
             if name not in vars(kind):
                 setattr(done, name, method)
@@ -90,6 +92,15 @@ def _hashed(self: Any) -> int:
 def _shown(self: Any) -> str:
     given = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if one.repr)
     return f"{type(self).__qualname__}({given})"
+
+
+def _values(self: Any) -> list[object]:
+    return [getattr(self, one.name) for one in fields(self)]
+
+
+def _put_back(self: Any, values: Sequence[object]) -> None:
+    for one, value in zip(fields(self), values, strict=True):
+        object.__setattr__(self, one.name, value)
 
 
 def _refuse(self: Any, name: str, *given: object) -> NoReturn:
