@@ -31,8 +31,10 @@ def transpose_words(source: Array, out: Array) -> None:
 
 
 def _by_rows(matrix: Array) -> Array:
-    """The matrix itself where the elements of a row lie side by side."""
-    return matrix if matrix.strides[1] == matrix.itemsize else np.ascontiguousarray(matrix)
+    """The matrix itself where the elements of a row lie side by side, and rows behind each other."""
+    wide = matrix.shape[1] * matrix.itemsize
+    lies_so = matrix.strides[1] == matrix.itemsize and matrix.strides[0] >= wide
+    return matrix if lies_so else np.ascontiguousarray(matrix)
 
 
 def _in_words(matrix: Array, nbytes: int) -> bool:

@@ -155,6 +155,21 @@ def test_transposing_words(height, width):
     assert np.array_equal(out, source.T)
 
 
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(0, 3), st.integers(0, 2))
+def test_transposing_some_columns_of_a_matrix(height, width, before, after):
+    """Rows lie apart, and begin at any word; or elements of a row do."""
+    matrix = np.random.default_rng(height).integers(0, 1 << 32, (8 * height, before + width + after), np.uint32)
+    some = matrix[:, before : before + width]
+    for source in (some, np.asfortranarray(some), some[::-1]):
+        out = np.empty((width, 8 * height), np.uint32)
+        transpose_words(source, out)
+        assert np.array_equal(out, source.T)
+        nibbles, of_copy = (np.empty((8 * width, height), np.uint32) for _ in range(2))
+        transpose_nibbles(source, nibbles, AWQ_ORDER)
+        transpose_nibbles(source.copy(), of_copy, AWQ_ORDER)
+        assert np.array_equal(nibbles, of_copy)
+
+
 def test_spreading_by_eye():
     out = np.empty((4, 1), np.uint32)
     spread_words(np.array([[0o76543210], [0], [0]], np.uint32), 3, out)
