@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from xpuquant.formats.packing.jit import compiled
+from xpuquant.formats.packing.verify_loops import flat
 
 Array = np.ndarray[Any, Any]
 
@@ -79,7 +79,7 @@ def equal_fields(words: Array, places: Array, rows: Array) -> bool:
         places: the eight numbers below 8, in some order.
         rows: uint32 `[8W, M]`, contiguous, M even.
     """
-    return bool(_equal_fields(*_run_of_pairs(words), words.shape[1] // 2, places, rows.view(np.uint64)))
+    return bool(_equal_fields(*flat(words.view(np.uint64)), words.shape[1] // 2, places, rows.view(np.uint64)))
 
 
 def equal_stream(words: Array, bits: int, added: Array, per_added: int, rows: Array) -> bool:
@@ -93,16 +93,9 @@ def equal_stream(words: Array, bits: int, added: Array, per_added: int, rows: Ar
         rows: uint32 `[N, M]`, contiguous, M even; 8 * bits * M <= 32 * w.
     """
     plus = np.ascontiguousarray(added).astype(np.uint32) * np.uint32(0x11111111)
-    return bool(_equal_stream(*_run_of_pairs(words), bits, plus.view(np.uint64), per_added, rows.view(np.uint64)))
-
-
-def _run_of_pairs(words: Array) -> tuple[Array, int]:
-    """uint64 `[...]`, all from the first of the words to the last, and the elements from one row to the next. A part of
-    wider rows is read in place: for the compiler the elements of a row then lie side by side."""
-    pairs = words.view(np.uint64)
-    pitch = pairs.strides[0] // pairs.itemsize
-    size = (len(pairs) - 1) * pitch + pairs.shape[1] if pairs.size else 0
-    return as_strided(pairs, (size,), (pairs.itemsize,), writeable=False), pitch
+    return bool(
+        _equal_stream(*flat(words.view(np.uint64)), bits, plus.view(np.uint64), per_added, rows.view(np.uint64))
+    )
 
 
 _FIELD_PAIRS = 8

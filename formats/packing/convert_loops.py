@@ -21,10 +21,10 @@ _TILE = 16
 
 def transpose_words(source: Array, out: Array) -> None:
     """`out[j, i] = source[i, j]` for uint32 `[h, w]`, whose rows may lie apart, and `[w, h]`; `out` is contiguous and
-    written in place. Measured on one core, a megabyte of a matrix of 30: 4 to 6 GB/s; where a side is odd, half of it.
-    """
+    written in place. Measured on one core, a megabyte of a matrix of 8 to 30: 3.4 to 6.5 GB/s; a third of it where a
+    side is odd."""
     source = _by_rows(source)
-    if source.shape[0] % 2 or not _in_words(source, 8) or not _in_words(out, 8):
+    if source.shape[0] % 2 or not _in_words(source) or not _in_words(out):
         _transpose(source, out)
     else:
         _transpose_pairs(*_flat(source.view(np.uint64)), out.view(np.uint64))
@@ -37,11 +37,11 @@ def _by_rows(matrix: Array) -> Array:
     return matrix if lies_so else np.ascontiguousarray(matrix)
 
 
-def _in_words(matrix: Array, nbytes: int) -> bool:
-    """Whether each row is whole, aligned words of so many bytes."""
+def _in_words(matrix: Array) -> bool:
+    """Whether each row is whole, aligned 64-bit words."""
     wide = matrix.shape[1] * matrix.itemsize
     apart, begin = matrix.strides[0], matrix.ctypes.data
-    return matrix.strides[1] == matrix.itemsize and not (wide % nbytes or apart % nbytes or begin % nbytes)
+    return matrix.strides[1] == matrix.itemsize and not (wide % 8 or apart % 8 or begin % 8)
 
 
 def _flat(matrix: Array) -> tuple[Array, int]:
@@ -193,9 +193,9 @@ def transpose_bytes(source: Array, out: Array) -> None:
     Rows of either may lie apart (a part of wider rows), or the elements of `out` (every second column).
     """
     source = _by_rows(source)
-    if not _in_words(source, 8):
+    if not _in_words(source):
         source = np.ascontiguousarray(source)
-    if source.shape[0] % 8 or source.shape[1] % 8 or not _in_words(out, 8):
+    if source.shape[0] % 8 or source.shape[1] % 8 or not _in_words(out):
         _transpose(source, out)
     else:
         _turn_fields(source.view(np.uint64), out.view(np.uint64), _IN_ORDER, _BYTES, _BYTE_MASKS)

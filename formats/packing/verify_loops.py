@@ -19,6 +19,14 @@ _LINES = 16
 """Words of a line of the first-level cache."""
 
 
+def flat(matrix: Array) -> tuple[Array, int]:
+    """All from the first element of a matrix to its last, 1-D, and the elements from one row to the next: so the
+    compiler knows that the elements of a row lie side by side, although rows lie apart."""
+    pitch = matrix.strides[0] // matrix.itemsize
+    size = (matrix.shape[0] - 1) * pitch + matrix.shape[1] if matrix.size else 0
+    return as_strided(matrix, (size,), (matrix.itemsize,), writeable=False), pitch
+
+
 @compiled
 def upright_words(columns: Array, out: Array) -> None:
     """`out[n, k] = columns[k, n]`, a tile of whole lines of the cache at a time."""
@@ -219,15 +227,7 @@ def _spread_stream(columns: Array, bits: int, added: Array, per_added: int, out:
 def count_nibbles(words: Array, first: int, second: int) -> int:
     """How many nibbles of uint64 words `[n, w]`, whose rows may lie apart, are one of two codes."""
     height, width = words.shape
-    return int(_count_nibbles(*_flat(words), height, width, first, second))
-
-
-def _flat(matrix: Array) -> tuple[Array, int]:
-    """All from the first element of a matrix to its last, 1-D, and the elements from one row to the next: so the
-    compiler knows that the elements of a row lie side by side, although rows lie apart."""
-    pitch = matrix.strides[0] // matrix.itemsize
-    size = (matrix.shape[0] - 1) * pitch + matrix.shape[1] if matrix.size else 0
-    return as_strided(matrix, (size,), (matrix.itemsize,), writeable=False), pitch
+    return int(_count_nibbles(*flat(words), height, width, first, second))
 
 
 @compiled
