@@ -79,7 +79,9 @@ def equal_fields(words: Array, places: Array, rows: Array) -> bool:
         places: the eight numbers below 8, in some order.
         rows: uint32 `[8W, M]`, contiguous, M even.
     """
-    return bool(_equal_fields(*flat(words.view(np.uint64)), words.shape[1] // 2, places, rows.view(np.uint64)))
+    taken, fours, eights, made = (np.zeros((*shape, _FIELD_PAIRS), np.uint64) for shape in _BETWEEN)
+    words, rows, pairs = words.view(np.uint64), rows.view(np.uint64), words.shape[1] // 2
+    return bool(_equal_fields(*flat(words), pairs, places, taken, fours, eights, made, rows))
 
 
 def equal_stream(words: Array, bits: int, added: Array, per_added: int, rows: Array) -> bool:
@@ -93,13 +95,14 @@ def equal_stream(words: Array, bits: int, added: Array, per_added: int, rows: Ar
         rows: uint32 `[N, M]`, contiguous, M even; 8 * bits * M <= 32 * w.
     """
     plus = np.ascontiguousarray(added).astype(np.uint32) * np.uint32(0x11111111)
-    return bool(
-        _equal_stream(*flat(words.view(np.uint64)), bits, plus.view(np.uint64), per_added, rows.view(np.uint64))
-    )
+    made, rows = np.empty((_LINES, _STREAM_PAIRS), np.uint64), rows.view(np.uint64)
+    return bool(_equal_stream(*flat(words.view(np.uint64)), bits, plus.view(np.uint64), per_added, made, rows))
 
 
 _FIELD_PAIRS = 8
 """Few enough that the compiler writes every step of a tile out."""
+_BETWEEN = ((8,), (2, 4), (2, 2), (8, _LINES))
+"""Runs of so many pairs of words: taken where fewer are left, and joined to fours, to eights and to words."""
 
 
 @compiled
@@ -112,11 +115,18 @@ def _interleave(a: Array, b: Array, even: Array, odd: Array, shift: Any, mask: A
 
 
 @compiled
-def _equal_fields(words: Array, pitch: int, wide_words: int, places: Array, rows: Array) -> bool:
-    taken = np.zeros((8, _FIELD_PAIRS), np.uint64)
-    fours = np.empty((2, 4, _FIELD_PAIRS), np.uint64)
-    eights = np.empty((2, 2, _FIELD_PAIRS), np.uint64)
-    made = np.empty((8, _LINES, _FIELD_PAIRS), np.uint64)
+def _equal_fields(
+    words: Array,
+    pitch: int,
+    wide_words: int,
+    places: Array,
+    taken: Array,
+    fours: Array,
+    eights: Array,
+    made: Array,
+    rows: Array,
+) -> bool:
+    """`taken`, `fours`, `eights`, `made`: for what is between, `[..., _FIELD_PAIRS]`; `taken` holds whole lines."""
     nibbles, octets = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0x00FF00FF00FF00FF)
     halves = np.uint64(0x0000FFFF0000FFFF)
     lower, up = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -137,7 +147,8 @@ def _equal_fields(words: Array, pitch: int, wide_words: int, places: Array, rows
                         at += 2 * pitch
                 else:
                     for t in range(8):
-                        taken[t, :wide] = words[at : at + wide]
+                        for w in range(wide):
+                            taken[t, w] = words[at + w]
                         at += pitch
                     for p in range(4):
                         _interleave(taken[2 * p], taken[2 * p + 1], fours[0, p], fours[1, p], np.uint64(4), nibbles)
@@ -174,7 +185,7 @@ _STREAM_PAIRS = 16
 
 
 @compiled
-def _equal_stream(words: Array, pitch: int, bits: int, added: Array, per_added: int, rows: Array) -> bool:
+def _equal_stream(words: Array, pitch: int, bits: int, added: Array, per_added: int, made: Array, rows: Array) -> bool:
     both, lower, up = np.uint64(0x100000001), np.uint64(0xFFFFFFFF), np.uint64(32)
     upper = lower << up
     # Of the eight values of a word: the lower four of them, two of each four, one of each two; and the others.
@@ -184,7 +195,6 @@ def _equal_stream(words: Array, pitch: int, bits: int, added: Array, per_added: 
     upper_fours, upper_twos = fours << np.uint64(4 * bits), twos << np.uint64(2 * bits)
     upper_ones = ones << np.uint64(bits)
     by_four, by_two, by_one = np.uint64(16 - 4 * bits), np.uint64(8 - 2 * bits), np.uint64(4 - bits)
-    made = np.empty((_LINES, _STREAM_PAIRS), np.uint64)
     N, M = rows.shape[0] // 2, 2 * rows.shape[1]
     for left in range(0, N, _STREAM_PAIRS):
         wide = min(_STREAM_PAIRS, N - left)

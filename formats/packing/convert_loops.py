@@ -27,7 +27,8 @@ def transpose_words(source: Array, out: Array) -> None:
     if source.shape[0] % 2 or not _in_words(source) or not _in_words(out):
         _transpose(source, out)
     else:
-        _transpose_pairs(*_flat(source.view(np.uint64)), out.view(np.uint64))
+        tile = np.empty((2, _TILE // 2, _TILE // 2), np.uint64)
+        _transpose_pairs(*_flat(source.view(np.uint64)), tile, out.view(np.uint64))
 
 
 def _by_rows(matrix: Array) -> Array:
@@ -64,8 +65,9 @@ def _transpose(source: Array, out: Array) -> None:
 
 
 @compiled
-def _transpose_pairs(source: Array, pitch: int, out: Array) -> None:
-    """Two 32-bit words to an element: `source` as of `_flat`, `out` uint64 `[w, h/2]`.
+def _transpose_pairs(source: Array, pitch: int, tile: Array, out: Array) -> None:
+    """Two 32-bit words to an element: `source` as of `_flat`, `out` uint64 `[w, h/2]`; `tile` `[2, 8, 8]` is for what
+    is between.
 
     Along the rows of the source first, which are read on from where the tile before ended: a matrix of which this is
     some columns is larger than the caches. Each line is read once and written once, whatever its address.
@@ -73,7 +75,7 @@ def _transpose_pairs(source: Array, pitch: int, out: Array) -> None:
     lower, up = np.uint64(0xFFFFFFFF), np.uint64(32)
     upper = lower << up
     half = _TILE // 2
-    even, odd = np.empty((half, half), np.uint64), np.empty((half, half), np.uint64)
+    even, odd = tile
     width, height = out.shape[0] // 2, out.shape[1]
     for top in range(0, height, half):
         high = min(half, height - top)
@@ -114,7 +116,16 @@ _FIELD_WORDS = 8
 
 @compiled
 def _transpose_fields(
-    source: Array, pitch: int, width: int, out: Array, apart: int, height: int, rows: Any, shifts: Any, masks: Any
+    source: Array,
+    pitch: int,
+    width: int,
+    tile: Array,
+    out: Array,
+    apart: int,
+    height: int,
+    rows: Any,
+    shifts: Any,
+    masks: Any,
 ) -> None:
     """Eight rows of words are, at each column, an 8 x 8 matrix of fields; three rounds of swapping halves transpose it
     (Warren, Hacker's Delight, section 7-3).
@@ -122,13 +133,13 @@ def _transpose_fields(
     Args:
         source, pitch: `[8 * height, width]` words of eight fields, as of `_flat`; field i of word `[k, j]` is column
             `8j + rows[i]` of row k.
+        tile: `[8, _TILE, _FIELD_WORDS]` words for what is between.
         out, apart: `[8 * width, height]`, as of `_flat`, written in place; field t of word `[n, i]` is row 8i+t, column
             n of the source.
         shifts, masks: four, two and one field, and the low halves of pairs of so many; of the words' dtype.
     """
     four, two, one = shifts
     low4, low2, low1 = masks
-    tile = np.empty((8, _TILE, _FIELD_WORDS), source.dtype)
     for top in range(0, height, _TILE):
         lines = min(_TILE, height - top)
         for left in range(0, width, _FIELD_WORDS):
@@ -165,7 +176,8 @@ def _transpose_fields(
 
 def _turn_fields(source: Array, out: Array, rows: Any, shifts: Any, masks: Any) -> None:
     """`_transpose_fields` of matrices `[8m, w]` and `[8w, m]` whose rows may lie apart."""
-    _transpose_fields(*_flat(source), source.shape[1], *_flat(out), out.shape[1], rows, shifts, masks)
+    tile = np.empty((8, _TILE, _FIELD_WORDS), source.dtype)
+    _transpose_fields(*_flat(source), source.shape[1], tile, *_flat(out), out.shape[1], rows, shifts, masks)
 
 
 _NIBBLES = (np.uint32(16), np.uint32(8), np.uint32(4))
@@ -258,13 +270,12 @@ def widen_words(source: Array, bits: int, out: Array) -> None:
         source: uint32 `[m * bits / 4, n]`, whose rows may lie apart; 2 or 3 bits, m a multiple of 4.
         out: uint32 `[n, m]`, contiguous, written in place; nibble j of word i is code 8i+j.
     """
-    _widen(*_flat(_by_rows(source)), bits, out)
+    _widen(*_flat(_by_rows(source)), bits, np.empty((_TILE, _TILE), np.uint32), out)
 
 
 @compiled
-def _widen(source: Array, pitch: int, bits: int, out: Array) -> None:
+def _widen(source: Array, pitch: int, bits: int, tile: Array, out: Array) -> None:
     width, height = out.shape
-    tile = np.empty((_TILE, _TILE), np.uint32)
     for top in range(0, height, _TILE):
         lines = min(_TILE, height - top)
         for left in range(0, width, _TILE):
@@ -300,10 +311,13 @@ def add_by_column(words: Array, added: Array, columns: Array) -> None:
             words[n, i] += added[n, columns[i]]
 
 
-@compiled
 def permute_nibbles(words: Array, order: Array) -> None:
     """Nibble j of each row becomes its nibble `order[j]`, in place; uint32 `[n, K/8]`, order `[K]`."""
-    codes = np.empty(8 * words.shape[1], np.uint32)
+    _permute_nibbles(words, order, np.empty(8 * words.shape[1], np.uint32))
+
+
+@compiled
+def _permute_nibbles(words: Array, order: Array, codes: Array) -> None:
     for n in range(words.shape[0]):
         for i in range(words.shape[1]):
             for j in range(8):

@@ -1,24 +1,92 @@
-"""How a loop is compiled: by numba, without the interpreter's lock, kept for the next process.
+"""Loops as machine code: how they are called, and loaded.
 
-The machine code is kept beside the module, or in the user's cache folder where that cannot be written. The first
-conversion of a format on a machine takes a second or two longer. Importing numba costs 0.15 s, so the modules with
+A loop takes arrays and whole numbers, and gives a whole number, a truth, or nothing. It allocates nothing, what is
+between being an argument, so that its machine code calls nothing and runs without the interpreter's lock. Where that
+code comes from is `machine_code.py`; most often from a file, by llvmlite alone, in a twelfth of a second. Modules with
 loops are imported where weights are about to be moved, never for a look at headers.
 """
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
-import numba
+import numpy as np
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Entry = Callable[..., int]
+Key = tuple[Any, ...]
+"""What machine code is made for, an item to an argument: the dtype of a number as a letter, those of a tuple's numbers,
+or, as of `Layout`, an array."""
+Layout = tuple[str, int, bool, bool]
+"""Of an array: dtype, number of axes, whether it is contiguous, and whether its elements lie at multiples of their
+size."""
+
+_LOCK = threading.Lock()
+"""Around compiling and loading, which LLVM does for one thread at a time."""
 
 
 def compiled(function: Function) -> Function:
-    """The function as machine code for the types it is called with. Division is numpy's: no check for zero."""
-    try:
-        return cast("Function", numba.njit(nogil=True, error_model="numpy", cache=True)(function))
-    except RuntimeError:
-        # No folder for the cache can be written: each process compiles for itself.
-        return cast("Function", numba.njit(nogil=True, error_model="numpy")(function))
+    """The function as machine code for the types it is called with; other loops that it calls are compiled into it.
+    Division is numpy's: no check for zero."""
+    return cast("Function", Loop(cast("FunctionType", function)))
+
+
+class Loop:
+    """A function whose machine code is looked up by the types of its arguments."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.function = function
+        self.__doc__ = function.__doc__
+        self._entries: dict[Key, Entry] = {}
+
+    def __call__(self, *arguments: Any) -> int:
+        key: list[Any] = []
+        values: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                flags = argument.flags
+                key.append((argument.dtype.char, argument.ndim, flags.c_contiguous, flags.aligned))
+                # An array as numba passes it: its owner (none), elements, bytes of each, the first, shape and strides.
+                values += (None, None, argument.size, argument.itemsize, argument.ctypes.data)
+                values += argument.shape
+                values += argument.strides
+            elif isinstance(argument, tuple):
+                key.append("".join(map(_letter, argument)))
+                values += map(int, argument)
+            else:
+                key.append(_letter(argument))
+                values.append(int(argument))
+        which = tuple(key)
+        entry = self._entries.get(which) or self._loaded(which)
+        found, problem = ctypes.c_int64(), ctypes.c_void_p()
+        if entry(ctypes.byref(found), ctypes.byref(problem), *values):
+            raise AssertionError(f"{self.function.__name__} raised, which no loop does")
+        return found.value
+
+    def _loaded(self, key: Key) -> Entry:
+        with _LOCK:
+            if key not in self._entries:
+                from xpuquant.formats.packing.machine_code import load
+
+                self._entries[key] = _convention(key)(load(self.function, key))
+            return self._entries[key]
+
+
+def _letter(number: Any) -> str:
+    return number.dtype.char if isinstance(number, np.generic) else "q"
+
+
+def _convention(key: Key) -> Callable[[int], Entry]:
+    """How code at an address is called: where its result goes, where a problem would, the arguments; 0 is returned."""
+    passed: list[Any] = []
+    for one in key:
+        if isinstance(one, tuple):
+            passed += [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+            passed += [ctypes.c_int64] * (2 * one[1])
+        else:
+            passed += [np.ctypeslib.as_ctypes_type(np.dtype(letter)) for letter in one]
+    return ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *passed)

@@ -5,6 +5,7 @@ Nothing here is shared with the conversion, whose loops are in `convert_loops.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,13 @@ def flat(matrix: Array) -> tuple[Array, int]:
     return as_strided(matrix, (size,), (matrix.itemsize,), writeable=False), pitch
 
 
-@compiled
 def upright_words(columns: Array, out: Array) -> None:
     """`out[n, k] = columns[k, n]`, a tile of whole lines of the cache at a time."""
-    made = np.empty((_LINES, _LINES), columns.dtype)
+    _upright_words(columns, np.empty((_LINES, _LINES), columns.dtype), out)
+
+
+@compiled
+def _upright_words(columns: Array, made: Array, out: Array) -> None:
     N, K = out.shape
     for left in range(0, N, _LINES):
         wide = min(_LINES, N - left)
@@ -51,11 +55,14 @@ def upright_words(columns: Array, out: Array) -> None:
                         line[k] = made[k, n]
 
 
-@compiled
 def upright_bytes(columns: Array, out: Array) -> None:
     """Byte i of word `[8m + t, w]` becomes byte t of word `[8w + i, m]`; uint64 `[8M, W]`, `[8W, M]`, both contiguous:
     a matrix of bytes that lies by columns, by rows."""
-    made = np.empty((8, 8, _LINES), np.uint64)
+    _upright_bytes(columns, np.empty((8, 8, _LINES), np.uint64), out)
+
+
+@compiled
+def _upright_bytes(columns: Array, made: Array, out: Array) -> None:
     byte = np.uint64(0xFF)
     M, W = out.shape[1], columns.shape[1]
     for left in range(0, W, _LINES):
@@ -132,14 +139,13 @@ def unpack_fields(words: Array, places: Array, out: Array) -> None:
 def upright_fields(words: Array, places: Array, out: Array) -> None:
     """Nibble i of word `[8m + t, w]` becomes nibble t of word `[8w + places[i], m]`; uint32 `[8M, W]`, `[8W, M]`."""
     # Part of wider rows is gathered first, or the elements of a row do not lie side by side for the compiler.
-    _upright_fields(np.ascontiguousarray(words), places, out)
+    made, pairs = np.empty((8, _LINES, _LINES), np.uint32), np.empty((2, 4, _LINES), np.uint32)
+    _upright_fields(np.ascontiguousarray(words), places, made, pairs, out)
 
 
 @compiled
-def _upright_fields(words: Array, places: Array, out: Array) -> None:
-    made = np.empty((8, _LINES, _LINES), np.uint32)
-    # Of two rows: their even nibbles side by side in a byte, and their odd ones.
-    pairs = np.empty((2, 4, _LINES), np.uint32)
+def _upright_fields(words: Array, places: Array, made: Array, pairs: Array, out: Array) -> None:
+    """`pairs`: of two rows, their even nibbles side by side in a byte, and their odd ones."""
     low, byte, four = np.uint32(0x0F0F0F0F), np.uint32(0xFF), np.uint32(4)
     M, W = out.shape[1], words.shape[1]
     for left in range(0, W, _LINES):
@@ -182,14 +188,14 @@ def spread_stream(words: Array, bits: int, added: Array, per_added: int, out: Ar
         per_added: words of `out` that one of them is added to.
         out: uint32 `[n, m]`, written in place; 8 * bits * m <= 32 * w.
     """
-    _spread_stream(np.ascontiguousarray(words.T), bits, np.ascontiguousarray(added.T), per_added, out)
+    made = np.empty((_LINES, _LINES), np.uint32)
+    _spread_stream(np.ascontiguousarray(words.T), bits, np.ascontiguousarray(added.T), per_added, made, out)
 
 
 @compiled
-def _spread_stream(columns: Array, bits: int, added: Array, per_added: int, out: Array) -> None:
+def _spread_stream(columns: Array, bits: int, added: Array, per_added: int, made: Array, out: Array) -> None:
     """The same of words and what is added by columns: uint32 `[w, n]`, uint8 `[G, n]`."""
     mask, ones = np.uint32((1 << bits) - 1), np.uint32(0x11111111)
-    made = np.empty((_LINES, _LINES), np.uint32)
     N, M = out.shape
     for left in range(0, N, _LINES):
         wide = min(_LINES, N - left)
@@ -272,10 +278,21 @@ def count_large(words: Array, least: int) -> int:
     return found
 
 
-@compiled
 def count_scales(values: Array) -> tuple[int, int, float, float]:
     """How many of float32 `values` are not finite, and 0; the sum of the squares of the finite ones, and the largest
     magnitude of them."""
+    return _counted(_count_scales, values)
+
+
+def _counted(loop: Callable[..., None], *arguments: Any) -> tuple[int, int, float, float]:
+    """What a loop has left in its last two arguments: two whole numbers, two others."""
+    counts, sizes = np.zeros(2, np.int64), np.zeros(2, np.float64)
+    loop(*arguments, counts, sizes)
+    return int(counts[0]), int(counts[1]), float(sizes[0]), float(sizes[1])
+
+
+@compiled
+def _count_scales(values: Array, counts: Array, sizes: Array) -> None:
     bad, zero, squares, largest = 0, 0, 0.0, 0.0
     for i in range(len(values)):
         value = abs(np.float64(values[i]))
@@ -285,7 +302,8 @@ def count_scales(values: Array) -> tuple[int, int, float, float]:
             largest = max(largest, value)
         else:
             bad += 1
-    return bad, zero, squares, largest
+    counts[0], counts[1] = bad, zero
+    sizes[0], sizes[1] = squares, largest
 
 
 def count_halves(bits: Array, mantissa: int) -> tuple[int, int, float, float]:
@@ -297,11 +315,11 @@ def count_halves(bits: Array, mantissa: int) -> tuple[int, int, float, float]:
     """
     exponents = np.maximum(np.arange(1 << (15 - mantissa)), 1)
     bias = (1 << (14 - mantissa)) - 1
-    return _count_halves(bits, mantissa, np.ldexp(1.0, exponents - bias - mantissa))
+    return _counted(_count_halves, bits, mantissa, np.ldexp(1.0, exponents - bias - mantissa))
 
 
 @compiled
-def _count_halves(bits: Array, mantissa: int, units: Array) -> tuple[int, int, float, float]:
+def _count_halves(bits: Array, mantissa: int, units: Array, counts: Array, sizes: Array) -> None:
     """`units`: of each exponent, what the lowest bit of the mantissa is worth."""
     infinite, hidden = (len(units) - 1) << mantissa, 1 << mantissa
     bad, zero, squares, most = 0, 0, 0.0, 0
@@ -316,7 +334,8 @@ def _count_halves(bits: Array, mantissa: int, units: Array) -> tuple[int, int, f
                 squares += value * value
             else:
                 bad += 1
-    return bad, zero, squares, _of_bits(most, mantissa, hidden, units)
+    counts[0], counts[1] = bad, zero
+    sizes[0], sizes[1] = squares, _of_bits(most, mantissa, hidden, units)
 
 
 @compiled

@@ -216,22 +216,6 @@ def test_permuting_nibbles():
     assert [hex(word) for word in words[0]] == ["0x89abcdef", "0x1234567"]
 
 
-def test_without_a_folder_for_machine_code_it_is_compiled_each_time(monkeypatch):
-    import numba
-
-    from xpuquant.formats.packing.jit import compiled
-
-    real = numba.njit
-
-    def nowhere(**options):
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(**options)
-
-    monkeypatch.setattr(numba, "njit", nowhere)
-    assert compiled(lambda value: value + 1)(2) == 3
-
-
 class TestPackedComparison:
     """The loops that show both ends of a conversion as nibbles, against the plain definitions."""
 

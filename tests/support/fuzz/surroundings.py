@@ -69,7 +69,7 @@ def no_home(rng: random.Random, around: Surroundings, room: Path) -> str:
 def caches(rng: random.Random, around: Surroundings, room: Path) -> str:
     """Folders for caches and temporary files that are missing, files, or not to be written (/proc: by nobody)."""
     (room / "a-file").write_text("x")
-    name = rng.choice(["NUMBA_CACHE_DIR", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "PYTHONPYCACHEPREFIX"])
+    name = rng.choice(["TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "PYTHONPYCACHEPREFIX"])
     around.env[name] = rng.choice(["/proc/nowhere", str(room / "a-file"), str(room / "a-file" / "below"), ""])
     return f"{name}={around.env[name]}"
 
