@@ -55,6 +55,11 @@ MARKERS = {
     "formats/test_safetensors.py::test_a_million_tensors_take_seconds_and_no_more_memory_than_they_need": "slow",
     "kernels/test_onednn.py::test_lives_with_torch_in_one_process": "slow",
     "serving/test_transformers.py": "slow",
+    "serving/vllm_plugin/test_checkpoints.py::test_expert_parallel": "slow",
+    "serving/vllm_plugin/test_checkpoints.py::test_tensor_parallel": "slow",
+    "serving/vllm_plugin/test_parallel.py": "slow",
+    "serving/vllm_plugin/test_serve.py::test_the_real_model_answers": "slow",
+    "serving/vllm_plugin/test_smollm2.py": "slow",
 }
 """The beginning of a test's name, from below tests/ → the marker that it gets."""
 

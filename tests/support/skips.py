@@ -30,6 +30,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "ipex": (".",),  # any skip: there is nothing else in it
     "hub": (".*huggingface_hub",),
     "vllm": (_MISSING,),
+    "served": (_MISSING,),
 }
 """Lane → what the beginning of a reason must not match.
 
