@@ -26,6 +26,10 @@ class Call(Generic[T]):
     make: Callable[[], T]
     reads: Iterable[Tensor] = ()
 
+    def nbytes(self) -> int:
+        """Bytes of what it reads."""
+        return sum(tensor.nbytes for tensor in self.reads)
+
     def ends(self) -> dict[str, int]:
         """Shard → bytes from its front that have to be there."""
         found: dict[str, int] = {}
@@ -58,6 +62,7 @@ def results_of(pool: Executor, calls: Sequence[Call[T]], arrivals: Arrivals | No
     running: dict[int, Future[T]] = {}
 
     def begun(call: Call[T]) -> T:
+        arrivals.queued(-call.nbytes())
         arrivals.check()
         return call.make()
 
@@ -66,6 +71,7 @@ def results_of(pool: Executor, calls: Sequence[Call[T]], arrivals: Arrivals | No
             arrivals.stop(error)
 
     for place in arrivals.in_turn([call.ends() for call in calls]):
+        arrivals.queued(calls[place].nbytes())
         running[place] = pool.submit(begun, calls[place])
         running[place].add_done_callback(ended)
     return [running[place].result() for place in range(len(calls))]

@@ -31,7 +31,7 @@ _WRITE_BYTES = 512 << 10
 """Handed to the page cache at once. It makes folios as large as the write; where memory is full of cached files, it
 moves pages about to make larger ones, but not where those of before are given back."""
 
-_FLUSH_BYTES = 64 << 20
+_FLUSH_BYTES = 16 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 _BLOCK_BYTES = 4 << 20

@@ -23,8 +23,28 @@ from xpuquant.errors import DamagedError
 from xpuquant.formats.checkpoint import Array, Slice, as_array
 from xpuquant.formats.safetensors import Tensor
 
-_KEPT_BYTES = 512 << 20
-"""Of what has been read and is not wanted any more: as long as a disk may take to write them."""
+_SOON_BYTES, _KEPT_BYTES = 64 << 20, 512 << 20
+"""Of what has been read and is not wanted any more: how far behind it pages are given back, and, those that were not
+on the disk by then, once more."""
+
+
+class _Behind:
+    """Tensors in a queue, and how many bytes they are."""
+
+    def __init__(self) -> None:
+        self._tensors: deque[Tensor] = deque()
+        self._nbytes = 0
+
+    def add(self, tensor: Tensor) -> None:
+        self._tensors.append(tensor)
+        self._nbytes += tensor.nbytes
+
+    def beyond(self, nbytes: int) -> Iterator[Tensor]:
+        """The oldest, as long as more bytes than so many are there; they leave."""
+        while self._nbytes > nbytes:
+            oldest = self._tensors.popleft()
+            self._nbytes -= oldest.nbytes
+            yield oldest
 
 
 class ReadBack:
@@ -41,8 +61,7 @@ class ReadBack:
         self._inodes: dict[str, int] = {}
         self._keep = most_kept()
         self._lock = threading.Lock()
-        self._done: deque[Tensor] = deque()
-        self._done_bytes = 0
+        self._done, self._given = _Behind(), _Behind()
         # Descriptors are numbers: nobody closes them for us.
         weakref.finalize(self, close_all, self._open)
 
@@ -68,12 +87,12 @@ class ReadBack:
         """These have been read: their pages, and those of what was read before, need not be kept for long."""
         with self._lock:
             for tensor in tensors:
-                self._done.append(tensor)
-                self._done_bytes += tensor.nbytes
-            while self._done_bytes > _KEPT_BYTES:
-                oldest = self._done.popleft()
-                self._done_bytes -= oldest.nbytes
-                self._give_back(oldest)
+                self._done.add(tensor)
+            for tensor in self._done.beyond(_SOON_BYTES):
+                self._give_back(tensor)
+                self._given.add(tensor)
+            for tensor in self._given.beyond(_KEPT_BYTES):
+                self._give_back(tensor)
 
     def check_unchanged(self) -> None:
         """Raises DamagedError where a shard is no longer the file that was read."""

@@ -30,6 +30,7 @@ from xpuquant.conversion.repo.staging import Staging
 from xpuquant.conversion.sources.folder import LocalSource
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.verify import exactness
+from xpuquant.conversion.write import arrivals as arriving
 from xpuquant.conversion.write import output_files, read_back, shard_writer
 from xpuquant.conversion.write.arrivals import Arrivals
 from xpuquant.conversion.write.output_files import CachedFile
@@ -116,6 +117,48 @@ class TestArrivals:
             arrivals.tell("a", 1)
         assert sorted(stopped) == ["checker", "reader"]
 
+    def test_those_that_write_wait_for_those_that_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Until somebody has begun with what is there, or reads on where nothing is yet, or all is stopped."""
+        monkeypatch.setattr(arriving, "_QUEUED_BYTES", 10)
+        arrivals, done = Arrivals(), list[str]()
+
+        def told(nbytes: int) -> threading.Thread:
+            def run() -> None:
+                try:
+                    arrivals.tell("a", nbytes)
+                    done.append(f"told {nbytes}")
+                except Stopped:
+                    done.append("stopped")
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            return thread
+
+        told(5).join(10)
+        arrivals.queued(20)
+        writer = told(8)
+        time.sleep(0.05)
+        assert done == ["told 5"]
+        arrivals.queued(-20)
+        writer.join(10)
+        assert done == ["told 5", "told 8"]
+        arrivals.queued(20)
+        writer = told(9)
+        reader = threading.Thread(target=lambda: arrivals.wait("a", 12))
+        time.sleep(0.05)
+        assert len(done) == 2
+        reader.start()
+        writer.join(10)
+        told(12).join(10)
+        reader.join(10)
+        assert not reader.is_alive() and done[2:] == ["told 9", "told 12"]
+        writer = told(13)
+        time.sleep(0.05)
+        assert len(done) == 4
+        arrivals.stop(Stopped())
+        writer.join(10)
+        assert done[4:] == ["stopped"]
+
 
 class TestReadBack:
     def test_a_read_waits_until_its_bytes_are_there(self, tmp_path: Path) -> None:
@@ -142,7 +185,8 @@ class TestReadBack:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         given_back: list[tuple[int, int]] = []
-        monkeypatch.setattr(read_back, "_KEPT_BYTES", 250)
+        monkeypatch.setattr(read_back, "_SOON_BYTES", 250)
+        monkeypatch.setattr(read_back, "_KEPT_BYTES", 150)
         monkeypatch.setattr(os, "posix_fadvise", lambda fd, begin, nbytes, _: given_back.append((begin, nbytes)))
         (tmp_path / "shard").write_bytes(bytes(1000))
         arrivals = Arrivals()
@@ -152,14 +196,17 @@ class TestReadBack:
             tensor = Tensor(f"t{at}", "U8", (100,), "shard", at, at + 100)
             reader.read(whole(tensor))
             reader.done_with([tensor])
-        assert given_back == [(at, 100) for at in range(0, 800, 100)]
+        soon = [pages for n, pages in enumerate(given_back) if pages not in given_back[:n]]
+        again = [pages for n, pages in enumerate(given_back) if pages in given_back[:n]]
+        assert soon == [(at, 100) for at in range(0, 800, 100)]
+        assert again == [(at, 100) for at in range(0, 700, 100)], "what was not on the disk yet"
         reader.close()
 
     def test_a_file_system_that_takes_no_hint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuses(*of: object) -> None:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-        monkeypatch.setattr(read_back, "_KEPT_BYTES", 0)
+        monkeypatch.setattr(read_back, "_SOON_BYTES", 0)
         for change in (
             lambda: monkeypatch.setattr(os, "posix_fadvise", refuses),
             lambda: monkeypatch.delattr(os, "posix_fadvise"),
