@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from bench.measure import XPUQUANT, Line, Run, Table, apart, fresh, median, ratio, timed, warm
+from bench.measure import Line, Run, Table, apart, fresh, median, ratio, timed, warm, xpuquant
 from support.real_shapes import Model, write_checkpoint
 
 from xpuquant.conversion.sources.shard_reader import ShardReader
@@ -112,7 +112,7 @@ def bench(folder: Path, python: Path, model: Model, rounds: int) -> tuple[list[L
     """
     source, out, other = (folder / name for name in ("source", "out", "peer"))
     size = apart(write_source, source, model)
-    ours = [*XPUQUANT, "convert", source, out, "--layout", "compressed-tensors"]
+    ours = xpuquant("convert", source, out, "--layout", "compressed-tensors")
     copies: list[Run] = []
     plain: list[Run] = []
     verified: list[Run] = []

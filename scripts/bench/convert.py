@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from bench import awq_to_ct, readme, starting
 from bench import growth as growing
 from bench.measure import (
-    XPUQUANT,
     Line,
     Run,
     Table,
@@ -50,6 +49,7 @@ from bench.measure import (
     ratio,
     timed,
     warm,
+    xpuquant,
 )
 from bench.rates import Rates, measure_rates
 from support.real_shapes import FORMATS, Model, write_checkpoint
@@ -72,7 +72,7 @@ _SHARDS = 1000
 
 def convert(source: Path, out: Path, *options: str) -> Run:
     """One conversion into a folder that is not there."""
-    return timed([*XPUQUANT, "convert", source, fresh(out), *options])
+    return timed(xpuquant("convert", source, fresh(out), *options))
 
 
 def bench_format(fmt: str, folder: Path, model: Model, rounds: int, rates: Rates) -> list[Line]:
@@ -165,7 +165,7 @@ def bench_inspect(folder: Path, rounds: int) -> list[Line]:
     shards = len(list(source.glob("*.safetensors")))
     assert shards >= _SHARDS, shards
     warm(source)
-    runs = [timed([*XPUQUANT, "inspect", source]) for _ in range(rounds + 1)][1:]
+    runs = [timed(xpuquant("inspect", source)) for _ in range(rounds + 1)][1:]
     shutil.rmtree(source)
     tensors = growing.count(growing.small_tensors(40))
     return [Line("inspect", median(runs), "s", INSPECT_GOAL_SECONDS, f"{shards} shards, {tensors} tensors")]

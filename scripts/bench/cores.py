@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from bench.measure import XPUQUANT, apart, fresh, insert, machine, timed, warm
+from bench.measure import apart, fresh, insert, machine, timed, warm, xpuquant
 from bench.rates import Rates, measure_rates
 from support.real_shapes import FORMATS, Model, write_checkpoint
 
@@ -173,7 +173,7 @@ def main() -> None:
         here = len(os.sched_getaffinity(0))
         compared = []
         for jobs in sorted({1, here}):
-            run = timed([*XPUQUANT, "convert", source, fresh(out), "--jobs", str(jobs)])
+            run = timed(xpuquant("convert", source, fresh(out), "--jobs", str(jobs)))
             compared.append(f"{jobs} at work: {run.wall:.1f} s measured, {seconds_on(phases, jobs):.1f} by the model")
         text = f"{machine(Path(scratch))}, load average {os.getloadavg()[0]:.1f}; {given.format}, "
         text += f"{found.written / 1e9:.1f} GB in memory. {'; '.join(compared)}.\n\n"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from bench.measure import XPUQUANT, Line, Run, Table, apart, fresh, median, peak_line, timed, warm
+from bench.measure import Line, Run, Table, apart, fresh, median, peak_line, timed, warm, xpuquant
 from support.real_shapes import Model, entries, write_checkpoint
 
 GOAL = 1.5
@@ -122,7 +122,7 @@ def _convert(folder: Path, model: Model, rounds: int) -> tuple[dict[str, list[Ru
         turns -= 1
         for mode, options in MODES.items():
             fresh(out)
-            runs[mode].append(timed([*XPUQUANT, "convert", source, out, *options]))
+            runs[mode].append(timed(xpuquant("convert", source, out, *options)))
         if len(runs["verified"]) == 1 and runs["verified"][0].wall < _QUICK_SECONDS:
             turns = 3 * rounds
     shutil.rmtree(source)

@@ -6,6 +6,7 @@ the memory before and after `exec`). Checkpoints are therefore written in a proc
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import platform
@@ -14,19 +15,22 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+import venv
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-XPUQUANT = (sys.executable, "-m", "xpuquant")
 MEMORY_GOAL_MIB = 1024.0
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,29 @@ def environment() -> dict[str, str]:
     warms up, unless that is switched off: compiling all of it takes the better part of a second."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return kept | {"PYTHONSAFEPATH": "1"}
+
+
+def xpuquant(*arguments: str | Path) -> list[str | Path]:
+    """A command of this tree, as a user's installation runs it."""
+    return [_installed(), "-m", "xpuquant", *arguments]
+
+
+@cache
+def _installed() -> Path:
+    """A Python that finds the package in a folder, as one does into which pip has installed it, and what it needs where
+    this one does. An editable installation is found by code that runs at each start of Python, for 15 ms."""
+    folder = Path(tempfile.mkdtemp(prefix="xpuquant-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    venv.create(folder / "venv", symlinks=True)
+    package = folder / "tree" / "xpuquant"
+    package.mkdir(parents=True)
+    for part in (*(_ROOT / "xpuquant").iterdir(), _ROOT / "formats", _ROOT / "kernels"):
+        (package / part.name).symlink_to(part)
+    (package / "conversion").symlink_to(_ROOT / "convert")
+    places = sysconfig.get_path("purelib", "venv", {"base": str(folder / "venv"), "platbase": str(folder / "venv")})
+    needed = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    Path(places, "tree.pth").write_text("\n".join((str(package.parent), *needed)))
+    return folder / "venv" / "bin" / "python"
 
 
 def timed(command: Sequence[str | Path]) -> Run:
