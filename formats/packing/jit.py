@@ -12,18 +12,21 @@ import ctypes
 import threading
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import numpy as np
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Entry = Callable[..., int]
-Key = tuple[Any, ...]
-"""What machine code is made for, an item to an argument: the dtype of a number as a letter, those of a tuple's numbers,
-or, as of `Layout`, an array."""
-Layout = tuple[str, int, bool, bool]
+Numbers = tuple[np.dtype[Any], ...]
+"""The dtypes of a tuple of numbers, all the same, or of one number."""
+Layout = tuple[np.dtype[Any], int, bool, bool]
 """Of an array: dtype, number of axes, whether it is contiguous, and whether its elements lie at multiples of their
 size."""
+Key = tuple[Numbers | Layout, ...]
+"""What machine code is made for, an item to an argument."""
+
+_WHOLE = np.dtype(np.int64)
 
 _LOCK = threading.Lock()
 """Around compiling and loading, which LLVM does for one thread at a time."""
@@ -49,16 +52,16 @@ class Loop:
         for argument in arguments:
             if isinstance(argument, np.ndarray):
                 flags = argument.flags
-                key.append((argument.dtype.char, argument.ndim, flags.c_contiguous, flags.aligned))
+                key.append((argument.dtype, argument.ndim, flags.c_contiguous, flags.aligned))
                 # An array as numba passes it: its owner (none), elements, bytes of each, the first, shape and strides.
                 values += (None, None, argument.size, argument.itemsize, argument.ctypes.data)
                 values += argument.shape
                 values += argument.strides
             elif isinstance(argument, tuple):
-                key.append("".join(map(_letter, argument)))
+                key.append(tuple(_dtype(number) for number in argument))
                 values += map(int, argument)
             else:
-                key.append(_letter(argument))
+                key.append((_dtype(argument),))
                 values.append(int(argument))
         which = tuple(key)
         entry = self._entries.get(which) or self._loaded(which)
@@ -76,17 +79,22 @@ class Loop:
             return self._entries[key]
 
 
-def _letter(number: Any) -> str:
-    return number.dtype.char if isinstance(number, np.generic) else "q"
+def _dtype(number: Any) -> np.dtype[Any]:
+    return number.dtype if isinstance(number, np.generic) else _WHOLE
+
+
+def is_array(one: Numbers | Layout) -> TypeGuard[Layout]:
+    """Whether an argument is an array."""
+    return isinstance(one[-1], bool)
 
 
 def _convention(key: Key) -> Callable[[int], Entry]:
     """How code at an address is called: where its result goes, where a problem would, the arguments; 0 is returned."""
     passed: list[Any] = []
     for one in key:
-        if isinstance(one, tuple):
+        if is_array(one):
             passed += [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
             passed += [ctypes.c_int64] * (2 * one[1])
         else:
-            passed += [np.ctypeslib.as_ctypes_type(np.dtype(letter)) for letter in one]
+            passed += [np.ctypeslib.as_ctypes_type(number) for number in cast("Numbers", one)]
     return ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *passed)

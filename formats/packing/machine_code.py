@@ -16,13 +16,12 @@ from hashlib import sha256
 from importlib.util import cache_from_source
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import llvmlite
-import numpy as np
 from llvmlite import binding
 
-from xpuquant.formats.packing.jit import Key, Loop
+from xpuquant.formats.packing.jit import Key, Layout, Loop, Numbers, is_array
 
 _SYMBOL = "loop"
 _DIGEST = 32
@@ -70,10 +69,10 @@ def _passed(key: Key) -> list[str]:
     """What LLVM calls that which `Loop` passes."""
     passed = ["pointer", "pointer"]
     for one in key:
-        if isinstance(one, tuple):
+        if is_array(one):
             passed += ["pointer", "pointer", "i64", "i64", "pointer", *["i64"] * (2 * one[1])]
         else:
-            passed += [f"i{8 * np.dtype(letter).itemsize}" for letter in one]
+            passed += [f"i{8 * number.itemsize}" for number in cast("Numbers", one)]
     return passed
 
 
@@ -88,16 +87,15 @@ def _dispatcher(function: FunctionType) -> Any:
     return numba.njit(error_model="numpy", **options)(own)
 
 
-def _numba_type(one: Any) -> Any:
+def _numba_type(one: Numbers | Layout) -> Any:
     import numba
 
     types: Any = numba.types
-    if isinstance(one, tuple):
-        letter, axes, contiguous, aligned = one
-        element = numba.from_dtype(np.dtype(letter))
+    element = numba.from_dtype(one[0])  # none of another byte order
+    if is_array(one):
+        _, axes, contiguous, aligned = one
         return types.Array(element, axes, "C" if contiguous else "A", aligned=aligned)
-    numbers = [numba.from_dtype(np.dtype(letter)) for letter in one]
-    return numbers[0] if len(numbers) == 1 else types.UniTuple(numbers[0], len(numbers))
+    return element if len(one) == 1 else types.UniTuple(element, len(one))
 
 
 def _target_machine() -> Any:

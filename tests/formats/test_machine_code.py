@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numba.core.errors import TypingError
+from numba.core.errors import NumbaError, TypingError
 
 from xpuquant.formats.packing import machine_code
 from xpuquant.formats.packing.jit import Loop, compiled
@@ -146,6 +146,8 @@ def test_types_and_how_elements_lie() -> None:
         assert not octets.flags.writeable
     assert any_above(np.arange(3), (5, 1))
     assert not any_above(np.arange(3, dtype=np.uint32), (np.uint32(5), np.uint32(2)))
+    with pytest.raises(NumbaError, match=">u4"):
+        larger(np.arange(3, dtype=">u4"), np.arange(3, dtype=np.uint32), 1)
 
 
 def test_a_loop_allocates_nothing_and_calls_nothing() -> None:
@@ -179,5 +181,6 @@ def test_another_way_of_passing_arguments_is_noticed(monkeypatch: pytest.MonkeyP
     """numba's convention is its own affair: a release that changes it must not compute nonsense."""
     monkeypatch.setattr(machine_code, "_passed", lambda key: ["pointer", "pointer", "i64"])
     assert isinstance(larger, Loop)
+    array = (np.dtype(np.uint8), 1, True, True)
     with pytest.raises(AssertionError, match=r"numba [\d.]+ passes arguments in a new way, \['pointer', 'pointer', "):
-        machine_code.machine_code(larger.function, (("B", 1, True, True), ("B", 1, True, True), "q"))
+        machine_code.machine_code(larger.function, (array, array, (np.dtype(np.int64),)))
