@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.footprint import kv_cache, weights_on_each
-from xpuquant.conversion.plan.plan import make_plan
+from xpuquant.conversion.plan.plan import passed_tensors
 from xpuquant.conversion.plan.served_by import engines_of
 from xpuquant.conversion.plan.survey import PlannedModule, Survey, survey_modules
 from xpuquant.conversion.plan.tensor_parallel import problems
@@ -19,7 +19,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.formats.architecture import state_groups
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.safetensors import Tensor
+from xpuquant.formats.safetensors import Tensor, collector_paused
 from xpuquant.served_families import Tried
 from xpuquant.values import frozen
 
@@ -133,13 +133,14 @@ def inspect_source(
         UsageError: not a quantized checkpoint. DamagedError: not a sound one.
     """
     checkpoint = source.checkpoint
-    survey = survey_modules(checkpoint, options)
+    with collector_paused():
+        survey = survey_modules(checkpoint, options)
     planned, weights = survey.planned, survey.reading.weights
     decisions = Counter(fact for weight in weights for fact in weight.facts)
     groups = state_groups(checkpoint.text_config)
     splits = {n: problems(planned, n, groups) if n > 1 else {} for n in ranks}
     formats = tuple(sorted({weight.format for weight in weights}))
-    passed = () if survey.refused else make_plan(checkpoint, options).passed
+    passed = () if survey.refused else passed_tensors(survey)
     return Inspection(
         source_info(source),
         checkpoint.config.get("model_type"),
@@ -189,5 +190,7 @@ def _dequantized_bytes(checkpoint: Checkpoint, options: Options, survey: Survey)
     """Bytes of the refused modules as bf16; None where some cannot be stored so."""
     if not survey.dequantizable:
         return None
+    if not survey.refused:
+        return 0
     other = survey_modules(checkpoint, replace(options, on_unsupported="dequantize"))
     return sum(module.nbytes for module in other.planned if module.conversion.name in survey.refused)

@@ -16,7 +16,7 @@ from typing import Any
 from xpuquant import __version__
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.shards import Shard, balance, in_source_order
-from xpuquant.conversion.plan.survey import PlannedModule, refusal, survey_modules
+from xpuquant.conversion.plan.survey import PlannedModule, Survey, refusal, survey_modules
 from xpuquant.conversion.sources.quantization import without_quantization
 from xpuquant.formats.checkpoint import Checkpoint
 from xpuquant.formats.layouts.compressed_tensors import config as ct_config
@@ -169,21 +169,26 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         return _make_plan(checkpoint, options)
 
 
+def passed_tensors(survey: Survey) -> tuple[Tensor, ...]:
+    """What is copied as it is: all that no module is made of."""
+    used = {
+        bias.tensor.name
+        for module in survey.planned
+        if isinstance(module.source, ExpertStack) and module.conversion.scheme
+        for slices in module.source.biases.values()
+        for bias in slices
+    }
+    fused = [module.source.bias for module in survey.planned if isinstance(module.source, CtLinear)]
+    used |= {part.tensor.name for bias in fused if bias is not None for part in bias.parts}
+    return tuple(tensor for tensor in survey.reading.rest if tensor.name not in used)
+
+
 def _make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     survey = survey_modules(checkpoint, options)
     planned, reading = survey.planned, survey.reading
     if survey.refused:
         raise refusal(survey.refused, survey.dequantizable, options.layout)
-    used = {
-        bias.tensor.name
-        for module in planned
-        if isinstance(module.source, ExpertStack) and module.conversion.scheme
-        for slices in module.source.biases.values()
-        for bias in slices
-    }
-    fused = [module.source.bias for module in planned if isinstance(module.source, CtLinear)]
-    used |= {part.tensor.name for bias in fused if bias is not None for part in bias.parts}
-    passed = tuple(tensor for tensor in reading.rest if tensor.name not in used)
+    passed = passed_tensors(survey)
     units = in_source_order(planned, passed)
     shards = balance(units, options.max_shard_bytes, fused=options.layout != ct_config.FAMILY)
     notes = (*checkpoint.notes, *reading.notes)
