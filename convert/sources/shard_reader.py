@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
-import threading
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 
+from xpuquant.conversion.open_files import OpenFiles
 from xpuquant.conversion.tree import Identity, Tree, check_same
 from xpuquant.errors import DamagedError, EnvironmentFault
 from xpuquant.formats.checkpoint import Array, Slice, as_array, whole
 from xpuquant.formats.safetensors import PREFIX_BYTES, Tensor, header_length, parse_header
-
-_MAX_OPEN_SHARDS = 256
-_OTHER_DESCRIPTORS = 16
-"""What a process has open besides: its streams, locks, outputs, the modules it imports."""
 
 _MAX_PEEK_BYTES = 1 << 28
 
@@ -33,11 +28,7 @@ class ShardReader:
     def __init__(self, tree: Tree, shards: Iterable[str]) -> None:
         self._tree = tree
         self.identities = {shard: self._identity(shard) for shard in shards}
-        self._open: dict[str, int] = {}
-        self._keep = most_kept()
-        # Descriptors are numbers: nobody closes them for us.
-        weakref.finalize(self, close_all, self._open)
-        self._lock = threading.Lock()
+        self._files = OpenFiles(partial(_opened, tree, self.identities))
 
     @property
     def nbytes(self) -> int:
@@ -71,14 +62,15 @@ class ShardReader:
         Raises:
             DamagedError: the shard ends before. EnvironmentFault: unreadable.
         """
-        fd, keep = self._descriptor(box.tensor.file)
+        shard = box.tensor.file
         try:
-            read_box(fd, box, out)
+            fd = self._files.acquire(shard)
+            try:
+                read_box(fd, box, out)
+            finally:
+                self._files.release(shard)
         except OSError as error:
-            raise unreadable(self._tree, box.tensor.file, error) from error
-        finally:
-            if not keep:
-                os.close(fd)
+            raise unreadable(self._tree, shard, error) from error
 
     def peek(self, tensor: Tensor) -> Array | None:
         """A small tensor; None for one that is not."""
@@ -97,9 +89,8 @@ class ShardReader:
             check_same(self._tree.path / shard, identity, self._identity(shard))
 
     def close(self) -> None:
-        """Close every descriptor."""
-        with self._lock:
-            close_all(self._open)
+        """Close every file."""
+        self._files.close()
 
     def _identity(self, shard: str) -> Identity:
         try:
@@ -107,38 +98,15 @@ class ShardReader:
         except OSError as error:
             raise unreadable(self._tree, shard, error) from error
 
-    def _descriptor(self, shard: str) -> tuple[int, bool]:
-        """An open descriptor, and whether it stays open (repos of thousands of shards reopen)."""
-        with self._lock:
-            if shard in self._open:
-                return self._open[shard], True
-            try:
-                fd = self._tree.open(shard, self.identities[shard])
-            except OSError as error:
-                raise unreadable(self._tree, shard, error) from error
-            if len(self._open) < self._keep:
-                self._open[shard] = fd
-                return fd, True
-            return fd, False
+
+def _opened(tree: Tree, identities: Mapping[str, Identity], shard: str) -> int:
+    """A descriptor of a shard that is the file it was."""
+    return tree.open(shard, identities[shard])
 
 
 def unreadable(tree: Tree, shard: str, error: OSError) -> EnvironmentFault:
     """What the system said of a shard, for people."""
     return EnvironmentFault(f"{tree.path / shard}: cannot be read ({error.strerror})")
-
-
-def most_kept() -> int:
-    """Shards that are kept open: a source and its output together may take half of what the process may open."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return _MAX_OPEN_SHARDS
-    return max(0, min(_MAX_OPEN_SHARDS, (limit - _OTHER_DESCRIPTORS) // 4))
-
-
-def close_all(descriptors: dict[str, int]) -> None:
-    """Close every descriptor of a table, which is empty then."""
-    while descriptors:
-        os.close(descriptors.popitem()[1])
 
 
 def _copied_from(fd: int, into: tuple[memoryview], offset: int) -> int:

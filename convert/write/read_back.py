@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
 
-from xpuquant.conversion.sources.shard_reader import close_all, most_kept, read_box, unreadable
+from xpuquant.conversion.open_files import OpenFiles
+from xpuquant.conversion.sources.shard_reader import read_box, unreadable
 from xpuquant.conversion.tree import Tree
 from xpuquant.conversion.write.arrivals import Arrivals
 from xpuquant.errors import DamagedError
@@ -57,13 +58,10 @@ class ReadBack:
     def __init__(self, tree: Tree, arrivals: Arrivals) -> None:
         self._tree = tree
         self._arrivals = arrivals
-        self._open: dict[str, int] = {}
         self._inodes: dict[str, int] = {}
-        self._keep = most_kept()
+        self._files = OpenFiles(partial(_opened, tree, self._inodes))
         self._lock = threading.Lock()
         self._done, self._given = _Behind(), _Behind()
-        # Descriptors are numbers: nobody closes them for us.
-        weakref.finalize(self, close_all, self._open)
 
     def read(self, box: Slice) -> Array:
         """A slice as an array of its dtype and shape.
@@ -77,8 +75,11 @@ class ReadBack:
         self._arrivals.wait(shard, offset + (count - 1) * pitch + length if count else offset)
         out = np.empty(box.nbytes, np.uint8)
         try:
-            with self._opened(shard) as fd:
+            fd = self._files.acquire(shard)
+            try:
                 read_box(fd, box, out)
+            finally:
+                self._files.release(shard)
         except OSError as error:
             raise unreadable(self._tree, shard, error) from error
         return as_array(box, out)
@@ -101,45 +102,38 @@ class ReadBack:
                 now = self._tree.identity(shard)
             except OSError as error:
                 raise unreadable(self._tree, shard, error) from error
-            self._check_same(shard, inode, now.inode)
+            _check_same(self._tree, shard, inode, now.inode)
 
     def close(self) -> None:
-        """Close every descriptor."""
-        with self._lock:
-            close_all(self._open)
+        """Close every file."""
+        self._files.close()
 
     def _give_back(self, tensor: Tensor) -> None:
         """A hint: what is not on the disk yet stays."""
-        fd = self._open.get(tensor.file)
-        if fd is not None and hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # a file system that knows no such hint
-                os.posix_fadvise(fd, tensor.begin, tensor.nbytes, os.POSIX_FADV_DONTNEED)
+        fd = self._files.acquire_if_open(tensor.file)
+        if fd is not None:
+            try:
+                with suppress(OSError, AttributeError):  # a file system, or a system, that knows no such hint
+                    os.posix_fadvise(fd, tensor.begin, tensor.nbytes, os.POSIX_FADV_DONTNEED)
+            finally:
+                self._files.release(tensor.file)
 
-    def _check_same(self, shard: str, before: int, now: int) -> None:
-        if before != now:
-            raise DamagedError(
-                f"{self._tree.path / shard} was exchanged while it was being made: another program writes into this "
-                "folder; convert again"
-            )
 
-    @contextmanager
-    def _opened(self, shard: str) -> Iterator[int]:
-        """A descriptor of a shard; of the first ones it stays open."""
-        with self._lock:
-            fd = self._open.get(shard)
-            is_kept = fd is not None or len(self._open) < self._keep
-            if fd is None:
-                fd = self._tree.update(shard, os.O_RDONLY)
-                try:
-                    inode = os.fstat(fd).st_ino
-                    self._check_same(shard, self._inodes.setdefault(shard, inode), inode)
-                except BaseException:
-                    os.close(fd)
-                    raise
-                if is_kept:
-                    self._open[shard] = fd
-        try:
-            yield fd
-        finally:
-            if not is_kept:
-                os.close(fd)
+def _opened(tree: Tree, inodes: dict[str, int], shard: str) -> int:
+    """A descriptor of a shard that is the file it was when it was first read."""
+    fd = tree.update(shard, os.O_RDONLY)
+    try:
+        inode = os.fstat(fd).st_ino
+        _check_same(tree, shard, inodes.setdefault(shard, inode), inode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_same(tree: Tree, shard: str, before: int, now: int) -> None:
+    if before != now:
+        raise DamagedError(
+            f"{tree.path / shard} was exchanged while it was being made: another program writes into this folder; "
+            "convert again"
+        )

@@ -23,6 +23,7 @@ from support.checkpoints import FIXTURES
 from support.fuzz.case import command
 
 import xpuquant
+from xpuquant.conversion import open_files
 from xpuquant.conversion.cli.output import Lines
 from xpuquant.conversion.options import Options
 from xpuquant.conversion.plan.plan import make_plan
@@ -220,7 +221,7 @@ class TestReadBack:
         self, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """At the next read where the descriptor is not kept, at the end where it is."""
-        monkeypatch.setattr(read_back, "most_kept", lambda: kept)
+        monkeypatch.setattr(open_files, "most_kept", lambda: kept)
         (tmp_path / "shard").write_bytes(bytes(1000))
         (tmp_path / "other").write_bytes(bytes(1000))
         arrivals, tensor = Arrivals(), Tensor("t", "U8", (100,), "shard", 0, 100)
