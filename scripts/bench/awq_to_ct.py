@@ -30,6 +30,7 @@ from bench.measure import Line, Run, Table, apart, fresh, median, ratio, timed, 
 from support.real_shapes import Model, write_checkpoint
 
 from xpuquant.conversion.sources.shard_reader import ShardReader
+from xpuquant.conversion.tree import Tree
 
 GOAL = 25.0
 LAYERS = 34
@@ -63,7 +64,7 @@ def make_asymmetric(folder: Path) -> None:
     rng = np.random.default_rng(1)
     for shard in folder.glob("*.safetensors"):
         data = np.memmap(shard, np.uint8, "r+")
-        for tensor in ShardReader(folder, (shard.name,)).header(shard.name).values():
+        for tensor in ShardReader(Tree(folder), (shard.name,)).header(shard.name).values():
             if tensor.name.endswith(".qzeros"):
                 data[tensor.begin : tensor.end] = rng.integers(0, 256, tensor.end - tensor.begin, np.uint8)
         data.flush()
@@ -76,7 +77,7 @@ def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     found = {}
     for shard in sorted(folder.glob("*.safetensors")):
         data = np.memmap(shard, np.uint8, "r")
-        for tensor in ShardReader(folder, (shard.name,)).header(shard.name).values():
+        for tensor in ShardReader(Tree(folder), (shard.name,)).header(shard.name).values():
             digest = hashlib.sha256(data[tensor.begin : tensor.end]).digest()
             found[tensor.name] = (tensor.dtype, tensor.shape, digest)
     return found
