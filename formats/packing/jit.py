@@ -20,10 +20,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Entry = Callable[..., int]
 Numbers = tuple[np.dtype[Any], ...]
 """The dtypes of a tuple of numbers, all the same, or of one number."""
-Layout = tuple[np.dtype[Any], int, bool, bool]
+ArrayType = tuple[np.dtype[Any], int, bool, bool]
 """Of an array: dtype, number of axes, whether it is contiguous, and whether its elements lie at multiples of their
 size."""
-Key = tuple[Numbers | Layout, ...]
+Key = tuple[Numbers | ArrayType, ...]
 """What machine code is made for, an item to an argument."""
 
 _WHOLE = np.dtype(np.int64)
@@ -73,9 +73,9 @@ class Loop:
     def _loaded(self, key: Key) -> Entry:
         with _LOCK:
             if key not in self._entries:
-                from xpuquant.formats.packing.machine_code import load
+                from xpuquant.formats.packing.machine_code import address_of
 
-                self._entries[key] = _convention(key)(load(self.function, key))
+                self._entries[key] = _convention(key)(address_of(self.function, key))
             return self._entries[key]
 
 
@@ -83,7 +83,7 @@ def _dtype(number: Any) -> np.dtype[Any]:
     return number.dtype if isinstance(number, np.generic) else _WHOLE
 
 
-def is_array(one: Numbers | Layout) -> TypeGuard[Layout]:
+def is_array(one: Numbers | ArrayType) -> TypeGuard[ArrayType]:
     """Whether an argument is an array."""
     return isinstance(one[-1], bool)
 

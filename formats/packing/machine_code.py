@@ -21,7 +21,7 @@ from typing import Any, cast
 import llvmlite
 from llvmlite import binding
 
-from xpuquant.formats.packing.jit import Key, Layout, Loop, Numbers, is_array
+from xpuquant.formats.packing.jit import ArrayType, Key, Loop, Numbers, is_array
 
 _SYMBOL = "loop"
 _DIGEST = 32
@@ -29,12 +29,12 @@ _ENGINES: list[Any] = []
 """Machine code lives as long as its engine: as long as the process."""
 
 
-def load(function: FunctionType, key: Key) -> int:
+def address_of(function: FunctionType, key: Key) -> int:
     """The address of a loop's machine code for these types."""
     kept = Kept(function, key)
     code = kept.read()
     if code is None:
-        code = machine_code(function, key)
+        code = object_code(function, key)
         kept.write(code)
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _target_machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
@@ -43,7 +43,7 @@ def load(function: FunctionType, key: Key) -> int:
     return int(engine.get_function_address(_SYMBOL))
 
 
-def machine_code(function: FunctionType, key: Key) -> bytes:
+def object_code(function: FunctionType, key: Key) -> bytes:
     """An object file with one symbol, the loop."""
     import numba
 
@@ -87,7 +87,7 @@ def _dispatcher(function: FunctionType) -> Any:
     return numba.njit(error_model="numpy", **options)(own)
 
 
-def _numba_type(one: Numbers | Layout) -> Any:
+def _numba_type(one: Numbers | ArrayType) -> Any:
     import numba
 
     types: Any = numba.types

@@ -183,4 +183,4 @@ def test_another_way_of_passing_arguments_is_noticed(monkeypatch: pytest.MonkeyP
     assert isinstance(larger, Loop)
     array = (np.dtype(np.uint8), 1, True, True)
     with pytest.raises(AssertionError, match=r"numba [\d.]+ passes arguments in a new way, \['pointer', 'pointer', "):
-        machine_code.machine_code(larger.function, (array, array, (np.dtype(np.int64),)))
+        machine_code.object_code(larger.function, (array, array, (np.dtype(np.int64),)))
