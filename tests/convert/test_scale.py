@@ -198,6 +198,8 @@ def test_memory_depends_neither_on_layers_nor_on_shards(room: Path) -> None:
     sizes = {name: write_checkpoint(room / name, "gptq", model) for name, model in (("few", few), ("many", many))}
     more = sizes["many"] - sizes["few"]
     assert more > 500_000_000
+    # Loops that this machine has not compiled are compiled by whoever meets them first, in memory of its own.
+    assert peak(room / "few", room / "out") < GIB
     peaks = {
         (name, shard): peak(room / name, room / "out", "--max-shard-size", shard)
         for name, shard in (("few", "50GB"), ("many", "50GB"), ("many", "40MB"))
