@@ -19,7 +19,7 @@ from xpuquant.conversion.sources.base import Source
 from xpuquant.conversion.sources.open import open_source
 from xpuquant.formats.architecture import state_groups
 from xpuquant.formats.checkpoint import Checkpoint
-from xpuquant.formats.safetensors import Tensor, collector_paused
+from xpuquant.formats.safetensors import Tensor
 from xpuquant.served_families import Tried
 from xpuquant.values import frozen
 
@@ -133,8 +133,7 @@ def inspect_source(
         UsageError: not a quantized checkpoint. DamagedError: not a sound one.
     """
     checkpoint = source.checkpoint
-    with collector_paused():
-        survey = survey_modules(checkpoint, options)
+    survey = survey_modules(checkpoint, options)
     planned, weights = survey.planned, survey.reading.weights
     decisions = Counter(fact for weight in weights for fact in weight.facts)
     groups = state_groups(checkpoint.text_config)

@@ -17,6 +17,7 @@ from xpuquant.formats.layouts.modules import ExpertStack, LooseExperts, Module, 
 from xpuquant.formats.layouts.plane_fillers import overflow_of
 from xpuquant.formats.readers.fold_act_order import fold_act_orders
 from xpuquant.formats.readers.reading import Reading, read
+from xpuquant.formats.safetensors import collector_paused
 from xpuquant.formats.scheme import compact
 from xpuquant.formats.weights.base import Weight
 from xpuquant.values import frozen
@@ -53,6 +54,7 @@ class Survey:
     dequantizable: bool
 
 
+@collector_paused()
 def survey_modules(checkpoint: Checkpoint, options: Options) -> Survey:
     """What every module would become."""
     reading = read(checkpoint)

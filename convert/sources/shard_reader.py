@@ -62,15 +62,7 @@ class ShardReader:
         Raises:
             DamagedError: the shard ends before. EnvironmentFault: unreadable.
         """
-        shard = box.tensor.file
-        try:
-            fd = self._files.acquire(shard)
-            try:
-                read_box(fd, box, out)
-            finally:
-                self._files.release(shard)
-        except OSError as error:
-            raise unreadable(self._tree, shard, error) from error
+        read_box(self._files, self._tree, box, out)
 
     def peek(self, tensor: Tensor) -> Array | None:
         """A small tensor; None for one that is not."""
@@ -124,12 +116,24 @@ _READ_THROUGH_BYTES = 1 << 19
 """Read at once then: it stays in the second-level cache until the runs have been taken out of it."""
 
 
-def read_box(fd: int, box: Slice, out: Array) -> None:
-    """Fill `out` (flat uint8, `box.nbytes` long) with the bytes of a slice.
+def read_box(files: OpenFiles, tree: Tree, box: Slice, out: Array) -> None:
+    """Fill `out` (flat uint8, `box.nbytes` long) with the bytes of a slice of one of the files, which are in `tree`.
 
     Raises:
-        OSError. DamagedError: the file ends before.
+        DamagedError: the file ends before, or is another. EnvironmentFault: unreadable.
     """
+    shard = box.tensor.file
+    try:
+        fd = files.acquire(shard)
+        try:
+            _read_box(fd, box, out)
+        finally:
+            files.release(shard)
+    except OSError as error:
+        raise unreadable(tree, shard, error) from error
+
+
+def _read_box(fd: int, box: Slice, out: Array) -> None:
     offset, length, pitch, count = box.lines()
     if count > 1 and pitch <= _PITCH_READ_THROUGH:
         _read_through(fd, box, out)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from xpuquant.conversion.write.read_ahead import Stopped
 
 _QUEUED_BYTES = 64 << 20
-"""That have arrived, and nobody has begun to check: enough that those that check never wait for the next."""
+"""That have arrived, and nobody has begun to check: a few modules, so that those that check find the next one there."""
 
 
 class Arrivals:

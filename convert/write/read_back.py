@@ -74,14 +74,7 @@ class ReadBack:
         offset, length, pitch, count = box.lines()
         self._arrivals.wait(shard, offset + (count - 1) * pitch + length if count else offset)
         out = np.empty(box.nbytes, np.uint8)
-        try:
-            fd = self._files.acquire(shard)
-            try:
-                read_box(fd, box, out)
-            finally:
-                self._files.release(shard)
-        except OSError as error:
-            raise unreadable(self._tree, shard, error) from error
+        read_box(self._files, self._tree, box, out)
         return as_array(box, out)
 
     def done_with(self, tensors: Iterable[Tensor]) -> None:

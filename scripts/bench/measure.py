@@ -121,18 +121,14 @@ def xpuquant(*arguments: str | Path) -> list[str | Path]:
 def _installed() -> Path:
     """A Python that finds the package in a folder, as one does into which pip has installed it, and what it needs where
     this one does. An editable installation is found by code that runs at each start of Python, for 15 ms."""
-    folder = Path(tempfile.mkdtemp(prefix="xpuquant-bench-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    venv.create(folder / "venv", symlinks=True)
-    package = folder / "tree" / "xpuquant"
-    package.mkdir(parents=True)
-    for part in (*(_ROOT / "xpuquant").iterdir(), _ROOT / "formats", _ROOT / "kernels"):
-        (package / part.name).symlink_to(part)
-    (package / "conversion").symlink_to(_ROOT / "convert")
-    places = sysconfig.get_path("purelib", "venv", {"base": str(folder / "venv"), "platbase": str(folder / "venv")})
+    linked = ["bash", "-ec", 'source scripts/lanes/linked_tree.sh; linked_tree "$PWD"']
+    tree = Path(subprocess.check_output(linked, cwd=_ROOT, text=True).strip())
+    atexit.register(shutil.rmtree, tree, ignore_errors=True)
+    venv.create(tree / "venv", symlinks=True)
+    places = sysconfig.get_path("purelib", "venv", {"base": str(tree / "venv"), "platbase": str(tree / "venv")})
     needed = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-    Path(places, "tree.pth").write_text("\n".join((str(package.parent), *needed)))
-    return folder / "venv" / "bin" / "python"
+    Path(places, "tree.pth").write_text("\n".join((str(tree), *needed)))
+    return tree / "venv" / "bin" / "python"
 
 
 def timed(command: Sequence[str | Path]) -> Run:
